@@ -1,0 +1,265 @@
+"""The command line: one short function per verb that parses, calls the API and prints."""
+
+import os
+import sys
+from pathlib import Path
+
+import click
+from click.shell_completion import CompletionItem
+
+from raydetr import __version__, config
+from raydetr.errors import UserError
+
+SHORT_FLAGS = {
+    "data.path": "--data",
+    "model.preset": "--preset",
+    "model.weights": "--weights",
+    "optim.epochs": "--epochs",
+    "optim.batch_size": "--batch-size",
+    "run.workers": "--workers",
+    "run.seed": "--seed",
+    "run.name": "--name",
+    "run.storage": "--storage",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 findings or failure, 2 bad input, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
+    try:
+        return cli.main(argv, prog_name="raydetr", standalone_mode=False) or 0
+    except UserError as error:
+        return _fail(str(error), 2, debug)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help())
+        return 2
+    except click.ClickException as error:
+        return _fail(error.format_message(), 2, debug)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail("interrupted", 130, debug)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        return _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1, debug)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    click.echo(f"raydetr: {' '.join(message.split())}", err=True)
+    if debug:
+        raise
+    return code
+
+
+class SettingsCommand(click.Command):
+    """A command whose help shows the flags everyone sets first and the rest of the tree with ``--help-all``."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the common flags; name the sections of the others."""
+        common = [param for param in self.get_params(ctx) if setting_name(param) not in config.SETTINGS or len(param.opts) > 1]
+        with formatter.section("Options"):
+            formatter.write_dl([record for record in (param.get_help_record(ctx) for param in common) if record])
+        sections = sorted({setting_name(param).split(".")[0] for param in self.params if setting_name(param) in config.SETTINGS})
+        with formatter.section("Settings"):
+            formatter.write_text(
+                f"Every knob of the sections {', '.join(sections)} is a flag too, such as --{sections[0]}.{_first_leaf(sections[0])}, and "
+                "a key of the file given with --config. --help-all lists them with their defaults and bounds."
+            )
+
+
+def _first_leaf(section: str) -> str:
+    return next(name for name in config.SETTINGS if name.startswith(f"{section}.")).split(".")[1]
+
+
+def setting_name(param: click.Parameter) -> str:
+    """The dotted name that a parameter's Python name stands for: ``optim__lr`` is ``optim.lr``."""
+    return param.name.replace("__", ".")
+
+
+def _list_settings(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
+    if not wanted:
+        return
+    click.echo(ctx.get_help() + "\n")
+    for each in (config.SETTINGS[name] for name in map(setting_name, ctx.command.params) if name in config.SETTINGS):
+        default = ",".join(map(str, each.default)) if each.is_list else each.default
+        click.echo(f"  --{each.name} {default}\n      {each.meaning}{f' [{each.bounds()}]' if each.bounds() else ''}")
+    ctx.exit()
+
+
+def settings_options(*sections: str):
+    """Decorator: ``--config`` and the flags of those sections of the tree."""
+
+    def decorate(function):
+        flags = [_flag(each) for each in config.SETTINGS.values() if each.name.split(".")[0] in sections]
+        config_file = click.option(
+            "--config", "config_file", type=click.Path(dir_okay=False), metavar="FILE", help="YAML file of settings; flags win over it."
+        )
+        help_all = click.option(
+            "--help-all", is_flag=True, expose_value=False, is_eager=True, callback=_list_settings, help="List every setting."
+        )
+        for decorator in (*reversed(flags), help_all, config_file):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+def _flag(each: config.Setting):
+    names = [f"--{each.name}", *([SHORT_FLAGS[each.name]] if each.name in SHORT_FLAGS else [])]
+    choices = [str(choice) for choice in each.choices or (["true", "false"] if each.type is bool else [])]
+    return click.option(
+        *reversed(names),
+        each.name.replace(".", "__"),
+        metavar="TEXT" if each.type is str else each.type.__name__.upper(),
+        help=f"{each.meaning[0].upper()}{each.meaning[1:]} (default: {each.default}).",
+        shell_complete=lambda _ctx, _param, typed: [CompletionItem(choice) for choice in choices if choice.startswith(typed)],
+    )
+
+
+def given_settings(options: dict) -> list[dict]:
+    """The layers of settings that the command line gives: those of ``--config``, then the flags; takes them out of ``options``."""
+    file = options.pop("config_file")
+    flags = {name.replace("__", "."): options.pop(name) for name in list(options) if name.replace("__", ".") in config.SETTINGS}
+    flags = {name: value for name, value in flags.items() if value is not None}
+    return [config.read_yaml(file) if file else {}, flags]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="raydetr")
+def cli() -> None:
+    """Fine-tune DETR on your own labelled photographs, on one machine or a Ray cluster.
+
+    Start with `raydetr demo`. With photographs of your own: `raydetr data convert`, `raydetr data check`, `raydetr train`,
+    `raydetr tensorboard`, `raydetr predict`. Add --debug to any command for the stack trace of an error.
+    """
+
+
+@cli.command(cls=SettingsCommand)
+@click.option("--resume", metavar="RUN", help="Go on with the run in this folder; other settings than --epochs stay as they were.")
+@settings_options("model", "loss", "matcher", "data", "optim", "speed", "run")
+def train(resume: str | None, **options) -> None:
+    """Fine-tune on a folder of photographs, with Ray Train.
+
+    Example: raydetr train --data photographs --epochs 100 --workers 2
+    """
+    from raydetr.launch.train import resume_config, train
+
+    given = given_settings(options)
+    train(resume_config(resume, *given) if resume else config.load_config(*given), resume=bool(resume))
+
+
+@cli.group()
+def data() -> None:
+    """Convert and check a folder of photographs."""
+
+
+@data.command("convert")
+@click.argument("src", type=click.Path(path_type=Path))
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option(
+    "--from", "source", type=click.Choice(["via", "voc", "yolo"]), default="via", show_default=True, help="Annotation format of SRC."
+)
+@click.option("--category", metavar="NAME", help="One category for every region (VIA files without region attributes).")
+@click.option("--attribute", metavar="NAME", help="The region attribute that holds the category (VIA files with several).")
+@click.option("--copy", is_flag=True, help="Copy the images instead of linking them.")
+def data_convert(src: Path, dst: Path, source: str, category: str | None, attribute: str | None, copy: bool) -> None:
+    """Convert annotations in SRC to a COCO folder DST that `raydetr train` takes.
+
+    Example: raydetr data convert balloon balloon-coco --from via --category balloon
+    """
+    from raydetr.data.convert import convert
+
+    click.echo(convert(src, dst, source=source, category=category, attribute=attribute, copy=copy).text())
+
+
+@data.command("check", cls=SettingsCommand)
+@click.argument("folder", required=False, metavar="DIR", type=click.Path())
+@click.option("--quick", is_flag=True, help="Leave out what needs every picture decoded.")
+@settings_options("data")
+def data_check(folder: str | None, quick: bool, **options) -> int:
+    """Report what is wrong with the photographs and annotations in DIR; exit code 1 where training would fail or lie."""
+    from raydetr.data.check import check
+
+    settings = config.load_config({"data.path": folder}, *given_settings(options))
+    report = check(settings.data, quick=quick)
+    click.echo(report.text())
+    return 0 if report.ok else 1
+
+
+@cli.command(cls=SettingsCommand)
+@click.argument("checkpoint", required=False, type=click.Path())
+@click.option("--json", "json_file", metavar="FILE", type=click.Path(dir_okay=False), help="Write the numbers to FILE.")
+@click.option("--predictions", metavar="FILE", type=click.Path(dir_okay=False), help="Score a COCO results file instead of a model.")
+@click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="Which photographs.")
+@settings_options("data", "optim", "speed")
+def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | None, split: str, **options) -> None:
+    """COCO AP of a checkpoint (or of a results file) on labelled photographs.
+
+    Example: raydetr evaluate runs/first/best.pth --data photographs
+    """
+    from raydetr.evaluation import evaluate_checkpoint, evaluate_predictions, metrics_table, write_metrics
+
+    if bool(checkpoint) == bool(predictions):
+        raise UserError("evaluate: give either a CHECKPOINT or --predictions FILE")
+    given = given_settings(options)
+    if predictions:
+        metrics = evaluate_predictions(predictions, config.load_config(*given).data, split)
+    else:
+        metrics = evaluate_checkpoint(checkpoint, *given, split=split)
+    click.echo(metrics_table(metrics))
+    if json_file:
+        write_metrics(metrics, json_file)
+
+
+@cli.command()
+@click.argument("checkpoint", type=click.Path())
+@click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE_OR_FOLDER...")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for pictures, predictions and index.html."
+)
+@click.option("--threshold", type=click.FloatRange(0, 1), default=0.7, show_default=True, help="Lowest score that is drawn.")
+@click.option("--compare", metavar="OTHER_CHECKPOINT", type=click.Path(), help="Show another checkpoint's predictions beside these.")
+@click.option(
+    "--annotations", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="COCO file whose true boxes are drawn."
+)
+@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Images at a time.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute.")
+def predict(checkpoint: str, sources: tuple[Path, ...], out: Path, **options) -> None:
+    """Draw a checkpoint's predictions on photographs and collect them in OUT/index.html.
+
+    Example: raydetr predict runs/first/best.pth holiday/ --out seen
+    """
+    from raydetr.predict import predict
+
+    click.echo(predict(checkpoint, list(sources), out, **options).text())
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="RUN...")
+@click.option("--port", type=click.IntRange(0, 65535), default=6006, show_default=True, help="Port; 0 takes a free one.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 opens it to the network.")
+def tensorboard(runs: tuple[Path, ...], port: int, host: str) -> None:
+    """Open TensorBoard on runs, or on a folder of runs."""
+    from raydetr.tracking import serve_tensorboard
+
+    serve_tensorboard(list(runs), host, port)
+
+
+@cli.command()
+@click.option(
+    "--out", default="demo", show_default=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for everything it makes."
+)
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Ray workers.")
+@click.option("--epochs", default=10, show_default=True, type=click.IntRange(1), help="Epochs to fine-tune.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the pictures and of the training.")
+def demo(out: Path, workers: int, epochs: int, seed: int) -> None:
+    """See it work in a few minutes: make pictures of balloons, fine-tune a small DETR on them, look at the result."""
+    from raydetr.demo import demo
+
+    demo(out, workers=workers, epochs=epochs, seed=seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
