@@ -1,0 +1,102 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from raydetr import config
+from raydetr.errors import UserError
+
+
+def test_every_setting_stands_within_its_own_bounds():
+    for each in config.SETTINGS.values():
+        assert each.parse(each.default) == each.default, each.name
+
+
+@pytest.mark.parametrize("preset", config.PRESETS)
+def test_presets_change_only_known_settings_within_bounds(preset):
+    loaded = config.load_config({"model.preset": preset})
+    values = config.flatten(config.to_dict(loaded))
+    assert values == config.preset_settings(preset)
+
+
+def test_later_layers_win_and_a_preset_is_laid_before_its_own_layer():
+    file_layer = {"model": {"preset": "detr_tiny", "num_queries": 7}, "optim.lr": 1e-3}
+    loaded = config.load_config(file_layer, {"optim.lr": "2e-3"})
+    assert (loaded.model.num_queries, loaded.optim.lr, loaded.model.backbone) == (7, 2e-3, "tiny")
+    assert config.load_config(file_layer, {"model.preset": "detr_tiny"}).model.num_queries == config.PRESETS["detr_tiny"]["model.num_queries"]
+
+
+def test_a_written_file_repeats_the_tree(tmp_path):
+    before = config.load_config({"model.preset": "detr_resnet101_dc5", "data.train_sizes": [64, 96], "run.name": "1e5", "optim.lr": 3e-5})
+    config.write_yaml(before, tmp_path / "config.yaml")
+    assert config.load_config(config.read_yaml(tmp_path / "config.yaml")) == before
+
+
+@pytest.mark.parametrize(
+    ("layer", "says"),
+    [
+        ({"optim.lrr": 1}, "did you mean 'optim.lr'"),
+        ({"eos_coef": 0.1}, "did you mean 'loss.eos_coef'"),
+        ({"banana": 1}, "the sections are model, loss"),
+        ({"loss.eos_coef": 2}, "loss.eos_coef: 2 is out of bounds; it takes 0.0 to 1.0"),
+        ({"optim.epochs": 0}, "it takes 1 to"),
+        ({"optim.epochs": 1.5}, "not a whole number"),
+        ({"optim.lr": float("nan")}, "not a number"),
+        ({"optim.lr": "fast"}, "not a number"),
+        ({"optim.lr": None}, "not a number"),
+        ({"model.pre_norm": "perhaps"}, "not true or false"),
+        ({"model.preset": "detr_resnet18"}, "one of detr_resnet50"),
+        ({"data.train_sizes": []}, "not a list"),
+        ({"data.train_sizes": [480, 3]}, "out of bounds"),
+        ({"model.nheads": 7}, "not a multiple of model.nheads"),
+        ({"data.crop_min": 700}, "larger than data.crop_max"),
+        ({"matcher.set_cost_class": 0, "matcher.set_cost_bbox": 0, "matcher.set_cost_giou": 0}, "all three costs are 0"),
+    ],
+)
+def test_bad_settings_are_one_line_that_says_what_is_right(layer, says):
+    with pytest.raises(UserError) as caught:
+        config.load_config(layer)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("optim:\n  lr: 1e-4\n  lrr: 1\n", "line 3: unknown setting 'optim.lrr'"),
+        ("loss.eos_coef: 2\n", "line 1: loss.eos_coef: 2 is out of bounds"),
+        ("- 1\n", "expected settings by name, found a sequence"),
+        ("optim: {lr: 1\n", "not a YAML file"),
+        ("optim.lr: 1\noptim:\n  lr: 2\n", "line 3: optim.lr stands twice (first on line 1)"),
+        ("optim.lr: !!python/object/apply:os.system ['true']\n", "not a YAML file"),
+    ],
+)
+def test_a_bad_file_is_named_with_its_line(tmp_path, text, says):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as caught:
+        config.read_yaml(file)
+    assert str(file) in str(caught.value)
+    assert says in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.yaml: No such file"):
+        config.read_yaml(tmp_path / "absent.yaml")
+
+
+def test_an_empty_file_changes_nothing(tmp_path):
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+    assert config.read_yaml(tmp_path / "empty.yaml") == {}
+
+
+def test_plain_exponents_are_numbers(tmp_path):
+    (tmp_path / "run.yaml").write_text("optim.lr: 1e-4\n")  # PyYAML alone reads text here
+    assert isinstance(yaml.safe_load("1e-4"), str)
+    assert config.read_yaml(tmp_path / "run.yaml") == {"optim.lr": 1e-4}
+
+
+def test_loading_leaves_the_defaults_alone():
+    config.load_config({}).data.train_sizes.append(1)
+    assert config.load_config({}).data.train_sizes == config.SETTINGS["data.train_sizes"].default
+    assert dataclasses.asdict(config.load_config({})) == dataclasses.asdict(config.Config())
