@@ -1,0 +1,1 @@
+"""The network: backbone, position encoding, transformer, heads, and its checkpoints."""

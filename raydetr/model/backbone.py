@@ -1,0 +1,161 @@
+"""Convolutional backbones: ResNet-50/101 as DETR trains them, and a small network of our own for `detr_tiny`.
+
+The frozen batch normalization of the ResNets is folded into the convolution before it, in the forward pass and exactly
+differentiable: ``bn(conv(x, w)) == conv(x, w * scale) + shift``. That saves the element-wise passes over the feature maps,
+which cost as much as the convolutions themselves. What is stored keeps torchvision's names.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RESNET_BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch normalization with fixed statistics and affine parameters, all four of them buffers [channels].
+
+    It has no ``num_batches_tracked``; a state dict that has it (torchvision's) loads, the entry is ignored.
+    Never called on a feature map: :func:`folded_conv` takes its ``scale_and_shift``.
+    """
+
+    EPS = 1e-5
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """The affine map [channels], [channels] that the normalization amounts to."""
+        scale = self.weight * (self.running_var + self.EPS).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.pop(prefix + "num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def folded_conv(x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm) -> Tensor:
+    """``norm(conv(x))`` as one convolution."""
+    scale, shift = norm.scale_and_shift()
+    return F.conv2d(x, conv.weight * scale[:, None, None, None], shift, conv.stride, conv.padding, conv.dilation)
+
+
+def _conv(inputs: int, outputs: int, size: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, stride, padding=dilation * (size // 2), dilation=dilation, bias=False)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (with the stride), 1x1 convolutions around a shortcut (He et al. 2015, with the stride of "v1.5")."""
+
+    def __init__(self, inputs: int, width: int, stride: int, dilation: int):
+        super().__init__()
+        outputs = 4 * width
+        self.conv1, self.bn1 = _conv(inputs, width, 1), FrozenBatchNorm(width)
+        self.conv2, self.bn2 = _conv(width, width, 3, stride, dilation), FrozenBatchNorm(width)
+        self.conv3, self.bn3 = _conv(width, outputs, 1), FrozenBatchNorm(outputs)
+        changes_shape = stride != 1 or inputs != outputs
+        self.downsample = nn.Sequential(_conv(inputs, outputs, 1, stride), FrozenBatchNorm(outputs)) if changes_shape else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] to [B, 4 * width, H / stride, W / stride]."""
+        y = folded_conv(x, self.conv1, self.bn1).relu_()
+        y = folded_conv(y, self.conv2, self.bn2).relu_()
+        y = folded_conv(y, self.conv3, self.bn3)
+        shortcut = x if self.downsample is None else folded_conv(x, *self.downsample)
+        return y.add_(shortcut).relu_()
+
+
+class ResNet(nn.Module):
+    """ResNet-50 or ResNet-101 without its head. Stride 32, with ``dilation`` (DC5) 16.
+
+    The stem and layer1 do not train (as in the official DETR), layer2 to layer4 do.
+    """
+
+    num_channels = 2048
+
+    def __init__(self, name: str, dilation: bool):
+        super().__init__()
+        blocks = RESNET_BLOCKS[name]
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = FrozenBatchNorm(64)
+        self.layer1 = _stage(64, 64, blocks[0], stride=1)
+        self.layer2 = _stage(256, 128, blocks[1], stride=2)
+        self.layer3 = _stage(512, 256, blocks[2], stride=2)
+        self.layer4 = _stage(1024, 512, blocks[3], stride=1 if dilation else 2, dilation=2 if dilation else 1)
+        _initialize_convolutions(self)
+        self.conv1.requires_grad_(False)
+        self.layer1.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] to [B, 2048, H / stride, W / stride]."""
+        x = folded_conv(images, self.conv1, self.bn1).relu_()
+        x = F.max_pool2d(x, 3, 2, 1)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+def _stage(inputs: int, width: int, blocks: int, stride: int, dilation: int = 1) -> nn.Sequential:
+    # Only the blocks after the first are dilated: the first one still sees the undilated map.
+    first = Bottleneck(inputs, width, stride, dilation=1)
+    return nn.Sequential(first, *(Bottleneck(4 * width, width, 1, dilation) for _ in range(blocks - 1)))
+
+
+class TinyBlock(nn.Module):
+    """Halves the map, then refines it by a residual pair of 3x3 convolutions."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.conv1, self.norm1 = _conv(inputs, outputs, 3, stride=2), nn.GroupNorm(8, outputs)
+        self.conv2, self.norm2 = _conv(outputs, outputs, 3), nn.GroupNorm(8, outputs)
+        self.conv3, self.norm3 = _conv(outputs, outputs, 3), nn.GroupNorm(8, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inputs, H, W] to [B, outputs, H / 2, W / 2]."""
+        x = F.relu(self.norm1(self.conv1(x)))
+        y = F.relu(self.norm2(self.conv2(x)))
+        return F.relu(x + self.norm3(self.conv3(y)))
+
+
+class TinyNet(nn.Module):
+    """About 0.3 million parameters, stride 16; every layer trains and none depends on the other images of the batch."""
+
+    num_channels = 80
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.norm1 = _conv(3, 24, 3, stride=2), nn.GroupNorm(8, 24)
+        self.layers = nn.Sequential(TinyBlock(24, 40), TinyBlock(40, 64), TinyBlock(64, self.num_channels))
+        _initialize_convolutions(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] to [B, 80, H / 16, W / 16]."""
+        return self.layers(F.relu(self.norm1(self.conv1(images))))
+
+
+def _initialize_convolutions(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+class Backbone(nn.Module):
+    """``body`` (the network) and what is common to all of them: the memory format and the mask of the feature map.
+
+    ``requires_grad_(False)`` freezes the whole of it; nothing is then recorded for the backward pass.
+    """
+
+    def __init__(self, name: str, dilation: bool):
+        super().__init__()
+        # Channels last is the layout that convolutions run fastest in, on CPU as on GPU.
+        self.body = (TinyNet() if name == "tiny" else ResNet(name, dilation)).to(memory_format=torch.channels_last)
+        self.num_channels = self.body.num_channels
+
+    def forward(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Images [B, 3, H, W] and mask [B, H, W] (True where padded; None: nothing is) to features [B, C, h, w], mask [B, h, w]."""
+        features = self.body(images.contiguous(memory_format=torch.channels_last))
+        if mask is not None:
+            mask = F.interpolate(mask[:, None].float(), size=features.shape[-2:])[:, 0].bool()
+        return features, mask
