@@ -199,15 +199,15 @@ def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | N
 
     Example: raydetr evaluate runs/first/best.pth --data photographs
     """
-    from raydetr.evaluation import evaluate_checkpoint, evaluate_predictions, metrics_table, write_metrics
+    from raydetr.score import metrics_table, score_checkpoint, score_predictions, write_metrics
 
     if bool(checkpoint) == bool(predictions):
         raise UserError("evaluate: give either a CHECKPOINT or --predictions FILE")
     given = given_settings(options)
     if predictions:
-        metrics = evaluate_predictions(predictions, config.load_config(*given).data, split)
+        metrics = score_predictions(predictions, config.load_config(*given).data, split)
     else:
-        metrics = evaluate_checkpoint(checkpoint, *given, split=split)
+        metrics = score_checkpoint(checkpoint, *given, split=split)
     click.echo(metrics_table(metrics))
     if json_file:
         write_metrics(metrics, json_file)
@@ -242,9 +242,9 @@ def predict(checkpoint: str, sources: tuple[Path, ...], out: Path, **options) ->
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 opens it to the network.")
 def tensorboard(runs: tuple[Path, ...], port: int, host: str) -> None:
     """Open TensorBoard on runs, or on a folder of runs."""
-    from raydetr.tracking import serve_tensorboard
+    from raydetr.serve import serve_tensorboard
 
-    serve_tensorboard(list(runs), host, port)
+    serve_tensorboard(list(runs), host, port, click.echo)
 
 
 @cli.command()

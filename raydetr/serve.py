@@ -1,0 +1,58 @@
+"""TensorBoard on runs: each under its own name, also those that begin while it is open."""
+
+import contextlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from raydetr.errors import UserError
+
+EVENTS_FOLDER = "tb"  # in a run's folder
+LOOK_INTERVAL_S = 5.0  # between two looks for new runs
+
+
+def serve_tensorboard(folders: list[Path], host: str, port: int, tell: Callable[[str], None]) -> None:
+    """Serve until interrupted; ``folders`` are runs or folders of runs, ``tell`` is given the address.
+
+    Raises UserError where there is no run in ``folders`` or the port is taken.
+    """
+    from tensorboard import program
+
+    with tempfile.TemporaryDirectory(prefix="raydetr-tensorboard-") as logdir:
+        if not link_runs(folders, Path(logdir)):
+            raise UserError(f"there is no run with TensorBoard events in {', '.join(map(str, folders))}")
+        board = program.TensorBoard()
+        board.configure(argv=["tensorboard", "--logdir", logdir, "--host", host, "--port", str(port), "--reload_interval", "5"])
+        try:
+            address = board.launch()
+        except program.TensorBoardServerException as error:
+            raise UserError(f"TensorBoard cannot listen on {host}:{port}: {error.msg}; choose another --port") from None
+        tell(f"TensorBoard is at {address} (Ctrl-C ends it)")
+        with contextlib.suppress(KeyboardInterrupt):
+            while not threading.Event().wait(LOOK_INTERVAL_S):
+                link_runs(folders, Path(logdir))
+
+
+def link_runs(folders: list[Path], logdir: Path) -> int:
+    """Link every run's events below ``folders`` into ``logdir`` under the run's name; returns how many runs there are."""
+    runs = dict(_named_runs(folders))
+    for name, events in runs.items():
+        link = logdir / name
+        if not link.is_symlink():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(events.absolute(), target_is_directory=True)
+    return len(runs)
+
+
+def _named_runs(folders: list[Path]) -> Iterator[tuple[str, Path]]:
+    names = [folder.absolute().name for folder in folders]
+    for folder, name in zip(folders, names, strict=True):
+        prefix = str(folder.absolute()).strip("/") if names.count(name) > 1 else name
+        for here, below, _ in os.walk(folder):
+            if EVENTS_FOLDER in below:
+                below.clear()  # a run holds no other runs
+                inside = Path(here).relative_to(folder)
+                alone = len(folders) == 1 and inside != Path()
+                yield str(inside if alone else Path(prefix) / inside), Path(here) / EVENTS_FOLDER
