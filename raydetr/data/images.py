@@ -108,7 +108,7 @@ def _rgb(image: Image.Image, path: str | Path) -> np.ndarray:
 
 
 def _unreadable(path: str | Path, error: Exception) -> UserError:
-    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)):
+    if isinstance(error, OSError) and error.strerror:  # the system's: no such file, permission denied, ...
         return UserError(f"{path}: {error.strerror}")
     if isinstance(error, Image.UnidentifiedImageError):
         return UserError(f"{path}: not an image file that can be read")

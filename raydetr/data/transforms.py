@@ -1,0 +1,123 @@
+"""What happens to a photograph and its boxes on the way into the network: the official DETR's transforms, on tensors.
+
+All of them take and give ``image, boxes``: a ``tv_tensors.Image`` uint8 [3, height, width] and ``tv_tensors.BoundingBoxes``
+XYXY in pixels [n, 4]. Pictures stay uint8 until their last size. Everything random is drawn from torch's CPU generator, which
+:func:`drawn_from` sets for one picture.
+"""
+
+import contextlib
+import hashlib
+from typing import Any
+
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+
+from raydetr.config import Data
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, per RGB channel of 0 to 1
+
+
+def train_transforms(data: Data) -> v2.Transform:
+    """Multi-scale resize, before it with probability ``data.crop`` a crop of random size out of the resized picture, and flip.
+
+    The distribution of ``make_coco_transforms("train")`` in the official datasets/coco.py. The flip comes last instead of first:
+    it commutes with the others, and there the picture is small. A crop can leave boxes without area, [x, y, x, y]: drop them.
+    """
+    # The official code has no limit here: a strip of a picture, 1 x 5000 pixels, would become gigabytes.
+    crop = [ResizeShortSide(data.crop_resize, 10 * data.max_size), RandomSizeCrop(data.crop_min, data.crop_max)]
+    return v2.Compose(
+        [
+            v2.RandomApply(crop, p=data.crop),
+            ResizeShortSide(data.train_sizes, data.max_size),
+            v2.RandomHorizontalFlip(data.flip),
+            *_normalize(),
+        ]
+    )
+
+
+def val_transforms(data: Data) -> v2.Transform:
+    """Resize to ``data.val_size`` and normalize; nothing random."""
+    return v2.Compose([ResizeShortSide([data.val_size], data.max_size), *_normalize()])
+
+
+def _normalize() -> list[v2.Transform]:
+    # Decoding and resizing work on interleaved pixels, the network on planes: changed while the pixels are bytes, it costs a fifth.
+    # Mean and deviation are those of 0 to 255: dividing by 255 would be one more pass over the picture.
+    mean, std = [255 * each for each in MEAN], [255 * each for each in STD]
+    return [v2.Lambda(_planes, tv_tensors.Image), v2.ToDtype(torch.float32), v2.Normalize(mean, std, inplace=True)]
+
+
+def _planes(image: tv_tensors.Image) -> tv_tensors.Image:
+    return tv_tensors.wrap(image.contiguous(), like=image)
+
+
+def resized_size(height: int, width: int, short_side: int, max_size: int | None = None) -> tuple[int, int]:
+    """Height and width once the short side is ``short_side``, smaller where the long one would exceed ``max_size``.
+
+    Rounds as ``get_size_with_aspect_ratio`` in the official datasets/transforms.py does, so that sizes are its own; unlike there,
+    no side gets shorter than a pixel.
+    """
+    if max_size is not None and max(height, width) / min(height, width) * short_side > max_size:
+        short_side = max(1, round(max_size * min(height, width) / max(height, width)))
+    if min(height, width) == short_side:
+        return height, width
+    if width < height:
+        return int(short_side * height / width), short_side
+    return short_side, int(short_side * width / height)
+
+
+class ResizeShortSide(v2.Transform):
+    """Resizes to a short side drawn from ``sizes``, the long one limited by ``max_size`` (all in pixels)."""
+
+    def __init__(self, sizes: list[int], max_size: int | None = None):
+        super().__init__()
+        self.sizes, self.max_size = sizes, max_size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """The one size for picture and boxes."""
+        short_side = self.sizes[_draw(0, len(self.sizes) - 1)] if len(self.sizes) > 1 else self.sizes[0]
+        return {"size": resized_size(*functional.get_size(flat_inputs[0]), short_side, self.max_size)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Bilinear with antialiasing, which is Pillow's and the official one."""
+        return functional.resize(inpt, list(params["size"]), antialias=True)
+
+
+class RandomSizeCrop(v2.Transform):
+    """Crops to a width and a height drawn from ``min_size`` to ``max_size`` (pixels, both inclusive), anywhere in the picture.
+
+    A side that is shorter than ``min_size`` is kept whole. Boxes are clipped to the crop; those outside end up without area.
+    """
+
+    def __init__(self, min_size: int, max_size: int):
+        super().__init__()
+        self.min_size, self.max_size = min_size, max_size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """The one crop for picture and boxes."""
+        height, width = functional.get_size(flat_inputs[0])
+        crop_width = _draw(min(self.min_size, width), min(width, self.max_size))
+        crop_height = _draw(min(self.min_size, height), min(height, self.max_size))
+        top, left = _draw(0, height - crop_height), _draw(0, width - crop_width)
+        return {"top": top, "left": left, "height": crop_height, "width": crop_width}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """The crop."""
+        return functional.crop(inpt, **params)
+
+
+def _draw(low: int, high: int) -> int:
+    """A whole number from low to high, both inclusive."""
+    return int(torch.randint(low, high + 1, ()))
+
+
+@contextlib.contextmanager
+def drawn_from(*numbers: int):
+    """Within it torch's CPU generator follows from ``numbers`` alone; afterwards it goes on as if nothing had been drawn."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    with torch.random.fork_rng(devices=[]):
+        # The CPU's generator only: torch.manual_seed would set those of the GPUs as well, which fork_rng leaves alone here.
+        torch.default_generator.manual_seed(int.from_bytes(digest, "big") >> 1)
+        yield
