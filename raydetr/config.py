@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model.hidden_dim": 128,
         "model.enc_layers": 2,
         "model.dec_layers": 3,
-        "model.nheads": 8,
+        "model.nheads": 4,
         "model.dim_feedforward": 256,
         "model.num_queries": 25,
         "model.dropout": 0.0,
@@ -131,11 +131,15 @@ class Optim:
     accumulate: int = setting(1, "batches whose gradients make one optimizer step", low=1, high=1024)
     epochs: int = setting(50, "epochs to train", low=1, high=100000)
     schedule: str = setting("step", "learning-rate schedule", choices=["step", "cosine", "constant"])
-    lr_drop: float = setting(0.667, "when the step schedule divides the rates by 10: below 1 a fraction of the run, else epochs", low=0.0)
+    lr_drop: float = setting(
+        0.667, "how often the step schedule divides the rates by 10: below 1 a fraction of the run, else epochs; 0 is never", low=0.0
+    )
     warmup: float = setting(0.0, "linear warm-up: below 1 a fraction of the run, else epochs", low=0.0)
     clip_max_norm: float = setting(0.1, "largest gradient norm; 0 turns clipping off", low=0.0)
     freeze_backbone: bool = setting(False, "train the transformer only")
-    ema_decay: float = setting(0.0, "decay of the moving average of the weights that is evaluated and kept; 0 is off", low=0.0, high=0.99999)
+    ema_decay: float = setting(
+        0.0, "decay of the moving average of the weights that is evaluated and kept; 0 is off", low=0.0, high=0.99999
+    )
     patience: int = setting(0, "stop after so many epochs without a better AP; 0 is off", low=0)
 
 

@@ -1,0 +1,132 @@
+"""What a training run shows on the terminal: a progress bar and a small table per epoch; plain lines where it is no terminal.
+
+A run tells what happens in events, dicts of plain data with a ``kind``:
+
+- ``message``: ``text``, a line to print;
+- ``start``: ``epochs``, ``steps`` (optimizer steps in an epoch), ``done`` (epochs finished before);
+- ``step``: ``epoch`` (from 1), ``step`` (in the epoch, from 1), ``loss``, ``images_per_second``; any of them may be left out;
+- ``evaluate``: ``epoch``, whose evaluation begins;
+- ``epoch``: ``epoch``, ``metrics`` (as ``fit`` reports them), ``seconds``, ``best`` (whether it is the best so far);
+- ``end``: ``epochs`` (finished), ``best_AP``, ``best_epoch``, ``checkpoint``; nothing follows.
+"""
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_INTERVAL_S = 10.0  # between two lines about steps where there is no terminal
+
+# Of an epoch's table: heading and name among the metrics.
+COLUMNS = (
+    ("train loss", "train_loss"),
+    ("val loss", "val_loss"),
+    ("AP", "AP"),
+    ("AP50", "AP50"),
+    ("AP75", "AP75"),
+    ("AR100", "AR100"),
+)
+
+
+class Display:
+    """Shows events as they come. A context manager: leaving it gives the terminal back however the run ended."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(highlight=False)
+        self._progress: Progress | None = None
+        self._epochs = self._steps = self._done = 0
+        self._began = self._last_line = time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self) -> None:
+        """Take the progress bar away."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Show one event."""
+        handlers = {
+            "message": self._message,
+            "start": self._start,
+            "step": self._step,
+            "evaluate": self._evaluate,
+            "epoch": self._epoch,
+            "end": self._end,
+        }
+        handlers[event["kind"]](event)
+
+    def _message(self, event: dict[str, Any]) -> None:
+        self.console.print(event["text"], markup=False, soft_wrap=True)
+
+    def _start(self, event: dict[str, Any]) -> None:
+        self.close()  # a worker that was lost and replaced starts again
+        self._epochs, self._steps, self._done = event["epochs"], event["steps"], event["done"]
+        self._began = self._last_line = time.monotonic()
+        if not self.console.is_terminal:
+            return
+        columns = [TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.fields[numbers]}")]
+        columns += [TimeRemainingColumn(compact=True), TextColumn("left")]
+        self._progress = Progress(*columns, console=self.console, transient=True, speed_estimate_period=600, expand=True)
+        total, completed = self._epochs * self._steps, self._done * self._steps
+        self._progress.add_task(self._which(self._done + 1), total=total, completed=completed, numbers="")
+        self._progress.start()
+
+    def _step(self, event: dict[str, Any]) -> None:
+        steps = (event["epoch"] - 1) * self._steps + event["step"]
+        numbers = f"loss {event['loss']:.3f}, {event['images_per_second']:.1f} images/s"
+        if self._progress:
+            self._progress.update(self._progress.task_ids[0], completed=steps, description=self._which(event["epoch"]), numbers=numbers)
+        elif time.monotonic() - self._last_line > PLAIN_INTERVAL_S:
+            self._last_line = time.monotonic()
+            self._plain(f"{self._which(event['epoch'])}, step {event['step']}/{self._steps}: {numbers}, {self._left(steps)} left")
+
+    def _evaluate(self, event: dict[str, Any]) -> None:
+        if self._progress:
+            self._progress.update(self._progress.task_ids[0], description=f"{self._which(event['epoch'])}, evaluating")
+
+    def _epoch(self, event: dict[str, Any]) -> None:
+        metrics, clock = event["metrics"], _clock(event["seconds"])
+        numbers, speed = [_number(metrics[name]) for _, name in COLUMNS], f"{metrics['images_per_second']:.1f}"
+        if self.console.is_terminal:
+            table = Table("epoch", *(heading for heading, _ in COLUMNS), "images/s", "time", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+            table.add_row(f"{event['epoch']}/{self._epochs}{' *' if event['best'] else ''}", *numbers, speed, clock)
+            self.console.print(table)
+            return
+        numbers = ", ".join(f"{heading} {number}" for (heading, _), number in zip(COLUMNS, numbers, strict=True))
+        best, left = " (best so far)" if event["best"] else "", self._left(event["epoch"] * self._steps)
+        self._plain(f"{self._which(event['epoch'])}: {numbers}{best}, {speed} images/s, {clock}, {left} left")
+        self._last_line = time.monotonic()
+
+    def _end(self, event: dict[str, Any]) -> None:
+        self.close()
+        best = f"best AP {_number(event['best_AP'])} in epoch {event['best_epoch']}"
+        self._plain(f"{event['epochs']} epochs finished, {best}: {event['checkpoint']}")
+
+    def _plain(self, line: str) -> None:
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def _which(self, epoch: int) -> str:
+        return f"epoch {epoch}/{self._epochs}"
+
+    def _left(self, steps: int) -> str:
+        """The time left, as the steps since the start took it."""
+        taken = steps - self._done * self._steps
+        return _clock((time.monotonic() - self._began) / max(taken, 1) * (self._epochs * self._steps - steps))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,224 @@
+"""What a training run writes down for people: TensorBoard events and the official log.txt.
+
+Tags, all at x = optimizer steps taken so far, so that a run that goes on after a stop can tell what to take back:
+
+- per step: ``train/loss`` (weighted sum), ``train/loss_ce``, ``train/loss_bbox``, ``train/loss_giou`` (unweighted),
+  ``train/class_error``, ``train/cardinality_error``, ``train/grad_norm``, ``lr/transformer``, ``lr/backbone``,
+  ``speed/images_per_second``;
+- per epoch: their means under ``train_epoch/``, the same losses and errors under ``val/``, ``val/AP`` and the other eleven COCO
+  numbers, ``val/AP/<category>``, ``epoch``, the curve ``val/precision_recall``, and from time to time ``pictures/<file name>``;
+- once: the settings as text and as hparams, and the layout of the custom scalars.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from raydetr.config import SETTINGS, Config, flatten, to_dict
+from raydetr.data.coco import CocoImages
+from raydetr.data.images import image_path
+from raydetr.engine import Detections
+from raydetr.evaluation import METRICS, stats
+from raydetr.gallery import Box, category_colours, draw_boxes
+
+LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
+STEP_TAGS = {
+    **{name: f"train/{name}" for name in (*LOSSES, "grad_norm")},
+    "lr_transformer": "lr/transformer",
+    "lr_backbone": "lr/backbone",
+    "images_per_second": "speed/images_per_second",
+}
+HPARAM_METRICS = ("val/AP", "val/AP50", "val/AP75", "val/loss_ce", "val/loss_bbox", "val/loss_giou")
+
+PICTURE_SIDE = 640  # longest side (pixels) of the pictures in TensorBoard
+PICTURE_SCORE = 0.5  # lowest score of a box that is drawn
+
+
+class Tracker:
+    """Writes a run's TensorBoard events into ``folder``; one worker of a run has one.
+
+    ``step`` is how many optimizer steps the run has behind it: what an earlier process wrote after that is taken back.
+    """
+
+    def __init__(self, folder: Path, config: Config, step: int = 0):
+        from torch.utils.tensorboard import SummaryWriter  # takes a second or more, which only a training run has to wait
+
+        before = any(folder.glob("events.out.tfevents.*"))
+        # Events at purge_step go, too. Those of step 0 describe the run and stay, unless it starts anew.
+        purge = (step + 1 if step else 0) if before else None
+        self._writer = SummaryWriter(folder, purge_step=purge, max_queue=1000, flush_secs=30)
+        self._settings = {name: _plain(value) for name, value in flatten(to_dict(config)).items()}
+        if not (before and step):
+            self._describe()
+
+    def _describe(self) -> None:
+        experiment, start, _ = self._hparams()
+        self._writer.file_writer.add_summary(experiment, 0)
+        self._writer.file_writer.add_summary(start, 0)
+        rows = [f"| {name} | {value} | {SETTINGS[name].meaning} |" for name, value in self._settings.items()]
+        self._writer.add_text("settings", "\n".join(["| setting | value | meaning |", "|---|---|---|", *rows]), 0)
+        self._writer.add_custom_scalars(custom_scalars())
+        self._writer.flush()
+
+    def _hparams(self) -> tuple:
+        from torch.utils.tensorboard.summary import hparams
+
+        return hparams(self._settings, dict.fromkeys(HPARAM_METRICS, 0.0))
+
+    def log_step(self, numbers: dict[str, float]) -> None:
+        """A step's numbers, as ``train_one_epoch`` shows them."""
+        self._scalars(numbers["step"], {tag: numbers[name] for name, tag in STEP_TAGS.items()})
+
+    def log_epoch(
+        self, step: int, epoch: int, train: dict[str, float], val: dict[str, float], metrics: dict[str, Any], curve: dict
+    ) -> None:
+        """An epoch's means, the validation losses, the result of ``coco_metrics`` and of ``precision_recall``."""
+        scalars = {"epoch": epoch}
+        scalars |= {f"train_epoch/{name}": train[name] for name in (*LOSSES, "grad_norm")}
+        scalars |= {f"val/{name}": val[name] for name in LOSSES}
+        scalars |= {f"val/{name}": metrics[name] for name in METRICS}
+        scalars |= {f"val/AP/{category}": numbers["AP"] for category, numbers in metrics["per_category"].items()}
+        self._scalars(step, scalars)
+        hits, false, missed = (curve[name] for name in ("true_positives", "false_positives", "false_negatives"))
+        counts = (hits, false, 0 * hits, missed)  # nobody counts where rightly nothing was found
+        self._writer.add_pr_curve_raw("val/precision_recall", *counts, curve["precision"], curve["recall"], step, num_thresholds=len(hits))
+
+    def log_pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
+        """Pictures by name."""
+        for name, picture in pictures.items():
+            self._writer.add_image(f"pictures/{name}", pil_to_tensor(picture), step)
+
+    def _scalars(self, step: int, scalars: dict[str, float | None]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        # One event for all: an event each would cost a tenth of a small model's step.
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items() if value is not None]
+        self._writer.file_writer.add_summary(Summary(value=values), step)
+
+    def flush(self) -> None:
+        """Bring everything so far to the disk; raises OSError where that fails."""
+        self._writer.flush()
+
+    def finish(self) -> None:
+        """The run has come to its end."""
+        self._writer.file_writer.add_summary(self._hparams()[2], 0)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
+
+
+def _plain(value: Any) -> str | int | float:
+    """A setting as hparams take it: number or text."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return value if isinstance(value, (int, float, str)) else "null"
+
+
+def custom_scalars() -> dict[str, dict[str, list]]:
+    """The layout of TensorBoard's custom scalars: AP together, losses together. Tags are regular expressions there."""
+
+    def together(*tags: str) -> list:
+        return ["Multiline", [f"^{tag}$" for tag in tags]]
+
+    return {
+        "AP": {
+            "AP": together("val/AP", "val/AP50", "val/AP75"),
+            "AP by size": together("val/AP_small", "val/AP_medium", "val/AP_large"),
+            "AP by category": together("val/AP/.*"),
+            "AR": together("val/AR1", "val/AR10", "val/AR100"),
+        },
+        "losses": {name: together(f"train/{name}", f"train_epoch/{name}", f"val/{name}") for name in LOSSES},
+    }
+
+
+class Pictures:
+    """A few of the validation pictures, spread over the set, with their true boxes; read once and kept small."""
+
+    def __init__(self, dataset: CocoImages, number: int):
+        images = dataset.coco["images"]
+        number = min(number, len(images))
+        self._images = [images[place * len(images) // number] for place in range(number)]
+        self._dataset = dataset
+        self._names = {category["id"]: category["name"] for category in dataset.categories}
+        self._shown: dict[int, tuple[Image.Image, float]] = {}  # by image id: picture and how much smaller it is
+
+    def draw(self, detections: Detections) -> dict[str, Image.Image]:
+        """By file name the pictures with true boxes and those detected with a score of ``PICTURE_SCORE`` or more."""
+        labels = [category["id"] for category in self._dataset.categories]
+        drawn = {}
+        for image in self._images:
+            picture, scale = self._picture(image)
+            true = [each for each in self._dataset.coco["annotations"] if each["image_id"] == image["id"] and not each["iscrowd"]]
+            row = detections.image_ids.searchsorted(image["id"])
+            found = [
+                self._box(box_xywh, scale, labels[label], score)
+                for box_xywh, label, score in zip(
+                    detections.boxes_xywh[row].tolist(), detections.labels[row], detections.scores[row].tolist(), strict=True
+                )
+                if score >= PICTURE_SCORE
+            ]
+            true = [self._box(each["bbox"], scale, each["category_id"]) for each in true]
+            colours = category_colours(self._names.values())
+            drawn[image["file_name"]] = draw_boxes(picture, found, true, colours, letters=1 / 45, name_true=len(self._names) > 1)
+        return drawn
+
+    def _picture(self, image: dict) -> tuple[Image.Image, float]:
+        if image["id"] not in self._shown:
+            path = image_path(self._dataset.split.images, image["file_name"])
+            picture = to_pil_image(self._dataset.images(path, (image["width"], image["height"])))
+            longest = max(picture.size)
+            picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+            self._shown[image["id"]] = picture, max(picture.size) / longest
+        return self._shown[image["id"]]
+
+    def _box(self, box_xywh: list[float], scale: float, category_id: int, score: float | None = None) -> Box:
+        x, y, width, height = (scale * side for side in box_xywh)
+        return Box((x, y, x + width, y + height), self._names[category_id], score)
+
+
+def log_line(
+    epoch: int,
+    train: dict[str, float],
+    val: dict[str, float],
+    metrics: dict[str, Any],
+    weights: dict[str, float],
+    rate: float,
+    parameters: int,
+) -> dict[str, Any]:
+    """A line of the official log.txt, which counts epochs from 0: losses weighted, and unweighted with the suffix ``_unscaled``.
+
+    ``weights`` is the criterion's ``weight_dict``, ``rate`` the transformer's learning rate, ``parameters`` how many are trained.
+    """
+    line: dict[str, Any] = {"train_lr": rate}
+    for split, losses in (("train", train), ("test", val)):
+        line |= {f"{split}_class_error": losses["class_error"], f"{split}_loss": losses["loss"]}
+        line |= {f"{split}_{name}": losses[name] * weight for name, weight in weights.items()}
+        errors = ("loss_", "class_error", "cardinality_error")
+        line |= {f"{split}_{name}_unscaled": value for name, value in losses.items() if name.startswith(errors)}
+    return {**line, "test_coco_eval_bbox": stats(metrics), "epoch": epoch, "n_parameters": parameters}
+
+
+def write_log(path: Path, line: dict[str, Any]) -> None:
+    """Append ``line`` to log.txt, after taking out what stands there of its epoch and later ones (by a process that was stopped)."""
+    earlier = [text for text in _lines(path) if json.loads(text)["epoch"] < line["epoch"]]
+    temporary = path.with_name(path.name + ".new")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(f"{text}\n" for text in (*earlier, json.dumps(line, allow_nan=False)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
