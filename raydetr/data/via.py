@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -128,7 +129,7 @@ def _category(region: Region, category: str | None, attribute: str | None) -> st
 
 def _pictures(file: Path, entries: list[Entry], category: str | None, attribute: str | None, notes: Notes) -> list[Picture]:
     folder, pictures = file.parent, []
-    absent = [entry for entry in entries if not image_path(folder, entry.filename).exists()]
+    absent = [entry for entry in entries if not os.path.exists(image_path(folder, entry.filename))]
     labelled = [entry.filename for entry in absent if entry.regions]
     if labelled:
         names = ", ".join(labelled[:3]) + (", ..." if len(labelled) > 3 else "")
