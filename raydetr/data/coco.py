@@ -384,13 +384,15 @@ def build_loader(
 
     With ``shuffle`` (training) every worker gets as many batches of ``batch_size``, in an order that follows from ``seed`` and the
     epoch of ``dataset.set_epoch``, which is all that has to be called before an epoch; what does not fill a batch is left out as in
-    the official code, unless it is all there is. Without it (evaluation) the workers share the images out: each once, in order.
+    the official code, unless it is all there is. Without it (evaluation) the workers share the batches out, each image once, and
+    only photographs of one size come together: nothing is then filled up, so that what the network says of a photograph depends
+    neither on ``batch_size`` nor on ``world_size``.
     """
     if shuffle:
         sampler = EpochSampler(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
+        batches = BatchSampler(sampler, batch_size, drop_last=len(sampler) >= batch_size)
     else:
-        sampler = range(rank, len(dataset), world_size)
-    batches = BatchSampler(sampler, batch_size, drop_last=shuffle and len(sampler) >= batch_size)
+        batches = _batches_of_one_size(dataset, batch_size)[rank::world_size]
     return Loader(
         dataset,
         batch_sampler=batches,
@@ -400,6 +402,13 @@ def build_loader(
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator().manual_seed(seed),  # else every epoch would take a number from the process's own
     )
+
+
+def _batches_of_one_size(dataset: CocoImages, batch_size: int) -> list[list[int]]:
+    indices: dict[tuple[int, int], list[int]] = {}
+    for index, image in enumerate(dataset.coco["images"]):
+        indices.setdefault((image["width"], image["height"]), []).append(index)
+    return [batch for of_one_size in indices.values() for batch in BatchSampler(of_one_size, batch_size, drop_last=False)]
 
 
 class EpochSampler(DistributedSampler):
