@@ -14,6 +14,7 @@ from torchvision.ops import box_convert
 from raydetr.config import Data
 from raydetr.data.images import image_path, read_header, read_image
 from raydetr.data.transforms import drawn_from
+from raydetr.data.values import is_finite, is_number, short, whole_number
 from raydetr.errors import UserError
 
 ANNOTATION_FILES = ("custom_{split}.json", "instances_{split}2017.json")  # under annotations/, the first that exists is taken
@@ -72,7 +73,7 @@ def read_coco(path: str | Path) -> dict[str, Any]:
         kind = "results (detections)" if coco and isinstance(coco[0], dict) and "score" in coco[0] else f"{len(coco)} entries"
         raise UserError(f"{path}: a list of {kind}, not a COCO annotation file with images, annotations and categories")
     if not isinstance(coco, dict):
-        raise UserError(f"{path}: not a COCO annotation file, only {_short(coco)}")
+        raise UserError(f"{path}: not a COCO annotation file, only {short(coco)}")
     if "_via_img_metadata" in coco or any(isinstance(entry, dict) and "regions" in entry for entry in coco.values()):
         raise UserError(f"{path}: a VIA file, not a COCO annotation file; convert it with raydetr data convert")
     for key in ("images", "annotations", "categories"):
@@ -117,7 +118,7 @@ def _clean_images(entries: list[dict], path: str | Path) -> dict[int, dict]:
         raise UserError(f"{path}: there are no images in it")
     cleaned: dict[int, dict] = {}
     for number, entry in enumerate(entries, 1):
-        image_id = _whole_number(entry.get("id"), f"{path}: id of image number {number}")
+        image_id = _id(entry.get("id"), f"{path}: id of image number {number}")
         if image_id in cleaned:
             raise UserError(f"{path}: image id {image_id} stands twice; give every image its own")
         try:
@@ -125,7 +126,7 @@ def _clean_images(entries: list[dict], path: str | Path) -> dict[int, dict]:
         except UserError as error:
             raise UserError(f"{path}: image id {image_id}: {error}") from None
         size = (entry.get("width"), entry.get("height"))
-        width, height = map(int, size) if all(_is_finite(side) and side >= 1 for side in size) else (None, None)
+        width, height = map(int, size) if all(is_finite(side) and side >= 1 for side in size) else (None, None)
         cleaned[image_id] = {"id": image_id, "file_name": entry["file_name"], "width": width, "height": height}
     return dict(sorted(cleaned.items()))
 
@@ -141,7 +142,7 @@ def _find_images(images: dict[int, dict], folder: Path, path: str | Path, warnin
         if file.name not in listings[file.parent] and not file.is_file():  # the second where upper and lower case are one
             missing.append(image)
     if missing:
-        first = f"{_short(missing[0]['file_name'])} (image id {missing[0]['id']})"
+        first = f"{short(missing[0]['file_name'])} (image id {missing[0]['id']})"
         raise UserError(f"{path}: {len(missing)} of {len(images)} images are not in {folder}, the first is {first}")
     unsized = [image for image in images.values() if image["width"] is None]
     for image in unsized:
@@ -156,7 +157,7 @@ def _clean_categories(entries: list[dict], path: str | Path, warnings: list[str]
         raise UserError(f"{path}: there are no categories in it")
     cleaned: dict[int, dict] = {}
     for number, entry in enumerate(entries, 1):
-        category_id = _whole_number(entry.get("id"), f"{path}: id of category number {number}")
+        category_id = _id(entry.get("id"), f"{path}: id of category number {number}")
         name = entry.get("name")
         if category_id in cleaned:
             raise UserError(f"{path}: category id {category_id} stands twice; give every category its own")
@@ -166,7 +167,7 @@ def _clean_categories(entries: list[dict], path: str | Path, warnings: list[str]
     names = [each["name"] for each in cleaned.values()]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        warnings.append(f"{path}: several categories are named {', '.join(map(_short, twice))}; they are told apart by their ids only")
+        warnings.append(f"{path}: several categories are named {', '.join(map(short, twice))}; they are told apart by their ids only")
     return dict(sorted(cleaned.items()))
 
 
@@ -174,21 +175,21 @@ def _clean_annotations(entries: list[dict], images: dict[int, dict], categories:
     """Every annotation with what detection needs of it; ``area`` is None where the file does not say it. Ids are the file's."""
     cleaned = []
     for number, entry in enumerate(entries, 1):
-        where = f"{path}: annotation id {_short(entry['id'])}" if "id" in entry else f"{path}: annotation number {number} (without id)"
-        image_id = _whole_number(entry.get("image_id"), f"{where}: image_id")
-        category_id = _whole_number(entry.get("category_id"), f"{where}: category_id")
+        where = f"{path}: annotation id {short(entry['id'])}" if "id" in entry else f"{path}: annotation number {number} (without id)"
+        image_id = _id(entry.get("image_id"), f"{where}: image_id")
+        category_id = _id(entry.get("category_id"), f"{where}: category_id")
         if image_id not in images:
             raise UserError(f"{where} belongs to image id {image_id}, which is not among the file's images")
         if category_id not in categories:
             raise UserError(f"{where} has category id {category_id}, which is not among the file's categories")
         xywh = entry.get("bbox")
-        if not isinstance(xywh, list) or len(xywh) != 4 or not all(map(_is_number, xywh)):
-            raise UserError(f"{where}: bbox {_short(xywh)} is not a list of four numbers, [x, y, width, height]")
+        if not isinstance(xywh, list) or len(xywh) != 4 or not all(map(is_number, xywh)):
+            raise UserError(f"{where}: bbox {short(xywh)} is not a list of four numbers, [x, y, width, height]")
         crowd = entry.get("iscrowd") or 0
         if crowd not in (0, 1):
-            raise UserError(f"{where}: iscrowd is {_short(crowd)}, not 0 or 1")
+            raise UserError(f"{where}: iscrowd is {short(crowd)}, not 0 or 1")
         area = entry.get("area")
-        area = area if _is_finite(area) and area > 0 else None
+        area = area if is_finite(area) and area > 0 else None
         cleaned.append(
             {"id": entry.get("id"), "image_id": image_id, "category_id": category_id, "bbox": xywh, "area": area, "iscrowd": int(crowd)}
         )
@@ -201,7 +202,7 @@ def _with_area(annotations: list[dict], images: dict[int, dict], path: str | Pat
     for annotation in annotations:
         x, y, width, height = annotation["bbox"]
         image = images[annotation["image_id"]]
-        if not all(map(_is_finite, annotation["bbox"])) or width <= 0 or height <= 0:
+        if not all(map(is_finite, annotation["bbox"])) or width <= 0 or height <= 0:
             empty.append(annotation)
         elif x + width <= 0 or y + height <= 0 or (image["width"] and (x >= image["width"] or y >= image["height"])):
             outside.append(annotation)
@@ -213,27 +214,15 @@ def _with_area(annotations: list[dict], images: dict[int, dict], path: str | Pat
     return kept
 
 
-def _whole_number(value: Any, what: str) -> int:
-    if not _is_finite(value) or value != int(value) or abs(value) >= 2**63:
-        raise UserError(f"{what} is {'missing' if value is None else _short(value)}; it must be a whole number")
-    return int(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_finite(value: Any) -> bool:
-    return _is_number(value) and abs(value) < 1e300  # also false for NaN, and for an int no float can hold
+def _id(value: Any, what: str) -> int:
+    number = whole_number(value)
+    if number is None or abs(number) >= 2**63:
+        raise UserError(f"{what} is {'missing' if value is None else short(value)}; it must be a whole number")
+    return number
 
 
 def _counted(found: list[dict], noun: str) -> str:
-    return f"{len(found)} {noun}{'s' if len(found) > 1 else ''} (first: {noun} id {_short(found[0]['id'])})"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."
+    return f"{len(found)} {noun}{'s' if len(found) > 1 else ''} (first: {noun} id {short(found[0]['id'])})"
 
 
 # ------------------------------------------------------------------------------------------------------------ the data set
@@ -339,10 +328,9 @@ def _use_categories(coco: dict[str, list[dict]], categories: list[dict], path: s
     for annotation in coco["annotations"]:
         old = annotation["category_id"]
         if new_ids[old] is None:
-            listed = ", ".join(each["name"] for each in categories)
             raise UserError(
-                f"{path}: category {_short(names[old])} (id {old}, image id {annotation['image_id']}) is not among those of the "
-                f"training: {listed if len(listed) < 200 else listed[:200] + '...'}"
+                f"{path}: category {short(names[old])} (id {old}, image id {annotation['image_id']}) is not among those of the "
+                f"training: {short([each['name'] for each in categories])}"
             )
         annotation["category_id"] = new_ids[old]
     coco["categories"] = [dict(each) for each in categories]

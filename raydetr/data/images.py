@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
+from raydetr.data.values import short
 from raydetr.errors import UserError
 
 # What Pillow raises on broken files, beside OSError.
@@ -39,11 +40,11 @@ def image_path(folder: Path, file_name: object) -> Path:
 
     Only the name is judged (no "..", no absolute path, on any system); links inside the folder are the user's own.
     """
-    if not isinstance(file_name, str) or not PurePosixPath(file_name).name or "\0" in file_name:
-        raise UserError(f"file name {_short(file_name)} is no file name")
+    if not isinstance(file_name, str) or not PurePosixPath(file_name).name or any(ord(letter) < 32 for letter in file_name):
+        raise UserError(f"file name {short(file_name)} is no file name")
     as_windows = PureWindowsPath(file_name)  # splits at both / and \, and knows drives
     if as_windows.anchor or ".." in as_windows.parts:
-        raise UserError(f"file name {_short(file_name)} leads out of the image folder; give it relative to that folder")
+        raise UserError(f"file name {short(file_name)} leads out of the image folder; give it relative to that folder")
     return Path(folder) / file_name
 
 
@@ -113,8 +114,3 @@ def _unreadable(path: str | Path, error: Exception) -> UserError:
     if isinstance(error, Image.UnidentifiedImageError):
         return UserError(f"{path}: not an image file that can be read")
     return UserError(f"{path}: broken or truncated image ({' '.join(str(error).split()) or type(error).__name__})")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."
