@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import difflib
 import graphlib
-import importlib.resources
 from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
@@ -233,7 +232,7 @@ def _listed(values: list) -> str:
 
 def ready_spaces() -> dict[str, Path]:
     """The search spaces that come with raydetr, by bare name."""
-    package = Path(str(importlib.resources.files("raydetr")))
+    package = Path(__file__).parent
     # Installed, they lie inside the package; in a checkout, beside it.
     folder = next((each for each in (package / "search_spaces", package.parent / "search_spaces") if each.is_dir()), None)
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
