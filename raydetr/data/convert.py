@@ -72,6 +72,10 @@ def convert(
         raise UserError(f"--attribute {attribute} speaks of VIA regions; {source} files have none")
     else:
         splits = (read_voc if source == "voc" else read_yolo)(src, category, notes)
+    for split, pictures in splits.items():
+        twice = [name for name, times in Counter(picture.name for picture in pictures).items() if times > 1]
+        if twice or not pictures:
+            raise UserError(f"{src}: {f'{twice[0]} stands twice in' if twice else 'no picture in'} the {split} part")
     if "val" not in splits:
         splits = _draw_val(splits["train"], src, val_fraction, seed, notes)
     categories = _categories(splits, src)
@@ -104,7 +108,7 @@ def _draw_val(pictures: list[Picture], src: Path, fraction: float, seed: int, no
     if not 0 < fraction < 1:
         raise UserError(f"val_fraction: {fraction} is out of bounds; it takes more than 0 and less than 1")
     if len(pictures) < 2:
-        raise UserError(f"{src}: {len(pictures)} pictures in all; training and validation need at least one each")
+        raise UserError(f"{src}: only {len(pictures)} picture in all; training and validation need at least one each")
     number = min(max(1, round(fraction * len(pictures))), len(pictures) - 1)
     drawn = set(random.Random(seed).sample(range(len(pictures)), number))
     for index in sorted(drawn):
@@ -117,11 +121,6 @@ def _draw_val(pictures: list[Picture], src: Path, fraction: float, seed: int, no
 
 def _categories(splits: dict[str, list[Picture]], src: Path) -> dict[str, int]:
     """Category name to id, the same for both splits: ids from 1 in the order of the names."""
-    for split, pictures in splits.items():
-        names = Counter(picture.name for picture in pictures)
-        twice = [name for name, times in names.items() if times > 1]
-        if twice or not names:
-            raise UserError(f"{src}: {f'{twice[0]} stands twice in' if twice else 'no picture in'} the {split} part")
     names = {each.category for pictures in splits.values() for picture in pictures for each in picture.objects}
     if not names:
         raise UserError(f"{src}: not one object is labelled; there is nothing to learn from")

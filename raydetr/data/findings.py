@@ -24,7 +24,8 @@ class Finding:
         if not self.places:
             return self.what
         more = f" and {len(self.places) - SHOWN} more" if len(self.places) > SHOWN else ""
-        return f"{len(self.places)} × {self.what}: {', '.join(self.places[:SHOWN])}{more}"
+        times = f"{len(self.places)} × " if len(self.places) > 1 else ""
+        return f"{times}{self.what}: {', '.join(self.places[:SHOWN])}{more}"
 
     def lines(self, width: int) -> list[str]:
         """The finding as a wrapped paragraph: the fault, below it what to do."""

@@ -99,7 +99,9 @@ def _cut(polygon: list[Point], axis: int, edge: float, inwards: int) -> list[Poi
 
 
 def _number(attributes: dict, key: str) -> float:
-    return _as_number(attributes.get(key), key)
+    if key not in attributes:
+        raise ValueError(f"{key} is missing")
+    return _as_number(attributes[key], key)
 
 
 def _length(attributes: dict, key: str) -> float:
@@ -117,8 +119,6 @@ def _numbers(attributes: dict, key: str) -> list[float]:
 
 
 def _as_number(value, key: str) -> float:
-    if value is None:
-        raise ValueError(f"{key} is missing")
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:  # NaN is not less than anything
         raise ValueError(f"{key} has {value!r} where a number of pixels belongs")
     return value
