@@ -19,7 +19,7 @@ from raydetr.data.values import short
 from raydetr.errors import UserError
 
 # What Pillow raises on broken files, beside OSError.
-_BROKEN = (SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error, Image.DecompressionBombError)
+_BROKEN = (SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class Header(NamedTuple):
@@ -105,6 +105,8 @@ def _rgb(image: Image.Image, path: str | Path) -> np.ndarray:
         if grey.min() < 0 or grey.max() > 65535:
             raise UserError(f"{path}: pixel values outside 0 to 65535; convert the picture to 8 bits")
         return np.repeat((grey.astype(np.uint16) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours; Pillow warns of the direct way
     return np.array(image.convert("RGB"))
 
 

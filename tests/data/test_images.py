@@ -1,0 +1,274 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from raydetr.data.images import Header, image_path, read_header, read_image
+from raydetr.errors import UserError
+
+ORIENTATION = 0x0112
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def gradient(height=6, width=10) -> np.ndarray:
+    """RGB pixels of which no two are alike, so that a turned or mirrored picture shows."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows * 20, columns * 20, rows + columns], -1).astype(np.uint8)
+
+
+def save(path, pixels, orientation=None, **options):
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[ORIENTATION] = orientation
+        options["exif"] = exif
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def pixels_of(image: torch.Tensor) -> np.ndarray:
+    assert image.dtype == torch.uint8
+    assert image.ndim == 3
+    assert image.shape[0] == 3
+    return image.permute(1, 2, 0).numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------ file names
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "sub/a.jpg", "..a.jpg", "a..b/c.jpg", "Ballon é 3.jpg", "...jpg"])
+def test_names_within_the_folder(tmp_path, name):
+    assert image_path(tmp_path, name) == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../etc/passwd",
+        "/etc/passwd",
+        "a/../../b.jpg",
+        "sub/../a.jpg",
+        "..",
+        "C:\\a.jpg",
+        "C:a.jpg",
+        "..\\a.jpg",
+        "\\\\host\\share\\a.jpg",
+    ],
+)
+def test_names_that_lead_out_of_the_folder(tmp_path, name):
+    with pytest.raises(UserError, match="leads out of the image folder") as error:
+        image_path(tmp_path, name)
+    assert repr(name) in one_line(error)
+
+
+@pytest.mark.parametrize("name", [None, 5, "", ".", "/", ["a.jpg"], "a\0.jpg", "a\nb.jpg", "x" * 100000 + "\n"])
+def test_names_that_are_none(tmp_path, name):
+    with pytest.raises(UserError, match="is no file name") as error:
+        image_path(tmp_path, name)
+    assert len(one_line(error)) < 200
+
+
+def test_a_linked_picture_is_the_users_own(tmp_path):
+    save(tmp_path / "elsewhere.png", gradient())
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").symlink_to(tmp_path / "elsewhere.png")
+    assert np.array_equal(pixels_of(read_image(image_path(tmp_path / "images", "a.png"))), gradient())
+
+
+# ------------------------------------------------------------------------------------------------------- kinds of pictures
+
+
+def test_rgb_as_it_is(tmp_path):
+    assert np.array_equal(pixels_of(read_image(save(tmp_path / "a.png", gradient()))), gradient())
+
+
+def test_a_read_picture_can_be_written_to(tmp_path):
+    image = read_image(save(tmp_path / "a.png", gradient()))
+    image += 1
+    assert np.array_equal(pixels_of(image), gradient() + 1)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "LA"])
+def test_grey_becomes_rgb(tmp_path, mode):
+    Image.fromarray(gradient()).convert("L").convert(mode).save(tmp_path / "a.png")
+    grey = np.array(Image.open(tmp_path / "a.png").convert("L"))
+    assert grey.std() > 0
+    assert np.array_equal(pixels_of(read_image(tmp_path / "a.png")), np.repeat(grey[..., None], 3, 2))
+
+
+def test_alpha_is_dropped(tmp_path):
+    rgba = np.dstack([gradient(), np.arange(60, dtype=np.uint8).reshape(6, 10)])
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    assert np.array_equal(pixels_of(read_image(tmp_path / "a.png")), gradient())
+
+
+@pytest.mark.parametrize("options", [{}, {"transparency": 1}, {"transparency": bytes([0, 128, 255])}])
+def test_palette(tmp_path, options):
+    indices = np.arange(60, dtype=np.uint8).reshape(6, 10) % 3
+    picture = Image.fromarray(indices).convert("P")
+    colours = np.array([[255, 0, 0], [0, 200, 0], [1, 2, 3]], dtype=np.uint8)
+    picture.putpalette(colours.tobytes())
+    picture.putdata(indices.ravel().tolist())
+    picture.save(tmp_path / "a.png", **options)
+    assert Image.open(tmp_path / "a.png").mode == "P"
+    assert np.array_equal(pixels_of(read_image(tmp_path / "a.png")), colours[indices])
+
+
+def test_cmyk(tmp_path):
+    red = Image.new("CMYK", (8, 4), (0, 255, 255, 0))
+    red.save(tmp_path / "a.jpg", quality=100)
+    pixels = pixels_of(read_image(tmp_path / "a.jpg"))
+    assert pixels.shape == (4, 8, 3)
+    assert np.abs(pixels.astype(int) - (255, 0, 0)).max() <= 3
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_keep_their_upper_eight(tmp_path, suffix):
+    values = (np.arange(60, dtype=np.uint16) * 1092).reshape(6, 10)
+    Image.fromarray(values).save(tmp_path / f"a.{suffix}")
+    assert np.array_equal(pixels_of(read_image(tmp_path / f"a.{suffix}")), np.repeat((values // 256)[..., None], 3, 2))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"), [(np.full((4, 4), 0.5, np.float32), "floating-point"), (np.full((4, 4), 70000, np.int32), "65535")]
+)
+def test_pixels_without_a_known_range(tmp_path, values, message):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match=message) as error:
+        read_image(tmp_path / "a.tif")
+    assert str(tmp_path / "a.tif") in one_line(error)
+
+
+def test_first_of_several_frames(tmp_path):
+    frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], lossless=True)
+    assert pixels_of(read_image(tmp_path / "a.webp"))[0, 0].tolist() == [255, 0, 0]
+
+
+def test_real_photographs_are_decoded_exactly(shared_data):
+    for path in sorted((shared_data("balloon") / "val").glob("*.jpg"))[:3]:
+        with Image.open(path) as image:
+            expected = np.array(image.convert("RGB"))
+        assert np.array_equal(pixels_of(read_image(path)), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------- broken
+
+
+def jpeg() -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [jpeg()[:2000], jpeg()[:-2], jpeg()[:100], png()[:2000], png()[:60], png()[:3000] + b"x" * 500, b"", b"not a picture", b"GIF89a"],
+    ids=["jpeg half", "jpeg end", "jpeg head", "png half", "png head", "png broken chunk", "empty", "text", "gif head"],
+)
+def test_broken_files_are_named_in_one_line(tmp_path, content):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_image(path)
+    assert one_line(error).startswith(f"{path}: ")
+    assert "image" in one_line(error)
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        read_image(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match="No such file"):
+        read_header(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match="directory"):
+        read_image(tmp_path)
+
+
+def test_a_picture_made_to_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.png", gradient(40, 40))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError) as error:
+        read_image(path)
+    assert one_line(error).startswith(f"{path}: ")
+
+
+def test_no_program_is_run_on_a_picture(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
+    with pytest.raises(UserError, match="EPS is no photograph"):
+        read_image(tmp_path / "a.jpg")
+
+
+# ------------------------------------------------------------------------------------------------------------ orientation
+
+UPRIGHT = {  # what a viewer shows of stored pixels with that tag
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.transpose(1, 0, 2),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda pixels: np.rot90(pixels),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_without_annotation_a_picture_is_turned_upright(tmp_path, orientation):
+    path = save(tmp_path / "a.png", gradient(), orientation)
+    assert np.array_equal(pixels_of(read_image(path)), UPRIGHT[orientation](gradient()))
+    assert read_header(path) == Header(10, 6, orientation)
+    assert read_header(path).upright == ((10, 6) if orientation < 5 else (6, 10))
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_the_annotations_size_says_which_picture_was_annotated(tmp_path, orientation):
+    path = save(tmp_path / "a.png", gradient(), orientation)
+    assert np.array_equal(pixels_of(read_image(path, (10, 6))), gradient())
+    if orientation >= 5:
+        assert np.array_equal(pixels_of(read_image(path, (6, 10))), UPRIGHT[orientation](gradient()))
+    else:
+        with pytest.raises(UserError, match="6 x 10"):
+            read_image(path, (6, 10))
+
+
+def test_a_jpegs_orientation(tmp_path):
+    path = save(tmp_path / "a.jpg", gradient(16, 32), 6)
+    assert read_header(path) == Header(32, 16, 6)
+    assert read_image(path).shape == (3, 32, 16)
+
+
+def test_a_tiff_that_comes_turned_is_not_turned_again(tmp_path):
+    path = tmp_path / "a.tif"
+    Image.fromarray(gradient()).save(path, tiffinfo={ORIENTATION: 6})
+    assert read_header(path) == Header(6, 10, 1)
+    assert np.array_equal(pixels_of(read_image(path)), UPRIGHT[6](gradient()))
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x63\0\0\0"]
+)
+def test_a_tag_that_makes_no_sense_says_nothing(tmp_path, exif):
+    Image.fromarray(gradient()).save(tmp_path / "a.jpg", exif=exif)
+    assert read_header(tmp_path / "a.jpg") == Header(10, 6, 1)
+    assert read_image(tmp_path / "a.jpg").shape == (3, 6, 10)
+
+
+def test_a_picture_of_another_size_than_annotated(tmp_path):
+    path = save(tmp_path / "a.png", gradient())
+    with pytest.raises(UserError, match="10 x 6 pixels, its annotation says 640 x 480") as error:
+        read_image(path, (640, 480))
+    assert one_line(error).startswith(f"{path}: ")
