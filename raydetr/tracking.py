@@ -11,7 +11,6 @@ Tags, all at x = optimizer steps taken so far, so that a run that goes on after 
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from raydetr.data.images import image_path
 from raydetr.engine import Detections
 from raydetr.evaluation import METRICS, stats
 from raydetr.gallery import Box, category_colours, draw_boxes
+from raydetr.model.files import written_whole
 
 LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
 STEP_TAGS = {
@@ -209,15 +209,8 @@ def log_line(
 def write_log(path: Path, line: dict[str, Any]) -> None:
     """Append ``line`` to log.txt, after taking out what stands there of its epoch and later ones (by a process that was stopped)."""
     earlier = [text for text in _lines(path) if json.loads(text)["epoch"] < line["epoch"]]
-    temporary = path.with_name(path.name + ".new")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(f"{text}\n" for text in (*earlier, json.dumps(line, allow_nan=False)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as file:
+        file.write("".join(f"{text}\n" for text in (*earlier, json.dumps(line, allow_nan=False))).encode())
 
 
 def _lines(path: Path) -> list[str]:

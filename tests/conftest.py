@@ -1,7 +1,10 @@
 """What many tests need: real photographs where they are at hand, and a small COCO folder made on the spot."""
 
+import functools
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,22 +35,28 @@ def coco_folder(tmp_path):
     Image i has ``boxes`` coloured rectangles (xywh of whole pixels, inside the picture) on noise; annotation ids count from 1
     in each file, image ids from 10; ``categories`` are COCO dicts.
     """
+    return functools.partial(_write_coco_folder, tmp_path)
 
-    def write(train=4, val=2, boxes=3, size=(96, 64), seed=0, folder="data", categories=CATEGORIES) -> Path:
-        root = tmp_path / folder
-        for split, number, offset in (("train", train, 0), ("val", val, train)):
-            images = root / f"{split}2017"
-            images.mkdir(parents=True)
-            coco = {"images": [], "annotations": [], "categories": [dict(each) for each in categories]}
-            for index in range(number):
-                random = np.random.default_rng([seed, offset + index])
-                _draw(random, coco, images, f"{split}_{index:03d}.jpg", 10 + index, size, boxes)
-            file = root / "annotations" / f"custom_{split}.json"
-            file.parent.mkdir(exist_ok=True)
-            file.write_text(json.dumps(coco))
-        return root
 
-    return write
+@pytest.fixture(scope="module")
+def module_coco_folder(tmp_path_factory):
+    """The same for a fixture that a module's tests share."""
+    return functools.partial(_write_coco_folder, tmp_path_factory.mktemp("coco"))
+
+
+def _write_coco_folder(parent: Path, train=4, val=2, boxes=3, size=(96, 64), seed=0, folder="data", categories=CATEGORIES) -> Path:
+    root = parent / folder
+    for split, number, offset in (("train", train, 0), ("val", val, train)):
+        images = root / f"{split}2017"
+        images.mkdir(parents=True)
+        coco = {"images": [], "annotations": [], "categories": [dict(each) for each in categories]}
+        for index in range(number):
+            random = np.random.default_rng([seed, offset + index])
+            _draw(random, coco, images, f"{split}_{index:03d}.jpg", 10 + index, size, boxes)
+        file = root / "annotations" / f"custom_{split}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(coco))
+    return root
 
 
 def _draw(random: np.random.Generator, coco: dict, folder: Path, name: str, image_id: int, size: tuple[int, int], boxes: int):
@@ -64,3 +73,28 @@ def _draw(random: np.random.Generator, coco: dict, folder: Path, name: str, imag
         coco["annotations"].append(box | {"bbox": [x, y, w, h], "area": w * h, "iscrowd": 0})
     Image.fromarray(pixels).save(folder / name, quality=95)
     coco["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})
+
+
+@pytest.fixture(scope="module")
+def run_workers(tmp_path_factory):
+    """``run_workers(__file__, "function", 2, *arguments)``: runs that function of the test file in two processes and returns them
+    when they have ended, as CompletedProcess with their output as text.
+
+    The file, run as a script, calls the function named on its command line; RANK, WORLD_SIZE and MEETING (a file for
+    ``init_process_group``) are in the environment.
+    """
+
+    def run(file: str, function: str, count: int, *arguments, timeout: float = 120) -> list[subprocess.CompletedProcess]:
+        meeting = tmp_path_factory.mktemp("meeting") / "file"
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "MEETING": str(meeting), "WORLD_SIZE": str(count)}
+        command = [sys.executable, file, function, *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}, **pipes) for rank in range(count)]
+        try:
+            ended = [(process, *process.communicate(timeout=timeout)) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        return [subprocess.CompletedProcess(process.args, process.returncode, out, err) for process, out, err in ended]
+
+    return run
