@@ -87,12 +87,14 @@ class ResNet(nn.Module):
         self.layer3 = _stage(512, 256, blocks[2], stride=2)
         self.layer4 = _stage(1024, 512, blocks[3], stride=1 if dilation else 2, dilation=2 if dilation else 1)
         _initialize_convolutions(self)
+        self.to(memory_format=torch.channels_last)
         self.conv1.requires_grad_(False)
         self.layer1.requires_grad_(False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] to [B, 2048, H / stride, W / stride]."""
-        x = folded_conv(images, self.conv1, self.bn1).relu_()
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """[B, 3, H, W] to [B, 2048, H / stride, W / stride]; the mask plays no part."""
+        # Channels last is the layout that convolutions run fastest in, on CPU as on GPU.
+        x = folded_conv(images.contiguous(memory_format=torch.channels_last), self.conv1, self.bn1).relu_()
         x = F.max_pool2d(x, 3, 2, 1)
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
@@ -104,35 +106,53 @@ def _stage(inputs: int, width: int, blocks: int, stride: int, dilation: int = 1)
 
 
 class TinyBlock(nn.Module):
-    """Halves the map, then refines it by a residual pair of 3x3 convolutions."""
+    """Shrinks the map by ``stride``, then refines it by a residual pair of 3x3 convolutions."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs: int, outputs: int, size: int, stride: int):
         super().__init__()
-        self.conv1, self.norm1 = _conv(inputs, outputs, 3, stride=2), nn.GroupNorm(8, outputs)
+        shrink = nn.Conv2d(inputs, outputs, size, stride, padding=(size - stride + 1) // 2, bias=False)
+        self.conv1, self.norm1 = shrink, nn.GroupNorm(8, outputs)
         self.conv2, self.norm2 = _conv(outputs, outputs, 3), nn.GroupNorm(8, outputs)
         self.conv3, self.norm3 = _conv(outputs, outputs, 3), nn.GroupNorm(8, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, H, W] to [B, outputs, H / 2, W / 2]."""
+        """[B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
         x = F.relu(self.norm1(self.conv1(x)))
         y = F.relu(self.norm2(self.conv2(x)))
         return F.relu(x + self.norm3(self.conv3(y)))
 
 
 class TinyNet(nn.Module):
-    """About 0.3 million parameters, stride 16; every layer trains and none depends on the other images of the batch."""
+    """About half a million parameters, stride 16; every layer trains and none depends on the other images of the batch.
 
-    num_channels = 80
+    Its features say where in the picture they are (CoordConv, Liu et al. 2018): attention passes values on without their
+    positions, and a network this small does not see far enough to read them off the picture's edges, as a ResNet does.
+    """
+
+    num_channels = 128
+    FREQUENCIES = (0.5, 1, 2, 4)  # of the waves that encode a place, in half-waves across the picture
 
     def __init__(self):
         super().__init__()
-        self.conv1, self.norm1 = _conv(3, 24, 3, stride=2), nn.GroupNorm(8, 24)
-        self.layers = nn.Sequential(TinyBlock(24, 40), TinyBlock(40, 64), TinyBlock(64, self.num_channels))
+        self.layers = nn.Sequential(TinyBlock(3, 32, 6, 4), TinyBlock(32, 64, 3, 2), TinyBlock(64, self.num_channels, 3, 2))
+        self.place = nn.Conv2d(4 * len(self.FREQUENCIES), self.num_channels, 1, bias=False)
         _initialize_convolutions(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] to [B, 80, H / 16, W / 16]."""
-        return self.layers(F.relu(self.norm1(self.conv1(images))))
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Images [B, 3, H, W] and mask [B, H, W] (True where padded, None: nothing is) to [B, 128, H / 16, W / 16]."""
+        features = self.layers(images.contiguous())
+        if mask is None:
+            inside = features.new_ones(1, *features.shape[-2:])
+        else:
+            inside = 1 - F.interpolate(mask[:, None].to(features.dtype), size=features.shape[-2:])[:, 0]
+        return features + self.place(self._waves(inside))
+
+    def _waves(self, inside: Tensor) -> Tensor:
+        """Sines and cosines of row and column, [B, 16, h, w], counted over what is not padded ([B, h, w], 1 inside)."""
+        rows = (inside.cumsum(1) - 0.5) / inside.sum(1, keepdim=True).clamp(min=1)
+        columns = (inside.cumsum(2) - 0.5) / inside.sum(2, keepdim=True).clamp(min=1)
+        angles = torch.cat([torch.pi * frequency * torch.stack((rows, columns), 1) for frequency in self.FREQUENCIES], 1)
+        return torch.cat((angles.sin(), angles.cos()), 1)
 
 
 def _initialize_convolutions(network: nn.Module) -> None:
@@ -142,20 +162,19 @@ def _initialize_convolutions(network: nn.Module) -> None:
 
 
 class Backbone(nn.Module):
-    """``body`` (the network) and what is common to all of them: the memory format and the mask of the feature map.
+    """``body`` (the network) and what is common to all of them: the mask of the feature map.
 
     ``requires_grad_(False)`` freezes the whole of it; nothing is then recorded for the backward pass.
     """
 
     def __init__(self, name: str, dilation: bool):
         super().__init__()
-        # Channels last is the layout that convolutions run fastest in, on CPU as on GPU.
-        self.body = (TinyNet() if name == "tiny" else ResNet(name, dilation)).to(memory_format=torch.channels_last)
+        self.body = TinyNet() if name == "tiny" else ResNet(name, dilation)
         self.num_channels = self.body.num_channels
 
     def forward(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Images [B, 3, H, W] and mask [B, H, W] (True where padded; None: nothing is) to features [B, C, h, w], mask [B, h, w]."""
-        features = self.body(images.contiguous(memory_format=torch.channels_last))
+        features = self.body(images, mask)
         if mask is not None:
             mask = F.interpolate(mask[:, None].float(), size=features.shape[-2:])[:, 0].bool()
         return features, mask
