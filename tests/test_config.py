@@ -23,7 +23,9 @@ def test_later_layers_win_and_a_preset_is_laid_before_its_own_layer():
     file_layer = {"model": {"preset": "detr_tiny", "num_queries": 7}, "optim.lr": 1e-3}
     loaded = config.load_config(file_layer, {"optim.lr": "2e-3"})
     assert (loaded.model.num_queries, loaded.optim.lr, loaded.model.backbone) == (7, 2e-3, "tiny")
-    assert config.load_config(file_layer, {"model.preset": "detr_tiny"}).model.num_queries == config.PRESETS["detr_tiny"]["model.num_queries"]
+    assert (
+        config.load_config(file_layer, {"model.preset": "detr_tiny"}).model.num_queries == config.PRESETS["detr_tiny"]["model.num_queries"]
+    )
 
 
 def test_a_written_file_repeats_the_tree(tmp_path):

@@ -1,0 +1,61 @@
+"""The seam between one training run and Ray: what ``fit`` tells, and how it reaches the driver."""
+
+import time
+from pathlib import Path
+
+import ray
+import ray.train
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Carries what there is to show, and the first error that the user can mend, from the workers to the driver."""
+
+    def __init__(self):
+        self.events, self.error = [], None
+
+    def post(self, event: dict) -> None:
+        """Keep an event for the driver."""
+        self.events.append(event)
+
+    def take(self) -> list[dict]:
+        """The events since the last call, oldest first."""
+        events, self.events = self.events, []
+        return events
+
+    def fail(self, message: str) -> None:
+        """Keep the first user error: a run that fails by it is not tried again."""
+        self.error = self.error or message
+
+    def failure(self) -> str | None:
+        """The first user error, or None."""
+        return self.error
+
+
+class TrainReporter:
+    """What ``fit`` is given in a Ray Train worker. The run folder itself holds the checkpoint to go on from."""
+
+    step_interval_s = 0.25  # a terminal shows no more than a few steps a second
+
+    def __init__(self, mailbox):
+        context = ray.train.get_context()
+        self.rank, self.world_size, self.local_rank = context.get_world_rank(), context.get_world_size(), context.get_local_rank()
+        self._mailbox = mailbox
+        self._last_step = 0.0
+
+    def checkpoint(self) -> None:
+        """None: the run folder's own last.pth is what a lost worker goes on from."""
+
+    def show(self, event: dict) -> None:
+        """Send an event of rank 0 to the driver's terminal; steps are thinned out."""
+        if self.rank:
+            return
+        if event["kind"] == "step":
+            if time.monotonic() - self._last_step < self.step_interval_s:
+                return
+            self._last_step = time.monotonic()
+        self._mailbox.post.remote(event)
+
+    def report(self, metrics: dict, checkpoint: Path | None = None) -> None:
+        """Tell Ray Train the epoch's metrics; a barrier over all workers. The checkpoint already is in the run folder."""
+        ray.train.report(metrics)

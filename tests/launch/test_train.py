@@ -1,0 +1,174 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from raydetr import config
+from raydetr.errors import UserError
+from raydetr.launch.train import resume_config, scaling_config, train
+from raydetr.model.checkpoint import read_checkpoint
+
+TINY = {
+    "model.preset": "detr_tiny",
+    "model.weights": "none",
+    "model.dropout": 0.1,
+    "optim.epochs": 2,
+    "optim.batch_size": 1,
+    "data.train_sizes": [64, 80],
+    "data.val_size": 64,
+    "data.num_workers": 0,
+    "run.workers": 2,
+    "run.pictures": 1,
+    "run.name": "run",
+}
+
+
+def settings(folder, storage, **changes):
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    return config.load_config(TINY, {"data.path": str(folder), "run.storage": str(storage)}, dotted)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="warning")
+    yield
+    ray.shutdown()
+
+
+def log_of(run):
+    return [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
+
+
+def test_two_workers_make_a_whole_run_folder(cluster, coco_folder, tmp_path):
+    metrics = train(settings(coco_folder(train=5, val=3), tmp_path / "runs"))
+    run = tmp_path / "runs" / "run"
+    assert metrics["epoch"] == 2
+    assert [line["epoch"] for line in log_of(run)] == [0, 1]
+    assert {"config.yaml", "log.txt", "tb", "best.pth", "last.pth"} <= {path.name for path in run.iterdir()}
+    assert config.load_config(config.read_yaml(run / "config.yaml")).run.workers == 2
+    last = read_checkpoint(run / "last.pth")
+    assert last["epoch"] == 2
+    assert len(last["random"]) == 2
+
+
+def test_what_only_the_user_can_mend_is_said_in_one_line_and_not_tried_again(cluster, coco_folder, tmp_path):
+    folder = coco_folder(train=4, val=2)
+    picture = folder / "train2017" / "train_002.jpg"
+    picture.write_bytes(picture.read_bytes()[:-200])  # the quick check reads headers only
+    with pytest.raises(UserError, match=r"train_002\.jpg") as caught:
+        train(settings(folder, tmp_path / "runs"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs" / "run" / "last.pth").exists()
+
+
+def test_more_workers_than_cpus_are_refused_with_the_numbers(cluster, coco_folder, tmp_path):
+    with pytest.raises(UserError, match="3 asked for, 2 CPUs there"):
+        scaling_config(settings(coco_folder(), tmp_path, run__workers=3))
+    with pytest.raises(UserError, match="Ray sees no GPU"):
+        scaling_config(settings(coco_folder(folder="other"), tmp_path, speed__device="cuda"))
+
+
+def test_workers_share_the_cpus(cluster, coco_folder, tmp_path):
+    alone = scaling_config(settings(coco_folder(), tmp_path, run__workers=1))
+    assert (alone.num_workers, alone.resources_per_worker) == (1, {"CPU": 2})
+
+
+def test_a_run_is_not_overwritten(coco_folder, tmp_path):
+    run = tmp_path / "runs" / "run"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("optim: {lr: 0.1}\n")
+    with pytest.raises(UserError, match="--resume"):
+        train(settings(coco_folder(), tmp_path / "runs"))
+
+
+def test_data_that_would_fail_stop_the_run_before_it_starts(coco_folder, tmp_path):
+    folder = coco_folder()
+    (folder / "train2017" / "train_001.jpg").unlink()
+    with pytest.raises(UserError, match=r"train_001\.jpg"):
+        train(settings(folder, tmp_path / "runs"))
+
+
+def test_resuming_keeps_the_settings(coco_folder, tmp_path):
+    before = settings(coco_folder(), tmp_path / "runs", optim__lr=3e-4)
+    run = tmp_path / "runs" / "run"
+    run.mkdir(parents=True)
+    config.write_yaml(before, run / "config.yaml")
+    moved = tmp_path / "moved"
+    (tmp_path / "runs").rename(moved)
+    after = resume_config(str(moved / "run"), {}, {"optim.epochs": "9", "optim.lr": 3e-4})
+    assert (after.optim.lr, after.optim.epochs, after.run.storage) == (3e-4, 9, str(moved))
+    with pytest.raises(UserError, match=r"optim\.lr is 0\.0003 .* and 0\.001 here"):
+        resume_config(str(moved / "run"), {"optim.lr": 1e-3})
+
+
+def start(folder, storage, *more):
+    values = config.flatten(config.to_dict(settings(folder, storage, optim__epochs=4)))
+    flags = [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value).strip("[]"))]
+    command = [sys.executable, "-c", "import sys; from raydetr.cli import main; sys.exit(main(sys.argv[1:]))", "train"]
+    return subprocess.Popen(
+        [*command, *(more or flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for_epoch(run, epoch, process, patience_s=120):
+    deadline = time.monotonic() + patience_s
+    while not (run / "log.txt").exists() or len(log_of(run)) < epoch:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "no epoch came"
+        time.sleep(0.02)
+
+
+def training_workers():
+    """Process ids of Ray Train workers; Ray names them by their actor's class."""
+    pids = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                title = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if title.startswith(b"ray::") and b"TrainWorker" in title:
+                pids.append(int(entry.name))
+    return pids
+
+
+def same_weights(first, second):
+    mine, other = read_checkpoint(first)["model"], read_checkpoint(second)["model"]
+    return all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("kills")
+def test_a_killed_driver_goes_on_and_ends_in_the_same_weights(coco_folder, tmp_path):
+    folder = coco_folder(train=6, val=2)
+    whole = start(folder, tmp_path / "whole")
+    assert whole.wait(timeout=300) == 0, whole.stdout.read()
+
+    stopped = start(folder, tmp_path / "stopped")
+    run = tmp_path / "stopped" / "run"
+    wait_for_epoch(run, 2, stopped)
+    os.killpg(stopped.pid, signal.SIGKILL)
+    stopped.wait()
+    resumed = start(folder, tmp_path, "--resume", str(run))
+    assert resumed.wait(timeout=300) == 0, resumed.stdout.read()
+    assert [line["epoch"] for line in log_of(run)] == [0, 1, 2, 3]
+    assert same_weights(run / "last.pth", tmp_path / "whole" / "run" / "last.pth")
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("kills")
+def test_a_killed_worker_is_replaced_and_the_run_ends_whole(coco_folder, tmp_path):
+    before = set(training_workers())
+    process = start(coco_folder(train=6, val=2), tmp_path)
+    run = tmp_path / "run"
+    wait_for_epoch(run, 1, process)
+    os.kill(min(set(training_workers()) - before), signal.SIGKILL)
+    assert process.wait(timeout=300) == 0, process.stdout.read()
+    assert [line["epoch"] for line in log_of(run)] == [0, 1, 2, 3]
