@@ -60,22 +60,13 @@ def convert(
     Where ``src`` has no validation pictures, ``val_fraction`` of its pictures, drawn by ``seed``, become them.
 
     Images are hard links (symbolic links to absolute paths where the file system has no hard links across, copies where it has neither),
-    or copies with ``copy``. Category, image and annotation ids count from 1. ``dst`` appears complete or not at all. Raises UserError
+    or copies with ``copy``: what changes a linked picture in place changes the original. Category, image and annotation ids count from 1. ``dst`` appears complete or not at all. Raises UserError
     for anything that cannot be read, and where ``dst`` exists and is not empty.
     """
     src, dst = Path(src), Path(dst)
     _check_places(src, dst, source)
     notes = Notes()
-    if source == "via":
-        splits = read_via(src, category, attribute, notes)
-    elif attribute:
-        raise UserError(f"--attribute {attribute} speaks of VIA regions; {source} files have none")
-    else:
-        splits = (read_voc if source == "voc" else read_yolo)(src, category, notes)
-    for split, pictures in splits.items():
-        twice = [name for name, times in Counter(picture.name for picture in pictures).items() if times > 1]
-        if twice or not pictures:
-            raise UserError(f"{src}: {f'{twice[0]} stands twice in' if twice else 'no picture in'} the {split} part")
+    splits = _read(src, source, category, attribute, notes)
     if "val" not in splits:
         splits = _draw_val(splits["train"], src, val_fraction, seed, notes)
     categories = _categories(splits, src)
@@ -101,6 +92,20 @@ def _check_places(src: Path, dst: Path, source: str) -> None:
         raise UserError(f"{src}: is a file; {source} labels are read from a folder")
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
         raise UserError(f"{dst}: exists and is not an empty folder; delete it or choose another")
+
+
+def _read(src: Path, source: str, category: str | None, attribute: str | None, notes: Notes) -> dict[str, list[Picture]]:
+    if source == "via":
+        splits = read_via(src, category, attribute, notes)
+    elif attribute:
+        raise UserError(f"--attribute {attribute} speaks of VIA regions; {source} files have none")
+    else:
+        splits = (read_voc if source == "voc" else read_yolo)(src, category, notes)
+    for split, pictures in splits.items():
+        twice = [name for name, times in Counter(picture.name for picture in pictures).items() if times > 1]
+        if twice or not pictures:
+            raise UserError(f"{src}: {f'{twice[0]} stands twice in' if twice else 'no picture in'} the {split} part")
+    return splits
 
 
 def _draw_val(pictures: list[Picture], src: Path, fraction: float, seed: int, notes: Notes) -> dict[str, list[Picture]]:

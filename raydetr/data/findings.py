@@ -95,12 +95,13 @@ def _plural(number: int, noun: str) -> str:
 def _overview(stats: dict[str, dict]) -> list[str]:
     if not stats:
         return []
-    rows = [("", "images", "without boxes", "boxes", "crowds", "most in one", "small", "medium", "large")]
+    counts = [("", "images", "without boxes", "boxes", "crowds", "most in one image")]
+    sizes = [("box area", "small < 32x32", "medium", "large >= 96x96")]  # as in COCO's AP by size
     for split, each in stats.items():
-        counts = (each["images"], each["without_boxes"], each["boxes"], each["crowds"], each["most_boxes"])
+        counts.append((split, *(each[key] for key in ("images", "without_boxes", "boxes", "crowds", "most_boxes"))))
         total = max(1, sum(each["sizes"].values()))
-        rows.append((split, *counts, *(f"{number} ({100 * number / total:.0f}%)" for number in each["sizes"].values())))
-    return [*_table(rows), "  Sizes as in COCO's AP: small is an area below 32 x 32 pixels, large one from 96 x 96 on."]
+        sizes.append((split, *(f"{number} ({100 * number / total:.0f}%)" for number in each["sizes"].values())))
+    return [*_table(counts), "", *_table(sizes)]
 
 
 def _balance(stats: dict[str, dict]) -> list[str]:
