@@ -60,8 +60,8 @@ def convert(
     Where ``src`` has no validation pictures, ``val_fraction`` of its pictures, drawn by ``seed``, become them.
 
     Images are hard links (symbolic links to absolute paths where the file system has no hard links across, copies where it has neither),
-    or copies with ``copy``: what changes a linked picture in place changes the original. Category, image and annotation ids count from 1. ``dst`` appears complete or not at all. Raises UserError
-    for anything that cannot be read, and where ``dst`` exists and is not empty.
+    or copies with ``copy``; what changes a linked picture in place changes the original. Category, image and annotation ids count from 1.
+    ``dst`` appears complete or not at all. Raises UserError for anything that cannot be read, and where ``dst`` exists and is not empty.
     """
     src, dst = Path(src), Path(dst)
     _check_places(src, dst, source)

@@ -108,12 +108,12 @@ def _balance(stats: dict[str, dict]) -> list[str]:
     names = list(dict.fromkeys(name for each in stats.values() for name in each["categories"]))
     if not names:
         return []
-    rows = [("category", *(f"{split} {what}" for split in stats for what in ("images", "boxes", "share")))]
+    rows = [("category", *(f"{split} {what}" for split in stats for what in ("images", "boxes")))]
     for name in names:
         row = [name]
         for each in stats.values():
             count = each["categories"].get(name, {"images": 0, "boxes": 0})
-            row += [count["images"], count["boxes"], f"{100 * count['boxes'] / max(1, each['boxes']):.1f}%"]
+            row += [count["images"], f"{count['boxes']} ({100 * count['boxes'] / max(1, each['boxes']):.1f}%)"]
         rows.append(tuple(row))
     return ["", *_table(rows)]
 

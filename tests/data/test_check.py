@@ -426,7 +426,7 @@ def test_the_statistics_count_what_is_there(coco_folder):
     text = report.text()
     assert re.search(r"train +3 +1 +4 +1 +3\n", text)
     assert re.search(r"train +1 \(25%\) +2 \(50%\) +1 \(25%\)\n", text)
-    assert re.search(r"square +2 +3 +75\.0% +2 +2 +66\.7%", text)
+    assert re.search(r"square +2 +3 \(75\.0%\) +2 +2 \(66\.7%\)", text)
 
 
 def test_more_boxes_than_queries_are_told_where_the_queries_are_known(coco_folder):
