@@ -11,6 +11,7 @@ from pathlib import Path
 
 from raydetr import __version__
 from raydetr.data.labels import Notes, Picture
+from raydetr.data.values import plain
 from raydetr.data.via import read_via
 from raydetr.data.voc import read_voc
 from raydetr.data.yolo import read_yolo
@@ -34,9 +35,10 @@ class Summary:
         boxes = {split: sum(count[split] for count in self.objects.values()) for split in SPLITS}
         lines = [f"Wrote {self.folder} in COCO format; its images are {self.stored}."]
         lines += [f"  {split:<5} {self.images[split]:>6} images {boxes[split]:>7} boxes" for split in SPLITS]
-        width = max(map(len, ["category", *self.objects]))
+        names = {name: plain(name) for name in self.objects}
+        width = max(map(len, ["category", *names.values()]))
         lines += ["", f"  {'category':<{width}}   train     val"]
-        lines += [f"  {name:<{width}} {count['train']:>7} {count['val']:>7}" for name, count in self.objects.items()]
+        lines += [f"  {names[name]:<{width}} {count['train']:>7} {count['val']:>7}" for name, count in self.objects.items()]
         if self.warnings:
             lines += ["", "Worth a look:", *(f"  {warning}" for warning in self.warnings)]
         return "\n".join([*lines, "", f"Next: raydetr data check {self.folder}"])

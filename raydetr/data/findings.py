@@ -4,6 +4,8 @@ import dataclasses
 import shutil
 import textwrap
 
+from raydetr.data.values import plain
+
 SHOWN = 3  # places named of each finding; the rest is counted
 
 
@@ -110,7 +112,7 @@ def _balance(stats: dict[str, dict]) -> list[str]:
         return []
     rows = [("category", *(f"{split} {what}" for split in stats for what in ("images", "boxes")))]
     for name in names:
-        row = [name]
+        row = [plain(name)]
         for each in stats.values():
             count = each["categories"].get(name, {"images": 0, "boxes": 0})
             row += [count["images"], f"{count['boxes']} ({100 * count['boxes'] / max(1, each['boxes']):.1f}%)"]

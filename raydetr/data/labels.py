@@ -5,6 +5,7 @@ from pathlib import Path, PurePosixPath
 
 from raydetr.data import shapes
 from raydetr.data.images import Header, image_path, read_header
+from raydetr.data.values import plain
 from raydetr.errors import UserError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -41,7 +42,10 @@ class Notes(dict[str, list[str]]):
 
     def lines(self) -> list[str]:
         """One line a warning, e.g. ``2 x shape without area, left out: a.jpg region 1, b.jpg region 4``."""
-        return [f"{len(places)} × {text}: {', '.join(places[:3])}{', ...' if len(places) > 3 else ''}" for text, places in self.items()]
+        return [
+            f"{len(places)} × {text}: {', '.join(map(plain, places[:3]))}{', ...' if len(places) > 3 else ''}"
+            for text, places in self.items()
+        ]
 
 
 def open_picture(folder: Path, name: str, source: Path, notes: Notes, extent: tuple[float, float] = (0, 0)) -> Picture:

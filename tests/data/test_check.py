@@ -505,8 +505,11 @@ def test_the_text_names_a_few_counts_all_and_fits_the_terminal(broken, monkeypat
 
 
 def test_names_cannot_break_the_lines(broken):
-    root = broken(lambda coco, _: coco["images"][1].update(file_name="a\nREADY\x1b[31m.jpg"))
-    text = check(root).text()
+    def change(coco, _):
+        coco["images"][1].update(file_name="a\nREADY\x1b[31m.jpg")
+        coco["categories"][0].update(name="square\nREADY\x1b[31m")
+
+    text = check(broken(change)).text()
     assert "\x1b" not in text
     assert "\nREADY" not in text
 

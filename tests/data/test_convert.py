@@ -243,6 +243,13 @@ def test_names_in_any_letters_come_through(tmp_path):
     assert [each["name"] for each in read(tmp_path / "dst", "val")["categories"]] == ["Möwe", "風船 \ud800"]
 
 
+def test_names_cannot_break_the_summary(tmp_path):
+    write_via(tmp_path / "src", {"a.jpg": [(CIRCLE, "cat\nDONE\x1b[31m")], "b.jpg": [], "c\nDONE\x1b[31m.jpg": []})
+    text = convert(tmp_path / "src", tmp_path / "dst", val_fraction=0.6).text()
+    assert "\x1b" not in text
+    assert "\nDONE" not in text
+
+
 def test_yolo_and_voc_go_the_same_way(tmp_path):
     for split in ("train", "val"):
         (tmp_path / "yolo" / "images" / split).mkdir(parents=True)
