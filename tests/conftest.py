@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 CATEGORIES = ({"id": 3, "name": "square"}, {"id": 7, "name": "oblong"})  # ids with holes, as they come in the field
@@ -25,6 +26,24 @@ def shared_data():
         return root / name
 
     return find
+
+
+@pytest.fixture(scope="session")
+def oracle():
+    """``oracle("detr_resnet50")``: numbers of the official model and the targets they were computed for (two images)."""
+
+    def read(name: str) -> tuple[dict, list[dict]]:
+        numbers = dict(np.load(Path(__file__).parent / "fixtures" / f"{name}.npz"))
+        generator = torch.Generator().manual_seed(11)
+        targets = []
+        for n in (4, 7):
+            size = torch.rand(n, 2, generator=generator) * 0.3 + 0.05
+            center = torch.rand(n, 2, generator=generator) * 0.5 + 0.25
+            labels = torch.randint(0, 91, (n,), generator=generator)
+            targets.append({"labels": labels, "boxes": torch.cat((center, size), 1)})
+        return numbers, targets
+
+    return read
 
 
 @pytest.fixture
