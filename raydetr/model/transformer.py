@@ -9,31 +9,64 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class Dropout(nn.Module):
+    """Zeroes elements with probability ``rate`` while training and scales the others so that the mean stays.
+
+    On CPU, where drawing a number for every element takes longer than a matrix product does, one 64-bit draw serves four
+    elements: ``rate`` is then rounded to a multiple of 1/65536 and the scale is that of the rounded rate.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [...] to [...]."""
+        if not self.training or self.rate == 0:
+            return x
+        if not x.is_cpu or torch.compiler.is_compiling():
+            return F.dropout(x, self.rate)
+        draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        dropped = round(self.rate * 65536)  # of the 65536 values an int16 takes, from the lowest
+        keep = draws[: x.numel()].view(x.shape) >= dropped - 32768
+        return x * keep.to(x.dtype).mul_(65536 / (65536 - dropped))
+
+
 class Attention(nn.Module):
     """Multi-head attention with drop-out on its weights; parameters as in ``nn.MultiheadAttention``."""
 
     def __init__(self, hidden_dim: int, nheads: int, dropout: float):
         super().__init__()
         self.nheads = nheads
-        self.dropout = dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * hidden_dim, hidden_dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * hidden_dim))
         self.out_proj = nn.Linear(hidden_dim, hidden_dim)
+        self.dropout = Dropout(dropout)
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attend: Tensor | None = None) -> Tensor:
         """Query [B, L, D], key and value [B, S, D] to [B, L, D]; ``attend`` bool [B, 1, 1, S] is True where a key counts."""
         width = query.shape[-1]
-        if query is key:
-            q, k = F.linear(query, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width]).chunk(2, -1)
+        if query is key:  # one product makes both
+            sizes = (2 * width, width)
+            (qk_weight, v_weight), (qk_bias, v_bias) = self.in_proj_weight.split(sizes), self.in_proj_bias.split(sizes)
+            q, k = F.linear(query, qk_weight, qk_bias).chunk(2, -1)
         else:
-            q = F.linear(query, self.in_proj_weight[:width], self.in_proj_bias[:width])
-            k = F.linear(key, self.in_proj_weight[width : 2 * width], self.in_proj_bias[width : 2 * width])
-        v = F.linear(value, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :])
+            (q_weight, k_weight, v_weight), (q_bias, k_bias, v_bias) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+            q, k = F.linear(query, q_weight, q_bias), F.linear(key, k_weight, k_bias)
+        v = F.linear(value, v_weight, v_bias)
         q, k, v = (each.unflatten(-1, (self.nheads, -1)).transpose(1, 2) for each in (q, k, v))
-        dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return self.out_proj(self._mix(q, k, v, attend).transpose(1, 2).flatten(2))
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None) -> Tensor:
+        rate = self.dropout.rate if self.training else 0.0
+        if rate == 0 or not q.is_cpu:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=rate)
+        # No fused kernel has drop-out on CPU: written out it can use our own.
+        similarity = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if attend is not None:
+            similarity = similarity.masked_fill(~attend, -torch.inf)
+        return self.dropout(similarity.softmax(-1)) @ v
 
 
 class EncoderLayer(nn.Module):
@@ -47,7 +80,7 @@ class EncoderLayer(nn.Module):
         self.linear2 = nn.Linear(dim_feedforward, hidden_dim)
         self.norm1 = nn.LayerNorm(hidden_dim)
         self.norm2 = nn.LayerNorm(hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, position: Tensor, attend: Tensor | None) -> Tensor:
         """x [B, S, D], position [B or 1, S, D], attend as in :class:`Attention`; to [B, S, D]."""
@@ -78,7 +111,7 @@ class DecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_dim)
         self.norm2 = nn.LayerNorm(hidden_dim)
         self.norm3 = nn.LayerNorm(hidden_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, query_position: Tensor, memory: Tensor, place: Tensor, attend: Tensor | None) -> Tensor:
         """x [B, Q, D], query_position [1, Q, D], memory [B, S, D], place (memory + its positions) [B, S, D]; to [B, Q, D]."""
