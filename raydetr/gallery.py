@@ -16,7 +16,10 @@ Colour = tuple[int, int, int]
 GENERATOR = "raydetr"  # how a page of ours is told from somebody else's index.html
 
 # Asked in this order for letters that Pillow's own font lacks: it knows little more than ASCII.
-FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf", "arial.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc")
+FONTS = (
+    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf", "arial.ttf"),
+    *("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "Arial Unicode.ttf", "msyh.ttc", "malgun.ttf"),
+)
 
 
 @dataclass(frozen=True)
@@ -75,28 +78,34 @@ def draw_boxes(
         draw.rectangle(_drawable(box.xyxy, image.size), outline=colours[box.name], width=width)
     for box in true:
         _dashed_rectangle(draw, _drawable(box.xyxy, image.size), max(1, round(width / 2)), dash=height // 2)
-    labels = [(f"{_short(box.name)} {box.score:.2f}", box, colours[box.name]) for box in boxes]
-    labels += [(_short(box.name), box, (255, 255, 255)) for box in true if name_true]
+    labels = [(box, colours[box.name]) for box in boxes]
+    labels += [(box, (255, 255, 255)) for box in true if name_true]
     _write_labels(draw, labels, height, image.size)
     return image
 
 
-def _short(name: str) -> str:
-    """The name on one line and not across the whole picture."""
-    name = " ".join(name.split())
-    return name if len(name) <= 30 else name[:28] + "..."
-
-
-def _write_labels(draw: ImageDraw.ImageDraw, labels: Sequence[tuple[str, Box, Colour]], height: int, size: tuple[int, int]) -> None:
-    """Text, box and background of each label; the first ones get the better places and lie on top."""
+def _write_labels(draw: ImageDraw.ImageDraw, labels: Sequence[tuple[Box, Colour]], height: int, size: tuple[int, int]) -> None:
+    """A label for each box, on that background; the first ones get the better places and lie on top."""
     pad, full = max(1, height // 6), height * 4 // 3
-    placed: list[tuple[int, int, int, int]] = []
-    for text, box, _ in labels:
-        width = round(draw.textlength(text, font=_font(text, height))) + 2 * pad
+    placed: list[tuple[int, ...]] = []
+    for box, _ in labels:
+        width = round(sum(draw.textlength(text, font=font) for text, font in _pieces(box, height))) + 2 * pad
         placed.append(_free_place(_drawable(box.xyxy, size), (width, full), size, placed, below=box.score is None))
-    for (text, _, background), (x0, y0, x1, y1) in reversed(list(zip(labels, placed, strict=True))):
+    for (box, background), (x0, y0, x1, y1) in reversed(list(zip(labels, placed, strict=True))):
         draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=background)
-        draw.text((x0 + pad, (y0 + y1) / 2), text, font=_font(text, height), fill=_ink(background), anchor="lm")
+        x = x0 + pad
+        for text, font in _pieces(box, height):
+            draw.text((x, (y0 + y1) / 2), text, font=font, fill=_ink(background), anchor="lm")
+            x += draw.textlength(text, font=font)
+
+
+def _pieces(box: Box, height: int) -> list[tuple[str, ImageFont.FreeTypeFont]]:
+    """What a label says, name and score, each with its font: the one that has the name's letters may lack digits."""
+    name = " ".join(box.name.split())
+    name, font = _writable(name if len(name) <= 30 else name[:28] + "...", height)
+    if box.score is None:
+        return [(name, font)]
+    return [(name, font), (f" {box.score:.2f}" if name else f"{box.score:.2f}", _fonts(height)[0])]
 
 
 def _free_place(xyxy: tuple, label: tuple[int, int], size: tuple[int, int], taken: Sequence[tuple], below: bool) -> tuple[int, ...]:
@@ -140,13 +149,18 @@ def _ink(background: Colour) -> Colour:
 
 
 @functools.lru_cache(maxsize=4096)
-def _font(text: str, height: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, or the first one installed that has every letter of ``text``; Pillow's own again where none has."""
+def _writable(text: str, height: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """``text`` and the first font that has all its letters: Pillow's own, or one installed. Without such a font, what is left of
+    the text in Pillow's own."""
     for font in _fonts(height):
-        missing = bytes(font.getmask("\uffff"))  # what the font draws for a letter it lacks
-        if all(letter.isspace() or bytes(font.getmask(letter)) != missing for letter in text):
-            return font
-    return _fonts(height)[0]
+        if all(_has(font, letter) for letter in text):
+            return text, font
+    own = _fonts(height)[0]
+    return "".join(letter for letter in text if _has(own, letter)).strip(), own
+
+
+def _has(font: ImageFont.FreeTypeFont, letter: str) -> bool:
+    return letter == " " or bytes(font.getmask(letter)) != bytes(font.getmask("\uffff"))  # what is drawn for letters it lacks
 
 
 @functools.lru_cache(maxsize=64)
@@ -215,6 +229,7 @@ body { margin: 0; padding: 1.5rem clamp(.75rem, 3vw, 2.5rem) 3rem; background: v
   font: 1rem/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; overflow-wrap: anywhere; }
 h1 { margin: 0; font-size: 1.6rem; letter-spacing: -.01em; }
 header p { margin: .35rem 0 0; color: var(--soft); }
+header p::first-letter { text-transform: uppercase; }
 .legend { display: inline-block; max-width: 100%; max-height: 60vh; overflow: auto; margin: 1.1rem 0 1.4rem; padding: .4rem .9rem;
   background: var(--card); border: 1px solid var(--line); border-radius: .6rem; }
 table { border-collapse: collapse; font-size: .92rem; }
@@ -223,8 +238,8 @@ th:last-child, td:last-child { padding-right: 0; }
 th { color: var(--soft); font-weight: 500; }
 th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
 .swatch { display: inline-block; width: .95em; height: .95em; margin-right: .55em; border-radius: .2em; vertical-align: -.1em; }
-.dashed { background: repeating-linear-gradient(90deg, #fff 0 .3em, #000 .3em .6em); width: 2.1em; height: .3em; border: 1px solid #000;
-  vertical-align: .2em; }
+.dashed { margin-right: .45em; vertical-align: -.2em; }
+.dashed rect { x: 2px; y: 2px; width: 20px; height: 12px; fill: none; stroke-width: 2; }
 main { display: flex; flex-wrap: wrap; gap: 1rem; }
 main::after { content: ""; flex: 1000 0 0; }
 .card { flex: var(--wide) 1 calc(var(--wide) * 17rem); max-width: 100%; min-width: min(100%, 13rem); margin: 0; overflow: hidden;
@@ -258,7 +273,7 @@ _PAGE = """
 <body>
 <header>
 <h1>Predictions</h1>
-<p>{% for heading, model in models.items() %}{{ heading }}: {{ model }}{{ " · " if not loop.last }}{% endfor %}</p>
+<p>{% for heading, model in models.items() %}{{ heading }}{{ ":" if models|length > 1 else " by" }} {{ model }}{{ " · " if not loop.last }}{% endfor %}</p>
 <p>{{ cards|length }} picture{{ "s" if cards|length != 1 }}, boxes with a score of {{ threshold }} or more.
 Click a picture to see it in its own size.</p>
 <div class="legend"><table>
@@ -268,7 +283,8 @@ Click a picture to see it in its own size.</p>
 {%- for counts in found %}<td>{{ counts[name] }}</td>{% endfor %}{% if with_truth %}<td>{{ truth[name] }}</td>{% endif %}</tr>
 {% endfor %}
 {% if with_truth %}
-<tr><td class="soft" colspan="{{ headings|length + 2 }}"><span class="swatch dashed"></span>true box</td></tr>
+<tr><td class="soft" colspan="{{ headings|length + 2 }}"><svg class="dashed" width="24" height="16">
+<rect stroke="#000"/><rect stroke="#fff" stroke-dasharray="4 4"/></svg>true box</td></tr>
 {% elif not seen %}
 <tr><td class="soft" colspan="{{ headings|length + 1 }}">nothing above {{ threshold }} in any picture</td></tr>
 {% endif %}

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from raydetr import gallery
 from raydetr.gallery import Box, Card, Column, category_colours, draw_boxes, gallery_page
 
 GREY = (90, 90, 90)
@@ -66,6 +67,17 @@ def test_any_name_can_be_drawn(name):
     assert after.size == (64, 96)
 
 
+def test_letters_that_no_font_has_are_left_out_of_a_label_instead_of_becoming_boxes(monkeypatch):
+    def label(name):
+        box = Box((10, 50, 60, 90), name, 0.5)
+        after = draw_boxes(_picture(), [box], [], {name: (0, 255, 0)}, letters=1 / 21, name_true=False)  # a height of no other test
+        return np.asarray(after)[:48].tolist()
+
+    monkeypatch.setattr(gallery, "FONTS", ())
+    assert label("\ue000\ue001") == label(""), "the score alone"
+    assert label("a") != label("")
+
+
 def test_letters_grow_with_the_picture():
     def label_height(size):
         box = Box((size[0] // 4, size[1] // 2, size[0] // 2, size[1] * 3 // 4), "balloon", 0.9)
@@ -117,6 +129,7 @@ def test_the_page_counts_what_is_found_and_true():
     cards = [_card("a.jpg", boxes, true=[Box((0, 0, 9, 9), "balloon")]), _card("b.jpg", boxes[:1], true=[])]
     page = _Page(gallery_page({"found": "run/best.pth"}, cards, 0.7, category_colours(["balloon", "face", "kite"]), ["c.jpg: broken"]))
     text = " ".join(" ".join(page.text).split())
+    assert "found by run/best.pth 2 pictures" in text
     assert "2 balloon, 1 face" in text
     assert "true no box" in text
     assert "balloon 3 1 face 1 0 true box" in text, "the legend's rows: category, found, true"
