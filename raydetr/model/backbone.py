@@ -142,9 +142,9 @@ class TinyNet(nn.Module):
         """Images [B, 3, H, W] and mask [B, H, W] (True where padded, None: nothing is) to [B, 128, H / 16, W / 16]."""
         features = self.layers(images.contiguous())
         if mask is None:
-            inside = features.new_ones(1, *features.shape[-2:])
+            inside = features.new_ones(1, *features.shape[-2:], dtype=torch.float32)
         else:
-            inside = 1 - F.interpolate(mask[:, None].to(features.dtype), size=features.shape[-2:])[:, 0]
+            inside = 1 - F.interpolate(mask[:, None].float(), size=features.shape[-2:])[:, 0]
         return features + self.place(self._waves(inside))
 
     def _waves(self, inside: Tensor) -> Tensor:
