@@ -161,29 +161,37 @@ def data() -> None:
 @click.option(
     "--from", "source", type=click.Choice(["via", "voc", "yolo"]), default="via", show_default=True, help="Annotation format of SRC."
 )
-@click.option("--category", metavar="NAME", help="One category for every region (VIA files without region attributes).")
-@click.option("--attribute", metavar="NAME", help="The region attribute that holds the category (VIA files with several).")
+@click.option("--category", metavar="NAME", help="The category of every region that names none itself (VIA).")
+@click.option("--attribute", metavar="NAME", help="The region attribute that holds the category, where there are several (VIA).")
 @click.option("--copy", is_flag=True, help="Copy the images instead of linking them.")
-def data_convert(src: Path, dst: Path, source: str, category: str | None, attribute: str | None, copy: bool) -> None:
+@click.option(
+    "--val-fraction",
+    type=click.FloatRange(0, 1, True, True),
+    default=0.2,
+    show_default=True,
+    help="Drawn for validation where SRC has no val.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of that draw.")
+def data_convert(src: Path, dst: Path, source: str, **options) -> None:
     """Convert annotations in SRC to a COCO folder DST that `raydetr train` takes.
 
     Example: raydetr data convert balloon balloon-coco --from via --category balloon
     """
     from raydetr.data.convert import convert
 
-    click.echo(convert(src, dst, source=source, category=category, attribute=attribute, copy=copy).text())
+    click.echo(convert(src, dst, source=source, **options).text())
 
 
 @data.command("check", cls=SettingsCommand)
 @click.argument("folder", required=False, metavar="DIR", type=click.Path())
 @click.option("--quick", is_flag=True, help="Leave out what needs every picture decoded.")
-@settings_options("data")
+@settings_options("data", "model")
 def data_check(folder: str | None, quick: bool, **options) -> int:
     """Report what is wrong with the photographs and annotations in DIR; exit code 1 where training would fail or lie."""
     from raydetr.data.check import check
 
     settings = config.load_config({"data.path": folder}, *given_settings(options))
-    report = check(settings.data, quick=quick)
+    report = check(settings.data, quick=quick, num_queries=settings.model.num_queries)
     click.echo(report.text())
     return 0 if report.ok else 1
 

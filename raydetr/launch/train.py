@@ -31,9 +31,9 @@ def train(config: settings.Config, resume: bool = False) -> dict[str, Any]:
     Raises UserError for bad settings, data or an impossible request, and for what a worker found wrong with them.
     """
     config = with_absolute_paths(config)
+    check_data(config)
     if not resume:
         claim_run_folder(config)
-    check_data(config)
     with ray_session(config.run.workers):
         scaling = scaling_config(config)
         with Display() as display:
@@ -88,7 +88,7 @@ def resume_config(run: str, *layers: Mapping[str, Any]) -> settings.Config:
 
 def check_data(config: settings.Config) -> None:
     """The quick part of the data check; raises UserError with the first error, so that nothing starts that would fail or lie."""
-    report = check(config.data, quick=True)
+    report = check(config.data, quick=True, num_queries=config.model.num_queries)
     if not report.ok:
         more = f" (and {len(report.errors) - 1} more)" if len(report.errors) > 1 else ""
         raise UserError(f"{report.errors[0]}{more}; `raydetr data check` tells all")
