@@ -85,10 +85,11 @@ class Taken(NamedTuple):
 
 
 def train_one_epoch(training: Training, loader: Iterable[Batch], epoch: int, show: Callable[[dict], None]) -> dict[str, float]:
-    """One pass over the training set; returns the means over its steps by :func:`loss_names`, and ``images_per_second``.
+    """One pass over the training set; returns the means over its steps by :func:`loss_names`, of the rates ``lr_transformer`` and
+    ``lr_backbone``, and ``images_per_second``.
 
-    ``show`` is given every step's numbers (averaged over the workers), also ``step``, ``images_per_second`` (of all workers) and
-    the rates ``lr_transformer`` and ``lr_backbone``. Raises UserError, on all workers, where a loss or gradient is not finite.
+    ``show`` is given every step's numbers (averaged over the workers), also ``step`` and ``images_per_second`` (of all workers).
+    Raises UserError, on all workers, where a loss or gradient is not finite.
     """
     training.model.train()
     names, rows, unread, began = loss_names(training.criterion), [], [], time.perf_counter()
@@ -104,7 +105,7 @@ def train_one_epoch(training: Training, loader: Iterable[Batch], epoch: int, sho
         raise UserError("the training set gives no batch: it has no image for each worker")
     if training.scaler.is_enabled() and training.scaler.get_scale() < SMALLEST_SCALE:
         raise UserError(f"the gradients overflow in fp16 whatever their scale (epoch {epoch}); take speed.precision bf16 or fp32")
-    means = {name: _mean([row[name] for row in rows]) for name in names}
+    means = {name: _mean([row[name] for row in rows]) for name in rows[0]}
     return {**means, "images_per_second": images * workers() / (time.perf_counter() - began)}
 
 
@@ -178,7 +179,7 @@ def _read(training: Training, names: list[str], unread: list[Taken], rows: list[
         if not math.isfinite(row["loss"]) or not (math.isfinite(row["grad_norm"]) or training.scaler.is_enabled()):
             raise _non_finite(row, taken, epoch)
         rates = dict(zip(("lr_transformer", "lr_backbone"), taken.rates, strict=True))
-        rows.append(row)
+        rows.append({**row, **rates})
         show({"step": taken.step, **row, **rates, "images_per_second": images_per_second})
     unread.clear()
     return now

@@ -8,6 +8,7 @@ with the very same result as without the stop.
 import contextlib
 import dataclasses
 import errno
+import inspect
 import math
 import os
 import random
@@ -204,9 +205,8 @@ def _write_down(run: Run, train: dict[str, float], val: dict[str, float], scores
     training, epoch = run.training, run.progress.epoch
     run.tracker.log_epoch(training.step, epoch, train, val, scores, curve)
     trained = sum(parameter.numel() for parameter in training.detr.parameters() if parameter.requires_grad)
-    rate = training.optimizer.param_groups[0]["lr"]
     # The official log counts epochs from 0.
-    write_log(run.folder / "log.txt", log_line(epoch - 1, train, val, scores, training.criterion.weight_dict, rate, trained))
+    write_log(run.folder / "log.txt", log_line(epoch - 1, train, val, scores, training.criterion.weight_dict, trained))
 
 
 def _draw(run: Run, detections: Detections) -> None:
@@ -295,7 +295,13 @@ def _training(config: Config, reporter: Any, model: nn.Module, num_classes: int,
     scheduler = build_scheduler(optimizer, optim, steps_per_epoch, (content["epoch"] if content else 0) * steps_per_epoch)
     if reporter.world_size > 1:
         device_ids = [device.index] if device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # The buffers are constants: no need to send them round at every step. Older versions of torch have the other name for it.
+        name = (
+            "forward_sync_buffers"
+            if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+            else "broadcast_buffers"
+        )
+        model = DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True, **{name: False})
     step = content["step"] if content else 0
     return Training(model, criterion, optimizer, scheduler, scaler, average, device, dtype, optim.accumulate, optim.clip_max_norm, step)
 

@@ -185,19 +185,13 @@ class Pictures:
 
 
 def log_line(
-    epoch: int,
-    train: dict[str, float],
-    val: dict[str, float],
-    metrics: dict[str, Any],
-    weights: dict[str, float],
-    rate: float,
-    parameters: int,
+    epoch: int, train: dict[str, float], val: dict[str, float], metrics: dict[str, Any], weights: dict[str, float], parameters: int
 ) -> dict[str, Any]:
     """A line of the official log.txt, which counts epochs from 0: losses weighted, and unweighted with the suffix ``_unscaled``.
 
-    ``weights`` is the criterion's ``weight_dict``, ``rate`` the transformer's learning rate, ``parameters`` how many are trained.
+    ``weights`` is the criterion's ``weight_dict``, ``parameters`` how many are trained.
     """
-    line: dict[str, Any] = {"train_lr": rate}
+    line: dict[str, Any] = {"train_lr": train["lr_transformer"]}
     for split, losses in (("train", train), ("test", val)):
         line |= {f"{split}_class_error": losses["class_error"], f"{split}_loss": losses["loss"]}
         line |= {f"{split}_{name}": losses[name] * weight for name, weight in weights.items()}

@@ -283,7 +283,7 @@ def train_share(folder, broken=None, accumulate=1):
     batches = [collate([images[index]]) for index in range(dist.get_rank(), len(images), 2)]
     if broken == dist.get_rank():
         batches[1][0][0, 0, 0, 0] = math.nan
-    training = make_training(accumulate=accumulate, wrap=lambda model: DistributedDataParallel(model, broadcast_buffers=False))
+    training = make_training(accumulate=accumulate, wrap=DistributedDataParallel)
     shown = []
     try:
         train_one_epoch(training, batches, 1, shown.append)
@@ -326,6 +326,7 @@ def two_workers(module_coco_folder, run_workers, tmp_path_factory):
     return folders, [torch.load(out / f"{rank}.pth") for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_two_workers_train_as_one_with_both_batches(two_workers):
     (folder, _, _), (first, second) = two_workers
     assert all(torch.equal(value, second["train"]["model"][name]) for name, value in first["train"]["model"].items())
@@ -339,6 +340,7 @@ def test_two_workers_train_as_one_with_both_batches(two_workers):
         assert first["train"]["shown"][0][name] == pytest.approx(shown[0][name], rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_two_workers_accumulate_as_one(two_workers):
     (folder, _, _), (first, _) = two_workers
     alone = make_training()
@@ -347,6 +349,7 @@ def test_two_workers_accumulate_as_one(two_workers):
         torch.testing.assert_close(first["accumulate"]["model"][name], value, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_nan_on_one_worker_stops_both_with_its_images(two_workers):
     _, (first, second) = two_workers
     # Worker 1 has the pictures 11 and 13; the second is broken.
@@ -354,6 +357,7 @@ def test_a_nan_on_one_worker_stops_both_with_its_images(two_workers):
     assert first["train broken"] == second["train broken"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [5, 1])
 def test_evaluation_of_two_workers_is_that_of_one(two_workers, number):
     folders, (first, second) = two_workers
@@ -364,6 +368,7 @@ def test_evaluation_of_two_workers_is_that_of_one(two_workers, number):
     assert len(alone["results"]) == 9 * number
 
 
+@pytest.mark.slow
 def test_evaluation_that_fails_on_one_worker_fails_on_both(two_workers):
     _, (first, second) = two_workers
     assert "on the images 12, 13;" in first["evaluate broken"]
