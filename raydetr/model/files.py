@@ -1,0 +1,162 @@
+"""Files that are whole or not there: written atomically, downloaded once per machine."""
+
+import contextlib
+import hashlib
+import http.client
+import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from filelock import FileLock, Timeout
+
+from raydetr.errors import UserError
+
+TIMEOUT = 30  # seconds without a byte after which a server counts as gone
+LEFTOVER = 3600  # seconds without a write after which a partial file counts as left by a killed process
+HASHED_NAME = re.compile(r"[\w.-]+-([0-9a-f]{8,64})\.\w+")  # as torch.hub names files: the beginning of their sha256
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write; it takes ``path``'s place when the block ends well, and leaves no trace when it does not."""
+    for leftover in path.parent.glob(f".{path.name}.*.partial"):
+        with contextlib.suppress(FileNotFoundError):  # another process may sweep, too
+            if time.time() - leftover.stat().st_mtime > LEFTOVER:
+                leftover.unlink()
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def download(url: str) -> Path:
+    """The file of an http(s) ``url`` in torch.hub's folder (``TORCH_HOME``), fetched where it is not there yet.
+
+    A name like ``detr-r50-e632da11.pth`` promises how the file's sha256 begins: it is checked, also of a file that is there. Of
+    several processes one fetches, the others wait. Raises UserError without network, for an answer that is no file, a wrong
+    sha256 and a full disk; nothing half is left then.
+    """
+    shown = url.split("?")[0]  # what follows may be a secret
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    try:
+        file, digest = folder / _file_name(url), _promised_digest(url)
+    except ValueError as error:
+        raise UserError(f"{shown}: not an address ({error})") from None
+    try:
+        if not _is_good(file, digest):
+            folder.mkdir(parents=True, exist_ok=True)
+            with _one_process(file):
+                if not _is_good(file, digest):
+                    _fetch(url, file, digest)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise UserError(f"{shown}: not downloaded ({_reason(error)}); without a network, put the file at {file}") from None
+    return file
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"the server answers {error.code} {error.reason}"
+    cause = error.reason if isinstance(error, urllib.error.URLError) else error
+    text = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
+    return " ".join(text.split())
+
+
+def _url_name(url: str) -> str:
+    return urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
+
+
+def _promised_digest(url: str) -> str | None:
+    promise = HASHED_NAME.fullmatch(_url_name(url))
+    return promise[1] if promise else None
+
+
+def _file_name(url: str) -> str:
+    name = _url_name(url)
+    if _promised_digest(url):
+        return name
+    # Two servers may both have a best.pth: what the name does not tell apart, the address does.
+    address = hashlib.sha256(url.encode()).hexdigest()[:12]
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', Path(name).stem)[:80]}.{address}.pth"
+
+
+def _is_good(file: Path, digest: str | None) -> bool:
+    if not file.is_file() or not digest:
+        return file.is_file()
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest().startswith(digest)
+
+
+@contextlib.contextmanager
+def _one_process(file: Path) -> Iterator[None]:
+    """Waits until no other process of this machine is in here for ``file``; the lock of a killed process is free."""
+    lock = FileLock(f"{file}.lock")
+    try:
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            print(f"waiting for another process that downloads {file.name}", file=sys.stderr, flush=True)
+            lock.acquire()
+    except NotImplementedError:  # a file system without locks: each process fetches, each puts a whole file in place
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _fetch(url: str, file: Path, digest: str | None) -> None:
+    request = urllib.request.Request(url, headers={"User-Agent": "raydetr"})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response, written_whole(file) as out:
+        size = int(response.headers.get("Content-Length") or 0)
+        done, sha256 = 0, hashlib.sha256()
+        with _progress(file.name, size) as show:
+            while chunk := response.read(1 << 20):
+                out.write(chunk)
+                sha256.update(chunk)
+                done += len(chunk)
+                show(done)
+        if size and done != size:
+            raise OSError(f"the answer ended after {done} of {size} bytes; try again")
+        if digest and not sha256.hexdigest().startswith(digest):
+            raise OSError(f"its sha256 is {sha256.hexdigest()[:16]}..., its name promises {digest}: not the file that was asked for")
+
+
+@contextlib.contextmanager
+def _progress(name: str, size: int) -> Iterator[Callable[[int], None]]:
+    """``show(bytes done)``: a bar in a terminal, elsewhere a line now and then."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task(name, total=size or None)
+            yield lambda done: progress.update(task, completed=done)
+        return
+    begun = last = time.monotonic()
+    of = f" of {size / 1e6:.1f}" if size else ""
+    print(f"downloading {name}", file=sys.stderr, flush=True)
+
+    def show(done: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > 10 or done == size:
+            last = now
+            print(f"downloading {name}: {done / 1e6:.1f}{of} MB, {now - begun:.0f} s", file=sys.stderr, flush=True)
+
+    yield show
