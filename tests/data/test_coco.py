@@ -428,19 +428,26 @@ def test_boxes_that_a_crop_empties_go_with_all_that_is_theirs(coco_folder):
 
 
 def test_labels_stay_with_their_boxes_through_crops(coco_folder):
-    """Squares are red and oblongs blue in the pictures: the colour at a box's middle must be its label's."""
-    root = coco_folder(train=3, boxes=1, size=(120, 90))
-    train, seen = dataset(root, "train"), set()
-    for epoch in range(20):
-        for index in range(3):
-            image, target = train[epoch, index]
-            for (cx, cy, width, height), label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
-                if min(width, height) * 128 < 6:
-                    continue
-                red, _, blue = image[:, int(cy * image.shape[1]), int(cx * image.shape[2])].tolist()
-                assert (red > blue) == (label == 0)
-                seen.add(label)
-    assert seen
+    """Things of category 3 are red and those of 7 blue: the colour at a box's middle must be its label's."""
+    root = coco_folder(train=1, boxes=0, size=(200, 100))
+    pixels = np.full((100, 200, 3), 90, np.uint8)
+    things = [(10, 40, 3), (150, 10, 7), (60, 50, 3), (110, 60, 7)]
+    for x, y, category in things:
+        pixels[y : y + 30, x : x + 30] = (255, 0, 0) if category == 3 else (0, 0, 255)
+    Image.fromarray(pixels).save(root / "train2017" / "train_000.jpg", quality=100, subsampling=0)
+    boxes = [{"image_id": 10, "category_id": category, "bbox": [x, y, 30, 30]} for x, y, category in things]
+    rewrite(root, lambda coco: coco.update(annotations=boxes), "train")
+    data = load_config({"model.preset": "detr_tiny", "data.crop": 1.0, "data.crop_resize": [100], "data.crop_min": 60}).data
+    train, seen = dataset(root, "train", train_transforms(data)), set()
+    for epoch in range(40):
+        image, target = train[epoch, 0]
+        for (cx, cy, width, height), label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True):
+            if min(width * image.shape[2], height * image.shape[1]) < 4:
+                continue
+            red, _, blue = image[:, int(cy * image.shape[1]), int(cx * image.shape[2])].tolist()
+            assert (red > blue) == (label == 0)
+        seen.add(tuple(target["labels"].tolist()))
+    assert {(1, 1), (0, 0, 1)} <= seen  # some boxes went, from the front and from the back
 
 
 def test_perfect_predictions_score_one(known):
