@@ -47,12 +47,14 @@ class Tracker:
     def __init__(self, folder: Path, config: Config, step: int = 0):
         from torch.utils.tensorboard import SummaryWriter  # takes a second or more, which only a training run has to wait
 
-        before = any(folder.glob("events.out.tfevents.*"))
-        # Events at purge_step go, too. Those of step 0 describe the run and stay, unless it starts anew.
-        purge = (step + 1 if step else 0) if before else None
-        self._writer = SummaryWriter(folder, purge_step=purge, max_queue=1000, flush_secs=30)
+        before = list(folder.glob("events.out.tfevents.*"))
+        if not step:  # a first epoch that was stopped: the run starts anew
+            while before:
+                before.pop().unlink()
+        # TensorBoard takes back the events at purge_step, too.
+        self._writer = SummaryWriter(folder, purge_step=step + 1 if before else None, max_queue=1000, flush_secs=30)
         self._settings = {name: _plain(value) for name, value in flatten(to_dict(config)).items()}
-        if not (before and step):
+        if not before:
             self._describe()
 
     def _describe(self) -> None:
