@@ -491,7 +491,8 @@ def _fitted_head(
         head[name][to] = state[name][taken].to(own)
     names = f" ({', '.join(ours[label] for label, _ in kept[:3])}{', ...' * (len(kept) > 3)})" if kept else ""
     no_object = "no-object" if sound else "no no-object row (the file's is a copy of another)"
-    return head, [f"head: {no_object} and {len(kept)} of {num_classes} categories kept{names}, the others new"]
+    new = ", the others new" if len(kept) < num_classes else ""
+    return head, [f"head: {no_object} and {len(kept)} of {num_classes} categories kept{names}{new}"]
 
 
 def _names(categories: list[dict[str, Any]] | None) -> list[str]:
