@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from plotly.offline import get_plotlyjs
 
 from raydetr.errors import UserError
-from raydetr.search import STATE_NAMES, Search, importance_evaluator, importances, trials_frame
+from raydetr.search import STATE_NAMES, Search, epochs_of, importance_evaluator, importances, trials_frame
 from raydetr.space import as_drawn
 
 DEFAULT, BEST, OTHER = "#1b2a41", "#d1495b", "#b8c4d0"  # trial 0, the best trial, the rest
@@ -107,12 +107,9 @@ def _verdict(search: Search) -> str:
     if best is None:
         return f'<p class="lead">No trial has ended with a value of {metric} yet.</p>'
     if best.number == 0:
-        text = f"No trial beats the default settings (trial 0), which reach {metric} <b>{best.value:.4f}</b>."
-    else:
-        text = f"Trial {best.number} reaches {metric} <b>{best.value:.4f}</b>; the default settings (trial 0) "
-        text += (
-            "have no value." if default.value is None else f"reach <b>{default.value:.4f}</b>: <b>{best.value - default.value:+.4f}</b>."
-        )
+        return f'<p class="lead">No trial beats the default settings (trial 0), which reach {metric} <b>{best.value:.4f}</b>.</p>'
+    text = f"Trial {best.number} reaches {metric} <b>{best.value:.4f}</b>; the default settings (trial 0) "
+    text += "have no value." if default.value is None else f"reach <b>{default.value:.4f}</b>: <b>{best.value - default.value:+.4f}</b>."
     count = len(search.ranked())
     return (
         f'<p class="lead">{text}</p><p class="quiet">It is the best of {count} on the very photographs that measured it, so expect less on '
@@ -127,7 +124,7 @@ def _tiles(search: Search) -> str:
         f"best {search.metric}": f"{best.value:.4f}" if best else "-",
         "trials handed out": f"{sum(trial.state != TrialState.WAITING for trial in trials)} of {search.trials}",
         ", ".join(states): f"{sum(trial.state.is_finished() for trial in trials)} ended",
-        "epochs trained": str(sum(len(trial.intermediate_values) for trial in trials)),
+        "epochs trained": str(sum(epochs_of(trial) for trial in trials)),
         "from first start to last end": _span(trials),
         "settings drawn": str(len(search.space.distributions)),
     }
@@ -157,7 +154,7 @@ def _best_beside_default(search: Search) -> str:
     headings = ["", *("trial 0 (default)" if trial.number == 0 else f"trial {trial.number} (best)" for trial in columns)]
     rows = [
         ([search.metric, *(trial.value for trial in columns)], "best"),
-        (["epochs", *(len(trial.intermediate_values) for trial in columns)], ""),
+        (["epochs", *(epochs_of(trial) for trial in columns)], ""),
     ]
     metrics = [trial.user_attrs.get("metrics", {}) for trial in columns]
     names = dict.fromkeys(name for each in metrics for name in each if name not in ("epochs", search.metric))
@@ -205,6 +202,8 @@ def _figures(search: Search) -> dict[str, tuple[str, str, go.Figure]]:
             figures["slices"] = ("Slices", explanation, plots.plot_slice(study, target_name=metric))
         if any(trial.datetime_start for trial in trials):
             figures["timeline"] = ("Timeline", "When each trial ran, and how it ended.", plots.plot_timeline(study))
+            if len(trials) < 15:
+                figures["timeline"][2].update_yaxes(dtick=1)
     return figures
 
 
@@ -244,7 +243,7 @@ def _comparison(searches: Sequence[Search]) -> str:
     by_trial, by_epoch, rows = go.Figure(), go.Figure(), []
     for index, (search, label) in enumerate(zip(searches, _labels(searches), strict=True)):
         ended = sorted((trial for trial in search.frozen() if trial.state.is_finished()), key=lambda trial: trial.datetime_complete)
-        epochs = list(itertools.accumulate(len(trial.intermediate_values) for trial in ended))
+        epochs = list(itertools.accumulate(epochs_of(trial) for trial in ended))
         so_far = _running_maximum(trial.value for trial in ended)
         style = {"name": label, "mode": "lines", "line": {"shape": "hv", "width": 2.5, "color": SEARCHES[index % len(SEARCHES)]}}
         by_trial.add_scatter(x=list(range(1, len(ended) + 1)), y=so_far, **style)

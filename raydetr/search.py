@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     import pandas
 
 SAMPLERS = ("tpe", "gp", "random", "cmaes")
+PRUNERS = ("asha", "median", "none")
+REDUCTION = 3  # of the trials that reach a rung of ASHA, a third goes on to the next, three times as many epochs away
 SPACE_FILE, CONFIG_FILE, STUDY_FILE = "space.yaml", "config.yaml", "study.journal"
 STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 STATE_NAMES = {**{state: name for name, state in STATES.items()}, TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}
@@ -126,6 +128,14 @@ class Search:
         if trial.state == TrialState.RUNNING and epoch not in trial.intermediate_values and _is_finite(value):
             optuna.Trial(self.study, trial._trial_id).report(value, epoch)
 
+    def should_stop(self, number: int) -> bool:
+        """Whether a running trial, by what was reported of it, is to be given up. Trial 0 never is: it is what the others must beat."""
+        trial = self.frozen()[number]
+        if number == 0 or trial.state != TrialState.RUNNING:
+            return False
+        self.study.pruner = make_pruner(self._plan["pruner"], self._plan["grace"], self.trials)
+        return optuna.Trial(self.study, trial._trial_id).should_prune()
+
     def tell(
         self, number: int, state: str, value: float | None = None, *, reason: str = "", metrics: Mapping[str, Any] | None = None
     ) -> bool:
@@ -188,16 +198,20 @@ def create_search(
     trials: int,
     metric: str = "AP",
     sampler: str = "tpe",
+    pruner: str = "none",
+    grace: int = 1,
     seed: int = 0,
     points: Sequence[Mapping[str, Any]] = (),
 ) -> Search:
     """A new search in ``folder``: trial 0 with the settings of ``config``, then ``points`` (of :meth:`Space.check_point`), then draws.
 
-    Raises UserError where the folder holds a search already, for an unknown sampler, and where ``trials`` are too few.
+    ``grace`` is the epoch before which ``pruner`` stops no trial. Raises UserError where the folder holds a search already, for an
+    unknown sampler or pruner, and where ``trials`` are too few.
     """
     folder = Path(folder)
     base = flatten(to_dict(config))
     make_sampler(sampler, seed, _trial_count(trials))
+    make_pruner(pruner, grace, trials)
     points = _without_repeats([space.check_point(point, base) for point in points])
     if len(points) >= trials:
         raise UserError(f"{len(points)} points to start from and trial 0 need {len(points) + 1} trials; {trials} were asked for")
@@ -206,7 +220,6 @@ def create_search(
     folder.mkdir(parents=True, exist_ok=True)
     space.write(folder / SPACE_FILE)
     write_yaml(config, folder / CONFIG_FILE)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(storage=_storage(folder), study_name=folder.name, direction="maximize")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -215,7 +228,8 @@ def create_search(
     for point in points:
         study.enqueue_trial(point, user_attrs={"origin": "given point"})
     # Last, so that a search without it is known to be half made.
-    study.set_user_attr("search", {"metric": metric, "sampler": sampler, "seed": seed, "trials": trials})
+    plan = {"metric": metric, "trials": trials, "sampler": sampler, "seed": seed, "pruner": pruner, "grace": grace}
+    study.set_user_attr("search", plan)
     return Search(folder)
 
 
@@ -248,6 +262,7 @@ def read_study(folder: str | Path) -> optuna.Study:
 
 
 def _storage(folder: Path) -> JournalStorage:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     return JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
 
 
@@ -272,9 +287,7 @@ def make_sampler(name: str, seed: int | Sequence[int], trials: int) -> optuna.sa
 
     Raises UserError for an unknown name and for a missing package.
     """
-    if name not in SAMPLERS:
-        near = difflib.get_close_matches(name, SAMPLERS, 1)
-        raise UserError(f"unknown sampler {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(SAMPLERS)}"))
+    _check_name("sampler", name, SAMPLERS)
     if name == "cmaes" and importlib.util.find_spec("cmaes") is None:
         raise UserError("the sampler cmaes needs the package of that name: pip install cmaes")
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -289,6 +302,24 @@ def make_sampler(name: str, seed: int | Sequence[int], trials: int) -> optuna.sa
         if name == "cmaes":
             return optuna.samplers.CmaEsSampler(seed=seed, consider_pruned_trials=True, warn_independent_sampling=False)
         return optuna.samplers.RandomSampler(seed=seed)
+
+
+def make_pruner(name: str, grace: int, trials: int) -> optuna.pruners.BasePruner:
+    """Optuna's pruner of that name (``PRUNERS``), which stops no trial before epoch ``grace``; UserError for an unknown name."""
+    _check_name("pruner", name, PRUNERS)
+    if grace < 1:
+        raise UserError(f"a grace of {grace} epochs: a trial runs for one epoch at least")
+    if name == "asha":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=grace, reduction_factor=REDUCTION)
+    if name == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=min(5, max(1, trials // 4)), n_warmup_steps=grace)
+    return optuna.pruners.NopPruner()
+
+
+def _check_name(what: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        raise UserError(f"unknown {what} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"))
 
 
 def read_points(path: str | Path, space: Space, config: Config) -> list[dict[str, Any]]:
@@ -384,7 +415,7 @@ def trials_frame(search: Search) -> "pandas.DataFrame":
             "trial": trial.number,
             "state": STATE_NAMES[trial.state],
             search.metric: trial.value,
-            "epochs": len(trial.intermediate_values),
+            "epochs": epochs_of(trial),
         }
         row |= {"seconds": seconds, "started": trial.datetime_start, "ended": trial.datetime_complete}
         row |= {name: as_drawn(settings.get(name)) for name in search.space.names}
@@ -418,12 +449,17 @@ def top_trials(search: Search, count: int = 5) -> str:
         gain = f"{trial.value - trials[0].value:+.4f}" if trial.number and None not in (trial.value, trials[0].value) else ""
         settings = search.settings(trial.number) if _is_drawn(search, trial) else {}
         cells = ["0 (default)" if trial.number == 0 else str(trial.number), STATE_NAMES[trial.state]]
-        cells += ["-" if trial.value is None else f"{trial.value:.4f}", gain, str(len(trial.intermediate_values))]
+        cells += ["-" if trial.value is None else f"{trial.value:.4f}", gain, str(epochs_of(trial))]
         table.add_row(*cells, *(_compact(settings[name]) if name in settings else "-" for name in varied))
     console = Console(width=40 + 30 * len(varied), color_system=None)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def epochs_of(trial: FrozenTrial) -> int:
+    """How many epochs a trial was trained: the last one reported (one in between may be missing after a crash)."""
+    return trial.last_step or 0
 
 
 def _is_drawn(search: Search, trial: FrozenTrial) -> bool:
