@@ -12,7 +12,7 @@ from raydetr.engine import Detections, choose_device, evaluate
 from raydetr.errors import UserError
 from raydetr.evaluation import METRICS, coco_metrics
 from raydetr.loss.criterion import build_criterion
-from raydetr.model.checkpoint import load, read_checkpoint
+from raydetr.model.checkpoint import load, located, read_checkpoint
 
 
 def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val") -> dict[str, Any]:
@@ -37,7 +37,7 @@ def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: 
 
 def trained_with(checkpoint: str | Path) -> dict[str, Any]:
     """The model and image settings that a checkpoint was trained with; an official checkpoint has none: the defaults hold."""
-    values = settings.flatten(read_checkpoint(checkpoint).get("settings", {}))
+    values = settings.flatten(read_checkpoint(located(checkpoint)).get("settings", {}))
     places = {"data.path", "data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations"}
     kept = ("model.", "data.", "optim.batch_size")
     return {name: value for name, value in values.items() if name in settings.SETTINGS and name.startswith(kept) and name not in places}

@@ -189,7 +189,7 @@ def load(path: str | Path) -> DETR:
     Its ``categories`` (``[{"id", "name"}, ...]`` in label order) and ``settings`` come from the file; where it has none (the official
     ones) they are told from the tensors and, DC5, from the file's name. Raises UserError where the file is no whole DETR.
     """
-    path = _located(path)
+    path = located(path)
     content = read_checkpoint(path)
     state = _official_state(content, path)
     if _is_backbone(state):
@@ -221,7 +221,7 @@ def load_weights(model: DETR, weights: str, categories: list[dict[str, Any]] | N
         raise ValueError(f"{len(categories)} categories for a model of {model.settings['num_classes']} classes")
     if weights == "none":
         return "weights: none; everything starts at random"
-    path = _located(_source(weights, model.settings))
+    path = located(_source(weights, model.settings))
     content = read_checkpoint(path)
     state = _official_state(content, path)
     _check_same_network(_known_settings(content, state, path), model.settings, path)
@@ -285,7 +285,8 @@ def _is_url(source: str | Path) -> bool:
     return str(source).lower().startswith(("http://", "https://"))
 
 
-def _located(source: str | Path) -> Path:
+def located(source: str | Path) -> Path:
+    """The file of a path or URL; an URL's is downloaded once and kept."""
     return download(str(source)) if _is_url(source) else Path(source).expanduser()
 
 
