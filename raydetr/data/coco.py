@@ -175,25 +175,29 @@ def _clean_annotations(entries: list[dict], images: dict[int, dict], categories:
     """Every annotation with what detection needs of it; ``area`` is None where the file does not say it. Ids are the file's."""
     cleaned = []
     for number, entry in enumerate(entries, 1):
-        where = f"{path}: annotation id {short(entry['id'])}" if "id" in entry else f"{path}: annotation number {number} (without id)"
-        image_id = _id(entry.get("image_id"), f"{where}: image_id")
-        category_id = _id(entry.get("category_id"), f"{where}: category_id")
-        if image_id not in images:
-            raise UserError(f"{where} belongs to image id {image_id}, which is not among the file's images")
-        if category_id not in categories:
-            raise UserError(f"{where} has category id {category_id}, which is not among the file's categories")
-        xywh = entry.get("bbox")
-        if not isinstance(xywh, list) or len(xywh) != 4 or not all(map(is_number, xywh)):
-            raise UserError(f"{where}: bbox {short(xywh)} is not a list of four numbers, [x, y, width, height]")
-        crowd = entry.get("iscrowd") or 0
-        if crowd not in (0, 1):
-            raise UserError(f"{where}: iscrowd is {short(crowd)}, not 0 or 1")
-        area = entry.get("area")
-        area = area if is_finite(area) and area > 0 else None
-        cleaned.append(
-            {"id": entry.get("id"), "image_id": image_id, "category_id": category_id, "bbox": xywh, "area": area, "iscrowd": int(crowd)}
-        )
+        try:
+            cleaned.append(_clean_annotation(entry, images, categories))
+        except UserError as error:
+            which = f"id {short(entry['id'])}" if "id" in entry else f"number {number} (without id)"
+            raise UserError(f"{path}: annotation {which}: {error}") from None
     return cleaned
+
+
+def _clean_annotation(entry: dict, images: dict[int, dict], categories: dict[int, dict]) -> dict:
+    image_id, category_id = _id(entry.get("image_id"), "image_id"), _id(entry.get("category_id"), "category_id")
+    if image_id not in images:
+        raise UserError(f"image id {image_id} is not among the file's images")
+    if category_id not in categories:
+        raise UserError(f"category id {category_id} is not among the file's categories")
+    xywh = entry.get("bbox")
+    if not isinstance(xywh, list) or len(xywh) != 4 or not all(map(is_number, xywh)):
+        raise UserError(f"bbox {short(xywh)} is not a list of four numbers, [x, y, width, height]")
+    crowd = entry.get("iscrowd") or 0
+    if crowd not in (0, 1):
+        raise UserError(f"iscrowd is {short(crowd)}, not 0 or 1")
+    area = entry.get("area")
+    area = area if is_finite(area) and area > 0 else None
+    return {"id": entry.get("id"), "image_id": image_id, "category_id": category_id, "bbox": xywh, "area": area, "iscrowd": int(crowd)}
 
 
 def _with_area(annotations: list[dict], images: dict[int, dict], path: str | Path, warnings: list[str]) -> list[dict]:
