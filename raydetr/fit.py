@@ -119,7 +119,9 @@ def fit(config: Config, reporter: Any = None) -> dict[str, Any]:
     weighted) and so on, ``best_AP``, ``best_epoch``, ``images_per_second``, ``seconds``; AP is None where the validation set has no
     object. A run that is finished already returns at once. Raises UserError for what the user can mend.
     """
-    reporter = reporter or LocalReporter()
+    if reporter is None:
+        with Display() as display:
+            return fit(config, LocalReporter(display=display))
     if config.run.name is None:
         raise UserError("run.name is not set: it names the run's folder in run.storage")
     folder = Path(config.run.storage).expanduser() / config.run.name
@@ -224,13 +226,15 @@ def _save(run: Run, metrics: dict[str, Any], best: bool, random_states: list[dic
         "optimizer": training.optimizer.state_dict(),
         "lr_scheduler": training.scheduler.state_dict(),
         "scaler": training.scaler.state_dict(),
+        # With a moving average "model", what is to be used, is the average: naming it twice takes no room in the file.
         "ema": average.module.state_dict() if average else None,
         "ema_updates": average.updates if average else 0,
+        "trained": training.detr.state_dict() if average else None,
         "random": random_states,
         "step": training.step,
         "progress": dataclasses.asdict(run.progress),
     }
-    save_checkpoint(run.folder / "last.pth", {"model": training.detr.state_dict(), **about, **to_go_on})
+    save_checkpoint(run.folder / "last.pth", {"model": training.evaluated.state_dict(), **about, **to_go_on})
 
 
 # ------------------------------------------------------------------------------------------------- from settings to a run
@@ -255,7 +259,7 @@ def _prepare(config: Config, reporter: Any, folder: Path, content: dict[str, Any
     else:
         message = f"going on after epoch {content['epoch']} of {start}"
         _check_same_run(config, content, start)
-        model.load_state_dict(content["model"])
+        model.load_state_dict(content["trained"] or content["model"])
     for text in (*train.dataset.warnings, *val.dataset.warnings, message):
         reporter.show({"kind": "message", "text": text})
     training = _training(config, reporter, model.to(device), len(categories), math.ceil(len(train) / config.optim.accumulate), content)
@@ -327,14 +331,16 @@ def _check_same_run(config: Config, content: dict[str, Any], start: Path) -> Non
 
 
 def _open_folder(config: Config, folder: Path, step: int) -> Tracker:
+    temporary = folder / "config.yaml.new"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_yaml(config, folder / "config.yaml.new")
+        write_yaml(config, temporary)
+        os.replace(temporary, folder / "config.yaml")
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         if error.errno in DISK_FULL:
             raise
         raise UserError(f"run.storage: cannot write to {folder}: {error.strerror}") from None
-    os.replace(folder / "config.yaml.new", folder / "config.yaml")
     return Tracker(folder / "tb", config, step)
 
 

@@ -11,11 +11,15 @@ Tags, all at x = optimizer steps taken so far, so that a run that goes on after 
 """
 
 import json
+import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import to_pil_image
 
 from raydetr.config import SETTINGS, Config, flatten, to_dict
 from raydetr.data.coco import CocoImages
@@ -41,35 +45,32 @@ PICTURE_SCORE = 0.5  # lowest score of a box that is drawn
 class Tracker:
     """Writes a run's TensorBoard events into ``folder``; one worker of a run has one.
 
-    ``step`` is how many optimizer steps the run has behind it: what an earlier process wrote after that is taken back.
+    ``step`` is how many optimizer steps the run has behind it: what an earlier process wrote after that is taken back. Every
+    method raises OSError where the disk does.
     """
 
     def __init__(self, folder: Path, config: Config, step: int = 0):
-        from torch.utils.tensorboard import SummaryWriter  # takes a second or more, which only a training run has to wait
-
-        before = list(folder.glob("events.out.tfevents.*"))
+        folder.mkdir(parents=True, exist_ok=True)
+        before = list(folder.glob("*tfevents*"))
         if not step:  # a first epoch that was stopped: the run starts anew
             while before:
                 before.pop().unlink()
-        # TensorBoard takes back the events at purge_step, too.
-        self._writer = SummaryWriter(folder, purge_step=step + 1 if before else None, max_queue=1000, flush_secs=30)
+        self._events = _Events(folder, step + 1 if before else None)
         self._settings = {name: _plain(value) for name, value in flatten(to_dict(config)).items()}
         if not before:
             self._describe()
 
     def _describe(self) -> None:
         experiment, start, _ = self._hparams()
-        self._writer.file_writer.add_summary(experiment, 0)
-        self._writer.file_writer.add_summary(start, 0)
+        self._events.add(experiment, 0)
+        self._events.add(start, 0)
         rows = [f"| {name} | {value} | {SETTINGS[name].meaning} |" for name, value in self._settings.items()]
-        self._writer.add_text("settings", "\n".join(["| setting | value | meaning |", "|---|---|---|", *rows]), 0)
-        self._writer.add_custom_scalars(custom_scalars())
-        self._writer.flush()
+        self._events.add(summary().text("settings", "\n".join(["| setting | value | meaning |", "|---|---|---|", *rows])), 0)
+        self._events.add(summary().custom_scalars(custom_scalars()), 0)
+        self._events.flush()
 
     def _hparams(self) -> tuple:
-        from torch.utils.tensorboard.summary import hparams
-
-        return hparams(self._settings, dict.fromkeys(HPARAM_METRICS, 0.0))
+        return summary().hparams(self._settings, dict.fromkeys(HPARAM_METRICS, 0.0))
 
     def log_step(self, numbers: dict[str, float]) -> None:
         """A step's numbers, as ``train_one_epoch`` shows them."""
@@ -87,31 +88,75 @@ class Tracker:
         self._scalars(step, scalars)
         hits, false, missed = (curve[name] for name in ("true_positives", "false_positives", "false_negatives"))
         counts = (hits, false, 0 * hits, missed)  # nobody counts where rightly nothing was found
-        self._writer.add_pr_curve_raw("val/precision_recall", *counts, curve["precision"], curve["recall"], step, num_thresholds=len(hits))
+        curve = summary().pr_curve_raw("val/precision_recall", *counts, curve["precision"], curve["recall"], num_thresholds=len(hits))
+        self._events.add(curve, step)
 
     def log_pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
         """Pictures by name."""
         for name, picture in pictures.items():
-            self._writer.add_image(f"pictures/{name}", pil_to_tensor(picture), step)
+            self._events.add(summary().image(f"pictures/{name}", np.array(picture), dataformats="HWC"), step)
 
     def _scalars(self, step: int, scalars: dict[str, float | None]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         # One event for all: an event each would cost a tenth of a small model's step.
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items() if value is not None]
-        self._writer.file_writer.add_summary(Summary(value=values), step)
+        self._events.add(Summary(value=values), step)
 
     def flush(self) -> None:
-        """Bring everything so far to the disk; raises OSError where that fails."""
-        self._writer.flush()
+        """Bring everything so far to the disk."""
+        self._events.flush()
 
     def finish(self) -> None:
         """The run has come to its end."""
-        self._writer.file_writer.add_summary(self._hparams()[2], 0)
-        self._writer.flush()
+        self._events.add(self._hparams()[2], 0)
+        self._events.flush()
 
     def close(self) -> None:
         """Close the file."""
+        self._events.close()
+
+
+def summary():
+    """The module that makes TensorBoard's messages; importing it takes a second or more, which only a training run has to wait."""
+    from torch.utils.tensorboard import summary
+
+    return summary
+
+
+class _Events:
+    """An event file that is written at once and by the caller's own thread, where an error of the disk can be told to the user.
+
+    TensorBoard takes back what the folder's earlier files have at ``purge_step`` and after it.
+    """
+
+    flush_interval_s = 10.0
+
+    def __init__(self, folder: Path, purge_step: int | None):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        # TensorBoard reads the files of a folder in the order of their names.
+        file = folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._event, self._writer, self._flushed = Event, RecordWriter(file.open("wb")), time.monotonic()
+        self._write(Event(file_version="brain.Event:2"))
+        if purge_step is not None:
+            self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, summary: Any, step: int) -> None:
+        self._write(self._event(summary=summary, step=step))
+        if time.monotonic() - self._flushed > self.flush_interval_s:
+            self.flush()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._writer.write(event.SerializeToString())
+
+    def flush(self) -> None:
+        self._writer.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
         self._writer.close()
 
 

@@ -131,6 +131,10 @@ def test_the_run_folder(finished):
     assert not best.keys() & {"optimizer", "ema", "random"}
     assert last.keys() >= {"optimizer", "lr_scheduler", "scaler", "ema", "random"}
     assert len(last["random"]) == 1
+    same(last["model"], last["ema"])
+    assert not torch.equal(last["model"]["class_embed.weight"], last["trained"]["class_embed.weight"])
+    twice, once = (os.path.getsize(folder_of(config) / name) for name in ("last.pth", "best.pth"))
+    assert twice < 4.3 * once  # weights, their average, and two moments of the optimizer
     assert [event["kind"] for event in watcher.events if event["kind"] != "step"] == [
         *("message", "start"),
         *("evaluate", "report", "epoch") * 3,
