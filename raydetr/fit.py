@@ -337,7 +337,8 @@ def _open_folder(config: Config, folder: Path, step: int) -> Tracker:
         write_yaml(config, temporary)
         os.replace(temporary, folder / "config.yaml")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may not be there
+            temporary.unlink()
         if error.errno in DISK_FULL:
             raise
         raise UserError(f"run.storage: cannot write to {folder}: {error.strerror}") from None
