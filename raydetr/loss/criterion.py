@@ -33,8 +33,9 @@ class Normalizers:
 class Criterion(nn.Module):
     """Matches queries with true boxes and computes the losses. Build it with :func:`build_criterion`.
 
-    It has no parameters and no buffers; it computes in float32 on the outputs' device, under autocast as well. Targets are a list
-    of dicts, one per image, with ``labels`` int64 [n] in 0..K-1 and ``boxes`` [n, 4] (cxcywh, relative to the image); n may be 0.
+    It has no parameters and no buffers, and computes on the outputs' device, in float32 under autocast as well (of float64 outputs
+    in float64). Targets are a list of dicts, one per image, with ``labels`` int64 [n] in 0..K-1 and ``boxes`` [n, 4] (cxcywh,
+    relative to the image); n may be 0.
     """
 
     def __init__(self, num_classes: int, eos_coef: float, costs: tuple[float, float, float], weight_dict: dict[str, float]):
@@ -45,7 +46,7 @@ class Criterion(nn.Module):
         self.weight_dict = weight_dict
 
     def forward(self, outputs: dict[str, Any], targets: Targets, normalizers: Normalizers | None = None) -> dict[str, Tensor]:
-        """Unweighted losses under the official names, each a float32 scalar.
+        """Unweighted losses under the official names, each a scalar.
 
         ``loss_ce``, ``loss_bbox``, ``loss_giou``, ``cardinality_error`` of the last decoder layer and, with a suffix ``_0``, ``_1``,
         ..., of the earlier ones; ``class_error`` (per cent) of the last. Raises NonFiniteCost where the outputs are not finite.
@@ -109,15 +110,16 @@ class Criterion(nn.Module):
 
     def _numerators(self, outputs: dict[str, Any], targets: Targets) -> tuple[dict[str, Tensor], Tensor]:
         """Sums over images and queries [layers] by the name of their loss, and how many matched queries of the last layer
-        have the wrong class (float32 scalar). The last entry of [layers] is the last decoder layer.
+        have the wrong class (a scalar). The last entry of [layers] is the last decoder layer.
         """
         layers = [*outputs.get("aux_outputs", []), outputs]
         with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
-            logits = torch.stack([layer["pred_logits"] for layer in layers]).float()
-            boxes_cxcywh = torch.stack([layer["pred_boxes"] for layer in layers]).float()
+            dtype = torch.promote_types(outputs["pred_logits"].dtype, torch.float32)
+            logits = torch.stack([layer["pred_logits"] for layer in layers]).to(dtype)
+            boxes_cxcywh = torch.stack([layer["pred_boxes"] for layer in layers]).to(dtype)
             pairs = match(logits.detach(), boxes_cxcywh.detach(), targets, self.costs)
             labels = torch.cat([target["labels"] for target in targets])[pairs.target]
-            true_cxcywh = torch.cat([target["boxes"].float() for target in targets])[pairs.target]
+            true_cxcywh = torch.cat([target["boxes"].to(dtype) for target in targets])[pairs.target]
             layer = torch.arange(len(layers), device=logits.device)[:, None]
             matched_cxcywh = boxes_cxcywh[layer, pairs.image, pairs.query]
 
@@ -133,9 +135,9 @@ class Criterion(nn.Module):
                 "loss_ce": (entropy * weight).sum((1, 2)),
                 "loss_bbox": (matched_cxcywh - true_cxcywh).abs().sum((1, 2)),
                 "loss_giou": (1 - giou).sum(1),
-                "cardinality_error": (predicted - counts).abs().sum(1).float(),
+                "cardinality_error": (predicted - counts).abs().sum(1).to(dtype),
             }
-            wrong = (best[-1, pairs.image, pairs.query[-1]] != labels[-1]).sum().float()
+            wrong = (best[-1, pairs.image, pairs.query[-1]] != labels[-1]).sum().to(dtype)
         return numerators, wrong
 
 

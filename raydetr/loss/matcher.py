@@ -37,7 +37,7 @@ class Matching:
 def match(logits: Tensor, boxes_cxcywh: Tensor, targets: list[dict[str, Tensor]], weights: tuple[float, float, float]) -> Matching:
     """The assignment of least cost, for every layer and image.
 
-    logits float32 [L, B, Q, K + 1]; boxes_cxcywh float32 [L, B, Q, 4]; targets as :class:`raydetr.loss.criterion.Criterion`
+    logits [L, B, Q, K + 1] and boxes_cxcywh [L, B, Q, 4], not in half precision; targets as :class:`raydetr.loss.criterion.Criterion`
     takes them; weights of class probability, L1 distance and generalized IoU in the cost. An image with n true boxes gives
     min(n, Q) pairs. Raises NonFiniteCost. The device is waited for once.
     """
@@ -66,7 +66,7 @@ def matching_cost(logits: Tensor, boxes_cxcywh: Tensor, targets: list[dict[str, 
     class_weight, l1_weight, giou_weight = weights
     labels = pad_sequence([target["labels"] for target in targets], batch_first=True)
     # The padding is a box with an area, so that nothing divides by zero.
-    true_cxcywh = pad_sequence([target["boxes"].float() for target in targets], batch_first=True, padding_value=0.5)
+    true_cxcywh = pad_sequence([target["boxes"].to(boxes_cxcywh.dtype) for target in targets], batch_first=True, padding_value=0.5)
     layers, _, queries, _ = logits.shape
     chosen = labels[None, :, None].expand(layers, -1, queries, -1)
     probability = logits.softmax(-1).gather(-1, chosen)

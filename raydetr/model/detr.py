@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert
@@ -53,18 +54,19 @@ class DETR(nn.Module):
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
         """Classes and boxes of every object query.
 
-        images float [B, 3, H, W], normalized; mask bool [B, H, W], True where padded, or None where nothing is. Returns float32
-        ``pred_logits`` [B, Q, K + 1] (last: no object), ``pred_boxes`` [B, Q, 4] (cxcywh, relative to the unpadded image) and,
-        with ``aux_loss``, ``aux_outputs``: a list of such dicts, one for each decoder layer but the last.
+        images float [B, 3, H, W], normalized; mask bool [B, H, W], True where padded, or None where nothing is. Returns in float32
+        (float64 of a float64 network) ``pred_logits`` [B, Q, K + 1] (last: no object), ``pred_boxes`` [B, Q, 4] (cxcywh, relative
+        to the unpadded image) and, with ``aux_loss``, ``aux_outputs``: a list of such dicts, one for each decoder layer but the last.
         """
         body, position = self.backbone
         features, mask = body(images, mask)
         source = self.input_proj(features).flatten(2).transpose(1, 2)
         padded = None if mask is None else mask.flatten(1)
         states = self.transformer(source, position(features, mask), padded, self.query_embed.weight, self.aux_loss)
-        logits = self.class_embed(states).float()
-        boxes_cxcywh = self.bbox_embed(states).float().sigmoid()
-        layers = [{"pred_logits": one, "pred_boxes": other} for one, other in zip(logits, boxes_cxcywh, strict=True)]
+        logits, boxes_cxcywh = self.class_embed(states), self.bbox_embed(states)
+        # Under autocast the heads are the last to run in half precision.
+        logits, boxes_cxcywh = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (logits, boxes_cxcywh))
+        layers = [{"pred_logits": one, "pred_boxes": other} for one, other in zip(logits, boxes_cxcywh.sigmoid(), strict=True)]
         outputs: dict[str, Any] = layers[-1]
         return {**outputs, "aux_outputs": layers[:-1]} if self.aux_loss else outputs
 
