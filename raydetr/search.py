@@ -12,6 +12,7 @@ import difflib
 import importlib.util
 import math
 import re
+import time
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 SAMPLERS = ("tpe", "gp", "random", "cmaes")
 PRUNERS = ("asha", "median", "none")
 REDUCTION = 3  # of the trials that reach a rung of ASHA, a third goes on to the next, three times as many epochs away
+LOCK_SECONDS = 2  # a living writer holds the journal's lock for milliseconds
 SPACE_FILE, CONFIG_FILE, STUDY_FILE = "space.yaml", "config.yaml", "study.journal"
 STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 STATE_NAMES = {**{state: name for name, state in STATES.items()}, TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}
@@ -86,15 +88,13 @@ class Search:
             return known, self._draw(optuna.Trial(self.study, self.frozen()[known]._trial_id))
         trials = self.frozen()
         handed_out = sum(trial.state != TrialState.WAITING for trial in trials)
-        if self._again:
-            trial = optuna.Trial(self.study, trials[self._again.pop(0)]._trial_id)
-        elif handed_out < self.trials:
-            # A fresh sampler for every draw: it depends on the seed, the trial's turn and the study alone, so a search that was
-            # interrupted draws on as if it had not been.
-            self.study.sampler = make_sampler(self._plan["sampler"], [self._plan["seed"], handed_out], self.trials)
-            trial = self.study.ask()
-        else:
+        if not self._again and handed_out >= self.trials:
             return None
+        # A fresh sampler for every draw: it depends on the seed, the trial's turn and the study alone, so a search that was
+        # interrupted draws on as if it had not been.
+        turn = [self._again[0], 1] if self._again else [handed_out, 0]
+        self.study.sampler = make_sampler(self._plan["sampler"], [self._plan["seed"], *turn], self.trials)
+        trial = optuna.Trial(self.study, trials[self._again.pop(0)]._trial_id) if self._again else self.study.ask()
         if key:
             trial.set_user_attr("key", key)
         return trial.number, self._draw(trial)
@@ -217,9 +217,12 @@ def create_search(
         raise UserError(f"{len(points)} points to start from and trial 0 need {len(points) + 1} trials; {trials} were asked for")
     if (folder / STUDY_FILE).exists():
         raise UserError(f"{folder}: holds a search already; go on with it (--resume {folder}) or take another name")
-    folder.mkdir(parents=True, exist_ok=True)
-    space.write(folder / SPACE_FILE)
-    write_yaml(config, folder / CONFIG_FILE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        space.write(folder / SPACE_FILE)
+        write_yaml(config, folder / CONFIG_FILE)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write there ({error.strerror or error})") from None
     study = optuna.create_study(storage=_storage(folder), study_name=folder.name, direction="maximize")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -267,7 +270,16 @@ def _storage(folder: Path) -> JournalStorage:
 
 
 def _mend(path: Path) -> None:
-    """Cut off a last line that a crash or a full disk left unfinished: what is appended to it would make the journal unreadable."""
+    """Clear away what a killed writer leaves: its lock, which Optuna would wait for half a minute, and a last line that is cut short.
+
+    What is appended to such a line would make the whole journal unreadable.
+    """
+    lock = Path(f"{path}.lock")
+    if lock.is_symlink():
+        taken = lock.lstat().st_mtime_ns
+        time.sleep(LOCK_SECONDS)
+        if lock.is_symlink() and lock.lstat().st_mtime_ns == taken:
+            lock.unlink()
     if not path.is_file():
         return
     with path.open("rb+") as file:

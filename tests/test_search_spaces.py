@@ -1,0 +1,75 @@
+"""The ready search spaces: each reads, holds the defaults it is meant for, and is found wherever raydetr is installed."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from raydetr.config import flatten, load_config, to_dict
+from raydetr.space import read_space, ready_spaces
+
+ROOT = Path(__file__).parents[1]
+NAMES = ("learning_rates", "loss", "matcher", "recipe", "tiny")
+
+
+def base_of(name: str) -> dict:
+    return flatten(to_dict(load_config({"model.preset": "detr_tiny" if name == "tiny" else "detr_resnet50"})))
+
+
+def test_all_are_there_under_their_bare_names():
+    assert set(ready_spaces()) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_holds_the_default_settings(name):
+    """So that trial 0 is a point of the space, from which the sampler learns like from any other."""
+    space, base = read_space(name), base_of(name)
+    drawn = space.drawn(base)
+    assert space.contains(drawn, base)
+    assert {each for each in space.distributions if not space.dimensions[each].when} <= set(drawn)
+    for each in space.dimensions.values():
+        if each.kind == "same_as":
+            assert base[each.name] == base[each.of]  # tied by default too: the tie changes nothing for trial 0
+        if each.kind == "fixed":
+            assert base[each.name] == each.of
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_begins_with_when_to_use_it_and_why(name):
+    lines = ready_spaces()[name].read_text().splitlines()
+    assert sum(line.startswith("#") for line in lines[:10]) >= 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_can_be_trained_from_both_ends(name):
+    space, base = read_space(name), base_of(name)
+    for end in (0, -1):
+        point = {each.name: each.of[end] for each in space.dimensions.values() if each.kind != "same_as" and each.kind != "fixed"}
+        load_config(base, {each: value for each, value in point.items() if each in space.distributions})
+
+
+def test_a_bare_name_reads_the_file_of_that_name(tmp_path, monkeypatch):
+    assert read_space("loss").to_dict() == read_space(ROOT / "search_spaces" / "loss.yaml").to_dict()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loss").mkdir()  # the package has a folder of that name; it is not in the way
+    assert "loss.eos_coef" in read_space("loss").names
+
+
+def test_a_file_of_ones_own_wins_over_a_ready_space(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loss").write_text("optim.lr: {uniform: [0, 1]}\n")
+    assert read_space("loss").names == ["optim.lr"]
+
+
+def test_only_ratios_of_losses_and_costs_are_drawn():
+    """A common factor changes nothing for AdamW with clipping, nor for the assignment: one weight of each kind stands still."""
+    assert read_space("loss").fixed == {"loss.cls_loss_coef": 1.0}
+    assert read_space("matcher").fixed == {"matcher.set_cost_class": 1.0}
+
+
+def test_every_package_is_listed_for_installation():
+    """The list is written out, because the spaces lie outside the package's folder."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "raydetr").rglob("__init__.py")}
+    assert set(project["tool"]["setuptools"]["packages"]) == found | {"raydetr.search_spaces"}
+    assert project["tool"]["setuptools"]["package-dir"] == {"raydetr.search_spaces": "search_spaces"}
