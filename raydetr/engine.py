@@ -84,6 +84,24 @@ class Taken(NamedTuple):
     rates: list[float]
 
 
+class Means:
+    """Means of numbers by their name; those that are not finite (fp16's overflowing gradients) are left out."""
+
+    def __init__(self):
+        self._sums, self._counts = {}, {}
+
+    def add(self, numbers: dict[str, float]) -> None:
+        """One number for each name."""
+        for name, number in numbers.items():
+            finite = math.isfinite(number)
+            self._sums[name] = self._sums.get(name, 0.0) + (number if finite else 0.0)
+            self._counts[name] = self._counts.get(name, 0) + finite
+
+    def values(self) -> dict[str, float]:
+        """The means; NaN where no number was finite."""
+        return {name: value / self._counts[name] if self._counts[name] else math.nan for name, value in self._sums.items()}
+
+
 def train_one_epoch(training: Training, loader: Iterable[Batch], epoch: int, show: Callable[[dict], None]) -> dict[str, float]:
     """One pass over the training set; returns the means over its steps by :func:`loss_names`, of the rates ``lr_transformer`` and
     ``lr_backbone``, and ``images_per_second``.
@@ -92,21 +110,20 @@ def train_one_epoch(training: Training, loader: Iterable[Batch], epoch: int, sho
     Raises UserError, on all workers, where a loss or gradient is not finite.
     """
     training.model.train()
-    names, rows, unread, began = loss_names(training.criterion), [], [], time.perf_counter()
+    names, means, unread, began = loss_names(training.criterion), Means(), [], time.perf_counter()
     batches, images, since = iter(loader), 0, began
     while group := list(itertools.islice(batches, training.accumulate)):
         unread.append(take_step(training, names, group))
         images += len(unread[-1].image_ids)
         if len(unread) >= READ_EVERY[training.device.type]:
-            since = _read(training, names, unread, rows, epoch, since, show)
+            since = _read(training, names, unread, means, epoch, since, show)
     if unread:
-        _read(training, names, unread, rows, epoch, since, show)
-    if not rows:
+        _read(training, names, unread, means, epoch, since, show)
+    if not images:
         raise UserError("the training set gives no batch: it has no image for each worker")
     if training.scaler.is_enabled() and training.scaler.get_scale() < SMALLEST_SCALE:
         raise UserError(f"the gradients overflow in fp16 whatever their scale (epoch {epoch}); take speed.precision bf16 or fp32")
-    means = {name: _mean([row[name] for row in rows]) for name in rows[0]}
-    return {**means, "images_per_second": images * workers() / (time.perf_counter() - began)}
+    return {**means.values(), "images_per_second": images * workers() / (time.perf_counter() - began)}
 
 
 def take_step(training: Training, names: list[str], batches: list[Batch]) -> Taken:
@@ -163,8 +180,8 @@ def _losses(criterion: Criterion, outputs: dict[str, Any], targets: list[dict], 
     return {**losses, "loss": criterion.weighted_sum(losses)}
 
 
-def _read(training: Training, names: list[str], unread: list[Taken], rows: list[dict], epoch: int, since: float, show: Callable) -> float:
-    """Move the ``unread`` steps to ``rows``, averaged over the workers, and show them; returns the time now."""
+def _read(training: Training, names: list[str], unread: list[Taken], means: Means, epoch: int, since: float, show: Callable) -> float:
+    """Take the ``unread`` steps, averaged over the workers, into ``means`` and show them; returns the time now."""
     here = torch.stack([taken.losses for taken in unread])
     everywhere = here.clone()
     if workers() > 1:
@@ -179,8 +196,9 @@ def _read(training: Training, names: list[str], unread: list[Taken], rows: list[
         if not math.isfinite(row["loss"]) or not (math.isfinite(row["grad_norm"]) or training.scaler.is_enabled()):
             raise _non_finite(row, taken, epoch)
         rates = dict(zip(("lr_transformer", "lr_backbone"), taken.rates, strict=True))
-        rows.append({**row, **rates})
-        show({"step": taken.step, **row, **rates, "images_per_second": images_per_second})
+        row |= rates
+        means.add(row)
+        show({"step": taken.step, **row, "images_per_second": images_per_second})
     unread.clear()
     return now
 
@@ -195,11 +213,6 @@ def _non_finite(row: dict[str, float], taken: Taken, epoch: int) -> UserError:
         f"the {name} became {row[what]} in epoch {epoch}, step {taken.step}, on the images {_shown(ids)}; "
         "look at their boxes, lower optim.lr, or take speed.precision fp32"
     )
-
-
-def _mean(values: list[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return math.fsum(finite) / len(finite) if finite else math.nan
 
 
 class Detections(NamedTuple):

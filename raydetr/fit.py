@@ -117,7 +117,7 @@ def fit(config: Config, reporter: Any = None) -> dict[str, Any]:
     ``torch.distributed`` is initialised by whoever starts several workers; ``reporter`` (default: :class:`LocalReporter`) tells each
     its rank. Metrics are flat: ``epoch`` (from 1), the twelve COCO numbers, losses as ``train_loss`` (weighted), ``val_loss_ce`` (not
     weighted) and so on, ``best_AP``, ``best_epoch``, ``images_per_second``, ``seconds``; AP is None where the validation set has no
-    object. A run that is finished already returns at once. Raises UserError for what the user can mend.
+    object. A run that is finished already reports its last metrics again and returns at once. Raises UserError for what the user can mend.
     """
     if reporter is None:
         with Display() as display:
@@ -126,10 +126,13 @@ def fit(config: Config, reporter: Any = None) -> dict[str, Any]:
         raise UserError("run.name is not set: it names the run's folder in run.storage")
     folder = Path(config.run.storage).expanduser() / config.run.name
     with _in_one_line(folder):
+        device = choose_device(config.speed, reporter.local_rank)
         start = _start_file(folder, reporter)
-        content = read_checkpoint(start) if start else None
-        run = _prepare(config, reporter, folder, content, start)
-        return content["metrics"] if run.finished else _epochs(run)
+        run, metrics = _prepare(config, reporter, folder, device, start)
+        if not run.finished:
+            return _epochs(run)
+        reporter.report(metrics, start if reporter.rank == 0 else None)
+        return metrics
 
 
 def _epochs(run: Run) -> dict[str, Any]:
@@ -169,7 +172,7 @@ def _one_epoch(run: Run) -> dict[str, Any]:
         run.tracker.flush()
         _save(run, metrics, best, states)
     run.reporter.report(metrics, run.folder / "last.pth" if run.reporter.rank == 0 else None)
-    run.reporter.show({"kind": "epoch", "epoch": epoch, "metrics": metrics, "seconds": metrics["seconds"], "best": best})
+    run.reporter.show({"kind": "epoch", "epoch": epoch, "metrics": metrics, "seconds": time.perf_counter() - began, "best": best})
     return metrics
 
 
@@ -246,9 +249,9 @@ def _start_file(folder: Path, reporter: Any) -> Path | None:
     return reporter.checkpoint() or (last if gathered(last.exists())[0] else None)
 
 
-def _prepare(config: Config, reporter: Any, folder: Path, content: dict[str, Any] | None, start: Path | None) -> Run:
-    """Everything built as the settings say, and put where ``content``, the checkpoint of file ``start``, left off."""
-    device = choose_device(config.speed, reporter.local_rank)
+def _prepare(config: Config, reporter: Any, folder: Path, device: torch.device, start: Path | None) -> tuple[Run, dict[str, Any] | None]:
+    """Everything built as the settings say and put where the checkpoint ``start`` left off, and that checkpoint's metrics."""
+    content = read_checkpoint(start) if start else None
     _seed(config.run.seed)  # the same network on every worker
     train, val = _loaders(config, reporter, device, content)
     categories = train.dataset.categories
@@ -269,7 +272,7 @@ def _prepare(config: Config, reporter: Any, folder: Path, content: dict[str, Any
         _set_random_state(states[reporter.rank], device)
     else:
         _seed(config.run.seed, reporter.rank, progress.epoch)
-    return Run(config, reporter, folder, train, val, training, progress)
+    return Run(config, reporter, folder, train, val, training, progress), content and content["metrics"]
 
 
 def _loaders(config: Config, reporter: Any, device: torch.device, content: dict[str, Any] | None) -> tuple[DataLoader, DataLoader]:

@@ -209,7 +209,8 @@ def test_a_finished_run_returns_at_once(finished):
     before = {path: path.stat().st_mtime_ns for path in folder_of(config).rglob("*")}
     again, watcher = run(config)
     assert again == metrics
-    assert [event["kind"] for event in watcher.events] == ["message"]
+    assert [event["kind"] for event in watcher.events] == ["message", "report"]
+    assert watcher.events[1]["metrics"] == metrics
     assert {path: path.stat().st_mtime_ns for path in folder_of(config).rglob("*")} == before
 
 
