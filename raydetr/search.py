@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SAMPLERS = ("tpe", "gp", "random", "cmaes")
 PRUNERS = ("asha", "median", "none")
+GIVEN_UP = "given up"  # marks a trial that its pruner stops
 REDUCTION = 3  # of the trials that reach a rung of ASHA, a third goes on to the next, three times as many epochs away
 LOCK_SECONDS = 2  # a living writer holds the journal's lock for milliseconds
 SPACE_FILE, CONFIG_FILE, STUDY_FILE = "space.yaml", "config.yaml", "study.journal"
@@ -129,12 +130,21 @@ class Search:
             optuna.Trial(self.study, trial._trial_id).report(value, epoch)
 
     def should_stop(self, number: int) -> bool:
-        """Whether a running trial, by what was reported of it, is to be given up. Trial 0 never is: it is what the others must beat."""
+        """Whether a running trial, by what was reported of it, is to be given up; once it is, it stays so.
+
+        Trial 0 never is: it is what the others must beat, and what they are compared with on the way.
+        """
         trial = self.frozen()[number]
-        if number == 0 or trial.state != TrialState.RUNNING:
+        if trial.state != TrialState.RUNNING:
             return False
+        if GIVEN_UP in trial.user_attrs:
+            return True
         self.study.pruner = make_pruner(self._plan["pruner"], self._plan["grace"], self.trials)
-        return optuna.Trial(self.study, trial._trial_id).should_prune()
+        live = optuna.Trial(self.study, trial._trial_id)
+        if not live.should_prune() or number == 0:
+            return False
+        live.set_user_attr(GIVEN_UP, True)  # a pruner decides at a rung once, and may not be asked again
+        return True
 
     def tell(
         self, number: int, state: str, value: float | None = None, *, reason: str = "", metrics: Mapping[str, Any] | None = None
@@ -158,8 +168,15 @@ class Search:
         return True
 
     def reclaim(self, known: Collection[str]) -> list[int]:
-        """Hand unfinished trials whose key is not ``known`` (the runner lost them in a crash) out again, before any new one."""
-        self._again = [trial.number for trial in self._unfinished(known)]
+        """Hand unfinished trials whose key is not ``known`` (the runner lost them in a crash) out again, before any new one.
+
+        Those that had been given up are told as pruned instead. Returns the numbers of the others.
+        """
+        lost = self._unfinished(known)
+        for trial in lost:
+            if GIVEN_UP in trial.user_attrs:
+                self.tell(trial.number, "pruned")
+        self._again = [trial.number for trial in lost if GIVEN_UP not in trial.user_attrs]
         return list(self._again)
 
     def fail_unknown(self, known: Collection[str], reason: str = "its runner is gone") -> list[int]:

@@ -257,6 +257,22 @@ def test_what_asha_knows_survives_a_restart(make):
     assert search.should_stop(9)
 
 
+def test_a_trial_that_is_given_up_stays_so(make):
+    """Whoever stops it may ask again, or crash before it tells."""
+    search = make(trials=12, pruner="asha", grace=1, sampler="random")
+    for number in range(6):
+        search.ask(f"key {number}")
+        search.report(number, 1, 0.9 - number / 10)
+    assert [search.should_stop(number) for number in range(6)] == [False, True, True, True, True, True]
+    assert [search.should_stop(number) for number in range(6)] == [False, True, True, True, True, True]
+    search.tell(1, "pruned")
+    assert not search.should_stop(1)
+    search = open_search(search.folder)
+    assert search.reclaim(()) == [0]
+    assert [trial.state for trial in search.frozen()] == [TrialState.RUNNING] + [TrialState.PRUNED] * 5
+    assert [trial.value for trial in search.ranked()] == pytest.approx([0.8, 0.7, 0.6, 0.5, 0.4])
+
+
 def test_the_median_rule_spares_the_first_epochs(make):
     search = make(trials=12, pruner="median", grace=3)
     for number in range(10):
