@@ -221,6 +221,49 @@ def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | N
         write_metrics(metrics, json_file)
 
 
+@cli.command(cls=SettingsCommand)
+@click.option("--space", metavar="FILE", help="What is searched: a YAML file, or the name of a ready one (learning_rates, loss, ...).")
+@click.option("--trials", type=int, metavar="N", help="Trials in all, the first with the default settings (default: 32).")
+@click.option("--concurrent", type=click.IntRange(1), metavar="M", help="Trials at a time (default: as many as fit).")
+@click.option("--workers-per-trial", type=click.IntRange(1), default=1, show_default=True, help="Ray Train workers of each trial.")
+@click.option(
+    "--gpus-per-trial", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Below 1 trials share a GPU."
+)
+@click.option("--max-epochs", metavar="E", help="Epochs of a trial that is not stopped early; --optim.epochs by another name.")
+@click.option("--scheduler", default="asha", show_default=True, help="Which trials are stopped early: asha, median or none.")
+@click.option("--sampler", default="tpe", show_default=True, help="How settings are drawn: tpe, gp, random or cmaes.")
+@click.option("--metric", default="AP", show_default=True, help="COCO number that is maximized.")
+@click.option("--time-budget", metavar="TIME", help="Stop after that long: 90s, 30m, 2h.")
+@click.option("--points", metavar="FILE", help="YAML or JSON list of settings to try first.")
+@click.option("--warm-start", metavar="SEARCH", help="Folder of an earlier search whose best settings are tried first.")
+@click.option("--resume", metavar="SEARCH", help="Go on with the search in this folder.")
+@settings_options("model", "loss", "matcher", "data", "optim", "speed", "run")
+def tune(**options) -> None:
+    """Search settings with Ray Tune and Optuna; trial 0 has the defaults, so that the result says whether it paid.
+
+    Example: raydetr tune --space loss --trials 32 --max-epochs 20 --data photographs
+    """
+    from raydetr.launch.command import tune_command
+
+    if options["max_epochs"] is not None:
+        options["optim__epochs"] = options["max_epochs"]
+    del options["max_epochs"]
+    layers = given_settings(options)
+    click.echo(tune_command(layers, **options))
+
+
+@cli.command()
+@click.argument("searches", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SEARCH...")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="The file to write (default: report.html in the first SEARCH)."
+)
+def report(searches: tuple[Path, ...], out: Path | None) -> None:
+    """Pictures and tables of a search, or of several beside each other, in one HTML file."""
+    from raydetr.report import report
+
+    click.echo(f"look at {report(list(searches), out)}")
+
+
 @cli.command()
 @click.argument("checkpoint", type=click.Path())
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE_OR_FOLDER...")

@@ -93,16 +93,16 @@ class Display:
             self._progress.update(self._progress.task_ids[0], description=f"{self._which(event['epoch'])}, evaluating")
 
     def _epoch(self, event: dict[str, Any]) -> None:
-        metrics, clock = event["metrics"], _clock(event["seconds"])
+        metrics, took = event["metrics"], clock(event["seconds"])
         numbers, speed = [_number(metrics[name]) for _, name in COLUMNS], f"{metrics['images_per_second']:.1f}"
         if self.console.is_terminal:
             table = Table("epoch", *(heading for heading, _ in COLUMNS), "images/s", "time", box=None, pad_edge=False, padding=(0, 3, 0, 0))
-            table.add_row(f"{event['epoch']}/{self._epochs}{' *' if event['best'] else ''}", *numbers, speed, clock)
+            table.add_row(f"{event['epoch']}/{self._epochs}{' *' if event['best'] else ''}", *numbers, speed, took)
             self.console.print(table)
             return
         numbers = ", ".join(f"{heading} {number}" for (heading, _), number in zip(COLUMNS, numbers, strict=True))
         best, left = " (best so far)" if event["best"] else "", self._left(event["epoch"] * self._steps)
-        self._plain(f"{self._which(event['epoch'])}: {numbers}{best}, {speed} images/s, {clock}, {left} left")
+        self._plain(f"{self._which(event['epoch'])}: {numbers}{best}, {speed} images/s, {took}, {left} left")
         self._last_line = time.monotonic()
 
     def _end(self, event: dict[str, Any]) -> None:
@@ -119,14 +119,15 @@ class Display:
     def _left(self, steps: int) -> str:
         """The time left, as the steps since the start took it."""
         taken = steps - self._done * self._steps
-        return _clock((time.monotonic() - self._began) / max(taken, 1) * (self._epochs * self._steps - steps))
+        return clock((time.monotonic() - self._began) / max(taken, 1) * (self._epochs * self._steps - steps))
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are any: ``1:02:03``."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

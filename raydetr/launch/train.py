@@ -18,6 +18,7 @@ from raydetr.data.check import check
 from raydetr.errors import UserError
 from raydetr.launch.reporter import Mailbox, TrainReporter
 
+DRIVER = "trial_driver"  # the resource that keeps the drivers of inner trainers off the CPUs
 SHOW_INTERVAL_S = 0.2  # between two looks at what the workers posted
 
 # What may change when a run goes on; anything else would make it another run.
@@ -58,11 +59,17 @@ def with_absolute_paths(config: settings.Config) -> settings.Config:
     return settings.load_config(values)
 
 
-def claim_run_folder(config: settings.Config) -> Path:
-    """Make the run's folder; raises UserError where a run is in it already or its name is no folder's name."""
-    folder, name = run_folder(config), config.run.name
+def check_name(config: settings.Config) -> None:
+    """Raises UserError where ``run.name`` cannot name a folder."""
+    name = config.run.name
     if name in (".", "..") or "/" in name or "\\" in name:
         raise UserError(f"run.name: {name!r} is not the name of a folder")
+
+
+def claim_run_folder(config: settings.Config) -> Path:
+    """Make the run's folder; raises UserError where a run is in it already or its name is no folder's name."""
+    check_name(config)
+    folder = run_folder(config)
     if (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds a run already: go on with it by --resume {folder}, or choose another --name")
     try:
@@ -95,22 +102,22 @@ def check_data(config: settings.Config) -> None:
 
 
 @contextlib.contextmanager
-def ray_session(workers: int) -> Iterator[None]:
+def ray_session(workers: int, drivers: bool = False) -> Iterator[None]:
     """Ray for the length of a ``with``: the cluster at ``RAY_ADDRESS``, or one of its own on this machine, shut down at the end.
 
-    Raises UserError where the cluster cannot be reached.
+    ``drivers`` says whether trials will start workers of their own. Raises UserError where the cluster cannot be reached.
     """
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
-    where = (
-        {"address": address} if address else {"address": "local", "num_cpus": max(os.cpu_count() or 1, workers), "include_dashboard": False}
-    )
+    # The dashboard's server is what frees the places of an inner trainer whose trial was stopped.
+    own = {"address": "local", "num_cpus": max(os.cpu_count() or 1, workers), "include_dashboard": drivers, "resources": {DRIVER: 64}}
+    where = {"address": address} if address else own
     try:
         # What a run has to say comes by its mailbox; the workers' own output is Ray's and the libraries' chatter, kept in Ray's log files.
-        ray.init(**where, logging_level="warning", log_to_driver=False)
+        ray.init(**where, logging_level="error", log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         place = f"the Ray cluster at {address} (RAY_ADDRESS)" if address else "Ray on this machine"
         raise UserError(f"cannot reach {place}: {str(error).splitlines()[0]}") from error
@@ -122,8 +129,7 @@ def ray_session(workers: int) -> Iterator[None]:
 
 def scaling_config(config: settings.Config) -> ray.train.ScalingConfig:
     """Workers, and the GPUs and CPUs of each, from what the cluster has; raises UserError with the numbers where it has too little."""
-    workers = config.run.workers
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    workers, nodes = config.run.workers, nodes_resources()
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     use_gpu = config.speed.device != "cpu" and gpus > 0
     if config.speed.device == "cuda" and not gpus:
@@ -133,12 +139,21 @@ def scaling_config(config: settings.Config) -> ray.train.ScalingConfig:
             f"run.workers: {workers} asked for, {gpus} GPUs there; one worker takes one GPU (--workers {gpus}, or --speed.device cpu)"
         )
     cores = [int(node.get("CPU", 0)) for node in nodes]
-    fitting = [each for each in range(1, max(cores) + 1) if sum(node // each for node in cores) >= workers]
-    if not fitting:
+    each = cores_each(cores, workers)
+    if each is None:
         raise UserError(f"run.workers: {workers} asked for, {sum(cores)} CPUs there; a worker takes at least one")
-    return ray.train.ScalingConfig(
-        num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": fitting[-1], **({"GPU": 1} if use_gpu else {})}
-    )
+    resources = {"CPU": each, **({"GPU": 1} if use_gpu else {})}
+    return ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources)
+
+
+def nodes_resources() -> list[dict[str, float]]:
+    """What each machine of the cluster has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def cores_each(cores: list[int], processes: int) -> int | None:
+    """The most CPUs that each of so many processes can have on machines with that many cores; None where they do not fit."""
+    return max((each for each in range(1, max(cores) + 1) if sum(node // each for node in cores) >= processes), default=None)
 
 
 def _run(config: settings.Config, scaling: ray.train.ScalingConfig, display: Display) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""The ``tune`` command: from what the command line gives to a search, and back to text."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from raydetr import config as settings
+from raydetr.errors import UserError
+from raydetr.evaluation import METRICS
+from raydetr.launch.tune import Demands, summary, tune
+from raydetr.launch.tune import resume as go_on
+from raydetr.search import best_points, read_points
+from raydetr.space import Space, read_space
+
+UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def tune_command(
+    layers: Sequence[Mapping[str, Any]],
+    *,
+    space: str | None,
+    trials: int | None,
+    concurrent: int | None,
+    workers_per_trial: int,
+    gpus_per_trial: float,
+    scheduler: str,
+    sampler: str,
+    metric: str,
+    time_budget: str | None,
+    points: str | None,
+    warm_start: str | None,
+    resume: str | None,
+) -> str:
+    """Run the search and tell how it went; the arguments are the flags of ``raydetr tune``. Raises UserError."""
+    demands = Demands(workers_per_trial, gpus_per_trial, concurrent)
+    budget = seconds(time_budget)
+    known = read_space(space) if space else None
+    if resume:
+        if any(layers):
+            given = ", ".join(sorted(name for layer in layers for name in settings.flatten(layer)))
+            raise UserError(f"--resume: a search keeps its settings; {given} may not be given")
+        return summary(go_on(resume, known, trials=trials, demands=demands, time_budget_s=budget))
+    if known is None:
+        raise UserError("--space: say what to search, a file or a ready space such as loss or learning_rates")
+    if metric not in METRICS:
+        raise UserError(f"--metric: {metric!r} is not one of {', '.join(METRICS)}")
+    config = settings.load_config(*layers)
+    search = tune(
+        config,
+        known,
+        trials=32 if trials is None else trials,
+        demands=demands,
+        metric=metric,
+        sampler=sampler,
+        scheduler=scheduler,
+        seed=config.run.seed,
+        points=first_points(known, config, points, warm_start),
+        time_budget_s=budget,
+    )
+    return summary(search)
+
+
+def first_points(space: Space, config: settings.Config, points: str | None, warm_start: str | None) -> list[dict[str, Any]]:
+    """The settings to try after trial 0: those written by hand, then the best of an earlier search."""
+    written = read_points(points, space, config) if points else []
+    return written + (best_points(warm_start, space, config) if warm_start else [])
+
+
+def seconds(text: str | None) -> float | None:
+    """``90s``, ``30m``, ``2h`` or ``1d`` in seconds."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())
+    if not match or not float(match[1]):
+        raise UserError(f"--time-budget: {text!r} is no time such as 90s, 30m or 2h")
+    return float(match[1]) * UNITS_S[match[2]]

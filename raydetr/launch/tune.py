@@ -1,0 +1,354 @@
+"""The search: trials of one fine-tuning each, spread over a cluster by Ray Tune; what is remembered is the study's (search.py)."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray.tune
+import torch
+from ray.tune.result import DEFAULT_RESULT_KEYS
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search import Searcher
+from rich.console import Console
+
+from raydetr import config as settings
+from raydetr.errors import UserError
+from raydetr.launch.train import DRIVER, check_data, check_name, cores_each, nodes_resources, ray_session, with_absolute_paths
+from raydetr.launch.trial import run_trial
+from raydetr.model.checkpoint import read_checkpoint, save_checkpoint
+from raydetr.search import Search, create_search, open_search, top_trials, write_best, write_trials
+from raydetr.space import Space, read_space
+from raydetr.trials import TrialsDisplay
+
+TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
+TO_GO_ON = ("optimizer", "lr_scheduler", "scaler", "ema", "random")  # what a checkpoint holds for a run that is not finished
+HOPELESS = 3  # trials that all failed before their first epoch: the rest would fail, too
+
+
+@dataclasses.dataclass(frozen=True)
+class Demands:
+    """What the trials of a search ask of the cluster."""
+
+    workers: int = 1  # training workers per trial
+    gpus: float = 1.0  # per trial of one worker; below 1 trials share a card. Nothing where there are no GPUs
+    concurrent: int | None = None  # trials at a time; None: as many as fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """What the cluster gives each of ``concurrent`` trials, or each of its workers."""
+
+    concurrent: int
+    cpus: int
+    gpus: float
+
+
+def tune(
+    config: settings.Config,
+    space: Space | str | Path | Mapping[str, Any],
+    *,
+    trials: int = 32,
+    demands: Demands = Demands(),
+    metric: str = "AP",
+    sampler: str = "tpe",
+    scheduler: str = "asha",
+    seed: int = 0,
+    points: Sequence[Mapping[str, Any]] = (),
+    time_budget_s: float | None = None,
+) -> Search:
+    """Search ``space`` around ``config`` with ``trials`` trials, the first of them ``config`` itself. Returns the search.
+
+    ``<run.storage>/<run.name>/`` gets the study, a run folder per trial under ``trials/``, and at the end ``best.yaml``, ``best.pth``,
+    ``trials.csv`` and ``trials.parquet``. Raises UserError for bad settings, data or an impossible request.
+    """
+    config = with_absolute_paths(config)
+    check_name(config)
+    check_data(config)
+    folder = Path(config.run.storage) / config.run.name
+    grace = grace_epochs(config.optim)
+    space = space if isinstance(space, Space) else read_space(space)
+    with ray_session(demands.workers, drivers=demands.workers > 1):
+        places = find_places(config, demands, trials)
+        check_disk(config, folder, trials, places.concurrent)
+        search = create_search(
+            folder, space, config, trials=trials, metric=metric, sampler=sampler, pruner=scheduler, grace=grace, seed=seed, points=points
+        )
+        return _run(search, demands.workers, places, time_budget_s)
+
+
+def resume(
+    folder: str | Path,
+    space: Space | None = None,
+    *,
+    trials: int | None = None,
+    demands: Demands = Demands(),
+    time_budget_s: float | None = None,
+) -> Search:
+    """Go on with the search in ``folder``: no finished trial runs again, unfinished ones go on from their last epoch.
+
+    Raises UserError where ``space`` is given and is not the search's own; the line tells the difference.
+    """
+    folder = Path(folder).expanduser().absolute()
+    search = open_search(folder, space, trials)
+    search.reclaim(())
+    with ray_session(demands.workers, drivers=demands.workers > 1):
+        places = find_places(search.config(0), demands, search.trials)
+        return _run(search, demands.workers, places, time_budget_s)
+
+
+def grace_epochs(optim: settings.Optim) -> int:
+    """The first epoch at which a trial may be stopped: after the warm-up, and never the very first."""
+    warmup = optim.warmup * optim.epochs if optim.warmup < 1 else optim.warmup
+    return min(int(warmup) + 2, optim.epochs)
+
+
+def find_places(config: settings.Config, demands: Demands, trials: int) -> Places:
+    """How many trials run at a time and what each gets; raises UserError with the numbers where the cluster cannot hold them."""
+    nodes = nodes_resources()
+    gpus = [node.get("GPU", 0) for node in nodes]
+    use_gpu = config.speed.device != "cpu" and sum(gpus) > 0
+    if config.speed.device == "cuda" and not use_gpu:
+        raise UserError("speed.device: cuda was asked for and Ray sees no GPU; --speed.device cpu searches without")
+    if demands.workers > 1 and demands.gpus < 1:
+        raise UserError(
+            f"a fraction of a GPU ({demands.gpus}) is for trials of one worker; NCCL wants a whole one for each of {demands.workers}"
+        )
+    if use_gpu and demands.gpus > max(gpus):
+        raise UserError(f"--gpus-per-trial {demands.gpus}: no machine has more than {max(gpus):g} GPUs")
+    cores = [int(node.get("CPU", 0)) for node in nodes]
+    each = 1.0 if demands.workers > 1 else demands.gpus
+    slots = sum(int(count / each + 1e-9) for count in gpus) if use_gpu else sum(cores)
+    fitting = slots // demands.workers
+    what = f"{sum(gpus):g} GPUs" if use_gpu else f"{sum(cores)} CPUs"
+    if fitting < 1:
+        raise UserError(f"--workers-per-trial {demands.workers}: asked for that many workers, the cluster has {what}")
+    if demands.concurrent is not None and demands.concurrent > fitting:
+        raise UserError(f"--concurrent {demands.concurrent}: {what} hold {fitting} trials of {demands.workers} worker(s) at a time")
+    concurrent = min(demands.concurrent or fitting, trials)
+    cpus = cores_each(cores, concurrent * demands.workers)
+    if cpus is None:
+        raise UserError(
+            f"{concurrent} trials of {demands.workers} worker(s) need a CPU each, the cluster has {sum(cores)}; lower --concurrent"
+        )
+    return Places(concurrent, cpus, each if use_gpu else 0.0)
+
+
+def check_disk(config: settings.Config, folder: Path, trials: int, concurrent: int) -> str:
+    """What the search will keep, in words; raises UserError where the disk of ``folder`` cannot hold it."""
+    from raydetr.model.detr import build_model
+
+    leaves = {name: value for name, value in settings.to_dict(config)["model"].items() if name not in ("preset", "weights")}
+    with torch.device("meta"):
+        weights = sum(tensor.numel() for tensor in build_model(config.model.preset, **leaves).state_dict().values()) * 4
+    needed = trials * 2 * weights + concurrent * 3 * weights  # best and last; optimizer and average of the unfinished
+    forecast = f"{trials} trials x 2 x {weights / 1e6:.0f} MB"
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise UserError(f"run.storage: {forecast} and what runs need {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free")
+    return forecast
+
+
+def _run(search: Search, workers: int, places: Places, time_budget_s: float | None) -> Search:
+    # A trial's own fit writes its events, the study is the record of results, and the table below is what is shown.
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"], os.environ["RAY_AIR_NEW_OUTPUT"] = "1", "0"
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    resources = {"CPU": places.cpus, "GPU": places.gpus} if workers == 1 else {DRIVER: 1}
+    with Console(highlight=False) as console, TrialsDisplay(search, console) as display, stopped_in_order():
+        tuner = ray.tune.Tuner(
+            ray.tune.with_resources(run_trial, resources),
+            tune_config=ray.tune.TuneConfig(
+                search_alg=StudySearcher(search, workers, places),
+                scheduler=StudyScheduler(search),
+                num_samples=-1,
+                max_concurrent_trials=places.concurrent,
+                reuse_actors=workers == 1,
+                time_budget_s=time_budget_s,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+            ),
+            run_config=ray.tune.RunConfig(
+                name="ray",
+                storage_path=str(search.folder),
+                failure_config=ray.tune.FailureConfig(max_failures=search.config(0).run.max_failures),
+                callbacks=[Watcher(search, display)],
+                stop=Hopeless(search),
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+    finish(search)
+    return search
+
+
+@contextlib.contextmanager
+def stopped_in_order():
+    """SIGTERM, which `ray job stop` sends, ends a search as Ctrl-C does: Ray Tune stops the trials, the summary follows."""
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def finish(search: Search) -> None:
+    """What a search leaves when it ends, also before its time: best.yaml, best.pth, the tables. Raises UserError where all failed."""
+    write_trials(search.folder)
+    best = search.best()
+    failed = [trial for trial in search.frozen() if "reason" in trial.user_attrs]
+    if best is None:
+        if failed:
+            raise UserError(f"all {len(failed)} trials failed, the first of them: {failed[0].user_attrs['reason']}")
+        return
+    write_best(search.folder)
+    weights = trial_folder(search, best.number) / "best.pth"
+    if weights.exists():
+        shutil.copyfile(weights, search.folder / "best.pth.new")
+        os.replace(search.folder / "best.pth.new", search.folder / "best.pth")
+
+
+def summary(search: Search) -> str:
+    """The best trials beside trial 0, and what to do next."""
+    unfinished = search.trials - sum(trial.state.is_finished() for trial in search.frozen())
+    lines = [top_trials(search)]
+    if unfinished:
+        lines.append(f"{unfinished} of {search.trials} trials are not finished: raydetr tune --resume {search.folder}")
+    if search.best():
+        lines.append(f"best settings: raydetr train --config {search.folder / 'best.yaml'}; its weights: {search.folder / 'best.pth'}")
+    return "\n".join(lines)
+
+
+def trial_folder(search: Search, number: int) -> Path:
+    """The run folder of a trial."""
+    return search.folder / TRIALS_FOLDER / search.trial_name(number)
+
+
+def best_so_far(search: Search, number: int, result: Mapping[str, Any]) -> float:
+    """The objective of a trial after the epoch that ``result`` tells of: the highest of the search's metric."""
+    noted = search.frozen()[number].intermediate_values.values()
+    here = [result[name] for name in (search.metric, f"best_{search.metric}") if name in result]
+    return max([*noted, *here], default=float("nan"))
+
+
+def metrics_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """An epoch's metrics without what Ray Tune adds to them."""
+    return {name: value for name, value in result.items() if name not in DEFAULT_RESULT_KEYS and not isinstance(value, (dict, bool))}
+
+
+class StudySearcher(Searcher):
+    """Ray Tune's view of the study: asks it for trials and tells it how they ended."""
+
+    def __init__(self, search: Search, workers: int, places: Places):
+        super().__init__(metric=search.metric, mode="max")
+        self.search, self.workers, self.places = search, workers, places
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """The next trial, as :func:`run_trial` takes it."""
+        asked = self.search.ask(trial_id)
+        if asked is None:
+            return Searcher.FINISHED
+        number, _ = asked
+        config = self.search.config(number)
+        config.run.storage, config.run.name = str(self.search.folder / TRIALS_FOLDER), self.search.trial_name(number)
+        config.run.workers = self.workers
+        return {
+            "number": number,
+            "metric": self.search.metric,
+            "settings": settings.to_dict(config),
+            "hparams": self.search.space.hparam_domains(self.search.base),
+            "places": dataclasses.asdict(self.places),
+        }
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Nothing: the scheduler has the study note it."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Tell the study; a trial that was only interrupted stays unfinished, to be gone on with."""
+        number = self.search.number(trial_id)
+        if number is None:
+            return
+        result = result or {}
+        if result.get("failed"):
+            self.search.tell(number, "failed", reason=result["failed"])
+        elif error:
+            self.search.tell(number, "failed", reason="its worker was lost again and again")
+        elif result.get("finished"):
+            self.search.tell(number, "complete", best_so_far(self.search, number, result), metrics=metrics_of(result))
+        elif self.search.should_stop(number):
+            self.search.tell(number, "pruned", metrics=metrics_of(result))
+        else:
+            return
+        strip(trial_folder(self.search, number) / "last.pth")
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study is in its journal."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the study is in its journal."""
+
+
+class StudyScheduler(FIFOScheduler):
+    """Notes every epoch's objective in the study and stops the trials that the study's pruner gives up."""
+
+    def __init__(self, search: Search):
+        super().__init__()
+        self.search = search
+
+    def on_trial_result(self, tune_controller, trial, result: dict[str, Any]) -> str:
+        """Continue or stop."""
+        number = self.search.number(trial.trial_id)
+        if result.get("failed") or result.get("finished") or number is None:
+            return FIFOScheduler.CONTINUE
+        self.search.report(number, result["epoch"], best_so_far(self.search, number, result))
+        return FIFOScheduler.STOP if self.search.should_stop(number) else FIFOScheduler.CONTINUE
+
+
+class Hopeless(ray.tune.Stopper):
+    """Ends a search whose first trials all failed without a single epoch."""
+
+    def __init__(self, search: Search):
+        self.search = search
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Never a single trial."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether to end the search."""
+        trials = self.search.frozen()
+        failed = [trial for trial in trials if "reason" in trial.user_attrs]
+        return len(failed) >= HOPELESS and not any(trial.intermediate_values for trial in trials)
+
+
+class Watcher(ray.tune.Callback):
+    """Shows the trials as they go."""
+
+    def __init__(self, search: Search, display: TrialsDisplay):
+        self.search, self.display = search, display
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Ray Tune keeps its callbacks on the disk; a terminal is nothing to keep, and a search is gone on with by the study alone.
+        return {"search": self.search, "display": None}
+
+    def on_trial_result(self, iteration: int, trials: list, trial, result: dict[str, Any], **info) -> None:
+        """An epoch of a trial."""
+        number = self.search.number(trial.trial_id)
+        if number is not None and "epoch" in result:
+            self.display.epoch(number, result)
+
+    def on_step_end(self, iteration: int, trials: list, **info) -> None:
+        """Trials may have begun or ended."""
+        self.display.refresh()
+
+
+def strip(checkpoint: Path) -> None:
+    """Take what only serves to go on out of a finished trial's checkpoint: the weights stay."""
+    if checkpoint.exists():
+        content = read_checkpoint(checkpoint)
+        if not content.keys().isdisjoint(TO_GO_ON):
+            save_checkpoint(checkpoint, {name: value for name, value in content.items() if name not in TO_GO_ON})
