@@ -15,6 +15,7 @@ _HOME = {
     "load": "raydetr.model.checkpoint",
     "load_config": "raydetr.config",
     "train": "raydetr.launch.train",
+    "tune": "raydetr.launch.tune",
 }
 
 __all__ = ["UserError", *_HOME]

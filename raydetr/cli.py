@@ -255,7 +255,9 @@ def tune(**options) -> None:
 @cli.command()
 @click.argument("searches", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SEARCH...")
 @click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="The file to write (default: report.html in the first SEARCH)."
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The file to write (default: report.html in SEARCH, or here for several).",
 )
 def report(searches: tuple[Path, ...], out: Path | None) -> None:
     """Pictures and tables of a search, or of several beside each other, in one HTML file."""

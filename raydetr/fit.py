@@ -13,7 +13,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,11 @@ class LocalReporter:
 
     It says what a reporter is: ``rank``, ``world_size``, ``local_rank``; ``checkpoint()`` is the file to start from where it is not the
     run folder's own ``last.pth``; ``report`` is called by every worker after every epoch, with the file ``last.pth`` on rank 0; ``show``
-    is given the events that :mod:`raydetr.console` describes.
+    is given the events that :mod:`raydetr.console` describes. ``searched`` are the settings that a search varies, with their domains, for
+    TensorBoard's HPARAMS page; None where there is no search.
     """
+
+    searched: Mapping[str, tuple | list] | None = None
 
     def __init__(self, checkpoint: Path | None = None, display: Display | None = None):
         together = dist.is_available() and dist.is_initialized()
@@ -138,7 +141,7 @@ def fit(config: Config, reporter: Any = None) -> dict[str, Any]:
 def _epochs(run: Run) -> dict[str, Any]:
     config, folder, show = run.config, run.folder, run.reporter.show
     if run.reporter.rank == 0:
-        run.tracker = _open_folder(config, folder, run.training.step)
+        run.tracker = _open_folder(config, folder, run.training.step, run.reporter.searched)
         run.pictures = Pictures(run.val.dataset, config.run.pictures)
     steps = math.ceil(len(run.train) / config.optim.accumulate)
     show({"kind": "start", "epochs": config.optim.epochs, "steps": steps, "done": run.progress.epoch})
@@ -333,7 +336,7 @@ def _check_same_run(config: Config, content: dict[str, Any], start: Path) -> Non
             raise UserError(f"{start} is of a network with model.{name} {before.get(name)}, not {now[name]}; choose another run.name")
 
 
-def _open_folder(config: Config, folder: Path, step: int) -> Tracker:
+def _open_folder(config: Config, folder: Path, step: int, searched: Mapping[str, tuple | list] | None) -> Tracker:
     temporary = folder / "config.yaml.new"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -345,7 +348,7 @@ def _open_folder(config: Config, folder: Path, step: int) -> Tracker:
         if error.errno in DISK_FULL:
             raise
         raise UserError(f"run.storage: cannot write to {folder}: {error.strerror}") from None
-    return Tracker(folder / "tb", config, step)
+    return Tracker(folder / "tb", config, step, searched)
 
 
 # ---------------------------------------------------------------------------------------------- random numbers, and errors

@@ -273,7 +273,8 @@ _PAGE = """
 <body>
 <header>
 <h1>Predictions</h1>
-<p>{% for heading, model in models.items() %}{{ heading }}{{ ":" if models|length > 1 else " by" }} {{ model }}{{ " · " if not loop.last }}{% endfor %}</p>
+<p>{% for heading, model in models.items() %}{{ heading }}{{ ":" if models|length > 1 else " by" }} {{ model }}
+{{- " · " if not loop.last }}{% endfor %}</p>
 <p>{{ cards|length }} picture{{ "s" if cards|length != 1 }}, boxes with a score of {{ threshold }} or more.
 Click a picture to see it in its own size.</p>
 <div class="legend"><table>

@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,12 @@ PICTURE_SCORE = 0.5  # lowest score of a box that is drawn
 class Tracker:
     """Writes a run's TensorBoard events into ``folder``; one worker of a run has one.
 
-    ``step`` is how many optimizer steps the run has behind it: what an earlier process wrote after that is taken back. Every
-    method raises OSError where the disk does.
+    ``step`` is how many optimizer steps the run has behind it: what an earlier process wrote after that is taken back.
+    ``searched`` are the settings that the HPARAMS page shows, with their domains, ``(low, high)`` or a list of values; without it the
+    page shows all. Every method raises OSError where the disk does.
     """
 
-    def __init__(self, folder: Path, config: Config, step: int = 0):
+    def __init__(self, folder: Path, config: Config, step: int = 0, searched: Mapping[str, tuple | list] | None = None):
         folder.mkdir(parents=True, exist_ok=True)
         before = list(folder.glob("*tfevents*"))
         if not step:  # a first epoch that was stopped: the run starts anew
@@ -57,6 +59,7 @@ class Tracker:
                 before.pop().unlink()
         self._events = _Events(folder, step + 1 if before else None)
         self._settings = {name: _plain(value) for name, value in flatten(to_dict(config)).items()}
+        self._searched = searched
         if not before:
             self._describe()
 
@@ -70,7 +73,12 @@ class Tracker:
         self._events.flush()
 
     def _hparams(self) -> tuple:
-        return summary().hparams(self._settings, dict.fromkeys(HPARAM_METRICS, 0.0))
+        domains = dict.fromkeys(self._settings) if self._searched is None else self._searched
+        shown = {name: self._settings[name] for name in domains}
+        discrete = {name: [_plain(value) for value in domain] for name, domain in domains.items() if isinstance(domain, list)}
+        experiment, start, end = summary().hparams(shown, dict.fromkeys(HPARAM_METRICS, 0.0), discrete)
+        _set_intervals(experiment, {name: domain for name, domain in domains.items() if isinstance(domain, tuple)})
+        return experiment, start, end
 
     def log_step(self, numbers: dict[str, float]) -> None:
         """A step's numbers, as ``train_one_epoch`` shows them."""
@@ -167,6 +175,18 @@ def _plain(value: Any) -> str | int | float:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return value if isinstance(value, (int, float, str)) else "null"
+
+
+def _set_intervals(experiment, intervals: Mapping[str, tuple[float, float]]) -> None:
+    """Give an experiment's summary the domains that torch cannot say."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    plugin = experiment.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(plugin.content)
+    for info in content.experiment.hparam_infos:
+        if info.name in intervals:
+            info.domain_interval.min_value, info.domain_interval.max_value = intervals[info.name]
+    plugin.content = content.SerializeToString()
 
 
 def custom_scalars() -> dict[str, dict[str, list]]:

@@ -69,7 +69,8 @@ class TrialsDisplay:
         running = [trial for trial in self.search.frozen() if trial.state == TrialState.RUNNING]
         for trial in [*running, *self.search.ranked()][:SHOWN]:
             last = self.last.get(trial.number, {})
-            values = [_number(trial.params.get(name)) for name in names]
+            drawn = self.search.settings(trial.number)
+            values = [_number(drawn.get(name)) for name in names]
             highest = max(trial.intermediate_values.values(), default=None)
             style = "bold" if best and trial.number == best.number else None
             state, epoch = STATE_NAMES[trial.state], str(epochs_of(trial))

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.train
@@ -37,9 +38,10 @@ class TrainReporter:
 
     step_interval_s = 0.25  # a terminal shows no more than a few steps a second
 
-    def __init__(self, mailbox):
+    def __init__(self, mailbox, searched: dict[str, Any] | None = None):
         context = ray.train.get_context()
         self.rank, self.world_size, self.local_rank = context.get_world_rank(), context.get_world_size(), context.get_local_rank()
+        self.searched = searched
         self._mailbox = mailbox
         self._last_step = 0.0
 
@@ -58,4 +60,4 @@ class TrainReporter:
 
     def report(self, metrics: dict, checkpoint: Path | None = None) -> None:
         """Tell Ray Train the epoch's metrics; a barrier over all workers. The checkpoint already is in the run folder."""
-        ray.train.report(metrics)
+        ray.train.report({name: value for name, value in metrics.items() if value is not None})

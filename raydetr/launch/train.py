@@ -187,7 +187,7 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
     if ray.get(mailbox.failure.remote()):
         return None  # Ray Train tries every failure again; what only the user can mend would fail again
     try:
-        return fit(settings.load_config(loop_config["settings"]), TrainReporter(mailbox))
+        return fit(settings.load_config(loop_config["settings"]), TrainReporter(mailbox, loop_config.get("searched")))
     except UserError as error:
         ray.get(mailbox.fail.remote(str(error)))
         raise

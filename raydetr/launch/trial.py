@@ -15,12 +15,12 @@ from raydetr.launch.train import failure_of, run_folder, train_worker
 
 
 class TuneReporter:
-    """What ``fit`` is given in a trial of one worker. ``hparams`` are the searched settings by name, with their domains."""
+    """What ``fit`` is given in a trial of one worker. ``searched`` are the searched settings by name, with their domains."""
 
     rank, world_size, local_rank = 0, 1, 0
 
-    def __init__(self, metric: str, hparams: dict[str, Any]):
-        self.metric, self.hparams = metric, hparams
+    def __init__(self, metric: str, searched: dict[str, Any]):
+        self.metric, self.searched = metric, searched
 
     def checkpoint(self) -> None:
         """None: the trial's folder holds the last.pth to go on from."""
@@ -49,9 +49,9 @@ def run_trial(assigned: dict[str, Any]) -> None:
     config = settings.load_config(assigned["settings"])
     try:
         if config.run.workers == 1:
-            last = fit(config, TuneReporter(assigned["metric"], assigned["hparams"]))
+            last = fit(config, TuneReporter(assigned["metric"], assigned["searched"]))
         else:
-            last = fit_with_workers(config, assigned["places"])
+            last = fit_with_workers(config, assigned["places"], assigned["searched"])
     except UserError as error:
         ray.tune.report({"epoch": 0, "failed": str(error)})
     except (RuntimeError, ValueError, TypeError, LookupError, OSError, ArithmeticError) as error:
@@ -60,13 +60,13 @@ def run_trial(assigned: dict[str, Any]) -> None:
         ray.tune.report({**_defined(last), "finished": True})
 
 
-def fit_with_workers(config: settings.Config, places: dict[str, Any]) -> dict[str, Any]:
+def fit_with_workers(config: settings.Config, places: dict[str, Any], searched: dict[str, Any]) -> dict[str, Any]:
     """``fit`` in several Ray Train workers, whose reports go on to Ray Tune. Returns the last epoch's metrics."""
     mailbox = Mailbox.remote()
     each = {"CPU": places["cpus"], **({"GPU": places["gpus"]} if places["gpus"] else {})}
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"settings": settings.to_dict(config), "mailbox": mailbox},
+        train_loop_config={"settings": settings.to_dict(config), "mailbox": mailbox, "searched": searched},
         scaling_config=ray.train.ScalingConfig(config.run.workers, use_gpu=places["gpus"] > 0, resources_per_worker=each),
         run_config=ray.train.RunConfig(
             name="ray",

@@ -260,7 +260,7 @@ class StudySearcher(Searcher):
             "number": number,
             "metric": self.search.metric,
             "settings": settings.to_dict(config),
-            "hparams": self.search.space.hparam_domains(self.search.base),
+            "searched": self.search.space.hparam_domains(self.search.base),
             "places": dataclasses.asdict(self.places),
         }
 
