@@ -268,6 +268,10 @@ def _describe_all() -> Iterator[Setting]:
 SETTINGS: dict[str, Setting] = {each.name: each for each in _describe_all()}
 
 
+# What a preset goes back to before it is laid, so that nothing of another one stays.
+_PRESET_DEFAULTS = {name: SETTINGS[name].default for changes in PRESETS.values() for name in changes}
+
+
 def find_setting(name: str) -> Setting:
     """The setting of that dotted name; an unknown name is a UserError that names the nearest one."""
     if name in SETTINGS:
@@ -297,7 +301,7 @@ def load_config(*layers: Mapping[str, Any]) -> Config:
     for layer in layers:
         layer = {name: find_setting(name).parse(value) for name, value in flatten(layer).items()}
         if "model.preset" in layer:
-            values.update(PRESETS[layer["model.preset"]])
+            values.update(_PRESET_DEFAULTS | PRESETS[layer["model.preset"]])
         values.update(layer)
     config = Config()
     for name, value in values.items():

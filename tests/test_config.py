@@ -28,6 +28,10 @@ def test_later_layers_win_and_a_preset_is_laid_before_its_own_layer():
     )
 
 
+def test_nothing_of_another_preset_stays():
+    assert config.load_config({"model.preset": "detr_tiny"}, {"model.preset": "detr_resnet50"}) == config.load_config({})
+
+
 def test_a_written_file_repeats_the_tree(tmp_path):
     before = config.load_config({"model.preset": "detr_resnet101_dc5", "data.train_sizes": [64, 96], "run.name": "1e5", "optim.lr": 3e-5})
     config.write_yaml(before, tmp_path / "config.yaml")

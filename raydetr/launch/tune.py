@@ -121,6 +121,12 @@ def find_places(config: settings.Config, demands: Demands, trials: int) -> Place
         )
     if use_gpu and demands.gpus > max(gpus):
         raise UserError(f"--gpus-per-trial {demands.gpus}: no machine has more than {max(gpus):g} GPUs")
+    drivers = int(sum(node.get(DRIVER, 0) for node in nodes))
+    if demands.workers > 1 and not drivers:
+        start = f"""ray start --head --resources='{{"{DRIVER}": 64}}'"""
+        raise UserError(
+            f"--workers-per-trial {demands.workers}: the cluster has no place for their drivers; start it with {start}"
+        )
     cores = [int(node.get("CPU", 0)) for node in nodes]
     each = 1.0 if demands.workers > 1 else demands.gpus
     slots = sum(int(count / each + 1e-9) for count in gpus) if use_gpu else sum(cores)
@@ -130,7 +136,7 @@ def find_places(config: settings.Config, demands: Demands, trials: int) -> Place
         raise UserError(f"--workers-per-trial {demands.workers}: asked for that many workers, the cluster has {what}")
     if demands.concurrent is not None and demands.concurrent > fitting:
         raise UserError(f"--concurrent {demands.concurrent}: {what} hold {fitting} trials of {demands.workers} worker(s) at a time")
-    concurrent = min(demands.concurrent or fitting, trials)
+    concurrent = min(demands.concurrent or fitting, trials, drivers if demands.workers > 1 else trials)
     cpus = cores_each(cores, concurrent * demands.workers)
     if cpus is None:
         raise UserError(
@@ -156,8 +162,9 @@ def check_disk(config: settings.Config, folder: Path, trials: int, concurrent: i
 
 
 def _run(search: Search, workers: int, places: Places, time_budget_s: float | None) -> Search:
-    # A trial's own fit writes its events, the study is the record of results, and the table below is what is shown.
-    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"], os.environ["RAY_AIR_NEW_OUTPUT"] = "1", "0"
+    # A trial's own fit writes its events, the study is the record of results, the table below is what is shown; and a trial that
+    # failed has no metric to report.
+    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     resources = {"CPU": places.cpus, "GPU": places.gpus} if workers == 1 else {DRIVER: 1}
     with Console(highlight=False) as console, TrialsDisplay(search, console) as display, stopped_in_order():

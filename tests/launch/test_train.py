@@ -15,6 +15,9 @@ from raydetr.errors import UserError
 from raydetr.launch.train import resume_config, scaling_config, train
 from raydetr.model.checkpoint import read_checkpoint
 
+# One Ray at a time: two would share the cores, and the helpers of one could take the other for their own.
+pytestmark = pytest.mark.xdist_group("ray")
+
 TINY = {
     "model.preset": "detr_tiny",
     "model.weights": "none",
@@ -145,7 +148,6 @@ def same_weights(first, second):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("kills")
 def test_a_killed_driver_goes_on_and_ends_in_the_same_weights(coco_folder, tmp_path):
     folder = coco_folder(train=6, val=2)
     whole = start(folder, tmp_path / "whole")
@@ -163,7 +165,6 @@ def test_a_killed_driver_goes_on_and_ends_in_the_same_weights(coco_folder, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("kills")
 def test_a_killed_worker_is_replaced_and_the_run_ends_whole(coco_folder, tmp_path):
     before = set(training_workers())
     process = start(coco_folder(train=6, val=2), tmp_path)

@@ -1,0 +1,219 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import ray
+
+from raydetr import config
+from raydetr.errors import UserError
+from raydetr.launch import tune as launcher
+from raydetr.launch.command import seconds
+from raydetr.launch.train import DRIVER
+from raydetr.launch.tune import Demands, check_disk, find_places, grace_epochs, resume, summary, trial_folder, tune
+from raydetr.model.checkpoint import read_checkpoint
+from raydetr.search import open_search
+from raydetr.space import read_space
+
+# One Ray at a time: two would share the cores, and the helpers of one could take the other for their own.
+pytestmark = pytest.mark.xdist_group("ray")
+
+TINY = {
+    "model.preset": "detr_tiny",
+    "model.weights": "none",
+    "optim.epochs": 2,
+    "optim.batch_size": 2,
+    "data.train_sizes": [48],
+    "data.crop": 0.0,
+    "data.val_size": 48,
+    "data.num_workers": 0,
+    "run.pictures": 0,
+    "run.name": "search",
+}
+SPACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "loss.eos_coef": {"uniform": [0.05, 0.5]}}
+
+
+def settings(folder, storage, **changes):
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    return config.load_config(TINY, {"data.path": str(folder), "run.storage": str(storage)}, dotted)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(address="local", num_cpus=2, include_dashboard=True, resources={DRIVER: 4}, logging_level="error", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_search_trains_every_trial_with_its_own_settings(cluster, coco_folder, tmp_path):
+    search = tune(settings(coco_folder(), tmp_path), SPACE, trials=3, scheduler="none", sampler="random", seed=3)
+    trials = search.frozen()
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 3
+    folders = [trial_folder(search, number) for number in range(3)]
+    rates = [log_of(folder)[0]["train_lr"] for folder in folders]  # what the optimizer really had
+    assert rates == pytest.approx([search.config(number).optim.lr for number in range(3)])
+    assert len(set(rates)) == 3
+    assert rates[0] == config.load_config(TINY).optim.lr
+    for trial, folder in zip(trials, folders, strict=True):
+        scores = [line["test_coco_eval_bbox"][0] for line in log_of(folder)]
+        assert trial.value == pytest.approx(max(scores))
+        assert "optimizer" not in read_checkpoint(folder / "last.pth")
+        assert sorted(path.name for path in (folder / "tb").iterdir())
+    best = config.load_config(config.read_yaml(search.folder / "best.yaml"))
+    assert best.optim.lr == search.config(search.best().number).optim.lr
+    assert read_checkpoint(search.folder / "best.pth")["settings"]["optim"]["lr"] == best.optim.lr
+    assert "best settings: raydetr train --config" in summary(search)
+
+
+@pytest.mark.slow
+def test_a_trial_that_breaks_is_failed_and_the_search_goes_on(cluster, coco_folder, tmp_path):
+    # The tiny backbone has no stage to dilate: every trial but the first, which has the defaults, fails.
+    search = tune(settings(coco_folder(), tmp_path), {"model.dilation": {"choice": [True]}}, trials=2, scheduler="none")
+    assert [trial.state.name for trial in search.frozen()] == ["COMPLETE", "FAIL"]
+    assert "model.dilation" in search.frozen()[1].user_attrs["reason"]
+    assert search.best().number == 0
+
+
+@pytest.mark.slow
+def test_a_search_where_everything_fails_stops_after_a_few(cluster, coco_folder, tmp_path):
+    folder = coco_folder()
+    picture = folder / "train2017" / "train_002.jpg"
+    picture.write_bytes(picture.read_bytes()[:-200])  # the quick check reads headers only
+    with pytest.raises(UserError, match=r"trials failed.*train_002\.jpg"):
+        tune(settings(folder, tmp_path), SPACE, trials=30, scheduler="none")
+    assert len(open_search(tmp_path / "search").frozen()) < 10
+
+
+@pytest.mark.slow
+def test_trials_of_several_workers_train_in_an_inner_trainer(cluster, coco_folder, tmp_path):
+    search = tune(settings(coco_folder(), tmp_path), SPACE, trials=2, scheduler="none", demands=Demands(workers=2))
+    assert [trial.state.name for trial in search.frozen()] == ["COMPLETE", "COMPLETE"]
+    folder = trial_folder(search, 1)
+    assert [line["epoch"] for line in log_of(folder)] == [0, 1]
+    assert config.read_yaml(folder / "config.yaml")["run.workers"] == 2
+
+
+def test_impossible_requests_are_refused_with_the_numbers(cluster, coco_folder, tmp_path):
+    known = settings(coco_folder(), tmp_path)
+    assert find_places(known, Demands(), 8) == launcher.Places(2, 1, 0.0)
+    assert find_places(known, Demands(concurrent=1), 8) == launcher.Places(1, 2, 0.0)
+    with pytest.raises(UserError, match="--concurrent 3: 2 CPUs hold 2 trials"):
+        find_places(known, Demands(concurrent=3), 8)
+    with pytest.raises(UserError, match=r"--workers-per-trial 3: .* 2 CPUs"):
+        find_places(known, Demands(workers=3), 8)
+    with pytest.raises(UserError, match="NCCL"):
+        find_places(known, Demands(workers=2, gpus=0.5), 8)
+    with pytest.raises(UserError, match="sees no GPU"):
+        find_places(settings(known.data.path, tmp_path, speed__device="cuda"), Demands(), 8)
+
+
+def test_gpus_are_shared_and_more_than_a_machine_has_are_refused(monkeypatch, coco_folder, tmp_path):
+    monkeypatch.setattr(launcher, "nodes_resources", lambda: [{"CPU": 16, "GPU": 2, DRIVER: 8}, {"CPU": 8, "GPU": 1}])
+    known = settings(coco_folder(), tmp_path)
+    assert find_places(known, Demands(gpus=0.5), 32).concurrent == 6
+    assert find_places(known, Demands(workers=2), 32).concurrent == 1
+    with pytest.raises(UserError, match=r"--gpus-per-trial 4: no machine has more than 2 GPUs"):
+        find_places(known, Demands(gpus=4), 32)
+
+
+def test_trials_of_several_workers_never_wait_for_a_driver_that_cannot_come(monkeypatch, coco_folder, tmp_path):
+    monkeypatch.setattr(launcher, "nodes_resources", lambda: [{"CPU": 16}])
+    with pytest.raises(UserError, match="ray start --head --resources"):
+        find_places(settings(coco_folder(), tmp_path), Demands(workers=2), 8)
+
+
+def test_a_search_that_the_disk_cannot_hold_is_refused(coco_folder, tmp_path):
+    known = settings(coco_folder(), tmp_path, model__preset="detr_resnet50")
+    assert check_disk(known, tmp_path / "search", 32, 2).startswith("32 trials x 2 x 16")
+    with pytest.raises(UserError, match="GB free"):
+        check_disk(known, tmp_path / "search", 10**9, 2)
+
+
+def test_the_grace_comes_after_the_warm_up():
+    assert grace_epochs(config.load_config({"optim.epochs": 20, "optim.warmup": 0.25}).optim) == 7
+    assert grace_epochs(config.load_config({"optim.epochs": 20, "optim.warmup": 3}).optim) == 5
+    assert grace_epochs(config.load_config({"optim.epochs": 1}).optim) == 1
+
+
+def test_an_existing_search_is_offered_to_go_on_with(cluster, coco_folder, tmp_path):
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "study.journal").write_text("")
+    with pytest.raises(UserError, match="--resume"):
+        tune(settings(coco_folder(), tmp_path), SPACE, trials=2)
+
+
+def test_resuming_with_another_space_shows_the_difference(coco_folder, tmp_path):
+    launcher.create_search(tmp_path / "search", read_space(SPACE), settings(coco_folder(), tmp_path), trials=2)
+    changed = read_space({**SPACE, "loss.eos_coef": {"uniform": [0.05, 0.9]}})
+    with pytest.raises(UserError, match=r"loss\.eos_coef"):
+        resume(tmp_path / "search", changed)
+
+
+@pytest.mark.parametrize(("text", "value"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1.5d", 129600), ("7", 7), (None, None)])
+def test_time_budgets_have_units(text, value):
+    assert seconds(text) == value
+
+
+@pytest.mark.parametrize("text", ["soon", "-3m", "0", "5 weeks"])
+def test_a_time_that_is_none_is_refused(text):
+    with pytest.raises(UserError, match="--time-budget"):
+        seconds(text)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--space", "loss", "--trials", "0"], "--trials 0"),
+        (["--space", "loss", "--sampler", "tppe"], "tpe"),
+        (["--space", "loss", "--scheduler", "ashha"], "asha"),
+        (["--space", "loss", "--metric", "AP42"], "AP50"),
+        (["--space", "lss"], "loss"),
+        ([], "--space"),
+        (["--resume", "absent"], "absent"),
+    ],
+)
+def test_bad_flags_are_one_line(cluster, coco_folder, tmp_path, capsys, flags, says):
+    from raydetr.cli import main
+
+    assert main(["tune", "--data", str(coco_folder()), "--storage", str(tmp_path / "runs"), "--preset", "detr_tiny", *flags]) == 2
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def start(*flags):
+    command = [sys.executable, "-c", "import sys; from raydetr.cli import main; sys.exit(main(sys.argv[1:]))", "tune", *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_and_loses_nothing(coco_folder, tmp_path):
+    import numpy as np
+
+    known = settings(coco_folder(), tmp_path, optim__epochs=3)
+    config.write_yaml(known, tmp_path / "run.yaml")
+    random, folder = np.random.default_rng(0), tmp_path / "search"
+    driver = start("--config", str(tmp_path / "run.yaml"), "--space", "loss", "--trials", "5", "--scheduler", "none")
+    for _ in range(5):
+        deadline = time.monotonic() + 120
+        while not (folder / "trials").exists() and driver.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(random.uniform(0, 8))
+        if driver.poll() is not None:
+            break
+        os.killpg(driver.pid, signal.SIGKILL)
+        driver.wait()
+        driver = start("--resume", str(folder))
+    assert driver.wait(timeout=300) == 0, driver.stdout.read()
+    search = open_search(folder)
+    assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"] * 5
+    for number in range(5):
+        assert [line["epoch"] for line in log_of(trial_folder(search, number))] == [0, 1, 2]
