@@ -38,10 +38,35 @@ class FrozenBatchNorm(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class FoldedConvolution(torch.autograd.Function):
+    """A convolution with ``weight * scale`` that keeps ``weight``, not a scaled copy of it, for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, geometry: tuple) -> Tensor:
+        """x [B, inputs, H, W], weight [outputs, inputs, k, k], scale and shift [outputs]; geometry: stride, padding, dilation."""
+        ctx.save_for_backward(x, weight, scale)
+        ctx.geometry = geometry
+        return F.conv2d(x, weight * scale, shift, *geometry)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        """Gradients of x and weight; under autocast the convolution was in ``grad``'s type, and so are its derivatives."""
+        x, weight, scale = ctx.saved_tensors
+        wanted = [*ctx.needs_input_grad[:2], False]
+        folded = (weight * scale).to(grad.dtype)
+        backward = torch.ops.aten.convolution_backward
+        grad_x, grad_weight, _ = backward(grad, x.to(grad.dtype), folded, None, *ctx.geometry, False, [0, 0], 1, wanted)
+        return grad_x, grad_weight.to(weight.dtype).mul_(scale), None, None, None
+
+
 def folded_conv(x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm) -> Tensor:
     """``norm(conv(x))`` as one convolution."""
     scale, shift = norm.scale_and_shift()
-    return F.conv2d(x, conv.weight * scale[:, None, None, None], shift, conv.stride, conv.padding, conv.dilation)
+    scale, geometry = scale[:, None, None, None], (conv.stride, conv.padding, conv.dilation)
+    if torch.is_grad_enabled() and conv.weight.requires_grad:
+        return FoldedConvolution.apply(x, conv.weight, scale, shift, geometry)
+    return F.conv2d(x, conv.weight * scale, shift, *geometry)
 
 
 def _conv(inputs: int, outputs: int, size: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:

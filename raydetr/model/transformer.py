@@ -29,7 +29,7 @@ class Dropout(nn.Module):
         draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
         dropped = round(self.rate * 65536)  # of the 65536 values an int16 takes, from the lowest
         keep = draws[: x.numel()].view(x.shape) >= dropped - 32768
-        return x * keep.to(x.dtype).mul_(65536 / (65536 - dropped))
+        return torch.where(keep, x, 0).mul_(65536 / (65536 - dropped))  # the backward pass needs the booleans only
 
 
 class Attention(nn.Module):
@@ -70,6 +70,14 @@ class Attention(nn.Module):
         return self.dropout(similarity.softmax(-1)) @ v
 
 
+def feed_forward(x: Tensor, linear1: nn.Linear, linear2: nn.Linear, dropout: Dropout) -> Tensor:
+    """``linear2(dropout(relu(linear1(x))))``: [..., D] to [..., D].
+
+    Drop-out and ReLU commute, as the scale is positive; in this order ReLU works in place and nothing of it is kept but its result.
+    """
+    return linear2(dropout(linear1(x)).relu_())
+
+
 class EncoderLayer(nn.Module):
     """Self-attention over the places of the feature map, then a feed-forward network."""
 
@@ -96,7 +104,7 @@ class EncoderLayer(nn.Module):
         return self.self_attn(place, place, x, attend)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(F.relu(self.linear1(x))))
+        return feed_forward(x, self.linear1, self.linear2, self.dropout)
 
 
 class DecoderLayer(nn.Module):
@@ -129,7 +137,7 @@ class DecoderLayer(nn.Module):
         return self.self_attn(query, query, x)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(F.relu(self.linear1(x))))
+        return feed_forward(x, self.linear1, self.linear2, self.dropout)
 
 
 class Encoder(nn.Module):

@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torchvision.ops import FrozenBatchNorm2d
 
-from raydetr.model.backbone import Backbone, ResNet
+from raydetr.model.backbone import Backbone, FrozenBatchNorm, ResNet, folded_conv
 
 
 def randomize(state: dict) -> dict:
@@ -69,6 +69,24 @@ def test_gradients_lie_in_memory_as_their_weights_do():
     network(torch.randn(2, 3, 64, 64)).sum().backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is None or parameter.grad.stride() == parameter.stride(), name
+
+
+def test_gradients_under_autocast_are_those_of_separate_layers():
+    """The fold's own backward pass, in half precision and with weights and image in float32."""
+    x = torch.randn(2, 8, 6, 6, requires_grad=True)
+    conv, norm = torch.nn.Conv2d(8, 8, 3, padding=1, bias=False), FrozenBatchNorm(8)
+    norm.load_state_dict(randomize(norm.state_dict()))
+    reference = FrozenBatchNorm2d(8)
+    reference.load_state_dict(norm.state_dict())
+    slope = torch.randn(2, 8, 6, 6)
+    gradients = []
+    for layers in (lambda: folded_conv(x, conv, norm), lambda: reference(conv(x))):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layers()
+        gradients.append(torch.autograd.grad((y * slope).sum(), (x, conv.weight)))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
 def test_a_frozen_backbone_records_nothing():
