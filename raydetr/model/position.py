@@ -25,9 +25,12 @@ class SinePosition(nn.Module):
         The first half of the channels encodes the row, the second the column. With mask None the result is [1, ...]: it is
         the same for all images, and remembered.
         """
-        if mask is None:
-            return _unpadded_sines(*features.shape[-2:], self.hidden_dim, features.device)
-        return _sines(mask, self.hidden_dim)
+        if mask is not None:
+            return _sines(mask, self.hidden_dim)
+        # While the network is traced, its tensors hold no numbers to remember.
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(features) is not Tensor
+        compute = _unpadded_sines.__wrapped__ if traced else _unpadded_sines
+        return compute(*features.shape[-2:], self.hidden_dim, features.device)
 
 
 @functools.lru_cache(maxsize=256)

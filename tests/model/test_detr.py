@@ -277,6 +277,15 @@ def test_auxiliary_outputs_are_those_of_shorter_decoders(pre_norm):
                 torch.testing.assert_close(found[name], expected[name])
 
 
+def test_the_exported_network_gives_the_same_and_leaves_this_one_as_it_was():
+    model = build_model(**TINY, aux_loss=False).eval()
+    images = torch.randn(2, 3, 64, 80)
+    with torch.no_grad():
+        exported = torch.export.export(model, (images,)).module()
+        for name, expected in model(images).items():
+            torch.testing.assert_close(exported(images)[name], expected)
+
+
 def test_outputs_are_float32_under_autocast():
     model = build_model(**TINY).eval()
     images = torch.randn(1, 3, 64, 64)
