@@ -43,15 +43,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model.dim_feedforward": 256,
         "model.num_queries": 25,
         "model.dropout": 0.0,
-        "data.train_sizes": [128, 144, 160],
-        "data.val_size": 144,
-        "data.max_size": 256,
-        "data.crop_resize": [144, 160, 176],
-        "data.crop_min": 112,
-        "data.crop_max": 160,
+        # The resolution that its weights were made at, and little else: its positions are sure of no other.
+        "data.train_sizes": [96],
+        "data.val_size": 96,
+        "data.crop": 0.0,
         "optim.lr": 5e-4,
         "optim.lr_backbone": 5e-4,
-        "optim.batch_size": 4,
+        "optim.batch_size": 2,
+        "optim.schedule": "cosine",
     },
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from raydetr.config import load_config
+from raydetr.config import load_config, to_dict
 from raydetr.errors import UserError
 
 _MARK = ".raydetr-demo"
@@ -35,8 +35,11 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0) -> dict[s
     _say(3, f"raydetr data check {coco}")
     from raydetr.data.check import check
 
-    layer = {"model.preset": "detr_tiny", "data.path": str(coco), "optim.epochs": epochs, "run.workers": workers, "run.seed": seed}
-    config = load_config(layer, {"run.storage": str(runs), "run.name": "balloons"})
+    config = load_config({"model.preset": "detr_tiny", "data.path": str(coco), "run.storage": str(runs), "run.name": "balloons"})
+    batch_size = max(1, config.optim.batch_size // workers)  # the same step however many workers share it
+    config = load_config(
+        to_dict(config), {"optim.epochs": epochs, "optim.batch_size": batch_size, "run.workers": workers, "run.seed": seed}
+    )
     report = check(config.data)
     click.echo(report.text())
     if not report.ok:
@@ -49,7 +52,7 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0) -> dict[s
     before = score_checkpoint(BUNDLED, {"data.path": str(coco)})
     click.echo(metrics_table(before))
 
-    _say(5, f"raydetr train --preset detr_tiny --data {coco} --epochs {epochs} --workers {workers}")
+    _say(5, f"raydetr train --preset detr_tiny --data {coco} --epochs {epochs} --workers {workers} --batch-size {batch_size}")
     from raydetr.launch.train import train
 
     train(config)

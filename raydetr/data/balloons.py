@@ -15,8 +15,8 @@ from raydetr.data.scenes import SUPERSAMPLE, Colour, Part, Scene, colour_of, dar
 from raydetr.data.things import KINDS
 from raydetr.errors import UserError
 
-SIZES = ((320, 240), (320, 240), (320, 213), (300, 225), (288, 288), (240, 320))  # width, height (pixels) that are drawn from
-LEAST_VISIBLE = 0.4  # of every balloon's area, whatever stands before it and however the picture cuts it
+WIDTH, HEIGHT = 320, 240  # pixels; all pictures come from one camera
+LEAST_VISIBLE = 0.5  # of every balloon's area, whatever stands before it and however the picture cuts it
 JPEG_QUALITY = 92
 TOLERANCE = 0.6  # pixels by which an outline may differ from the balloon's edge
 
@@ -59,7 +59,7 @@ def _via_entry(name: str, size: int, outlines: list[np.ndarray]) -> dict:
 
 def draw(rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
     """A picture uint8 [height, width, 3], and for each balloon where it is seen, bool [height, width] times SUPERSAMPLE."""
-    scene = Scene(rng, *SIZES[rng.integers(len(SIZES))])
+    scene = Scene(rng, WIDTH, HEIGHT)
     layout = _Layout(scene)
     for _ in range(rng.integers(2, 6)):
         layout.stand_about(IN_THE_AIR if rng.random() < 0.4 else ON_THE_GROUND)
@@ -186,10 +186,10 @@ def _string(rng: np.random.Generator, knot: np.ndarray, end: tuple[float, float]
 def _bunch(layout: _Layout) -> None:
     """Balloons held by one hand, their strings meeting below."""
     rng, width, height = layout.rng, layout.scene.width, layout.scene.height
-    size = height * rng.uniform(0.1, 0.17)
+    size = height * rng.uniform(0.13, 0.2)
     x, y = rng.uniform(0.25, 0.75) * width, rng.uniform(0.25, 0.45) * height
     hand = (x + rng.normal() * size, min(y + rng.uniform(3, 5) * size, height * 1.02))
-    for _ in range(rng.integers(3, 9)):
+    for _ in range(rng.integers(3, 6)):
         aside, above = rng.normal(0, 1.15 * size, 2)
         layout.add_balloon(x + aside * 1.2, y + above, size * rng.uniform(0.8, 1.15), hand)
     if rng.random() < 0.4:
@@ -200,14 +200,14 @@ def _loose(layout: _Layout, most: int = 6) -> None:
     """Balloons flying each on its own, near and far."""
     rng, width, height = layout.rng, layout.scene.width, layout.scene.height
     for _ in range(rng.integers(1, most + 1)):
-        size = height * np.exp(rng.uniform(np.log(0.055), np.log(0.26)))
+        size = height * np.exp(rng.uniform(np.log(0.12), np.log(0.3)))
         layout.add_balloon(rng.uniform(0.0, 1.0) * width, rng.uniform(0.02, 0.85) * height, size)
 
 
 def _row(layout: _Layout) -> None:
     """Balloons side by side on a line, as at a party."""
     rng, width, height = layout.rng, layout.scene.width, layout.scene.height
-    count, size = int(rng.integers(3, 8)), height * rng.uniform(0.07, 0.12)
+    count, size = int(rng.integers(3, 6)), height * rng.uniform(0.11, 0.16)
     level, sag, spread = rng.uniform(0.15, 0.5) * height, rng.uniform(-0.15, 0.2) * height, rng.uniform(0.5, 0.95)
     for at in np.linspace(-1, 1, count):
         x = width * (0.5 + 0.5 * spread * at) + rng.normal() * 0.2 * size

@@ -1,0 +1,24 @@
+import json
+
+import pytest
+
+from raydetr.demo import demo
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+
+
+@pytest.mark.timeout(900)
+def test_the_demo_fine_tunes_the_bundled_model_to_half_and_more(tmp_path, capsys):
+    result = demo(tmp_path / "demo")
+    assert result["before"] < 0.1
+    assert result["after"] >= 0.5
+    out = tmp_path / "demo"
+    assert len((out / "runs" / "balloons" / "log.txt").read_text().splitlines()) == 10
+    shown = json.loads((out / "gallery" / "images.json").read_text())["images"]
+    assert len(shown) == 16
+    page = (out / "gallery" / "index.html").read_text()
+    assert "before" in page.lower()
+    assert "after" in page.lower()
+    said = capsys.readouterr().out
+    assert f"AP {result['before']:.3f} before, {result['after']:.3f} after" in said
+    assert "raydetr train --data DATA" in said
