@@ -124,9 +124,7 @@ def find_places(config: settings.Config, demands: Demands, trials: int) -> Place
     drivers = int(sum(node.get(DRIVER, 0) for node in nodes))
     if demands.workers > 1 and not drivers:
         start = f"""ray start --head --resources='{{"{DRIVER}": 64}}'"""
-        raise UserError(
-            f"--workers-per-trial {demands.workers}: the cluster has no place for their drivers; start it with {start}"
-        )
+        raise UserError(f"--workers-per-trial {demands.workers}: the cluster has no place for their drivers; start it with {start}")
     cores = [int(node.get("CPU", 0)) for node in nodes]
     each = 1.0 if demands.workers > 1 else demands.gpus
     slots = sum(int(count / each + 1e-9) for count in gpus) if use_gpu else sum(cores)
