@@ -68,9 +68,8 @@ class Criterion(nn.Module):
 
     def normalizers(self, batches: list[Targets], num_queries: int) -> Normalizers:
         """Of all micro-batches of one step. Workers average their number of boxes: all of them must call it together."""
-        matched, class_weight, images = self._count(batches, num_queries)
-        boxes = sum(len(target["labels"]) for targets in batches for target in targets)
-        return Normalizers(_averaged_over_workers(boxes, batches), class_weight or 1.0, matched, images)
+        boxes, class_weight, matched, images = self._count(batches, num_queries)
+        return Normalizers(_averaged_over_workers(boxes), class_weight or 1.0, matched, images)
 
     @torch.no_grad()
     def sums(self, outputs: dict[str, Any], targets: Targets) -> dict[str, Tensor]:
@@ -80,10 +79,9 @@ class Criterion(nn.Module):
         ``class_weight``, ``matched``, ``correct`` (matched with the right class), ``cardinality`` (sum of the absolute differences)
         and ``images``.
         """
-        matched, class_weight, images = self._count([targets], outputs["pred_logits"].shape[1])
+        boxes, class_weight, matched, images = self._count([targets], outputs["pred_logits"].shape[1])
         numerators, wrong = self._numerators(outputs, targets)
         cardinality = numerators.pop("cardinality_error")[-1]
-        boxes = sum(len(target["labels"]) for target in targets)
         counts = {"num_boxes": boxes, "class_weight": class_weight, "matched": matched, "images": images}
         sums = {name: wrong.new_tensor(value, dtype=torch.float64) for name, value in counts.items()}
         return {
@@ -103,10 +101,11 @@ class Criterion(nn.Module):
         losses["cardinality_error"] = total["cardinality"] / max(whole.images, 1)
         return losses
 
-    def _count(self, batches: list[Targets], num_queries: int) -> tuple[int, float, int]:
+    def _count(self, batches: list[Targets], num_queries: int) -> tuple[int, float, int, int]:
+        """True boxes, the classification loss's weight, matched boxes, images."""
         counts = [len(target["labels"]) for targets in batches for target in targets]
         matched = sum(min(count, num_queries) for count in counts)
-        return matched, matched + self.eos_coef * (len(counts) * num_queries - matched), len(counts)
+        return sum(counts), matched + self.eos_coef * (len(counts) * num_queries - matched), matched, len(counts)
 
     def _numerators(self, outputs: dict[str, Any], targets: Targets) -> tuple[dict[str, Tensor], Tensor]:
         """Sums over images and queries [layers] by the name of their loss, and how many matched queries of the last layer
@@ -153,7 +152,7 @@ def _without_suffix(name: str) -> str:
     return stem if suffix.isdigit() else name
 
 
-def _averaged_over_workers(boxes: int, batches: list[Targets]) -> float | Tensor:
+def _averaged_over_workers(boxes: int) -> float | Tensor:
     if not (dist.is_available() and dist.is_initialized()):
         return max(float(boxes), 1.0)
     # NCCL can only reduce what lies on the GPU; nobody waits for the result on the host.
