@@ -66,7 +66,7 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0) -> dict[s
     from raydetr.predict import predict
 
     annotations = coco / "annotations" / "custom_val.json"
-    click.echo(predict(best, [coco / "val2017"], out / "gallery", threshold=0.5, compare=BUNDLED, annotations=annotations).text())
+    click.echo(predict(best, [coco / "val2017"], out / "gallery", compare=BUNDLED, annotations=annotations).text())
 
     result = {"before": before["AP"], "after": after["AP"], "seconds": time.monotonic() - start}
     _say_what_next(out, result)
