@@ -67,7 +67,7 @@ def fit_with_workers(config: settings.Config, places: dict[str, Any], searched: 
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings.to_dict(config), "mailbox": mailbox, "searched": searched},
-        scaling_config=ray.train.ScalingConfig(config.run.workers, use_gpu=places["gpus"] > 0, resources_per_worker=each),
+        scaling_config=ray.train.ScalingConfig(num_workers=config.run.workers, use_gpu=places["gpus"] > 0, resources_per_worker=each),
         run_config=ray.train.RunConfig(
             name="ray",
             storage_path=str(run_folder(config)),

@@ -177,7 +177,7 @@ def test_a_time_that_is_none_is_refused(text):
         (["--space", "loss", "--metric", "AP42"], "AP50"),
         (["--space", "lss"], "loss"),
         ([], "--space"),
-        (["--resume", "absent"], "absent"),
+        (["--resume", "absent"], "a search keeps its settings"),
     ],
 )
 def test_bad_flags_are_one_line(cluster, coco_folder, tmp_path, capsys, flags, says):
@@ -187,6 +187,13 @@ def test_bad_flags_are_one_line(cluster, coco_folder, tmp_path, capsys, flags, s
     captured = capsys.readouterr()
     assert says in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_resuming_what_is_not_there_is_one_line(capsys):
+    from raydetr.cli import main
+
+    assert main(["tune", "--resume", "absent"]) == 2
+    assert "holds no search" in capsys.readouterr().err
 
 
 def start(*flags):
