@@ -563,7 +563,7 @@ def test_importances_are_empty_where_nothing_can_be_told(make):
 
 
 def test_best_yaml_holds_the_complete_settings_of_the_best_trial(make):
-    search = run(make(config=load_config({"run.name": "first", "optim.epochs": 7, "model.preset": "detr_tiny"})))
+    search = run(make(config=load_config({"run.name": "first", "optim.epochs": 7, "model.preset": "detr_tiny"}), trials=20))
     config = load_config(read_yaml(write_best(search.folder)))
     assert config.optim.lr == search.settings(search.best().number)["optim.lr"] != 5e-4
     assert config.matcher.set_cost_bbox == config.loss.bbox_loss_coef

@@ -359,7 +359,7 @@ def test_targets(known):
     assert val.categories == [{"id": 3, "name": "square"}, {"id": 7, "name": "oblong"}]
     assert val.image_ids == [10, 11]
     assert len(val) == 2
-    image, target = val[1]
+    image, target = dataset(known, transforms=val_transforms(settings(val_size=144, max_size=256)))[1]
     assert type(image) is type(target["boxes"]) is torch.Tensor
     assert image.dtype == torch.float32
     assert image.shape == (3, 128, 256)  # 144 would make the long side exceed 256

@@ -26,6 +26,7 @@ TINY = {
     "model.weights": "none",
     "optim.epochs": 2,
     "optim.batch_size": 2,
+    "optim.schedule": "constant",
     "data.train_sizes": [48],
     "data.crop": 0.0,
     "data.val_size": 48,
