@@ -165,7 +165,7 @@ def test_best_is_the_highest_ap_and_the_evaluated_weights(finished):
     assert (metrics["best_epoch"], metrics["best_AP"]) == (best["epoch"], best["AP"])
     model = raydetr.load(folder_of(config) / "best.pth")
     images = CocoImages(find_split(config.data, "val"), val_transforms(config.data), categories=model.categories)
-    criterion = build_criterion(2, dec_layers=2)
+    criterion = build_criterion(2, dec_layers=2, eos_coef=config.loss.eos_coef)
     losses, detections = evaluate(model, criterion, build_loader(images, 2), torch.device("cpu"))
     again = coco_metrics(images.coco, detections.results(model.categories))
     assert losses["loss"] == best["val_loss"]
