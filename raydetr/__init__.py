@@ -15,7 +15,7 @@ _HOME = {
     "load": "raydetr.model.checkpoint",
     "load_config": "raydetr.config",
     "train": "raydetr.launch.train",
-    "tune": "raydetr.launch.tune",
+    "tune": "raydetr.launch.command",
 }
 
 __all__ = ["UserError", *_HOME]

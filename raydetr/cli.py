@@ -230,7 +230,7 @@ def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | N
     "--gpus-per-trial", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Below 1 trials share a GPU."
 )
 @click.option("--max-epochs", metavar="E", help="Epochs of a trial that is not stopped early; --optim.epochs by another name.")
-@click.option("--scheduler", default="asha", show_default=True, help="Which trials are stopped early: asha, median or none.")
+@click.option("--scheduler", default="asha", show_default=True, help="Which trials are stopped early: asha, median or none; or pbt.")
 @click.option("--sampler", default="tpe", show_default=True, help="How settings are drawn: tpe, gp, random or cmaes.")
 @click.option("--metric", default="AP", show_default=True, help="COCO number that is maximized.")
 @click.option("--time-budget", metavar="TIME", help="Stop after that long: 90s, 30m, 2h.")
@@ -307,11 +307,12 @@ def tensorboard(runs: tuple[Path, ...], port: int, host: str) -> None:
 @click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Ray workers.")
 @click.option("--epochs", default=10, show_default=True, type=click.IntRange(1), help="Epochs to fine-tune.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the pictures and of the training.")
-def demo(out: Path, workers: int, epochs: int, seed: int) -> None:
-    """See it work in a few minutes: make pictures of balloons, fine-tune a small DETR on them, look at the result."""
+@click.option("--trials", default=8, show_default=True, type=click.IntRange(0), help="Trials of the search at the end; 0: no search.")
+def demo(out: Path, **options) -> None:
+    """See it work in a few minutes: make pictures of balloons, fine-tune a small DETR on them, search for better settings."""
     from raydetr.demo import demo
 
-    demo(out, workers=workers, epochs=epochs, seed=seed)
+    demo(out, **options)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The whole way in a few minutes, without a download: pictures, conversion, check, fine-tuning, before and after."""
+"""The whole way in a few minutes, without a download: pictures, conversion, check, fine-tuning, before and after, better settings."""
 
 import shutil
 import time
@@ -10,13 +10,15 @@ from raydetr.config import load_config, to_dict
 from raydetr.errors import UserError
 
 _MARK = ".raydetr-demo"
+TRIAL_EPOCHS = 6  # enough to tell settings apart
 
 
-def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0) -> dict[str, float]:
-    """Generate balloons, convert, check, fine-tune the bundled detr_tiny, evaluate before and after, write the gallery.
+def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: int = 8) -> dict[str, float]:
+    """Generate balloons, convert, check, fine-tune the bundled detr_tiny, evaluate before and after, write the gallery, then search.
 
     Everything lands in ``out``; an earlier demo there is replaced, any other folder is left alone (UserError). Returns the AP
-    ``before`` and ``after`` and the ``seconds`` it took.
+    ``before`` and ``after``, the ``seconds`` it took, and of the search (none with 0 ``trials``) the AP of trial 0, ``default``,
+    and of the ``best``.
     """
     start = time.monotonic()
     _claim(out)
@@ -40,9 +42,9 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0) -> dict[s
     config = load_config(
         to_dict(config), {"optim.epochs": epochs, "optim.batch_size": batch_size, "run.workers": workers, "run.seed": seed}
     )
-    report = check(config.data)
-    click.echo(report.text())
-    if not report.ok:
+    found = check(config.data)
+    click.echo(found.text())
+    if not found.ok:
         raise UserError(f"the generated pictures in {coco} do not pass the check")
 
     _say(4, "raydetr evaluate on the bundled detr_tiny, which has never seen a balloon")
@@ -68,9 +70,26 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0) -> dict[s
     annotations = coco / "annotations" / "custom_val.json"
     click.echo(predict(best, [coco / "val2017"], out / "gallery", compare=BUNDLED, annotations=annotations).text())
 
-    result = {"before": before["AP"], "after": after["AP"], "seconds": time.monotonic() - start}
+    result = {"before": before["AP"], "after": after["AP"]}
+    if trials:
+        result |= _search(coco, runs, trials, seed)
+    result["seconds"] = time.monotonic() - start
     _say_what_next(out, result)
     return result
+
+
+def _search(coco: Path, runs: Path, trials: int, seed: int) -> dict[str, float]:
+    base = {"model.preset": "detr_tiny", "data.path": str(coco), "optim.epochs": TRIAL_EPOCHS, "run.seed": seed}
+    flags = f"--preset detr_tiny --data {coco} --space tiny --trials {trials} --max-epochs {TRIAL_EPOCHS} --scheduler none --seed {seed}"
+    _say(8, f"raydetr tune {flags}")
+    from raydetr.launch.tune import summary, tune
+    from raydetr.report import report
+
+    config = load_config(base, {"run.storage": str(runs), "run.name": "search"})
+    search = tune(config, "tiny", trials=trials, scheduler="none", seed=seed)
+    click.echo(summary(search))
+    report([search.folder])
+    return {"default": search.frozen()[0].value, "best": search.best().value}
 
 
 def _claim(out: Path) -> None:
@@ -83,17 +102,21 @@ def _claim(out: Path) -> None:
 
 
 def _say(step: int, what: str) -> None:
-    click.secho(f"\n[{step}/7] {what}", bold=True)
+    click.secho(f"\n[{step}/8] {what}", bold=True)
 
 
 def _say_what_next(out: Path, result: dict[str, float]) -> None:
-    click.secho(
-        f"\nAP {result['before']:.3f} before, {result['after']:.3f} after fine-tuning; {result['seconds']:.0f} seconds in all", bold=True
-    )
-    click.echo(f"""
-Look at
+    lines = [f"AP {result['before']:.3f} before, {result['after']:.3f} after fine-tuning"]
+    pages = f"""
   {out / "gallery" / "index.html"}    before and after beside the true boxes
-  raydetr tensorboard {out / "runs"}    AP and losses, epoch by epoch
+  raydetr tensorboard {out / "runs"}    AP and losses, epoch by epoch; HPARAMS compares the trials"""
+    if "best" in result:
+        lines.append(f"search: AP {result['default']:.3f} with the default settings, {result['best']:.3f} with the best found")
+        pages += f"""
+  {out / "runs" / "search" / "report.html"}    what the search found"""
+    click.secho("\n" + "\n".join([*lines, f"{result['seconds']:.0f} seconds in all"]), bold=True)
+    click.echo(f"""
+Look at{pages}
 
 With photographs of your own
   raydetr data convert PHOTOGRAPHS DATA --from via    (COCO folders need no conversion)

@@ -29,14 +29,16 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raydetr.config import Config, flatten, load_config, read_yaml, to_dict, write_yaml
 from raydetr.errors import UserError
+from raydetr.population import better_trial, check_population, moved
 from raydetr.space import Space, as_drawn, draw, read_space
 
 if TYPE_CHECKING:
     import pandas
 
 SAMPLERS = ("tpe", "gp", "random", "cmaes")
-PRUNERS = ("asha", "median", "none")
+SCHEDULERS = ("asha", "median", "none", "pbt")
 GIVEN_UP = "given up"  # marks a trial that its pruner stops
+TAKEN_OVER = "taken over"  # what a trial went on from in population-based training: [{"after": epoch, "from": trial, "settings": drawn}]
 REDUCTION = 3  # of the trials that reach a rung of ASHA, a third goes on to the next, three times as many epochs away
 LOCK_SECONDS = 2  # a living writer holds the journal's lock for milliseconds
 SPACE_FILE, CONFIG_FILE, STUDY_FILE = "space.yaml", "config.yaml", "study.journal"
@@ -66,6 +68,11 @@ class Search:
     def trials(self) -> int:
         """How many trials were asked for, trial 0 and failed ones included."""
         return self._plan["trials"]
+
+    @property
+    def scheduler(self) -> str:
+        """What stops trials early (``SCHEDULERS``)."""
+        return self._plan["pruner"]
 
     @property
     def _plan(self) -> dict[str, Any]:
@@ -117,11 +124,35 @@ class Search:
         """The settings of a trial that was handed out: drawn, tied and fixed ones by dotted name."""
         if number == 0:
             return {name: self.base[name] for name in self.space.dimensions}
-        return self.space.suggest(self.frozen()[number], self.base)
+        trial = self.frozen()[number]
+        changes = trial.user_attrs.get(TAKEN_OVER)
+        return self.space.suggest(optuna.trial.FixedTrial(changes[-1]["settings"]) if changes else trial, self.base)
 
     def config(self, number: int) -> Config:
         """The complete settings of a trial."""
         return load_config(self.base, self.settings(number))
+
+    def better_trial(self, number: int, epoch: int) -> int | None:
+        """Whose weights a trial at ``epoch`` goes on from in population-based training; None where it keeps its own.
+
+        Trial 0 always does: the others are compared with it.
+        """
+        trials = self.frozen()
+        values = {trial.number: _value_at(trial, epoch) for trial in trials if (trial.last_step or 0) >= epoch}
+        running = {trial.number for trial in trials if trial.state == TrialState.RUNNING}
+        if number == 0 or number not in values:
+            return None
+        return better_trial(values, number, running - {number}, self._random(number, epoch))
+
+    def take_over(self, number: int, other: int, epoch: int) -> None:
+        """Note that a trial goes on from ``other`` after ``epoch``, with its settings a little changed."""
+        drawn = moved(self.space, self.space.drawn({**self.base, **self.settings(other)}), self._random(number, epoch, 1))
+        trial = optuna.Trial(self.study, self.frozen()[number]._trial_id)
+        change = {"after": epoch, "from": other, "settings": drawn}
+        trial.set_user_attr(TAKEN_OVER, [*trial.user_attrs.get(TAKEN_OVER, []), change])
+
+    def _random(self, *numbers: int) -> np.random.Generator:
+        return np.random.default_rng([self._plan["seed"], *numbers])
 
     def report(self, number: int, epoch: int, value: float | None) -> None:
         """Note the objective (the best so far) after ``epoch``; what was noted before, and what is no number, is passed over."""
@@ -229,6 +260,8 @@ def create_search(
     base = flatten(to_dict(config))
     make_sampler(sampler, seed, _trial_count(trials))
     make_pruner(pruner, grace, trials)
+    if pruner == "pbt":
+        check_population(space)
     points = _without_repeats([space.check_point(point, base) for point in points])
     if len(points) >= trials:
         raise UserError(f"{len(points)} points to start from and trial 0 need {len(points) + 1} trials; {trials} were asked for")
@@ -334,8 +367,11 @@ def make_sampler(name: str, seed: int | Sequence[int], trials: int) -> optuna.sa
 
 
 def make_pruner(name: str, grace: int, trials: int) -> optuna.pruners.BasePruner:
-    """Optuna's pruner of that name (``PRUNERS``), which stops no trial before epoch ``grace``; UserError for an unknown name."""
-    _check_name("pruner", name, PRUNERS)
+    """What stops trials under that scheduler (``SCHEDULERS``), none before epoch ``grace``; UserError for an unknown name.
+
+    Population-based training stops none: its trials go on from better ones instead.
+    """
+    _check_name("scheduler", name, SCHEDULERS)
     if grace < 1:
         raise UserError(f"a grace of {grace} epochs: a trial runs for one epoch at least")
     if name == "asha":
@@ -417,18 +453,20 @@ def importance_evaluator(complete: int) -> PedAnovaImportanceEvaluator:
     return PedAnovaImportanceEvaluator(target_quantile=min(0.5, max(0.1, 5 / max(complete, 1))))
 
 
-def write_best(folder: str | Path, out: str | Path | None = None) -> Path:
-    """The complete settings of the best trial as YAML (``best.yaml`` in the folder), ready for ``raydetr train --config``.
-
-    Raises UserError where no trial has an objective yet.
-    """
-    search = Search(folder)
+def best_config(search: Search) -> Config:
+    """The complete settings of the best trial, ready for a run of their own; UserError where no trial has an objective yet."""
     best = search.best()
     if best is None:
-        raise UserError(f"{folder}: no trial has ended with a value of {search.metric} yet")
-    out = Path(out) if out else search.folder / "best.yaml"
+        raise UserError(f"{search.folder}: no trial has ended with a value of {search.metric} yet")
     # The search's own name would collide with it.
-    write_yaml(load_config(flatten(to_dict(search.config(best.number))), {"run.name": None}), out)
+    return load_config(flatten(to_dict(search.config(best.number))), {"run.name": None})
+
+
+def write_best(folder: str | Path, out: str | Path | None = None) -> Path:
+    """:func:`best_config` as YAML (``best.yaml`` in the folder), ready for ``raydetr train --config``."""
+    search = Search(folder)
+    out = Path(out) if out else search.folder / "best.yaml"
+    write_yaml(best_config(search), out)
     return out
 
 
@@ -489,6 +527,10 @@ def top_trials(search: Search, count: int = 5) -> str:
 def epochs_of(trial: FrozenTrial) -> int:
     """How many epochs a trial was trained: the last one reported (one in between may be missing after a crash)."""
     return trial.last_step or 0
+
+
+def _value_at(trial: FrozenTrial, epoch: int) -> float:
+    return max((value for step, value in trial.intermediate_values.items() if step <= epoch), default=-math.inf)
 
 
 def _is_drawn(search: Search, trial: FrozenTrial) -> bool:

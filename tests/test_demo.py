@@ -8,7 +8,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
 
 @pytest.mark.timeout(900)
-def test_the_demo_fine_tunes_the_bundled_model_to_half_and_more(tmp_path, capsys):
+def test_the_demo_fine_tunes_the_bundled_model_to_half_and_more_and_finds_better_settings(tmp_path, capsys):
     result = demo(tmp_path / "demo")
     assert result["before"] < 0.1
     assert result["after"] >= 0.5
@@ -22,3 +22,7 @@ def test_the_demo_fine_tunes_the_bundled_model_to_half_and_more(tmp_path, capsys
     said = capsys.readouterr().out
     assert f"AP {result['before']:.3f} before, {result['after']:.3f} after" in said
     assert "raydetr train --data DATA" in said
+    assert result["best"] > result["default"]
+    assert len(list((out / "runs" / "search" / "trials").iterdir())) == 8
+    assert (out / "runs" / "search" / "report.html").stat().st_size > 100_000
+    assert result["seconds"] < 360

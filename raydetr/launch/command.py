@@ -1,18 +1,41 @@
-"""The ``tune`` command: from what the command line gives to a search, and back to text."""
+"""A search from outside: from what the command line or a Python program gives, and back to what each can use."""
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import optuna
 
 from raydetr import config as settings
 from raydetr.errors import UserError
 from raydetr.evaluation import METRICS
-from raydetr.launch.tune import Demands, summary, tune
-from raydetr.launch.tune import resume as go_on
-from raydetr.search import best_points, read_points
+from raydetr.launch import tune as launcher
+from raydetr.launch.tune import Demands, summary
+from raydetr.search import best_config, best_points, read_points, trials_frame
 from raydetr.space import Space, read_space
 
+if TYPE_CHECKING:
+    import pandas
+
 UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+class Found(NamedTuple):
+    """What a search found: the best trial's complete settings, as ``raydetr.train`` takes them; a row a trial; Optuna's study."""
+
+    best: settings.Config
+    trials: "pandas.DataFrame"
+    study: optuna.Study
+
+
+def tune(config: settings.Config, space: Space | str | Path | Mapping[str, Any], **options) -> Found:
+    """Search ``space`` (a file, the name of a ready one, or a mapping) around ``config``; ``options`` are :func:`launch.tune.tune`'s.
+
+    Raises UserError for bad settings, data or an impossible request, and where all trials failed.
+    """
+    search = launcher.tune(config, space, **options)
+    return Found(best_config(search), trials_frame(search), search.study)
 
 
 def tune_command(
@@ -39,13 +62,13 @@ def tune_command(
         if any(layers):
             given = ", ".join(sorted(name for layer in layers for name in settings.flatten(layer)))
             raise UserError(f"--resume: a search keeps its settings; {given} may not be given")
-        return summary(go_on(resume, known, trials=trials, demands=demands, time_budget_s=budget))
+        return summary(launcher.resume(resume, known, trials=trials, demands=demands, time_budget_s=budget))
     if known is None:
         raise UserError("--space: say what to search, a file or a ready space such as loss or learning_rates")
     if metric not in METRICS:
         raise UserError(f"--metric: {metric!r} is not one of {', '.join(METRICS)}")
     config = settings.load_config(*layers)
-    search = tune(
+    search = launcher.tune(
         config,
         known,
         trials=32 if trials is None else trials,

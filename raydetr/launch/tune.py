@@ -3,15 +3,18 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import shutil
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray.tune
 import torch
+from filelock import FileLock, Timeout
+from ray.tune.experiment import Trial
 from ray.tune.result import DEFAULT_RESULT_KEYS
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
@@ -22,12 +25,14 @@ from raydetr.errors import UserError
 from raydetr.launch.train import DRIVER, check_data, check_name, cores_each, nodes_resources, ray_session, with_absolute_paths
 from raydetr.launch.trial import run_trial
 from raydetr.model.checkpoint import read_checkpoint, save_checkpoint
+from raydetr.model.files import written_whole
 from raydetr.search import Search, create_search, open_search, top_trials, write_best, write_trials
 from raydetr.space import Space, read_space
 from raydetr.trials import TrialsDisplay
 
 TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
 TO_GO_ON = ("optimizer", "lr_scheduler", "scaler", "ema", "random")  # what a checkpoint holds for a run that is not finished
+TURNS = 4  # how often in a run a trial of population-based training may go on from another
 HOPELESS = 3  # trials that all failed before their first epoch: the rest would fail, too
 
 
@@ -73,13 +78,16 @@ def tune(
     folder = Path(config.run.storage) / config.run.name
     grace = grace_epochs(config.optim)
     space = space if isinstance(space, Space) else read_space(space)
+    if scheduler == "pbt" and demands.workers > 1:
+        raise UserError("--scheduler pbt: trials go on from each other's weights with one worker each; lower --workers-per-trial")
     with ray_session(demands.workers, drivers=demands.workers > 1):
         places = find_places(config, demands, trials)
         check_disk(config, folder, trials, places.concurrent)
         search = create_search(
             folder, space, config, trials=trials, metric=metric, sampler=sampler, pruner=scheduler, grace=grace, seed=seed, points=points
         )
-        return _run(search, demands.workers, places, time_budget_s)
+        with driving(folder):
+            return _run(search, demands.workers, places, time_budget_s)
 
 
 def resume(
@@ -96,10 +104,24 @@ def resume(
     """
     folder = Path(folder).expanduser().absolute()
     search = open_search(folder, space, trials)
-    search.reclaim(())
-    with ray_session(demands.workers, drivers=demands.workers > 1):
+    with driving(folder), ray_session(demands.workers, drivers=demands.workers > 1):
+        search.reclaim(())
         places = find_places(search.config(0), demands, search.trials)
         return _run(search, demands.workers, places, time_budget_s)
+
+
+@contextlib.contextmanager
+def driving(folder: Path) -> Iterator[None]:
+    """For the length of a ``with`` nobody else runs the search in ``folder``; UserError where somebody does. Ends with the process."""
+    lock = FileLock(folder / "driver.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder}: another raydetr is running this search; wait for its end or stop it first") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def grace_epochs(optim: settings.Optim) -> int:
@@ -164,15 +186,17 @@ def _run(search: Search, workers: int, places: Places, time_budget_s: float | No
     # failed has no metric to report.
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    searcher = StudySearcher(search, workers, places)
+    population = search.scheduler == "pbt"
     resources = {"CPU": places.cpus, "GPU": places.gpus} if workers == 1 else {DRIVER: 1}
     with Console(highlight=False) as console, TrialsDisplay(search, console) as display, stopped_in_order():
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(run_trial, resources),
             tune_config=ray.tune.TuneConfig(
-                search_alg=StudySearcher(search, workers, places),
-                scheduler=StudyScheduler(search),
+                search_alg=searcher,
+                scheduler=PopulationScheduler(search, searcher) if population else StudyScheduler(search),
                 num_samples=-1,
-                max_concurrent_trials=places.concurrent,
+                max_concurrent_trials=None if population else places.concurrent,  # a population takes turns
                 reuse_actors=workers == 1,
                 time_budget_s=time_budget_s,
                 trial_dirname_creator=lambda trial: trial.trial_id,
@@ -192,7 +216,7 @@ def _run(search: Search, workers: int, places: Places, time_budget_s: float | No
 
 
 @contextlib.contextmanager
-def stopped_in_order():
+def stopped_in_order() -> Iterator[None]:
     """SIGTERM, which `ray job stop` sends, ends a search as Ctrl-C does: Ray Tune stops the trials, the summary follows."""
     before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
@@ -213,8 +237,7 @@ def finish(search: Search) -> None:
     write_best(search.folder)
     weights = trial_folder(search, best.number) / "best.pth"
     if weights.exists():
-        shutil.copyfile(weights, search.folder / "best.pth.new")
-        os.replace(search.folder / "best.pth.new", search.folder / "best.pth")
+        copy_file(weights, search.folder / "best.pth")
 
 
 def summary(search: Search) -> str:
@@ -257,7 +280,10 @@ class StudySearcher(Searcher):
         asked = self.search.ask(trial_id)
         if asked is None:
             return Searcher.FINISHED
-        number, _ = asked
+        return self.assigned(asked[0])
+
+    def assigned(self, number: int) -> dict[str, Any]:
+        """A trial as :func:`run_trial` takes it, with the settings that it has now."""
         config = self.search.config(number)
         config.run.storage, config.run.name = str(self.search.folder / TRIALS_FOLDER), self.search.trial_name(number)
         config.run.workers = self.workers
@@ -313,6 +339,46 @@ class StudyScheduler(FIFOScheduler):
         return FIFOScheduler.STOP if self.search.should_stop(number) else FIFOScheduler.CONTINUE
 
 
+class PopulationScheduler(StudyScheduler):
+    """Population-based training: at every turn a trial gives its place to one that is less far, and may go on from a better one."""
+
+    def __init__(self, search: Search, searcher: StudySearcher):
+        super().__init__(search)
+        self.searcher = searcher
+        optim = search.config(0).optim
+        self.first, self.every, self.epochs = grace_epochs(optim), math.ceil(optim.epochs / TURNS), optim.epochs
+
+    def on_trial_result(self, tune_controller, trial, result: dict[str, Any]) -> str:
+        """Continue, or stop for this turn."""
+        decision, epoch = super().on_trial_result(tune_controller, trial, result), result["epoch"]
+        if decision != FIFOScheduler.CONTINUE or result.get("failed") or result.get("finished"):
+            return decision
+        if epoch % self.every or not self.first <= epoch < self.epochs:
+            return decision
+        tune_controller.pause_trial(trial, should_checkpoint=False)  # its folder holds the checkpoint
+        return FIFOScheduler.NOOP
+
+    def choose_trial_to_run(self, tune_controller):
+        """A trial that has not begun, else, where there is a place, the one that is least far."""
+        trials = tune_controller.get_trials()
+        pending = next((trial for trial in trials if trial.status == Trial.PENDING), None)
+        paused = [trial for trial in trials if trial.status == Trial.PAUSED]
+        running = sum(trial.status == Trial.RUNNING for trial in trials)
+        if pending or not paused or running >= self.searcher.places.concurrent:
+            return pending
+        chosen = min(paused, key=lambda trial: trial.last_result["epoch"])
+        self._turn(chosen)
+        return chosen
+
+    def _turn(self, trial) -> None:
+        number, epoch = self.search.number(trial.trial_id), trial.last_result["epoch"]
+        other = self.search.better_trial(number, epoch)
+        if other is not None:
+            copy_weights(trial_folder(self.search, other), trial_folder(self.search, number))
+            self.search.take_over(number, other, epoch)
+            trial.set_config(self.searcher.assigned(number))
+
+
 class Hopeless(ray.tune.Stopper):
     """Ends a search whose first trials all failed without a single epoch."""
 
@@ -349,6 +415,18 @@ class Watcher(ray.tune.Callback):
     def on_step_end(self, iteration: int, trials: list, **info) -> None:
         """Trials may have begun or ended."""
         self.display.refresh()
+
+
+def copy_weights(source: Path, target: Path) -> None:
+    """Put a trial's checkpoints in the place of another's."""
+    for name in ("best.pth", "last.pth"):
+        copy_file(source / name, target / name)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file that appears whole or not at all."""
+    with source.open("rb") as content, written_whole(target) as copy:
+        shutil.copyfileobj(content, copy)
 
 
 def strip(checkpoint: Path) -> None:

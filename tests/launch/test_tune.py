@@ -8,14 +8,17 @@ import time
 import pytest
 import ray
 
+import raydetr
 from raydetr import config
+from raydetr.data import balloons
+from raydetr.data.convert import convert
 from raydetr.errors import UserError
 from raydetr.launch import tune as launcher
 from raydetr.launch.command import seconds
 from raydetr.launch.train import DRIVER
 from raydetr.launch.tune import Demands, check_disk, find_places, grace_epochs, resume, summary, trial_folder, tune
 from raydetr.model.checkpoint import read_checkpoint
-from raydetr.search import open_search
+from raydetr.search import TAKEN_OVER, open_search
 from raydetr.space import read_space
 
 # One Ray at a time: two would share the cores, and the helpers of one could take the other for their own.
@@ -75,6 +78,15 @@ def test_a_search_trains_every_trial_with_its_own_settings(cluster, coco_folder,
 
 
 @pytest.mark.slow
+def test_a_search_from_python_gives_settings_a_frame_and_the_study(cluster, coco_folder, tmp_path):
+    best, trials, study = raydetr.tune(settings(coco_folder(), tmp_path, optim__epochs=1), SPACE, trials=2, scheduler="none")
+    assert list(trials["trial"]) == [0, 1]
+    assert set(trials["optim.lr"]) == {trial.params["optim.lr"] for trial in study.trials}
+    assert best.optim.lr in set(trials["optim.lr"])
+    assert best.run.name is None
+
+
+@pytest.mark.slow
 def test_a_trial_that_breaks_is_failed_and_the_search_goes_on(cluster, coco_folder, tmp_path):
     # The tiny backbone has no stage to dilate: every trial but the first, which has the defaults, fails.
     search = tune(settings(coco_folder(), tmp_path), {"model.dilation": {"choice": [True]}}, trials=2, scheduler="none")
@@ -100,6 +112,38 @@ def test_trials_of_several_workers_train_in_an_inner_trainer(cluster, coco_folde
     folder = trial_folder(search, 1)
     assert [line["epoch"] for line in log_of(folder)] == [0, 1]
     assert config.read_yaml(folder / "config.yaml")["run.workers"] == 2
+
+
+@pytest.mark.slow
+def test_a_population_goes_on_from_its_best(cluster, tmp_path):
+    balloons.generate(tmp_path / "photographs", train=8, val=4)
+    convert(tmp_path / "photographs", tmp_path / "data")
+    changed = {"model__weights": "bundled", "data__train_sizes": [96], "data__val_size": 96, "optim__epochs": 4, "optim__lr": 5e-4}
+    known = settings(tmp_path / "data", tmp_path, **changed)
+    search = tune(known, {"optim.lr": {"loguniform": [1e-9, 1e-3]}}, trials=4, scheduler="pbt", sampler="random", metric="AP50")
+    trials = search.frozen()
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 4
+    changes = {trial.number: trial.user_attrs[TAKEN_OVER] for trial in trials if TAKEN_OVER in trial.user_attrs}
+    assert changes  # a rate of 1e-9 learns nothing: somebody has gone on from somebody else
+    assert 0 not in changes
+    for number, (change, *_) in changes.items():
+        assert search.settings(number)["optim.lr"] == search.frozen()[number].user_attrs[TAKEN_OVER][-1]["settings"]["optim.lr"]
+        rates = {line["epoch"] + 1: line["train_lr"] for line in log_of(trial_folder(search, number))}
+        assert rates[change["after"]] == pytest.approx(trials[number].params["optim.lr"])
+        assert rates[4] == pytest.approx(search.settings(number)["optim.lr"])  # what the optimizer really had
+
+
+def test_a_population_of_several_workers_is_refused(coco_folder, tmp_path):
+    with pytest.raises(UserError, match="--workers-per-trial"):
+        tune(settings(coco_folder(), tmp_path), SPACE, trials=4, scheduler="pbt", demands=Demands(workers=2))
+
+
+def test_a_search_has_one_driver(coco_folder, tmp_path):
+    launcher.create_search(tmp_path / "search", read_space(SPACE), settings(coco_folder(), tmp_path), trials=2)
+    with launcher.driving(tmp_path / "search"), pytest.raises(UserError, match="another raydetr is running this search"):
+        resume(tmp_path / "search")
+    with launcher.driving(tmp_path / "search"):
+        pass  # it is free again
 
 
 def test_impossible_requests_are_refused_with_the_numbers(cluster, coco_folder, tmp_path):
