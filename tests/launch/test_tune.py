@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import signal
@@ -5,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+import psutil
 import pytest
 import ray
 
@@ -246,10 +249,81 @@ def start(*flags):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
+def wait_for(condition, seconds=180):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.1)
+
+
+def processes_of(driver, title):
+    """Ray's processes with that title that ``driver`` started, directly or by way of others."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):  # the driver may just have ended
+        for process in psutil.Process(driver.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+    return found
+
+
+def all_epochs(search, epochs=3):
+    logs = [log_of(trial_folder(search, number)) for number in range(search.trials)]
+    return all([line["epoch"] for line in log] == list(range(epochs)) for log in logs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("title", "flags", "kills"),
+    [("ray::ImplicitFunc", ["--trials", "5"], 3), ("ray::RayTrainWorker", ["--trials", "2", "--workers-per-trial", "2"], 2)],
+    ids=["trials", "workers"],
+)
+def test_killed_trials_and_workers_go_on_from_their_last_epoch(coco_folder, tmp_path, title, flags, kills):
+    config.write_yaml(settings(coco_folder(), tmp_path, optim__epochs=3), tmp_path / "run.yaml")
+    random, folder = np.random.default_rng(1), tmp_path / "search"
+    driver = start("--config", str(tmp_path / "run.yaml"), "--space", "loss", "--scheduler", "none", *flags)
+    killed = set()
+    while len(killed) < kills and driver.poll() is None:
+        wait_for(lambda: driver.poll() is not None or any(each.pid not in killed for each in processes_of(driver, title)))
+        time.sleep(random.uniform(0, 2))
+        victims = [each for each in processes_of(driver, title) if each.pid not in killed]
+        if victims:
+            victim = victims[int(random.integers(len(victims)))]
+            killed.add(victim.pid)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+    assert len(killed) == kills
+    assert driver.wait(timeout=400) == 0, driver.stdout.read()
+    search = open_search(folder)
+    assert {trial.state.name for trial in search.frozen()} == {"COMPLETE"}
+    assert len(search.frozen()) == search.trials
+    assert all_epochs(search)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_in_order_with_a_summary_and_the_way_on(coco_folder, tmp_path):
+    config.write_yaml(settings(coco_folder(), tmp_path, optim__epochs=3), tmp_path / "run.yaml")
+    folder = tmp_path / "search"
+    driver = start("--config", str(tmp_path / "run.yaml"), "--space", "loss", "--trials", "6", "--scheduler", "none")
+    # The first trial has ended, others are under way.
+    wait_for(lambda: (folder / "study.journal").exists() and any(trial.state.is_finished() for trial in open_search(folder).frozen()))
+    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
+    said, _ = driver.communicate(timeout=120)
+    assert f"raydetr tune --resume {folder}" in said
+    assert "Traceback" not in said
+    assert (folder / "best.yaml").exists()
+    ended = {trial.number: trial.datetime_complete for trial in open_search(folder).frozen() if trial.state.is_finished()}
+    assert ended
+    assert len(ended) < 6
+    assert start("--resume", str(folder)).wait(timeout=300) == 0
+    search = open_search(folder)
+    assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"] * 6
+    assert all(search.frozen()[number].datetime_complete == when for number, when in ended.items())  # none ran twice
+    assert all_epochs(search)
+
+
 @pytest.mark.slow
 def test_a_killed_search_goes_on_and_loses_nothing(coco_folder, tmp_path):
-    import numpy as np
-
     known = settings(coco_folder(), tmp_path, optim__epochs=3)
     config.write_yaml(known, tmp_path / "run.yaml")
     random, folder = np.random.default_rng(0), tmp_path / "search"
@@ -267,5 +341,4 @@ def test_a_killed_search_goes_on_and_loses_nothing(coco_folder, tmp_path):
     assert driver.wait(timeout=300) == 0, driver.stdout.read()
     search = open_search(folder)
     assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"] * 5
-    for number in range(5):
-        assert [line["epoch"] for line in log_of(trial_folder(search, number))] == [0, 1, 2]
+    assert all_epochs(search)
