@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from raydetr.config import Config, Optim, to_dict, write_yaml
 from raydetr.console import Display
+from raydetr.data.cache import DecodedImages, cache_limit
 from raydetr.data.coco import CocoImages, build_loader, find_split
 from raydetr.data.transforms import train_transforms, val_transforms
 from raydetr.engine import Detections, Training, choose_device, choose_dtype, evaluate, gathered, train_one_epoch
@@ -47,10 +48,12 @@ class LocalReporter:
     It says what a reporter is: ``rank``, ``world_size``, ``local_rank``; ``checkpoint()`` is the file to start from where it is not the
     run folder's own ``last.pth``; ``report`` is called by every worker after every epoch, with the file ``last.pth`` on rank 0; ``show``
     is given the events that :mod:`raydetr.console` describes. ``searched`` are the settings that a search varies, with their domains, for
-    TensorBoard's HPARAMS page; None where there is no search.
+    TensorBoard's HPARAMS page; None where there is no search. ``images`` reads pictures that were decoded for several runs; None where
+    a run decodes its own.
     """
 
     searched: Mapping[str, tuple | list] | None = None
+    images: DecodedImages | None = None
 
     def __init__(self, checkpoint: Path | None = None, display: Display | None = None):
         together = dist.is_available() and dist.is_initialized()
@@ -219,7 +222,8 @@ def _write_down(run: Run, train: dict[str, float], val: dict[str, float], scores
 
 def _draw(run: Run, detections: Detections) -> None:
     epoch, epochs = run.progress.epoch, run.config.optim.epochs
-    if epoch % math.ceil(epochs / PICTURE_SETS) == 0 or epoch in (1, epochs):
+    sets = 1 if run.reporter.searched else PICTURE_SETS  # in short trials pictures would cost an eighth of the time
+    if epoch % math.ceil(epochs / sets) == 0 or epoch in (1, epochs):
         run.tracker.log_pictures(run.training.step, run.pictures.draw(detections))
 
 
@@ -283,6 +287,8 @@ def _loaders(config: Config, reporter: Any, device: torch.device, content: dict[
     known = content["categories"] if content else None
     train = CocoImages(find_split(data, "train"), train_transforms(data), config.run.seed, known)
     val = CocoImages(find_split(data, "val"), val_transforms(data), config.run.seed, train.categories)
+    limit = cache_limit(data) // reporter.world_size  # as if all workers were on one machine
+    train.images = val.images = reporter.images or DecodedImages(train.files + val.files, limit)
     common = {"num_workers": data.num_workers, "seed": config.run.seed, "device": device}
     share = (batch_size, reporter.rank, reporter.world_size)
     return build_loader(train, *share, shuffle=True, **common), build_loader(val, *share, **common)

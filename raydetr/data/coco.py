@@ -243,10 +243,11 @@ class CocoImages(Dataset):
 
     ``categories`` fixes the label order (a trained model's, or the training set's for validation): the file's categories are then
     found in it by name, and ``coco`` carries its ids. Without it labels follow the file's ascending category ids.
-    ``images(path, size)`` reads a picture as :func:`raydetr.data.images.read_image` does.
 
     Attributes: ``categories`` [{"id", "name"}] in label order, ``coco`` the cleaned file (see :func:`load_coco`), ``image_ids``,
-    ``warnings`` one line each. Raises UserError like :func:`load_coco`, and at a picture that cannot be read.
+    ``files`` [(path, (width, height))], ``warnings`` one line each, and ``images(path, size)``, which reads a picture as
+    :func:`raydetr.data.images.read_image` does and may be exchanged for what reads faster. Raises UserError like :func:`load_coco`,
+    and at a picture that cannot be read.
     """
 
     def __init__(
@@ -255,9 +256,9 @@ class CocoImages(Dataset):
         transforms: Callable,
         seed: int = 0,
         categories: list[dict] | None = None,
-        images: Callable[[Path, tuple[int, int]], torch.Tensor] = read_image,
     ):
-        self.split, self.transforms, self.seed, self.images = split, transforms, seed, images
+        self.split, self.transforms, self.seed = split, transforms, seed
+        self.images: Callable[[Path, tuple[int, int]], torch.Tensor] = read_image
         self.coco, self.warnings = load_coco(split.annotations, split.images)
         self.categories = self.coco["categories"]
         if categories is not None:
@@ -279,8 +280,9 @@ class CocoImages(Dataset):
         self._area = torch.tensor([each["area"] for each in boxes], dtype=torch.float32)
         xywh = torch.tensor([each["bbox"] for each in boxes], dtype=torch.float64)
         self._xyxy = box_convert(xywh, "xywh", "xyxy").float()
-        self._files = [image["file_name"] for image in self.coco["images"]]
-        self._sizes = [(image["width"], image["height"]) for image in self.coco["images"]]
+        self.files = [
+            (image_path(self.split.images, image["file_name"]), (image["width"], image["height"])) for image in self.coco["images"]
+        ]
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -291,7 +293,7 @@ class CocoImages(Dataset):
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         epoch, index = index if isinstance(index, tuple) else (self.epoch, index)
-        photograph = self.images(image_path(self.split.images, self._files[index]), self._sizes[index])
+        photograph = self.images(*self.files[index])
         orig_size = photograph.shape[-2:]
         mine = slice(self._starts[index], self._starts[index + 1])
         boxes = tv_tensors.BoundingBoxes(_clip(self._xyxy[mine], orig_size), format="XYXY", canvas_size=tuple(orig_size))

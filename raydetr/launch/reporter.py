@@ -7,6 +7,8 @@ from typing import Any
 import ray
 import ray.train
 
+from raydetr.data.cache import DecodedImages
+
 
 @ray.remote(num_cpus=0)
 class Mailbox:
@@ -38,10 +40,10 @@ class TrainReporter:
 
     step_interval_s = 0.25  # a terminal shows no more than a few steps a second
 
-    def __init__(self, mailbox, searched: dict[str, Any] | None = None):
+    def __init__(self, mailbox, searched: dict[str, Any] | None = None, images: DecodedImages | None = None):
         context = ray.train.get_context()
         self.rank, self.world_size, self.local_rank = context.get_world_rank(), context.get_world_size(), context.get_local_rank()
-        self.searched = searched
+        self.searched, self.images = searched, images
         self._mailbox = mailbox
         self._last_step = 0.0
 

@@ -22,7 +22,7 @@ DRIVER = "trial_driver"  # the resource that keeps the drivers of inner trainers
 SHOW_INTERVAL_S = 0.2  # between two looks at what the workers posted
 
 # What may change when a run goes on; anything else would make it another run.
-RESUMABLE = {"optim.epochs", "optim.patience", "data.num_workers", "run.max_failures", "run.workers", "speed.device"}
+RESUMABLE = {"optim.epochs", "optim.patience", "data.num_workers", "data.cache_gb", "run.max_failures", "run.workers", "speed.device"}
 
 
 def train(config: settings.Config, resume: bool = False) -> dict[str, Any]:
@@ -187,7 +187,8 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
     if ray.get(mailbox.failure.remote()):
         return None  # Ray Train tries every failure again; what only the user can mend would fail again
     try:
-        return fit(settings.load_config(loop_config["settings"]), TrainReporter(mailbox, loop_config.get("searched")))
+        images = [ray.get(each) for each in loop_config.get("images", ())]
+        return fit(settings.load_config(loop_config["settings"]), TrainReporter(mailbox, loop_config.get("searched"), *images))
     except UserError as error:
         ray.get(mailbox.fail.remote(str(error)))
         raise

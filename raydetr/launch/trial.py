@@ -1,14 +1,17 @@
 """What runs in a trial of a search: ``fit`` right there, or an inner TorchTrainer with several workers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.tune
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from raydetr import config as settings
+from raydetr.data.cache import DecodedImages
 from raydetr.errors import UserError
 from raydetr.launch.reporter import Mailbox
 from raydetr.launch.train import failure_of, run_folder, train_worker
@@ -19,8 +22,8 @@ class TuneReporter:
 
     rank, world_size, local_rank = 0, 1, 0
 
-    def __init__(self, metric: str, searched: dict[str, Any]):
-        self.metric, self.searched = metric, searched
+    def __init__(self, metric: str, searched: dict[str, Any], images: DecodedImages | None = None):
+        self.metric, self.searched, self.images = metric, searched, images
 
     def checkpoint(self) -> None:
         """None: the trial's folder holds the last.pth to go on from."""
@@ -39,8 +42,8 @@ def _defined(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in metrics.items() if value is not None}
 
 
-def run_trial(assigned: dict[str, Any]) -> None:
-    """What Ray Tune calls for a trial. A failure is told, not raised: it would come again.
+def run_trial(assigned: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
+    """What Ray Tune calls for a trial. A failure is told, not raised: it would come again. ``images`` are the decoded pictures, if any.
 
     Only a lost process makes Ray Tune start a trial once more; it goes on from the last.pth of the trial's folder.
     """
@@ -49,9 +52,9 @@ def run_trial(assigned: dict[str, Any]) -> None:
     config = settings.load_config(assigned["settings"])
     try:
         if config.run.workers == 1:
-            last = fit(config, TuneReporter(assigned["metric"], assigned["searched"]))
+            last = fit(config, TuneReporter(assigned["metric"], assigned["searched"], *map(ray.get, images)))
         else:
-            last = fit_with_workers(config, assigned["places"], assigned["searched"])
+            last = fit_with_workers(config, assigned["places"], assigned["searched"], images)
     except UserError as error:
         ray.tune.report({"epoch": 0, "failed": str(error)})
     except (RuntimeError, ValueError, TypeError, LookupError, OSError, ArithmeticError) as error:
@@ -60,13 +63,15 @@ def run_trial(assigned: dict[str, Any]) -> None:
         ray.tune.report({**_defined(last), "finished": True})
 
 
-def fit_with_workers(config: settings.Config, places: dict[str, Any], searched: dict[str, Any]) -> dict[str, Any]:
+def fit_with_workers(
+    config: settings.Config, places: dict[str, Any], searched: dict[str, Any], images: Sequence[ray.ObjectRef]
+) -> dict[str, Any]:
     """``fit`` in several Ray Train workers, whose reports go on to Ray Tune. Returns the last epoch's metrics."""
     mailbox = Mailbox.remote()
     each = {"CPU": places["cpus"], **({"GPU": places["gpus"]} if places["gpus"] else {})}
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"settings": settings.to_dict(config), "mailbox": mailbox, "searched": searched},
+        train_loop_config={"settings": settings.to_dict(config), "mailbox": mailbox, "searched": searched, "images": list(images)},
         scaling_config=ray.train.ScalingConfig(num_workers=config.run.workers, use_gpu=places["gpus"] > 0, resources_per_worker=each),
         run_config=ray.train.RunConfig(
             name="ray",

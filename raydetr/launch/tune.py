@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.tune
 import torch
 from filelock import FileLock, Timeout
@@ -21,6 +22,8 @@ from ray.tune.search import Searcher
 from rich.console import Console
 
 from raydetr import config as settings
+from raydetr.data.cache import DecodedImages, cache_limit
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.errors import UserError
 from raydetr.launch.train import DRIVER, check_data, check_name, cores_each, nodes_resources, ray_session, with_absolute_paths
 from raydetr.launch.trial import run_trial
@@ -32,6 +35,7 @@ from raydetr.trials import TrialsDisplay
 
 TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
 TO_GO_ON = ("optimizer", "lr_scheduler", "scaler", "ema", "random")  # what a checkpoint holds for a run that is not finished
+STORE_SHARE = 0.5  # of Ray's object store, for decoded pictures
 TURNS = 4  # how often in a run a trial of population-based training may go on from another
 HOPELESS = 3  # trials that all failed before their first epoch: the rest would fail, too
 
@@ -83,11 +87,12 @@ def tune(
     with ray_session(demands.workers, drivers=demands.workers > 1):
         places = find_places(config, demands, trials)
         check_disk(config, folder, trials, places.concurrent)
+        images = share_images(config)
         search = create_search(
             folder, space, config, trials=trials, metric=metric, sampler=sampler, pruner=scheduler, grace=grace, seed=seed, points=points
         )
         with driving(folder):
-            return _run(search, demands.workers, places, time_budget_s)
+            return _run(search, demands.workers, places, images, time_budget_s)
 
 
 def resume(
@@ -107,7 +112,7 @@ def resume(
     with driving(folder), ray_session(demands.workers, drivers=demands.workers > 1):
         search.reclaim(())
         places = find_places(search.config(0), demands, search.trials)
-        return _run(search, demands.workers, places, time_budget_s)
+        return _run(search, demands.workers, places, share_images(search.config(0)), time_budget_s)
 
 
 @contextlib.contextmanager
@@ -181,7 +186,7 @@ def check_disk(config: settings.Config, folder: Path, trials: int, concurrent: i
     return forecast
 
 
-def _run(search: Search, workers: int, places: Places, time_budget_s: float | None) -> Search:
+def _run(search: Search, workers: int, places: Places, images: list[ray.ObjectRef], time_budget_s: float | None) -> Search:
     # A trial's own fit writes its events, the study is the record of results, the table below is what is shown; and a trial that
     # failed has no metric to report.
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}
@@ -189,9 +194,10 @@ def _run(search: Search, workers: int, places: Places, time_budget_s: float | No
     searcher = StudySearcher(search, workers, places)
     population = search.scheduler == "pbt"
     resources = {"CPU": places.cpus, "GPU": places.gpus} if workers == 1 else {DRIVER: 1}
+    trainable = ray.tune.with_parameters(run_trial, images=images)
     with Console(highlight=False) as console, TrialsDisplay(search, console) as display, stopped_in_order():
         tuner = ray.tune.Tuner(
-            ray.tune.with_resources(run_trial, resources),
+            ray.tune.with_resources(trainable, resources),
             tune_config=ray.tune.TuneConfig(
                 search_alg=searcher,
                 scheduler=PopulationScheduler(search, searcher) if population else StudyScheduler(search),
@@ -211,8 +217,22 @@ def _run(search: Search, workers: int, places: Places, time_budget_s: float | No
             ),
         )
         tuner.fit()
+        ray.get(searcher.stripped)
     finish(search)
     return search
+
+
+def share_images(config: settings.Config) -> list[ray.ObjectRef]:
+    """The pictures of the search's data, decoded once and put where all trials of a machine share them; nothing with data.cache_gb 0.
+
+    Raises UserError for a picture that cannot be read.
+    """
+    store = min(node["object_store_memory"] for node in nodes_resources())
+    limit = min(cache_limit(config.data), int(store * STORE_SHARE))
+    splits = [CocoImages(find_split(config.data, split), None) for split in ("train", "val")]
+    images = DecodedImages([file for split in splits for file in split.files], limit)
+    images.fill()
+    return [ray.put(images)]
 
 
 @contextlib.contextmanager
@@ -274,6 +294,7 @@ class StudySearcher(Searcher):
     def __init__(self, search: Search, workers: int, places: Places):
         super().__init__(metric=search.metric, mode="max")
         self.search, self.workers, self.places = search, workers, places
+        self.stripped: list[ray.ObjectRef] = []  # checkpoints of ended trials, made smaller while the search goes on
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next trial, as :func:`run_trial` takes it."""
@@ -314,7 +335,8 @@ class StudySearcher(Searcher):
             self.search.tell(number, "pruned", metrics=metrics_of(result))
         else:
             return
-        strip(trial_folder(self.search, number) / "last.pth")
+        # Elsewhere: it takes seconds, in which no trial would be heard.
+        self.stripped.append(ray.remote(num_cpus=0)(strip).remote(trial_folder(self.search, number) / "last.pth"))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is in its journal."""

@@ -32,10 +32,12 @@ def settings(folder=None, **leaves):
     return load_config({"model.preset": "detr_tiny", **({"data.path": str(folder)} if folder else {}), **layer}).data
 
 
-def dataset(folder, split="val", transforms=None, **options) -> CocoImages:
+def dataset(folder, split="val", transforms=None, images=read_image, **options) -> CocoImages:
     data = settings(folder)
     transforms = transforms or (train_transforms(data) if split == "train" else val_transforms(data))
-    return CocoImages(find_split(data, split), transforms, **options)
+    made = CocoImages(find_split(data, split), transforms, **options)
+    made.images = images
+    return made
 
 
 def rewrite(folder, change, split="val") -> Path:

@@ -19,7 +19,7 @@ from raydetr.errors import UserError
 from raydetr.launch import tune as launcher
 from raydetr.launch.command import seconds
 from raydetr.launch.train import DRIVER
-from raydetr.launch.tune import Demands, check_disk, find_places, grace_epochs, resume, summary, trial_folder, tune
+from raydetr.launch.tune import Demands, check_disk, find_places, grace_epochs, resume, share_images, summary, trial_folder, tune
 from raydetr.model.checkpoint import read_checkpoint
 from raydetr.search import TAKEN_OVER, open_search
 from raydetr.space import read_space
@@ -104,8 +104,41 @@ def test_a_search_where_everything_fails_stops_after_a_few(cluster, coco_folder,
     picture = folder / "train2017" / "train_002.jpg"
     picture.write_bytes(picture.read_bytes()[:-200])  # the quick check reads headers only
     with pytest.raises(UserError, match=r"trials failed.*train_002\.jpg"):
-        tune(settings(folder, tmp_path), SPACE, trials=30, scheduler="none")
+        tune(settings(folder, tmp_path, data__cache_gb=0), SPACE, trials=30, scheduler="none")
     assert len(open_search(tmp_path / "search").frozen()) < 10
+
+
+def test_a_broken_picture_stops_a_search_before_its_first_trial(cluster, coco_folder, tmp_path):
+    folder = coco_folder()
+    picture = folder / "val2017" / "val_001.jpg"
+    picture.write_bytes(picture.read_bytes()[:-200])
+    with pytest.raises(UserError, match=r"val_001\.jpg: broken or truncated"):
+        tune(settings(folder, tmp_path), SPACE, trials=30)
+    assert not (tmp_path / "search").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_trials_share_the_pictures_that_were_decoded_once(cluster, coco_folder, tmp_path, monkeypatch, workers):
+    folder = coco_folder()
+
+    def share_and_spoil(config):
+        shared = share_images(config)
+        for picture in folder.glob("*2017/*.jpg"):
+            picture.write_bytes(b"nothing that could be decoded")
+        return shared
+
+    monkeypatch.setattr(launcher, "share_images", share_and_spoil)
+    search = tune(settings(folder, tmp_path, optim__epochs=1), SPACE, trials=2, scheduler="none", demands=Demands(workers=workers))
+    assert [trial.state.name for trial in search.frozen()] == ["COMPLETE", "COMPLETE"]
+
+
+def test_a_machines_workers_read_the_same_memory(cluster, coco_folder, tmp_path):
+    (shared,) = share_images(settings(coco_folder(), tmp_path))
+    one, other = ray.get(shared), ray.get(shared)
+    assert one.filled.all()
+    assert len(one.filled) == 6
+    assert np.shares_memory(one.pixels, other.pixels)
 
 
 @pytest.mark.slow
