@@ -1,0 +1,106 @@
+"""What the benchmarks share: contenders measured in turn, tables, a line about the machine, the peak memory of a process."""
+
+import argparse
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+
+def interleaved(contenders: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each contender's ``repeats`` calls, after ``warmup`` calls that do not count.
+
+    Every round calls each contender once, in an order drawn anew (always the same from run to run): what slows the machine for a
+    while slows all of them. A GPU is waited for.
+    """
+    order = random.Random(0)
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(warmup + repeats):
+        for name in order.sample(names, len(names)):
+            taken = _seconds(contenders[name])
+            if number >= warmup:
+                seconds[name].append(taken)
+    return seconds
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    wait()
+    began = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - began
+
+
+def wait() -> None:
+    """Until the GPU, where there is one, has done what it was told to."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ratio(seconds: dict[str, list[float]], peer: str, ours: str) -> float:
+    """How many times as long as ``ours`` ``peer`` takes: the median over the rounds of the round's own ratio."""
+    return statistics.median(other / own for other, own in zip(seconds[peer], seconds[ours], strict=True))
+
+
+def spread(values: Sequence[float]) -> str:
+    """``median (lowest to highest)`` of times, in seconds or milliseconds."""
+    scale, unit = (1, "s") if statistics.median(values) >= 1 else (1000, "ms")
+    middle, low, high = (f"{scale * each:.3g}" for each in (statistics.median(values), min(values), max(values)))
+    return f"{middle} {unit} ({low} to {high})"
+
+
+def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
+    """A table in Markdown; floats are shown to two decimals."""
+    cells = [[f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def machine() -> str:
+    """One line: processor, cores, GPU where there is one, version of torch."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{_processor()}, {os.cpu_count()} cores{gpu}, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def peak_memory() -> float:
+    """The most memory this process has held at a time so far, in MiB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux, ru_maxrss begins with what the process that started this one held
+        (most,) = (line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(most) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def in_a_child(module: str, *arguments: object) -> str:
+    """The last line that ``python -m module arguments`` prints: memory is measured in a process that does nothing else.
+
+    Raises CalledProcessError where it fails; what it says on the way goes to this process's standard error.
+    """
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    root = Path(__file__).parents[1]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=root).stdout.strip().splitlines()[-1]
+
+
+def options(description: str, repeats: int) -> argparse.ArgumentParser:
+    """A parser with ``--repeats`` and ``--quick``, which all benchmarks take."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"rounds that count (default {repeats})")
+    parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, its numbers mean nothing")
+    return parser
