@@ -1,0 +1,151 @@
+"""What a search costs beside its trainings, and what it saves: ``python -m benchmarks.search [start|controller|reach]``.
+
+``start``: from the moment that a trial's settings are asked for to its first training step, in a reused process and through an inner
+TorchTrainer of two workers. ``controller``: CPU time of the searching process per report, over trials that do not train but follow a
+response surface. ``reach``: epochs that TPE with ASHA trains until it has the AP that random search without early stopping ends at, as
+a share of random search's epochs, with real trainings on generated balloons.
+"""
+
+import argparse
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.tune
+from optuna.trial import FrozenTrial
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from benchmarks.measure import machine, table
+from raydetr.config import Config, load_config
+from raydetr.data import balloons
+from raydetr.data.convert import convert
+from raydetr.launch import tune as launcher
+from raydetr.launch.train import DRIVER
+from raydetr.launch.tune import Demands, trial_folder, tune
+from raydetr.search import Search, epochs_of
+
+SURFACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "loss.eos_coef": {"loguniform": [0.01, 1.0]}}
+
+
+def make_config(folder: Path, name: str, epochs: int, seed: int = 0, train: int = 64, val: int = 16) -> Config:
+    """Settings of the demo's trials; the pictures are made where ``folder`` has none yet."""
+    data = folder / f"balloons-{seed}-{train}"
+    if not data.exists():
+        balloons.generate(folder / "photographs", train=train, val=val, seed=seed)
+        convert(folder / "photographs", data)
+    run = {"run.storage": str(folder / "runs"), "run.name": name, "run.seed": seed, "optim.epochs": epochs}
+    return load_config({"model.preset": "detr_tiny", "data.path": str(data), "data.num_workers": 0}, run)
+
+
+# ------------------------------------------------------------------------------------------------------------------- start
+
+
+def starts(search: Search) -> list[float]:
+    """Of each trial the seconds from being asked for to the end of its first training step."""
+    seconds = []
+    for trial in search.frozen():
+        events = EventAccumulator(str(trial_folder(search, trial.number) / "tb")).Reload()
+        seconds.append(events.Scalars("train/loss")[0].wall_time - trial.datetime_start.timestamp())
+    return seconds
+
+
+def measure_start(folder: Path, trials: int) -> None:
+    """Print how long trials take to begin."""
+    rows = []
+    for workers in (1, 2):
+        config = make_config(folder, f"start-{workers}", epochs=1, train=16, val=4)
+        demands = Demands(workers=workers, concurrent=1)
+        first, *others = starts(tune(config, "tiny", trials=trials, scheduler="none", demands=demands))
+        what = "inner TorchTrainer of 2 workers" if workers == 2 else "in a reused process"
+        rows.append([what, f"{first:.2f} s", f"{statistics.median(others):.2f} s"])
+    print(table(rows, ["from a trial's settings to its first step", "first trial", "later ones (median)"]))
+
+
+# -------------------------------------------------------------------------------------------------------------- controller
+
+
+def surface_ap(settings: dict[str, Any], epoch: int) -> float:
+    """A response surface: AP after ``epoch`` with one optimum in learning rate and no-object weight, which slow rates reach late."""
+    lr, eos = settings["optim"]["lr"], settings["loss"]["eos_coef"]
+    height = math.exp(-(math.log10(lr / 5e-4) ** 2) - 0.5 * math.log10(eos / 0.2) ** 2)
+    return 0.7 * height * (1 - math.exp(-epoch * (lr / 5e-4) ** 0.3 / 3))
+
+
+def follow_surface(assigned: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
+    """In place of a training: reports what the surface says."""
+    epochs = assigned["settings"]["optim"]["epochs"]
+    for epoch in range(1, epochs + 1):
+        values = {"epoch": epoch, "AP": surface_ap(assigned["settings"], epoch)}
+        ray.tune.report(values)
+    ray.tune.report({**values, "finished": True})
+
+
+def measure_controller(folder: Path, trials: int) -> None:
+    """Print what a report costs the searching process."""
+    launcher.run_trial = follow_surface
+    config = make_config(folder, "controller", epochs=9, train=4, val=2)
+    cpu, wall = time.process_time(), time.monotonic()
+    search = tune(config, SURFACE, trials=trials)
+    cpu, wall = time.process_time() - cpu, time.monotonic() - wall
+    reports = sum(len(trial.intermediate_values) for trial in search.frozen())
+    row = [trials, reports, f"{1000 * cpu / reports:.1f} ms", f"{wall:.0f} s"]
+    print(table([row], ["trials", "reports", "CPU time of the search per report", "in all"]))
+
+
+# ------------------------------------------------------------------------------------------------------------------- reach
+
+
+def epochs_to(trials: Sequence[FrozenTrial], target: float) -> int | None:
+    """Epochs trained until some trial other than trial 0 has that objective, trials in the order of their start; None if none has."""
+    trained = 0
+    for trial in trials[1:]:
+        for epoch, value in sorted(trial.intermediate_values.items()):
+            if value >= target:
+                return trained + epoch
+        trained += epochs_of(trial)
+    return None
+
+
+def measure_reach(folder: Path, trials: int, epochs: int, repeats: int) -> None:
+    """Print the share of random search's epochs after which TPE with ASHA has its AP; half as many trials more, for ASHA ends most."""
+    rows = []
+    for seed in range(repeats):
+        arms = {}
+        for sampler, scheduler, number in (("random", "none", trials), ("tpe", "asha", 2 * trials)):
+            config = make_config(folder, f"{sampler}-{seed}", epochs, seed)
+            arms[sampler] = tune(config, "recipe", trials=number, sampler=sampler, scheduler=scheduler, seed=seed).frozen()
+        budget = sum(map(epochs_of, arms["random"][1:]))
+        target = max(trial.value for trial in arms["random"][1:] if trial.value is not None)
+        reached = epochs_to(arms["tpe"], target)
+        share = "not reached" if reached is None else reached / budget
+        rows.append([seed, f"{target:.3f}", budget, reached or "-", share])
+    print(table(rows, ["seed", "AP of random search", "its epochs", "epochs of TPE + ASHA to that AP", "share"]))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["start", "controller", "reach"])
+    parser.add_argument("--trials", type=int, help="default: 4 (start), 500 (controller), 12 (reach)")
+    parser.add_argument("--epochs", type=int, default=9, help="of each trial of reach (default 9)")
+    parser.add_argument("--repeats", type=int, default=3, help="seeds of reach (default 3)")
+    chosen = parser.parse_args()
+    print(machine(), "\n")
+    ray.init(address="local", num_cpus=2, include_dashboard=True, resources={DRIVER: 4}, logging_level="error", log_to_driver=False)
+    with tempfile.TemporaryDirectory() as folder:
+        if chosen.what == "start":
+            measure_start(Path(folder), chosen.trials or 4)
+        elif chosen.what == "controller":
+            measure_controller(Path(folder), chosen.trials or 500)
+        else:
+            measure_reach(Path(folder), chosen.trials or 12, chosen.epochs, chosen.repeats)
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()
