@@ -217,7 +217,8 @@ def _run(search: Search, workers: int, places: Places, images: list[ray.ObjectRe
             ),
         )
         tuner.fit()
-        ray.get(searcher.stripped)
+        if searcher.stripped:
+            ray.wait(searcher.stripped, num_returns=len(searcher.stripped))  # one that failed leaves a larger file, and that is all
     finish(search)
     return search
 
@@ -294,7 +295,8 @@ class StudySearcher(Searcher):
     def __init__(self, search: Search, workers: int, places: Places):
         super().__init__(metric=search.metric, mode="max")
         self.search, self.workers, self.places = search, workers, places
-        self.stripped: list[ray.ObjectRef] = []  # checkpoints of ended trials, made smaller while the search goes on
+        self._stripper = Stripper.remote()
+        self.stripped: list[ray.ObjectRef] = []  # one for each ended trial
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next trial, as :func:`run_trial` takes it."""
@@ -335,8 +337,7 @@ class StudySearcher(Searcher):
             self.search.tell(number, "pruned", metrics=metrics_of(result))
         else:
             return
-        # Elsewhere: it takes seconds, in which no trial would be heard.
-        self.stripped.append(ray.remote(num_cpus=0)(strip).remote(trial_folder(self.search, number) / "last.pth"))
+        self.stripped.append(self._stripper.strip.remote(trial_folder(self.search, number) / "last.pth"))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is in its journal."""
@@ -449,6 +450,15 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy a file that appears whole or not at all."""
     with source.open("rb") as content, written_whole(target) as copy:
         shutil.copyfileobj(content, copy)
+
+
+@ray.remote(num_cpus=0, max_restarts=3, max_task_retries=3)
+class Stripper:
+    """Makes the checkpoints of ended trials smaller, one after the other and not in the controller, which hears no trial meanwhile."""
+
+    def strip(self, checkpoint: Path) -> None:
+        """As :func:`strip`."""
+        strip(checkpoint)
 
 
 def strip(checkpoint: Path) -> None:
