@@ -1,19 +1,18 @@
-"""COCO average precision of boxes, by pycocotools: the twelve numbers, each category's own, and the curve behind them.
+"""COCO average precision of boxes, by faster-coco-eval: the twelve numbers, each category's own, and the curve behind them.
 
-COCO's rules hold as they are: a category counts at most 100 detections in one image (the highest scores), so an image with more
-than 100 objects of one category cannot reach recall 1; crowd regions are neither missed nor hit; a number that is not defined
-(no object of that size, or none at all) is None here, where pycocotools says -1.
+That is pycocotools in C++: the same numbers, to which the tests hold it, in a fraction of the time. COCO's rules hold as they are: a
+category counts at most 100 detections in one image (the highest scores), so an image with more than 100 objects of one category
+cannot reach recall 1; crowd regions are neither missed nor hit; a number that is not defined (no object of that size, or none at
+all) is None here, where pycocotools says -1.
 """
 
-import contextlib
-import io
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from faster_coco_eval import COCO, COCOeval_faster
 
 from raydetr.errors import UserError
 
@@ -44,20 +43,19 @@ def coco_metrics(coco: dict, results: list[dict]) -> dict[str, Any]:
     return summarize(run_coco_eval(coco, results), coco["categories"])
 
 
-def run_coco_eval(coco: dict, results: list[dict]) -> COCOeval:
-    """pycocotools' evaluation, accumulated; it prints nothing.
+def run_coco_eval(coco: dict, results: list[dict]) -> COCOeval_faster:
+    """The evaluation, accumulated; it prints nothing.
 
     Raises UserError for a result that is none, or of an image that is not in ``coco``. Results of categories that ``coco`` does
     not have are left out, as pycocotools does.
     """
     check_results(coco, results)
-    # pycocotools takes a matched annotation of id 0 for unmatched, and it writes into what it is given.
+    # A matched annotation of id 0 would be taken for unmatched, and what is given is written into.
     annotations = [_annotation(annotation, number) for number, annotation in enumerate(coco["annotations"], 1)]
     detections = [_detection(result, number) for number, result in enumerate(results, 1)]
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(_indexed(coco, annotations), _indexed(coco, detections), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
+    evaluation = COCOeval_faster(_indexed(coco, annotations), _indexed(coco, detections), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
     return evaluation
 
 
@@ -92,13 +90,10 @@ def _detection(result: dict, number: int) -> dict:
 
 
 def _indexed(coco: dict, annotations: list[dict]) -> COCO:
-    indexed = COCO()
-    indexed.dataset = {"images": coco["images"], "categories": coco["categories"], "annotations": annotations}
-    indexed.createIndex()
-    return indexed
+    return COCO({"images": coco["images"], "categories": coco["categories"], "annotations": annotations})
 
 
-def summarize(evaluation: COCOeval, categories: Iterable[dict]) -> dict[str, Any]:
+def summarize(evaluation: COCOeval_faster, categories: Iterable[dict]) -> dict[str, Any]:
     """The result of :func:`coco_metrics`, of an accumulated evaluation. Categories of one name are told apart by their ids."""
     categories = list(categories)
     names = [category["name"] for category in categories]
@@ -111,11 +106,11 @@ def summarize(evaluation: COCOeval, categories: Iterable[dict]) -> dict[str, Any
     return {**_numbers(evaluation, slice(None)), "per_category": per_category}
 
 
-def _numbers(evaluation: COCOeval, category: int | slice) -> dict[str, float | None]:
+def _numbers(evaluation: COCOeval_faster, category: int | slice) -> dict[str, float | None]:
     return {name: _mean(evaluation, category, *how) for name, how in METRICS.items()}
 
 
-def _mean(evaluation: COCOeval, category: int | slice, what: str, iou: float | None, size: str, most: int) -> float | None:
+def _mean(evaluation: COCOeval_faster, category: int | slice, what: str, iou: float | None, size: str, most: int) -> float | None:
     params = evaluation.params
     values = evaluation.eval[what]  # precision [IoU, recall, category, size, most], recall [IoU, category, size, most]
     values = values[..., category, params.areaRngLbl.index(size), params.maxDets.index(most)]
@@ -131,17 +126,13 @@ def stats(metrics: dict[str, Any]) -> list[float]:
     return [-1.0 if metrics[name] is None else metrics[name] for name in METRICS]
 
 
-def precision_recall(evaluation: COCOeval, thresholds: int = 101) -> dict[str, np.ndarray]:
+def precision_recall(evaluation: COCOeval_faster, thresholds: int = 101) -> dict[str, np.ndarray]:
     """Precision and recall of all categories' detections together at IoU 0.5, as the score threshold goes from 0 to 1.
 
     Returns arrays [thresholds]: ``threshold``, ``true_positives``, ``false_positives``, ``false_negatives``, ``precision`` (1 where
     nothing is detected) and ``recall`` (0 where there is nothing to find).
     """
-    images = [each for each in evaluation.evalImgs if each is not None and each["aRng"] == evaluation.params.areaRng[0]]
-    counted = [np.logical_not(each["dtIgnore"][0]) for each in images]
-    scores = np.concatenate([np.zeros(0), *(np.asarray(each["dtScores"])[keep] for each, keep in zip(images, counted, strict=True))])
-    hits = np.concatenate([np.zeros(0), *(each["dtMatches"][0][keep] > 0 for each, keep in zip(images, counted, strict=True))])
-    objects = sum(int((each["gtIgnore"] == 0).sum()) for each in images)
+    scores, hits, objects = _matched_at_half(evaluation)
     order = np.argsort(scores, kind="stable")
     threshold = np.linspace(0, 1, thresholds)
     below = np.searchsorted(scores[order], threshold, side="left")
@@ -156,3 +147,46 @@ def precision_recall(evaluation: COCOeval, thresholds: int = 101) -> dict[str, n
         "precision": np.divide(true_positives, detected, out=np.ones(thresholds), where=detected > 0),
         "recall": true_positives / max(objects, 1),
     }
+
+
+def _matched_at_half(evaluation: COCOeval_faster) -> tuple[np.ndarray, np.ndarray, int]:
+    """Scores [n] of the detections that count, whether each hits an object (IoU 0.5) [n], and the number of objects."""
+    truth, found = _by_image_and_category(evaluation.cocoGt), _by_image_and_category(evaluation.cocoDt)
+    objects = sum(not each["iscrowd"] for pair, annotations in truth.items() if pair in evaluation.ious for each in annotations)
+    scores, hits = [], []
+    for pair, detections in found.items():
+        if pair not in evaluation.ious:  # a category that does not exist
+            continue
+        ordered = sorted((detection["score"] for detection in detections), reverse=True)[: evaluation.params.maxDets[-1]]
+        if truth[pair]:  # overlaps [detections from the highest score to the lowest, objects in their order]
+            crowd = np.array([annotation["iscrowd"] for annotation in truth[pair]], bool)
+            hit, counted = _greedy(np.asarray(evaluation.ious[pair]), crowd)
+            scores += np.array(ordered)[counted].tolist()
+            hits += hit[counted].tolist()
+        else:
+            scores += ordered
+            hits += [False] * len(ordered)
+    return np.array(scores, float), np.array(hits, bool), objects
+
+
+def _greedy(overlaps: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """COCO's matching of detections with objects by their IoU [detections, objects]: which hit and which count, bool [detections].
+
+    The detections choose in their order; what only hits a crowd does not count, however often.
+    """
+    hit, counted = np.zeros(len(overlaps), bool), np.ones(len(overlaps), bool)
+    free = ~crowd
+    for row in np.flatnonzero((overlaps >= 0.5).any(1)):
+        best = np.where(free, overlaps[row], -1.0)
+        chosen = len(best) - 1 - best[::-1].argmax()  # of equals the last one
+        hit[row] = best[chosen] >= 0.5
+        free[chosen] &= not hit[row]
+        counted[row] = hit[row] or not (overlaps[row, crowd] >= 0.5).any()
+    return hit, counted
+
+
+def _by_image_and_category(indexed: COCO) -> defaultdict[tuple[int, int], list[dict]]:
+    grouped = defaultdict(list)
+    for annotation in indexed.dataset["annotations"]:
+        grouped[annotation["image_id"], annotation["category_id"]].append(annotation)
+    return grouped

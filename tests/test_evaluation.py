@@ -45,7 +45,7 @@ def noisy(coco, seed=1):
     return [each | {"score": float(random.random())} for each in results + wrong]
 
 
-def pycocotools_stats(coco, results):
+def pycocotools_evaluation(coco, results):
     """As its own documentation uses it, on annotation ids from 1."""
     coco = copy.deepcopy(coco)
     for number, each in enumerate(coco["annotations"], 1):
@@ -56,8 +56,22 @@ def pycocotools_stats(coco, results):
     evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
+    return evaluation
+
+
+def pycocotools_stats(coco, results):
+    evaluation = pycocotools_evaluation(coco, results)
     evaluation.summarize()
     return evaluation.stats
+
+
+def many_of_one(seed):
+    """More detections of a category in an image than count, scores that are equal, boxes that are equal, crowds found."""
+    coco = random_set(seed, images=3, categories=(3, 7))
+    coco["annotations"][0]["iscrowd"] = 1
+    coco["annotations"] = [each | {"id": number} for number, each in enumerate(coco["annotations"] + coco["annotations"][::2])]
+    results = [each for number in range(6) for each in noisy(coco, number)] + perfect(coco, crowds=True)
+    return coco, [each | {"score": round(each["score"], 1)} for each in results * 2]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -67,6 +81,29 @@ def test_the_twelve_numbers_are_those_of_pycocotools(seed):
     metrics = coco_metrics(coco, results)
     assert 0.05 < metrics["AP"] < 0.95
     np.testing.assert_allclose(stats(metrics), pycocotools_stats(coco, results), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_precision_and_recall_at_every_level_are_those_of_pycocotools(seed):
+    for coco, results in ((random_set(seed), noisy(random_set(seed), seed)), many_of_one(seed)):
+        ours, theirs = run_coco_eval(coco, results), pycocotools_evaluation(coco, results)
+        for name in ("precision", "recall", "scores"):
+            np.testing.assert_allclose(ours.eval[name], theirs.eval[name], rtol=0, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_matches_at_half_are_those_of_pycocotools(seed):
+    for coco, results in ((random_set(seed), noisy(random_set(seed), seed)), many_of_one(seed)):
+        theirs = pycocotools_evaluation(coco, results)
+        curve = precision_recall(run_coco_eval(coco, results))
+        images = [each for each in theirs.evalImgs if each is not None and each["aRng"] == theirs.params.areaRng[0]]
+        counted = [np.logical_not(each["dtIgnore"][0]) for each in images]
+        scores = np.concatenate([np.array(each["dtScores"])[keep] for each, keep in zip(images, counted, strict=True)])
+        hits = np.concatenate([each["dtMatches"][0][keep] > 0 for each, keep in zip(images, counted, strict=True)])
+        for row in (0, 20, 35, 50, 75, 90):
+            above = scores >= curve["threshold"][row]
+            assert curve["true_positives"][row] == hits[above].sum()
+            assert curve["false_positives"][row] == (~hits[above]).sum()
 
 
 def test_each_category_is_what_it_would_be_alone():
