@@ -6,13 +6,21 @@ cannot reach recall 1; crowd regions are neither missed nor hit; a number that i
 all) is None here, where pycocotools says -1.
 """
 
+import contextlib
+import io
 import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from faster_coco_eval import COCO, COCOeval_faster
+
+try:
+    from faster_coco_eval import COCO
+    from faster_coco_eval import COCOeval_faster as COCOeval
+except ImportError:  # slower, the same numbers
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
 from raydetr.errors import UserError
 
@@ -43,7 +51,7 @@ def coco_metrics(coco: dict, results: list[dict]) -> dict[str, Any]:
     return summarize(run_coco_eval(coco, results), coco["categories"])
 
 
-def run_coco_eval(coco: dict, results: list[dict]) -> COCOeval_faster:
+def run_coco_eval(coco: dict, results: list[dict]) -> COCOeval:
     """The evaluation, accumulated; it prints nothing.
 
     Raises UserError for a result that is none, or of an image that is not in ``coco``. Results of categories that ``coco`` does
@@ -53,9 +61,10 @@ def run_coco_eval(coco: dict, results: list[dict]) -> COCOeval_faster:
     # A matched annotation of id 0 would be taken for unmatched, and what is given is written into.
     annotations = [_annotation(annotation, number) for number, annotation in enumerate(coco["annotations"], 1)]
     detections = [_detection(result, number) for number, result in enumerate(results, 1)]
-    evaluation = COCOeval_faster(_indexed(coco, annotations), _indexed(coco, detections), "bbox")
-    evaluation.evaluate()
-    evaluation.accumulate()
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(_indexed(coco, annotations), _indexed(coco, detections), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
     return evaluation
 
 
@@ -90,10 +99,13 @@ def _detection(result: dict, number: int) -> dict:
 
 
 def _indexed(coco: dict, annotations: list[dict]) -> COCO:
-    return COCO({"images": coco["images"], "categories": coco["categories"], "annotations": annotations})
+    indexed = COCO()
+    indexed.dataset = {"images": coco["images"], "categories": coco["categories"], "annotations": annotations}
+    indexed.createIndex()
+    return indexed
 
 
-def summarize(evaluation: COCOeval_faster, categories: Iterable[dict]) -> dict[str, Any]:
+def summarize(evaluation: COCOeval, categories: Iterable[dict]) -> dict[str, Any]:
     """The result of :func:`coco_metrics`, of an accumulated evaluation. Categories of one name are told apart by their ids."""
     categories = list(categories)
     names = [category["name"] for category in categories]
@@ -106,11 +118,11 @@ def summarize(evaluation: COCOeval_faster, categories: Iterable[dict]) -> dict[s
     return {**_numbers(evaluation, slice(None)), "per_category": per_category}
 
 
-def _numbers(evaluation: COCOeval_faster, category: int | slice) -> dict[str, float | None]:
+def _numbers(evaluation: COCOeval, category: int | slice) -> dict[str, float | None]:
     return {name: _mean(evaluation, category, *how) for name, how in METRICS.items()}
 
 
-def _mean(evaluation: COCOeval_faster, category: int | slice, what: str, iou: float | None, size: str, most: int) -> float | None:
+def _mean(evaluation: COCOeval, category: int | slice, what: str, iou: float | None, size: str, most: int) -> float | None:
     params = evaluation.params
     values = evaluation.eval[what]  # precision [IoU, recall, category, size, most], recall [IoU, category, size, most]
     values = values[..., category, params.areaRngLbl.index(size), params.maxDets.index(most)]
@@ -126,7 +138,7 @@ def stats(metrics: dict[str, Any]) -> list[float]:
     return [-1.0 if metrics[name] is None else metrics[name] for name in METRICS]
 
 
-def precision_recall(evaluation: COCOeval_faster, thresholds: int = 101) -> dict[str, np.ndarray]:
+def precision_recall(evaluation: COCOeval, thresholds: int = 101) -> dict[str, np.ndarray]:
     """Precision and recall of all categories' detections together at IoU 0.5, as the score threshold goes from 0 to 1.
 
     Returns arrays [thresholds]: ``threshold``, ``true_positives``, ``false_positives``, ``false_negatives``, ``precision`` (1 where
@@ -149,7 +161,7 @@ def precision_recall(evaluation: COCOeval_faster, thresholds: int = 101) -> dict
     }
 
 
-def _matched_at_half(evaluation: COCOeval_faster) -> tuple[np.ndarray, np.ndarray, int]:
+def _matched_at_half(evaluation: COCOeval) -> tuple[np.ndarray, np.ndarray, int]:
     """Scores [n] of the detections that count, whether each hits an object (IoU 0.5) [n], and the number of objects."""
     truth, found = _by_image_and_category(evaluation.cocoGt), _by_image_and_category(evaluation.cocoDt)
     objects = sum(not each["iscrowd"] for pair, annotations in truth.items() if pair in evaluation.ious for each in annotations)
