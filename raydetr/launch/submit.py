@@ -49,7 +49,8 @@ def submit(
     working_dir = Path(working_dir).expanduser().absolute()
     if not working_dir.is_dir():
         raise UserError(f"--working-dir: there is no folder {working_dir}")
-    logging.getLogger("ray").setLevel(logging.WARNING)  # uploads and closed connections are told at INFO
+    for handler in logging.getLogger("ray").handlers:
+        handler.setLevel(logging.WARNING)  # uploads and closed connections are told at INFO
     client = connect(address)
     try:
         job = client.submit_job(
