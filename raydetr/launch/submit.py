@@ -7,13 +7,11 @@ import json
 import logging
 import os
 import shlex
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import ray
 import requests
@@ -21,9 +19,9 @@ from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from raydetr.errors import UserError
+from raydetr.launch.nodes import check_listening
 
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # the environment variables that name a cluster; Ray takes the first first
-PATIENCE_S = 5  # for an answer from the cluster's address
 STOP_WAIT_S = 300  # what `ray job stop` leaves a search to end in order; Ray kills it after 3 s otherwise
 
 # Stays here: photographs and runs belong on a disk that all machines see. Anchored, for raydetr/data/ is code.
@@ -84,23 +82,6 @@ def connect(address: str | None) -> JobSubmissionClient:
     if theirs != ray.__version__:
         raise UserError(f"{what}: the cluster has Ray {theirs}, here is Ray {ray.__version__}; pip install 'ray[default]=={theirs}' here")
     return client
-
-
-def check_listening(what: str, address: str) -> None:
-    """Raises UserError where nothing listens at an address; Ray would try for 40 seconds."""
-    parts = urlsplit(address if "://" in address else f"ray://{address}")
-    try:
-        host, port = parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    except ValueError:
-        host = port = None
-    if address == "auto" or parts.scheme not in ("http", "https", "ray"):
-        return  # Ray finds it, or has a module for it
-    if not host or not port:
-        raise UserError(f"{what}: no address of a Ray cluster; give http://HOST:8265, where its dashboard is")
-    try:
-        socket.create_connection((host, port), timeout=PATIENCE_S).close()
-    except OSError as error:
-        raise UserError(f"{what}: cannot reach it ({error.strerror or error}); is the cluster up, and its port 8265 forwarded?") from None
 
 
 def runtime_environment(working_dir: Path, excludes: Iterable[str] = ()) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from raydetr import config as settings
 from raydetr.errors import UserError
+from raydetr.launch.nodes import check_nodes
 from raydetr.launch.train import DRIVER, check_data, check_name, cores_each, nodes_resources, ray_session, with_absolute_paths
 from raydetr.launch.trial import run_trial
 from raydetr.model.checkpoint import read_checkpoint, save_checkpoint
@@ -81,6 +82,7 @@ def tune(
     if scheduler == "pbt" and demands.workers > 1:
         raise UserError("--scheduler pbt: trials go on from each other's weights with one worker each; lower --workers-per-trial")
     with ray_session(demands.workers, drivers=demands.workers > 1):
+        check_nodes(config)
         places = find_places(config, demands, trials)
         check_disk(config, folder, trials, places.concurrent)
         search = create_search(
@@ -105,6 +107,7 @@ def resume(
     folder = Path(folder).expanduser().absolute()
     search = open_search(folder, space, trials)
     with driving(folder), ray_session(demands.workers, drivers=demands.workers > 1):
+        check_nodes(search.config(0))
         search.reclaim(())
         places = find_places(search.config(0), demands, search.trials)
         return _run(search, demands.workers, places, time_budget_s)
