@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -250,6 +251,60 @@ def tune(**options) -> None:
     del options["max_epochs"]
     layers = given_settings(options)
     click.echo(tune_command(layers, **options))
+
+
+@cli.command()
+@click.option(
+    "--address", metavar="URL", help="The cluster's dashboard, http://HOST:8265 (default: RAY_API_SERVER_ADDRESS or RAY_ADDRESS)."
+)
+@click.option("--name", help="What the job is called; the time is added.")
+@click.option(
+    "--working-dir", default=".", show_default=True, metavar="DIR", help="Folder that goes along; data/, runs/ and .venv/ in it do not."
+)
+@click.option("--exclude", "excludes", multiple=True, metavar="PATTERN", help="What else stays here, as in .gitignore; may be repeated.")
+@click.option(
+    "--entrypoint-num-cpus", type=float, metavar="N", help="CPUs of the command itself, beside its workers' (default: none, on the head)."
+)
+@click.option("--entrypoint-num-gpus", type=float, metavar="N", help="GPUs of the command itself.")
+@click.option("--entrypoint-memory", type=int, metavar="BYTES", help="Memory of the command itself.")
+@click.option("--entrypoint-resources", metavar="JSON", help="""Custom resources of the command itself, '{"trial_driver": 1}'.""")
+@click.option("--no-wait", is_flag=True, help="Do not follow the job.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- train|tune ...")
+def submit(command: tuple[str, ...], no_wait: bool, **options) -> int:
+    """Run `raydetr train` or `raydetr tune` as a job on a Ray cluster: its output is shown here, its exit code is this one's.
+
+    Photographs and runs are folders that all machines of the cluster see. A job that was stopped goes on when it is submitted again
+    with --resume and its run's folder.
+
+    Example: raydetr submit --address http://127.0.0.1:8265 -- train --data /shared/photographs --storage /shared/runs --workers 4
+    """
+    check_submitted(command)
+    from raydetr.launch.submit import resources, submit
+
+    options["entrypoint"] = {name: options.pop(name) for name in list(options) if name.startswith("entrypoint_")}
+    options["entrypoint"]["entrypoint_resources"] = resources(options["entrypoint"]["entrypoint_resources"])
+    return submit(command, wait=not no_wait, write=lambda line: click.echo(f"raydetr: {line}", err=True), **options)
+
+
+def check_submitted(command: Sequence[str]) -> None:
+    """Raises UserError where a command is none for a cluster, has a wrong flag, or names folders that the cluster cannot find."""
+    if command[0] not in ("train", "tune"):
+        raise UserError(f"submit: {command[0]!r} is no job for a cluster; it takes -- train ... or -- tune ...")
+    options = cli.commands[command[0]].make_context(f"raydetr {command[0]}", list(command[1:])).params
+    places = {"--resume": options["resume"]}
+    if not options["resume"]:
+        file = options["config_file"]
+        # A file that is not here may be there.
+        layers = given_settings(options | {"config_file": file if file and Path(file).exists() else None})
+        known = {name: value for layer in layers for name, value in config.flatten(layer).items()}
+        places = {"--data": known.get("data.path"), "--storage": known.get("run.storage")}
+        if places["--storage"] is None and (not file or Path(file).exists()):
+            raise UserError("submit: say where the run is kept, --storage and a folder that all machines of the cluster see")
+    for flag, place in places.items():
+        if place and "://" not in place and not Path(place).is_absolute():
+            raise UserError(
+                f"submit: {flag} {place}: a job has another working folder; give the absolute path of a folder that all machines see"
+            )
 
 
 @cli.command()

@@ -16,6 +16,7 @@ from raydetr import config as settings
 from raydetr.console import Display
 from raydetr.data.check import check
 from raydetr.errors import UserError
+from raydetr.launch.nodes import check_listening, check_nodes
 from raydetr.launch.reporter import Mailbox, TrainReporter
 
 DRIVER = "trial_driver"  # the resource that keeps the drivers of inner trainers off the CPUs
@@ -36,6 +37,7 @@ def train(config: settings.Config, resume: bool = False) -> dict[str, Any]:
     if not resume:
         claim_run_folder(config)
     with ray_session(config.run.workers):
+        check_nodes(config)
         scaling = scaling_config(config)
         with Display() as display:
             return _run(config, scaling, display)
@@ -115,12 +117,14 @@ def ray_session(workers: int, drivers: bool = False) -> Iterator[None]:
     # The dashboard's server is what frees the places of an inner trainer whose trial was stopped.
     own = {"address": "local", "num_cpus": max(os.cpu_count() or 1, workers), "include_dashboard": drivers, "resources": {DRIVER: 64}}
     where = {"address": address} if address else own
+    if address:
+        check_listening(f"RAY_ADDRESS {address}", address)
     try:
         # What a run has to say comes by its mailbox; the workers' own output is Ray's and the libraries' chatter, kept in Ray's log files.
         ray.init(**where, logging_level="error", log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         place = f"the Ray cluster at {address} (RAY_ADDRESS)" if address else "Ray on this machine"
-        raise UserError(f"cannot reach {place}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot reach {place}: {' '.join(str(error).split())}") from error
     try:
         yield
     finally:

@@ -25,6 +25,7 @@ from raydetr import config as settings
 from raydetr.data.cache import DecodedImages, cache_limit
 from raydetr.data.coco import CocoImages, find_split
 from raydetr.errors import UserError
+from raydetr.launch.nodes import check_nodes
 from raydetr.launch.train import DRIVER, check_data, check_name, cores_each, nodes_resources, ray_session, with_absolute_paths
 from raydetr.launch.trial import run_trial
 from raydetr.model.checkpoint import read_checkpoint, save_checkpoint
@@ -85,6 +86,7 @@ def tune(
     if scheduler == "pbt" and demands.workers > 1:
         raise UserError("--scheduler pbt: trials go on from each other's weights with one worker each; lower --workers-per-trial")
     with ray_session(demands.workers, drivers=demands.workers > 1):
+        check_nodes(config)
         places = find_places(config, demands, trials)
         check_disk(config, folder, trials, places.concurrent)
         images = share_images(config)
@@ -110,6 +112,7 @@ def resume(
     folder = Path(folder).expanduser().absolute()
     search = open_search(folder, space, trials)
     with driving(folder), ray_session(demands.workers, drivers=demands.workers > 1):
+        check_nodes(search.config(0))
         search.reclaim(())
         places = find_places(search.config(0), demands, search.trials)
         return _run(search, demands.workers, places, share_images(search.config(0)), time_budget_s)

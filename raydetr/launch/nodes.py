@@ -1,0 +1,144 @@
+"""What the machines of a cluster must have in common before a run or a search starts: raydetr, the photographs, the folder of runs."""
+
+import importlib
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+import raydetr
+from raydetr import config as settings
+from raydetr.errors import UserError
+
+PATIENCE_S = 5  # for an answer from the cluster's address
+NODE_PATIENCE_S = 120  # for an answer from each machine; the first process on one has to be started
+DATA = ("data.path", "data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations")
+
+
+def check_listening(what: str, address: str) -> None:
+    """Raises UserError where nothing listens at an address of Ray's; Ray itself would try for minutes. ``what`` says where it is from."""
+    parts = urlsplit(address if "://" in address else f"ray://{address}")
+    if address in ("auto", "local") or parts.scheme not in ("http", "https", "ray"):
+        return  # Ray finds it, or has a module for it
+    try:
+        host, port = parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        host = port = None
+    if not host or not port:
+        raise UserError(f"{what}: no address of a Ray cluster, which is HOST:6379 on its machines and http://HOST:8265 for jobs")
+    try:
+        socket.create_connection((host, port), timeout=PATIENCE_S).close()
+    except OSError as error:
+        raise UserError(f"{what}: nothing answers there ({error.strerror or error}); is the cluster up and its port forwarded?") from None
+
+
+def check_nodes(config: settings.Config, probe: Callable[..., dict[str, Any]] | None = None) -> None:
+    """Ask every machine of the cluster for what a run needs there; nothing to ask where there is only one.
+
+    ``probe`` is what runs on each, :func:`look`. Raises UserError that names the machines without raydetr or with another version,
+    those without the photographs, and those for which ``run.storage`` is another folder than it is here.
+    """
+    nodes = {node["NodeID"]: name_of(node) for node in ray.nodes() if node["Alive"]}
+    if len(nodes) < 2:
+        return
+    storage = config.run.storage if "://" not in config.run.storage else None
+    paths = [path for path in (getattr(config.data, name.split(".")[1]) for name in DATA) if path and "://" not in path]
+    token = secrets.token_hex(8)
+    own = Path(storage) / f".probe-{token}" if storage else None
+    try:
+        if own:
+            own.parent.mkdir(parents=True, exist_ok=True)
+            own.write_text(token)
+        seen = ask(nodes, probe or look, paths, storage, token)
+        written = {file.name for file in own.parent.glob(f".probe-{token}-*")} if own else set()
+    except OSError as error:
+        raise UserError(f"run.storage: cannot write in {storage}: {error.strerror}") from None
+    finally:
+        for file in own.parent.glob(f".probe-{token}*") if own else ():
+            file.unlink(missing_ok=True)
+    judge([(nodes[node], answer) for node, answer in seen.items()], written, storage)
+
+
+def judge(seen: Sequence[tuple[str, dict[str, Any]]], written: set[str], storage: str | None) -> None:
+    """Raises UserError with the first thing that machines lack; ``seen`` has a name and an answer each, ``written`` what they wrote here."""
+    without = [name for name, answer in seen if answer["version"] is None]
+    if without:
+        raise UserError(f"no raydetr on the cluster's machines: {listed(without)}; take an image that has it, or pip install it there")
+    others = [f"{answer['version']} on {name}" for name, answer in seen if answer["version"] != raydetr.__version__]
+    if others:
+        raise UserError(f"raydetr is {raydetr.__version__} here and {listed(others)}; install the same on all machines")
+    lacked = next((answer["lacking"][0] for _, answer in seen if answer["lacking"]), None)
+    if lacked:
+        without = [name for name, answer in seen if lacked in answer["lacking"]]
+        raise UserError(f"{lacked} is not on {listed(without)}; the photographs belong in a folder that all machines see")
+    apart = [name for name, answer in seen if storage and (not answer["token"] or answer["wrote"] not in written)]
+    if apart:
+        raise UserError(
+            f"run.storage: {storage} is another folder on {listed(apart)} than here; "
+            "with several machines give --storage one that all of them share (NFS, a ReadWriteMany volume)"
+        )
+
+
+def ask(
+    nodes: dict[str, str], probe: Callable[..., dict[str, Any]], paths: Sequence[str], *storage: str | None
+) -> dict[str, dict[str, Any]]:
+    """The answers of ``probe`` by node id; raises UserError where a machine gives none."""
+    module = importlib.import_module(probe.__module__)
+    ray.cloudpickle.register_pickle_by_value(module)  # a machine without raydetr could not import it to find the function
+    try:
+        task = ray.remote(num_cpus=0, max_retries=0)(probe)
+        asked = {
+            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(paths, *storage): node
+            for node in nodes
+        }
+        _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_PATIENCE_S)
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(module)
+    if silent:
+        raise UserError(f"no answer in {NODE_PATIENCE_S} s from {listed([nodes[asked[each]] for each in silent])}; look at `ray status`")
+    answers = {}
+    for each, node in asked.items():
+        try:
+            answers[node] = ray.get(each)
+        except ray.exceptions.RayError as error:
+            raise UserError(f"{nodes[node]} could not be asked: {str(error).strip().splitlines()[-1]}") from error
+    return answers
+
+
+def look(paths: Sequence[str], storage: str | None, token: str) -> dict[str, Any]:
+    """What a machine has: its version of raydetr, the ``paths`` that it lacks, whether it reads the driver's file in ``storage`` and the
+    name of the file that it wrote there. Runs on each machine and uses nothing of this module, which may not be there."""
+    import importlib
+    import pathlib
+    import socket
+
+    try:
+        version = importlib.import_module("raydetr").__version__
+    except ImportError:
+        version = None
+    lacking = [path for path in paths if not pathlib.Path(path).exists()]
+    same, mine = not storage, None
+    if storage:
+        try:
+            theirs = pathlib.Path(storage, f".probe-{token}")
+            mine = theirs.with_name(f"{theirs.name}-{socket.gethostname()}-{id(theirs)}")
+            same = theirs.read_text() == token
+            mine.write_text(token)
+        except OSError:
+            same = False
+    return {"version": version, "lacking": lacking, "token": same, "wrote": mine.name if mine else None}
+
+
+def name_of(node: dict[str, Any]) -> str:
+    """What to call a machine in a message: its host name and address."""
+    return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """Names in words, not too many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
