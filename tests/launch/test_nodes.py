@@ -1,0 +1,115 @@
+import re
+import socket
+import threading
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from raydetr import __version__, config
+from raydetr.errors import UserError
+from raydetr.launch import nodes
+from raydetr.launch.nodes import check_listening, check_nodes, look
+from raydetr.launch.train import ray_session, train
+
+# One Ray at a time: two would share the cores, and the helpers of one could take the other for their own.
+pytestmark = pytest.mark.xdist_group("ray")
+
+
+@pytest.fixture(scope="module")
+def two_machines():
+    """Two nodes of one cluster; yields the id of the one that is not the head. Both see this machine's disk."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
+    here = ray.get_runtime_context().get_node_id()
+    yield next(node["NodeID"] for node in ray.nodes() if node["NodeID"] != here)
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def settings(folder, storage):
+    return config.load_config({"data.path": str(folder), "run.storage": str(storage), "run.name": "run", "model.preset": "detr_tiny"})
+
+
+def changed_on(node, change):
+    """What :func:`look` answers, but on ``node`` with ``change``, as if its disk were another."""
+    answer = look
+
+    def probe(paths, storage, token):
+        import ray
+
+        found = answer(paths, storage, token)
+        return found | change if ray.get_runtime_context().get_node_id() == node else found
+
+    return probe
+
+
+def test_machines_that_share_all_pass_and_nothing_stays_behind(two_machines, coco_folder, tmp_path):
+    asked = []
+    original = nodes.judge
+    nodes.judge = lambda seen, *more: (asked.extend(seen), original(seen, *more))
+    try:
+        check_nodes(settings(coco_folder(), tmp_path / "runs"))
+    finally:
+        nodes.judge = original
+    assert len(asked) == 2
+    assert [answer["version"] for _, answer in asked] == [__version__] * 2
+    assert len({answer["wrote"] for _, answer in asked}) == 2  # each wrote its own
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"version": None}, r"no raydetr on the cluster's machines: .*\(.*\); take an image"),
+        ({"version": "9.9"}, rf"raydetr is {re.escape(__version__)} here and 9\.9 on "),
+        ({"lacking": ["/shared/photographs"]}, r"/shared/photographs is not on \S+ \([\d.]+\); the photographs"),
+        ({"token": False}, r"run\.storage: .* is another folder on \S+ \([\d.]+\) than here; .*NFS"),
+        ({"wrote": "elsewhere"}, r"run\.storage: .* is another folder"),
+    ],
+)
+def test_a_machine_that_lacks_something_is_named(two_machines, coco_folder, tmp_path, change, says):
+    with pytest.raises(UserError, match=says) as caught:
+        check_nodes(settings(coco_folder(), tmp_path / "runs"), changed_on(two_machines, change))
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_run_asks_the_machines_before_it_starts(two_machines, coco_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(nodes, "look", changed_on(two_machines, {"lacking": ["/shared/photographs"]}))
+    with pytest.raises(UserError, match="is not on"):
+        train(settings(coco_folder(), tmp_path / "runs"))
+
+
+def test_what_a_machine_has_is_seen_there(tmp_path):
+    (tmp_path / ".probe-abc").write_text("abc")
+    found = look([str(tmp_path), str(tmp_path / "absent")], str(tmp_path), "abc")
+    assert (found["version"], found["lacking"], found["token"]) == (__version__, [str(tmp_path / "absent")], True)
+    assert (tmp_path / found["wrote"]).read_text() == "abc"
+    assert not look([], str(tmp_path / "another disk"), "abc")["token"]
+    assert look([], None, "abc")["token"]  # a storage that is no folder
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:1", "ray://127.0.0.1:1", "garbage", "host:port"])
+def test_an_address_where_nothing_listens_is_said_at_once(address):
+    with pytest.raises(UserError, match="--address X: no"):
+        check_listening("--address X", address)
+
+
+def test_an_address_where_something_listens_passes():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=server.accept, daemon=True).start()
+        check_listening("--address X", f"127.0.0.1:{server.getsockname()[1]}")
+    check_listening("RAY_ADDRESS", "auto")
+
+
+def test_a_cluster_of_other_versions_is_refused_with_both(two_machines, monkeypatch):
+    address = ray.get_runtime_context().gcs_address
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(
+        ray, "init", lambda **_: ray._private.utils.check_version_info({"ray_version": "2.1.0", "python_version": "3.9.1"}, "n")
+    )
+    with pytest.raises(UserError, match=rf"Ray: 2\.1\.0 Python: 3\.9\.1 .* Ray: {re.escape(ray.__version__)} Python: 3"), ray_session(1):
+        pass
