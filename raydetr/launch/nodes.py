@@ -65,7 +65,7 @@ def check_nodes(config: settings.Config, probe: Callable[..., dict[str, Any]] | 
 
 
 def judge(seen: Sequence[tuple[str, dict[str, Any]]], written: set[str], storage: str | None) -> None:
-    """Raises UserError with the first thing that machines lack; ``seen`` are names with answers, ``written`` what they wrote here."""
+    """Raises UserError with the first thing that machines lack; ``seen`` has names and answers, ``written`` what they wrote here."""
     without = [name for name, answer in seen if answer["version"] is None]
     if without:
         raise UserError(f"no raydetr on the cluster's machines: {listed(without)}; take an image that has it, or pip install it there")

@@ -112,7 +112,9 @@ def resume(
     folder = Path(folder).expanduser().absolute()
     search = open_search(folder, space, trials)
     with driving(folder), ray_session(demands.workers, drivers=demands.workers > 1):
-        check_nodes(search.config(0))
+        base = search.config(0)
+        base.run.storage = str(folder.parent)  # where the search is now
+        check_nodes(base)
         search.reclaim(())
         places = find_places(search.config(0), demands, search.trials)
         return _run(search, demands.workers, places, share_images(search.config(0)), time_budget_s)

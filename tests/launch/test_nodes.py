@@ -1,69 +1,115 @@
+import re
 import socket
+import threading
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-import raydetr
-from raydetr.config import load_config
+from raydetr import __version__, config
 from raydetr.errors import UserError
-from raydetr.launch.nodes import check_listening, check_nodes, judge, listed, look
+from raydetr.launch import nodes
+from raydetr.launch.nodes import check_listening, check_nodes, look
+from raydetr.launch.train import ray_session, train
 
+# One Ray at a time: two would share the cores, and the helpers of one could take the other for their own.
 pytestmark = pytest.mark.xdist_group("ray")
 
 
-def answer(**changes):
-    return {"version": raydetr.__version__, "lacking": [], "token": True, "wrote": "mine"} | changes
+@pytest.fixture(scope="module")
+def two_machines():
+    """Two nodes of one cluster; yields the id of the one that is not the head. Both see this machine's disk."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
+    here = ray.get_runtime_context().get_node_id()
+    yield next(node["NodeID"] for node in ray.nodes() if node["NodeID"] != here)
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def settings(folder, storage):
+    return config.load_config({"data.path": str(folder), "run.storage": str(storage), "run.name": "run", "model.preset": "detr_tiny"})
+
+
+def changed_on(node, change):
+    """What :func:`look` answers, but on ``node`` with ``change``, as if its disk were another."""
+    answer = look
+
+    def probe(paths, storage, token):
+        import ray
+
+        found = answer(paths, storage, token)
+        return found | change if ray.get_runtime_context().get_node_id() == node else found
+
+    return probe
+
+
+def test_machines_that_share_all_pass_and_nothing_stays_behind(two_machines, coco_folder, tmp_path):
+    asked = []
+    original = nodes.judge
+    nodes.judge = lambda seen, *more: (asked.extend(seen), original(seen, *more))
+    try:
+        check_nodes(settings(coco_folder(), tmp_path / "runs"))
+    finally:
+        nodes.judge = original
+    assert len(asked) == 2
+    assert [answer["version"] for _, answer in asked] == [__version__] * 2
+    assert len({answer["wrote"] for _, answer in asked}) == 2  # each wrote its own
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("change", "says"),
     [
-        ({"version": None}, "no raydetr on the cluster's machines: b"),
-        ({"version": "0.0.1"}, r"raydetr is .* here and 0\.0\.1 on b"),
-        ({"lacking": ["/photographs"]}, "/photographs is not on b"),
-        ({"token": False}, "run.storage: /runs is another folder on b than here"),
-        ({"wrote": "elsewhere"}, "run.storage: /runs is another folder on b than here"),
+        ({"version": None}, r"no raydetr on the cluster's machines: .*\(.*\); take an image"),
+        ({"version": "9.9"}, rf"raydetr is {re.escape(__version__)} here and 9\.9 on "),
+        ({"lacking": ["/shared/photographs"]}, r"/shared/photographs is not on \S+ \([\d.]+\); the photographs"),
+        ({"token": False}, r"run\.storage: .* is another folder on \S+ \([\d.]+\) than here; .*NFS"),
+        ({"wrote": "elsewhere"}, r"run\.storage: .* is another folder"),
     ],
 )
-def test_what_a_machine_lacks_is_said_with_its_name(changes, message):
-    judge([("a", answer()), ("c", answer())], {"mine"}, "/runs")
-    with pytest.raises(UserError, match=message):
-        judge([("a", answer()), ("b", answer(**changes))], {"mine"}, "/runs")
+def test_a_machine_that_lacks_something_is_named(two_machines, coco_folder, tmp_path, change, says):
+    with pytest.raises(UserError, match=says) as caught:
+        check_nodes(settings(coco_folder(), tmp_path / "runs"), changed_on(two_machines, change))
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_names_in_words():
-    assert listed(["a", "b"]) == "a, b"
-    assert listed(list("abcdef")) == "a, b, c, d and 2 more"
+def test_a_run_asks_the_machines_before_it_starts(two_machines, coco_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(nodes, "look", changed_on(two_machines, {"lacking": ["/shared/photographs"]}))
+    with pytest.raises(UserError, match="is not on"):
+        train(settings(coco_folder(), tmp_path / "runs"))
 
 
-def test_an_address_where_nothing_answers_is_refused_at_once():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]  # bound, and nobody listens
-        with pytest.raises(UserError, match=f"RAY_ADDRESS 127.0.0.1:{port}: nothing answers there"):
-            check_listening(f"RAY_ADDRESS 127.0.0.1:{port}", f"127.0.0.1:{port}")
-    with pytest.raises(UserError, match="no address of a Ray cluster"):
-        check_listening("--address nowhere", "nowhere")
-    check_listening("RAY_ADDRESS auto", "auto")
+def test_what_a_machine_has_is_seen_there(tmp_path):
+    (tmp_path / ".probe-abc").write_text("abc")
+    found = look([str(tmp_path), str(tmp_path / "absent")], str(tmp_path), "abc")
+    assert (found["version"], found["lacking"], found["token"]) == (__version__, [str(tmp_path / "absent")], True)
+    assert (tmp_path / found["wrote"]).read_text() == "abc"
+    assert not look([], str(tmp_path / "another disk"), "abc")["token"]
+    assert look([], None, "abc")["token"]  # a storage that is no folder
 
 
-def lacks_the_photographs(paths, storage, token):
-    return look(paths, storage, token) | {"lacking": paths}
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:1", "ray://127.0.0.1:1", "garbage", "host:port"])
+def test_an_address_where_nothing_listens_is_said_at_once(address):
+    with pytest.raises(UserError, match="--address X: no"):
+        check_listening("--address X", address)
 
 
-@pytest.mark.slow
-def test_every_machine_of_a_cluster_is_asked(tmp_path):
-    (tmp_path / "data").mkdir()
-    config = load_config({"data.path": str(tmp_path / "data"), "run.storage": str(tmp_path / "runs")})
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        cluster.add_node(num_cpus=1)
-        ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
-        check_nodes(config)
-        assert not list((tmp_path / "runs").iterdir())  # the probes are gone
-        with pytest.raises(UserError, match=r"data is not on .*; the photographs belong in a folder that all machines see"):
-            check_nodes(config, lacks_the_photographs)
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+def test_an_address_where_something_listens_passes():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=server.accept, daemon=True).start()
+        check_listening("--address X", f"127.0.0.1:{server.getsockname()[1]}")
+    check_listening("RAY_ADDRESS", "auto")
+
+
+def test_a_cluster_of_other_versions_is_refused_with_both(two_machines, monkeypatch):
+    address = ray.get_runtime_context().gcs_address
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(
+        ray, "init", lambda **_: ray._private.utils.check_version_info({"ray_version": "2.1.0", "python_version": "3.9.1"}, "n")
+    )
+    with pytest.raises(UserError, match=rf"Ray: 2\.1\.0 Python: 3\.9\.1 .* Ray: {re.escape(ray.__version__)} Python: 3"), ray_session(1):
+        pass
