@@ -83,8 +83,10 @@ def our_evaluation(truth: FasterCOCO, found: FasterCOCO) -> COCOeval_faster:
 
 def main() -> None:
     """Measure and print."""
-    chosen = options(__doc__.splitlines()[0], repeats=3).parse_args()
-    images, repeats = (30, 1) if chosen.quick else (5000, chosen.repeats)
+    parser = options(__doc__.splitlines()[0], repeats=3)
+    parser.add_argument("--images", type=int, default=5000, help="images in the set (default 5000)")
+    chosen = parser.parse_args()
+    images, repeats = (30, 1) if chosen.quick else (chosen.images, chosen.repeats)
     print(machine(), "\n", sep="")
     coco, results = make_set(images)
     theirs = pycocotools_whole(coco, results)

@@ -71,7 +71,7 @@ def many_of_one(seed):
     coco["annotations"][0]["iscrowd"] = 1
     coco["annotations"] = [each | {"id": number} for number, each in enumerate(coco["annotations"] + coco["annotations"][::2])]
     results = [each for number in range(6) for each in noisy(coco, number)] + perfect(coco, crowds=True)
-    return coco, [each | {"score": round(each["score"], 1)} for each in results * 2]
+    return coco, [each | {"score": round(each["score"], 1)} for each in results * 4]
 
 
 @pytest.mark.parametrize("seed", range(4))
