@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from raydetr.errors import UserError
-from raydetr.storage import check_place
+from raydetr.storage import check_place, is_uri
 
 
 def setting(default, meaning: str, *, low=None, high=None, choices=None):
@@ -323,6 +323,8 @@ def _check_together(config: Config) -> None:
     for name in PLACES:
         section, leaf = name.split(".")
         check_place(name, getattr(getattr(config, section), leaf) or "")
+    if is_uri(model.weights):
+        check_place("model.weights", model.weights)
     if model.hidden_dim % model.nheads:
         raise UserError(f"model.hidden_dim: {model.hidden_dim} is not a multiple of model.nheads ({model.nheads})")
     if model.hidden_dim % 4:

@@ -34,8 +34,9 @@ def serve_tensorboard(places: Sequence[str | Path], host: str, port: int, tell: 
         tell(f"TensorBoard is at {address} (Ctrl-C ends it)")
         with contextlib.suppress(KeyboardInterrupt):
             while not threading.Event().wait(LOOK_INTERVAL_S):
-                for place in places:
-                    fetched(place, only=EVENTS)
+                with contextlib.suppress(UserError):  # what was there is still shown, and looked for again
+                    for place in places:
+                        fetched(place, only=EVENTS)
                 link_runs(folders, Path(logdir))
 
 

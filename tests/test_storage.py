@@ -111,7 +111,7 @@ def test_what_the_store_refuses_is_said_at_once(store, monkeypatch):
 
 @pytest.mark.parametrize("address", ["s3://key:secret@bucket/runs", "s3://key:sec/ret@bucket", "s3://bucket/runs?secret_key=secret"])
 def test_keys_in_an_address_are_refused_and_not_repeated(address):
-    for name in ("run.storage", "data.path"):
+    for name in ("run.storage", "data.path", "model.weights"):
         with pytest.raises(UserError, match=rf"{name}: .*AWS_SECRET_ACCESS_KEY") as caught:
             config.load_config({name: address})
         assert "secret" not in str(caught.value).replace("SECRET", "")

@@ -15,9 +15,11 @@ from ray.cluster_utils import Cluster
 
 from raydetr import config, storage
 from raydetr.errors import UserError
+from raydetr.fit import fit
 from raydetr.launch import nodes
 from raydetr.launch.nodes import check_nodes, look
-from raydetr.launch.train import resume_config, train
+from raydetr.launch.train import ray_session, resume_config, train
+from raydetr.launch.tune import copy_weights
 from raydetr.model.checkpoint import read_checkpoint
 from raydetr.report import report
 from raydetr.score import score_checkpoint
@@ -151,15 +153,26 @@ def test_a_search_goes_on_from_the_store_alone(store, coco_folder, tmp_path, mon
     assert report([place]).name == "report.html"
 
 
+def test_a_trial_goes_on_from_anothers_weights(store, coco_folder):
+    folder = coco_folder()
+    one, other = (settings(folder, store.uri, run__name=name, optim__epochs=epochs) for name, epochs in (("one", 1), ("other", 2)))
+    fit(one)
+    copy_weights(f"{store.uri}/one", f"{store.uri}/other")
+    assert fit(other)["epoch"] == 2
+    assert log_of(store, f"{store.uri}/other") == [1]  # the first epoch is the other one's
+
+
 @pytest.fixture
-def two_machines(store):
-    """Two nodes of one cluster; yields the id of the one that is not the head."""
+def two_machines(store, monkeypatch):
+    """Two nodes of a cluster that do not know the store's address; yields the id of the one that is not the head."""
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
-    ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
-    here = ray.get_runtime_context().get_node_id()
-    yield next(node["NodeID"] for node in ray.nodes() if node["NodeID"] != here)
-    ray.shutdown()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", store.address)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    with ray_session(1):
+        here = ray.get_runtime_context().get_node_id()
+        yield next(node["NodeID"] for node in ray.nodes() if node["NodeID"] != here)
     cluster.shutdown()
 
 
@@ -187,7 +200,7 @@ def test_every_machine_writes_and_reads_before_anything_starts(two_machines, sto
     answer = look
     with pytest.raises(UserError, match=rf"\S+ \([\d.]+\): {store.uri}.*: the store does not answer"):
         check_nodes(settings(coco_folder(folder="other"), store.uri), without_leave)
-    with pytest.raises(UserError, match=rf"{store.uri}/absent is not on .* and|{store.uri}/absent is not on .*, "):
+    with pytest.raises(UserError, match=rf"{store.uri}/absent is not on \S+ \([\d.]+\), \S+ \([\d.]+\); the photographs"):
         check_nodes(settings(f"{store.uri}/absent", store.uri))
 
 
