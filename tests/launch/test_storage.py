@@ -187,8 +187,10 @@ def test_every_machine_writes_and_reads_before_anything_starts(two_machines, sto
     assert [answer["token"] for _, answer in asked] == [True, True]
     assert len({answer["wrote"] for _, answer in asked}) == 2
     assert store.names() == []
+    with pytest.raises(UserError, match=rf"{store.uri}/absent is not on \S+ \([\d.]+\), \S+ \([\d.]+\); the photographs"):
+        check_nodes(settings(f"{store.uri}/absent", store.uri))
 
-    def without_leave(paths, place, token):
+    def cut_off(paths, place, token):
         import os
 
         import ray
@@ -199,9 +201,7 @@ def test_every_machine_writes_and_reads_before_anything_starts(two_machines, sto
 
     answer = look
     with pytest.raises(UserError, match=rf"\S+ \([\d.]+\): {store.uri}.*: the store does not answer"):
-        check_nodes(settings(coco_folder(folder="other"), store.uri), without_leave)
-    with pytest.raises(UserError, match=rf"{store.uri}/absent is not on \S+ \([\d.]+\), \S+ \([\d.]+\); the photographs"):
-        check_nodes(settings(f"{store.uri}/absent", store.uri))
+        check_nodes(settings(coco_folder(folder="other"), store.uri), cut_off)
 
 
 def test_a_store_that_refuses_ends_a_run_before_it_starts(store, coco_folder):
