@@ -6,6 +6,7 @@ import time
 import pytest
 
 from raydetr import config, storage
+from raydetr.data.check import check
 from raydetr.data.coco import find_split
 from raydetr.errors import UserError
 from raydetr.report import report
@@ -170,6 +171,7 @@ def test_photographs_are_fetched_once_and_what_is_complete_not_again(store, coco
     got.clear()
     assert find_split(data, "val").images.is_dir()
     assert got == []
+    assert check(uri).ok
 
 
 def test_a_damaged_transfer_is_fetched_again(store, monkeypatch):
