@@ -88,14 +88,38 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def in_a_child(module: str, *arguments: object) -> str:
-    """The last line that ``python -m module arguments`` prints: memory is measured in a process that does nothing else.
+class Child:
+    """A contender in a process of its own, ``python -m module arguments``, which runs :func:`serve`: neither its memory nor what it tells
+    the allocator is another's. A call waits for one call there."""
 
-    Raises CalledProcessError where it fails; what it says on the way goes to this process's standard error.
-    """
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    root = Path(__file__).parents[1]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=root).stdout.strip().splitlines()[-1]
+    def __init__(self, module: str, *arguments: object):
+        command, root = [sys.executable, "-m", module, *map(str, arguments)], Path(__file__).parents[1]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root)
+        self._name = f"{module} {' '.join(map(str, arguments))}"
+
+    def __call__(self) -> str:
+        """The answer; raises RuntimeError where the process has ended."""
+        print(file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline().strip()
+        if not answer:
+            raise RuntimeError(f"{self._name} ended with {self._process.wait()}")
+        return answer
+
+    def close(self) -> float:
+        """Ends the process; returns the most MiB that it held."""
+        self._process.stdin.close()
+        most = float(self._process.stdout.read())
+        self._process.wait()
+        return most
+
+
+def serve(call: Callable[[], object], on_gpu: bool) -> None:
+    """Makes one call for every line of standard input and answers each with a line; at the end prints what :class:`Child` closes with."""
+    for _ in sys.stdin:
+        call()
+        wait()
+        print("done", flush=True)
+    print(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory())
 
 
 def options(description: str, repeats: int) -> argparse.ArgumentParser:
