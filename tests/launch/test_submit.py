@@ -57,6 +57,7 @@ def head():
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on 127.0.0.1
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # at the end there is nothing to drain
     }
     environment.pop("RAY_ADDRESS", None)
     ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
@@ -144,16 +145,15 @@ from ray.job_submission import JobSubmissionClient
 from raydetr.launch.submit import follow
 
 client = JobSubmissionClient()
-elsewhere = {"env_vars": {"PATH": sys.argv[1], "PYTHONPATH": ""}}
-follow(client, client.submit_job(entrypoint="python -m raydetr.cli train", runtime_env=elsewhere))
+job = client.submit_job(entrypoint=f"{sys.argv[1]} -m raydetr.cli train", runtime_env={"env_vars": {"PYTHONPATH": ""}})
+follow(client, job)
 """
 
 
 @pytest.mark.slow
 def test_machines_without_raydetr_are_told_so(head, tmp_path):
     venv.create(tmp_path / "bare", symlinks=True)
-    path = f"{tmp_path / 'bare' / 'bin'}{os.pathsep}{head['PATH']}"
-    done, output = start(head, tmp_path, [sys.executable, "-c", FOLLOW], path)
+    done, output = start(head, tmp_path, [sys.executable, "-c", FOLLOW], tmp_path / "bare" / "bin" / "python")
     assert done.wait(timeout=120) == 1
     assert "UserError: no raydetr on the cluster's machines: take an image that has it" in output.read_text()
 
