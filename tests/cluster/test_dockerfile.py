@@ -29,6 +29,7 @@ def test_the_container_is_not_root():
     made = instructions("RUN")[0]
     assert instructions("USER") == [[made[made.index("--uid") + 1]]]
     assert instructions("WORKDIR")[-1] == [f"/home/{made[-1]}"]
+    assert f"HOME=/home/{made[-1]}" in instructions("ENV")[0]
 
 
 @pytest.mark.slow
