@@ -85,8 +85,8 @@ def connect(address: str | None) -> JobSubmissionClient:
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError, RayError, requests.RequestException) as error:
         raise UserError(f"{what}: no Ray cluster takes jobs there: {one_line(error)}") from error
     ours = {"Ray": ray.__version__, "Python": platform.python_version()}
-    # Of Python a patch more or less is none of a job's business: what goes along is text.
-    if any(part(theirs[name]) != part(ours[name]) for name, part in (("Ray", str), ("Python", lambda text: text.split(".")[:2]))):
+    same_python = theirs["Python"].split(".")[:2] == ours["Python"].split(".")[:2]  # a job does not see the patch: what goes along is text
+    if theirs["Ray"] != ours["Ray"] or not same_python:
         told = [" and ".join(f"{name} {version}" for name, version in each.items()) for each in (theirs, ours)]
         raise UserError(f"{what}: the cluster has {told[0]}, here are {told[1]}; submit from an environment with the cluster's versions")
     return client

@@ -67,17 +67,18 @@ def head():
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + 120
-        while socket.socket().connect_ex(("127.0.0.1", dashboard)):
+        while "Ray runtime started" not in Path(folder, "output").read_text():
             assert process.poll() is None, Path(folder, "output").read_text()
             assert time.monotonic() < deadline, Path(folder, "output").read_text()
             time.sleep(0.2)
         del environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]
         yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     finally:
-        started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        process.terminate()
-        for each in psutil.wait_procs(started, timeout=5)[1]:
-            each.kill()
+        if process.poll() is None:
+            started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            process.terminate()
+            for each in psutil.wait_procs(started, timeout=5)[1]:
+                each.kill()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -142,11 +143,11 @@ def test_a_jobs_output_comes_as_it_goes_and_its_exit_code_is_the_commands(head, 
 FOLLOW = """
 import sys
 from ray.job_submission import JobSubmissionClient
-from raydetr.launch.submit import follow
+from raydetr.launch.submit import follow, hand_over
 
 client = JobSubmissionClient()
-job = client.submit_job(entrypoint=f"{sys.argv[1]} -m raydetr.cli train", runtime_env={"env_vars": {"PYTHONPATH": ""}})
-follow(client, job)
+command = f"{sys.argv[1]} -m raydetr.cli train"
+follow(client, hand_over(client, entrypoint=command, runtime_env={"env_vars": {"PYTHONPATH": ""}}))
 """
 
 
