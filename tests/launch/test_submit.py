@@ -146,8 +146,7 @@ from ray.job_submission import JobSubmissionClient
 from raydetr.launch.submit import follow, hand_over
 
 client = JobSubmissionClient()
-command = f"{sys.argv[1]} -m raydetr.cli train"
-follow(client, hand_over(client, entrypoint=command, runtime_env={"env_vars": {"PYTHONPATH": ""}}))
+follow(client, hand_over(client, entrypoint=f"{sys.argv[1]} -I -m raydetr.cli train"))  # -I: whatever PYTHONPATH says
 """
 
 
@@ -155,7 +154,7 @@ follow(client, hand_over(client, entrypoint=command, runtime_env={"env_vars": {"
 def test_machines_without_raydetr_are_told_so(head, tmp_path):
     venv.create(tmp_path / "bare", symlinks=True)
     done, output = start(head, tmp_path, [sys.executable, "-c", FOLLOW], tmp_path / "bare" / "bin" / "python")
-    assert done.wait(timeout=120) == 1
+    assert done.wait(timeout=120) == 1, output.read_text()
     assert "UserError: no raydetr on the cluster's machines: take an image that has it" in output.read_text()
 
 
