@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray._private import ray_constants
 from ray.train.torch import TorchTrainer
 
 from raydetr import config as settings
@@ -107,7 +108,8 @@ def check_data(config: settings.Config) -> None:
 def ray_session(workers: int, drivers: bool = False) -> Iterator[None]:
     """Ray for the length of a ``with``: the cluster at ``RAY_ADDRESS``, or one of its own on this machine, shut down at the end.
 
-    ``drivers`` says whether trials will start workers of their own. Raises UserError where the cluster cannot be reached.
+    One of its own listens on 127.0.0.1 alone. ``drivers`` says whether trials will start workers of their own. Raises UserError where
+    the cluster cannot be reached or has another Ray or Python; the line says both versions.
     """
     if ray.is_initialized():
         yield
@@ -120,15 +122,35 @@ def ray_session(workers: int, drivers: bool = False) -> Iterator[None]:
     if address:
         check_listening(f"RAY_ADDRESS {address}", address)
     try:
-        # What a run has to say comes by its mailbox; the workers' own output is Ray's and the libraries' chatter, kept in Ray's log files.
-        ray.init(**where, logging_level="error", log_to_driver=False)
+        with contextlib.nullcontext() if address else on_loopback():
+            # What a run has to say comes by its mailbox; the workers' own output is Ray's and the libraries' chatter, kept in Ray's log
+            # files.
+            ray.init(**where, logging_level="error", log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        what = " ".join(str(error).split())
+        if what.startswith("Version mismatch"):
+            raise UserError(f"RAY_ADDRESS {address}: {what}; take the cluster's versions of Ray and Python here") from error
         place = f"the Ray cluster at {address} (RAY_ADDRESS)" if address else "Ray on this machine"
-        raise UserError(f"cannot reach {place}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot reach {place}: {what}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def on_loopback() -> Iterator[None]:
+    """Ray that is started within listens on 127.0.0.1 only.
+
+    On Linux it opens its ports on every interface, and an address of 127.0.0.1 given to ``ray.init`` is replaced by the machine's outer
+    one. Where Ray forms no clusters (macOS, Windows) it stays on loopback: that is what is chosen here.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def scaling_config(config: settings.Config) -> ray.train.ScalingConfig:

@@ -173,3 +173,39 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_whole(coco_folder, tmp_pat
     os.kill(min(set(training_workers()) - before), signal.SIGKILL)
     assert process.wait(timeout=300) == 0, process.stdout.read()
     assert [line["epoch"] for line in log_of(run)] == [0, 1, 2, 3]
+
+
+LISTENING = """
+import psutil, ray
+from raydetr.launch.train import ray_session
+
+with ray_session(1, drivers=True):
+    ray.get(ray.remote(num_cpus=1)(lambda: None).remote())
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    for process in processes:
+        for socket in process.net_connections("tcp"):
+            if socket.status == psutil.CONN_LISTEN:
+                print("LISTENS", process.name(), socket.laddr.ip)
+"""
+
+
+def test_ray_that_is_started_here_listens_to_this_machine_only():
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", LISTENING], env=environment, capture_output=True, text=True, timeout=180, check=True)
+    listening = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("LISTENS")]
+    assert len(listening) >= 6, done.stdout  # the driver, gcs_server, raylet, dashboard, its agents, the task's worker
+    assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}, done.stdout
+
+
+def test_no_secret_is_left_in_a_run(coco_folder, tmp_path):
+    secrets = {"AWS_SECRET_ACCESS_KEY": "marker-of-a-secret-key", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "marker-of-a-secret-token"}
+    values = {**TINY, "data.path": coco_folder(), "run.storage": tmp_path, "run.workers": 1, "optim.epochs": 1}
+    flags = [word for name, value in values.items() for word in (f"--{name}", str(value).strip("[]"))]
+    command = [sys.executable, "-m", "raydetr.cli", "train", "--debug", *flags]
+    done = subprocess.run(command, env=os.environ | secrets, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    left = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {"config.yaml", "log.txt", "best.pth"} <= {path.name for path in left}
+    assert any("tfevents" in path.name for path in left)
+    told = {"output": (done.stdout + done.stderr).encode(), **{str(path): path.read_bytes() for path in left}}
+    assert [where for where, text in told.items() if b"marker-of-a-secret" in text] == []
