@@ -1,13 +1,18 @@
-"""What a search costs beside its trainings, and what it saves: ``python -m benchmarks.search [start|controller|reach]``.
+"""What a search costs beside its trainings, and what it saves: ``python -m benchmarks.search [start|controller|overhead|reach]``.
 
 ``start``: from the moment that a trial's settings are asked for to its first training step, in a reused process and through an inner
 TorchTrainer of two workers. ``controller``: CPU time of the searching process per report, over trials that do not train but follow a
-response surface. ``reach``: epochs that TPE with ASHA trains until it has the AP that random search without early stopping ends at, as
-a share of random search's epochs, with real trainings on generated balloons.
+response surface. ``overhead``: an epoch of the demo in a trial, beside the same in a plain process and in one that writes no
+TensorBoard events; the three take turns. ``reach``: epochs that TPE with ASHA trains until it has the AP that random search without
+early stopping ends at, as a share of random search's epochs, with real trainings on generated balloons.
 """
 
 import argparse
+import contextlib
+import functools
+import io
 import math
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -17,17 +22,24 @@ from typing import Any
 
 import ray
 import ray.tune
+import torch
 from optuna.trial import FrozenTrial
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.measure import machine, table
-from raydetr.config import Config, load_config
+from benchmarks.measure import machine, ratio, spread, table
+from benchmarks.turns import Turns, taking_turns
+from raydetr import fit
+from raydetr.config import Config, flatten, load_config, to_dict
+from raydetr.console import Display
 from raydetr.data import balloons
 from raydetr.data.convert import convert
+from raydetr.launch import trial as trial_launcher
 from raydetr.launch import tune as launcher
 from raydetr.launch.train import DRIVER
 from raydetr.launch.tune import Demands, trial_folder, tune
 from raydetr.search import Search, epochs_of
+from raydetr.space import read_space
 
 SURFACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "loss.eos_coef": {"loguniform": [0.01, 1.0]}}
 
@@ -90,11 +102,64 @@ def measure_controller(folder: Path, trials: int) -> None:
     launcher.run_trial = follow_surface
     config = make_config(folder, "controller", epochs=9, train=4, val=2)
     cpu, wall = time.process_time(), time.monotonic()
-    search = tune(config, SURFACE, trials=trials)
+    with contextlib.redirect_stdout(io.StringIO()):
+        search = tune(config, SURFACE, trials=trials)
     cpu, wall = time.process_time() - cpu, time.monotonic() - wall
     reports = sum(len(trial.intermediate_values) for trial in search.frozen())
     row = [trials, reports, f"{1000 * cpu / reports:.1f} ms", f"{wall:.0f} s"]
     print(table([row], ["trials", "reports", "CPU time of the search per report", "in all"]))
+
+
+# ---------------------------------------------------------------------------------------------------------------- overhead
+
+
+IN_SEARCH, PLAIN, UNTRACKED = "in a search", "a plain process", "a plain process without events"
+
+
+class NoTracker:
+    """In place of :class:`raydetr.tracking.Tracker`: writes nothing."""
+
+    def __init__(self, *_, **__):
+        self.log_step = self.log_epoch = self.log_pictures = self.flush = self.finish = self.close = lambda *_: None
+
+
+def trial_in_turn(turns: Turns, assigned: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
+    """What Ray Tune calls for a trial here: the product's own, with a reporter that waits for its turn."""
+    trial_launcher.TuneReporter = taking_turns(trial_launcher.TuneReporter, turns, IN_SEARCH)
+    trial_launcher.run_trial(assigned, images)
+
+
+def run_plain(turns: Turns, name: str, config: Config) -> None:
+    """The same ``fit`` outside of any search, in a process of its own; it says of itself that it is searched, as a trial does."""
+    torch.set_num_threads(1)
+    if name == UNTRACKED:
+        fit.Tracker = NoTracker
+    reporter = taking_turns(fit.LocalReporter, turns, name)(display=Display(Console(file=io.StringIO())))
+    reporter.searched = read_space("tiny").hparam_domains(flatten(to_dict(config)))
+    fit.fit(config, reporter)
+
+
+def measure_overhead(folder: Path, epochs: int, train: int = 64, val: int = 16) -> None:
+    """Print what a search adds to an epoch."""
+    turns = Turns(folder / "turns", dict.fromkeys((IN_SEARCH, PLAIN, UNTRACKED), 1), epochs)
+    turns.folder.mkdir()
+    configs = {name: make_config(folder, name.replace(" ", "-"), epochs, train=train, val=val) for name in turns.workers}
+    processes = [
+        multiprocessing.get_context("spawn").Process(target=run_plain, args=(turns, name, configs[name])) for name in (PLAIN, UNTRACKED)
+    ]
+    for process in processes:
+        process.start()
+    launcher.run_trial = functools.partial(trial_in_turn, turns)
+    with contextlib.redirect_stdout(io.StringIO()):
+        tune(configs[IN_SEARCH], "tiny", trials=1, scheduler="none", demands=Demands(concurrent=1))
+    for process in processes:
+        process.join()
+    seconds = {name: turns.seconds(name) for name in turns.workers}
+    rows = [
+        [name, spread(each), f"{100 / ratio(seconds, UNTRACKED, name) - 100:+.1f} %", f"{turns.cpu_seconds(name):.2f} s"]
+        for name, each in seconds.items()
+    ]
+    print(table(rows, ["where", "an epoch", "more than without events", "CPU time of the process"]))
 
 
 # ------------------------------------------------------------------------------------------------------------------- reach
@@ -130,20 +195,25 @@ def measure_reach(folder: Path, trials: int, epochs: int, repeats: int) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["start", "controller", "reach"])
+    parser.add_argument("what", choices=["start", "controller", "overhead", "reach"])
     parser.add_argument("--trials", type=int, help="default: 4 (start), 500 (controller), 12 (reach)")
-    parser.add_argument("--epochs", type=int, default=9, help="of each trial of reach (default 9)")
+    parser.add_argument("--epochs", type=int, default=9, help="of each trial of overhead and reach (default 9)")
     parser.add_argument("--repeats", type=int, default=3, help="seeds of reach (default 3)")
+    parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, its numbers mean nothing")
     chosen = parser.parse_args()
     print(machine(), "\n")
-    ray.init(address="local", num_cpus=2, include_dashboard=True, resources={DRIVER: 4}, logging_level="error", log_to_driver=False)
-    with tempfile.TemporaryDirectory() as folder:
+    cores = 1 if chosen.what == "overhead" else 2  # one thread, as in the demo's trials, of which two run at a time
+    ray.init(address="local", num_cpus=cores, include_dashboard=True, resources={DRIVER: 4}, logging_level="error", log_to_driver=False)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, quick = Path(temporary), chosen.quick
         if chosen.what == "start":
-            measure_start(Path(folder), chosen.trials or 4)
+            measure_start(folder, 2 if quick else chosen.trials or 4)
         elif chosen.what == "controller":
-            measure_controller(Path(folder), chosen.trials or 500)
+            measure_controller(folder, 6 if quick else chosen.trials or 500)
+        elif chosen.what == "overhead":
+            measure_overhead(folder, *((2, 4, 2) if quick else (chosen.epochs,)))
         else:
-            measure_reach(Path(folder), chosen.trials or 12, chosen.epochs, chosen.repeats)
+            measure_reach(folder, *((2, 2, 1) if quick else (chosen.trials or 12, chosen.epochs, chosen.repeats)))
     ray.shutdown()
 
 
