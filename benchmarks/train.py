@@ -1,8 +1,9 @@
 """``fit`` by Ray Train's TorchTrainer beside the same under plain torchrun with gloo, on two workers: ``python -m benchmarks.train``.
 
-And beside one process alone, which shows what the second worker gains. Each worker has one thread. An epoch of the demo is measured from
-its first step until rank 0 is ready for the next: with evaluation, checkpoint, event files and the report. The three take turns, epoch by
-epoch; the first does not count. What Ray's other processes do, they do all the time, in the others' turns as well: it is told apart.
+And beside one process alone, which shows what the second worker gains. Each worker has one thread and the same batch size. An epoch of
+the demo is measured from its first step until rank 0 is ready for the next: with evaluation, checkpoint, event files and the report. The
+three take turns, epoch by epoch; the first does not count. What Ray's other processes do, they do all the time, in the others' turns as
+well: it is told apart.
 """
 
 import argparse
@@ -65,7 +66,6 @@ def run_all(folder: Path, epochs: int, train: int, val: int) -> tuple[Turns, flo
     configs = {}
     for name, workers in WORKERS.items():
         configs[name] = config = make_config(folder, name.replace(" ", "-"), epochs, train=train, val=val)
-        config.optim.batch_size = max(1, config.optim.batch_size // workers)  # the same step
         config.run.workers = workers if name == TORCH_TRAINER else 1
     plain = [start_torchrun(turns, name, configs[name]) for name in (TORCHRUN, ALONE)]
     trained_by = launcher.train_worker
@@ -122,15 +122,15 @@ def main() -> None:
         ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
         turns, share = run_all(Path(folder), epochs, train, val)
         ray.shutdown()
-        seconds = {name: turns.seconds(name) for name in WORKERS}
+        seconds, cpu = {name: turns.seconds(name) for name in WORKERS}, {name: turns.cpu_seconds(name) for name in WORKERS}
         rows = [
-            [name, workers, spread(seconds[name]), 1 / ratio(seconds, TORCHRUN, name), f"{turns.cpu_seconds(name):.2f} s"]
+            [name, workers, spread(seconds[name]), 1 / ratio(seconds, TORCHRUN, name), f"{cpu[name]:.2f} s"]
             for name, workers in WORKERS.items()
         ]
     rows[0].append(TARGET)
     print(table([[*row, ""][:6] for row in rows], ["who", "workers", "an epoch", "to torchrun", "CPU time of the workers", "target"]), "\n")
-    print(f"From one process to two: {ratio(seconds, ALONE, TORCH_TRAINER):.2f} times as fast, an efficiency of ", end="")
-    print(f"{ratio(seconds, ALONE, TORCH_TRAINER) / 2:.2f}.")
+    faster, work = ratio(seconds, ALONE, TORCHRUN), cpu[ALONE] / cpu[TORCHRUN]
+    print(f"From one process to two: {faster:.2f} times as fast, an efficiency of {faster / 2:.2f}; at most {work:.2f} by the CPU time.")
     print(f"Ray's other processes and the driver: {share:.2f} of a core all the time.")
 
 

@@ -1,17 +1,23 @@
+import math
+import sys
 import types
 
-from benchmarks.search import epochs_to, surface_ap
+import pytest
+
+from benchmarks import search
+from benchmarks.search import Reached, surface_ap
+
+pytestmark = pytest.mark.xdist_group("ray")
 
 
 def trial(*values):
-    return types.SimpleNamespace(intermediate_values=dict(enumerate(values, 1)), last_step=len(values))
+    return types.SimpleNamespace(intermediate_values=dict(enumerate(values, 1)))
 
 
-def test_epochs_count_in_the_order_of_the_trials_without_trial_0():
-    trials = [trial(0.9, 0.9), trial(0.1, 0.2, 0.3), trial(0.2, 0.5, 0.6)]
-    assert epochs_to(trials, 0.5) == 5
-    assert epochs_to(trials, 0.3) == 3
-    assert epochs_to(trials, 0.7) is None
+def test_an_ap_is_reached_by_any_trial_but_the_first(monkeypatch):
+    monkeypatch.setattr(Reached, "target", 0.5)
+    assert not Reached.has([trial(0.9, 0.9), trial(0.1, 0.4)])
+    assert Reached.has([trial(0.9, 0.9), trial(0.1, 0.4), trial(0.5)])
 
 
 def test_the_surface_has_its_optimum_inside():
@@ -20,3 +26,33 @@ def test_the_surface_has_its_optimum_inside():
 
     assert ap(5e-4, 0.2) > max(ap(1e-5, 0.2), ap(1e-2, 0.2), ap(5e-4, 0.01), ap(5e-4, 1.0))
     assert ap(5e-4, 0.2, 9) > ap(5e-4, 0.2, 1)
+
+
+@pytest.mark.slow
+def test_the_controller_is_measured_over_a_search_that_ends(monkeypatch, capsys):
+    shown = run("controller", monkeypatch, capsys)
+    row = shown.splitlines()[-1].split("|")
+    assert int(row[1]) == 6
+    assert 0 < float(row[3].split()[0]) < 1000
+
+
+@pytest.mark.slow
+def test_a_trial_and_plain_processes_take_turns(monkeypatch, capsys):
+    shown = run("overhead", monkeypatch, capsys)
+    assert [line.split("|")[1].strip() for line in shown.splitlines()[-3:]] == [search.IN_SEARCH, search.PLAIN, search.UNTRACKED]
+    assert shown.splitlines()[-1].split("|")[3].strip() == "+0.0 %"
+
+
+@pytest.mark.slow
+def test_a_search_ends_where_it_has_the_ap_of_random_search(monkeypatch, capsys):
+    shown = run("reach", monkeypatch, capsys)
+    assert "seed 0: AP " in shown
+    assert Reached.target == math.inf
+
+
+def run(what, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks.search", what, "--quick"])
+    for name in ("run_trial", "Hopeless"):  # what is put in the place of the product's own is taken back
+        monkeypatch.setattr(search.launcher, name, getattr(search.launcher, name))
+    search.main()
+    return capsys.readouterr().out
