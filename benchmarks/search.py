@@ -202,9 +202,8 @@ def measure_reach(folder: Path, trials: int, epochs: int, repeats: int) -> None:
             flush=True,
         )
         Reached.target = math.inf
-    print(
-        f"\nshare of random search's epochs: {statistics.median(shares):.2f} ({min(shares):.2f} to {max(shares):.2f}); target {REACH_TARGET}"
-    )
+    middle, low, high = statistics.median(shares), min(shares), max(shares)
+    print(f"\nshare of random search's epochs: {middle:.2f} ({low:.2f} to {high:.2f}); target {REACH_TARGET}")
 
 
 def run_arm(folder: Path, sampler: str, scheduler: str, trials: int, epochs: int, seed: int) -> list[FrozenTrial]:
