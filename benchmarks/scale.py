@@ -13,6 +13,7 @@ import contextlib
 import io
 import pickle
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ import ray.tune
 from ray.air.execution.resources.placement_group import PlacementGroupAcquiredResources
 from ray.tune.result import DONE, RESULT_DUPLICATE
 
-from benchmarks.measure import machine, table
+from benchmarks.measure import RAY, machine, table
 from benchmarks.search import SURFACE, make_config, surface_ap
 from raydetr.config import load_config, to_dict
 from raydetr.fit import fit
@@ -84,9 +85,11 @@ class Stage:
             self._note()
             await asyncio.sleep(self.reset_s)
         if method == "train" and trial.epoch < trial.settings["optim"]["epochs"]:
+            seconds = self.epoch_seconds * (1 + JITTER * self.random.uniform(-1, 1))
             self.running[number] = time.monotonic()
-            await asyncio.sleep(self.epoch_seconds * (1 + JITTER * self.random.uniform(-1, 1)))
-            self.done += time.monotonic() - self.running.pop(number)
+            await asyncio.sleep(seconds)
+            del self.running[number]
+            self.done += seconds  # that it may have woken later is no work
         if method == "stop":
             del self.trials[number]
         return getattr(trial, method)(*args, **kwargs)
@@ -141,7 +144,7 @@ def play_on(stage) -> None:
 
 def measure(folder: Path, gpus: int, trials: int, epoch_seconds: float, start_s: float = START_S, reset_s: float = RESET_S) -> list:
     """A row of the table: a search of ``trials`` on so many GPUs."""
-    ray.init(address="local", num_cpus=gpus, num_gpus=gpus, include_dashboard=False, logging_level="error", log_to_driver=False)
+    ray.init(address="local", num_cpus=gpus, num_gpus=gpus, include_dashboard=False, **RAY)
     try:
         stage = Stage.remote(epoch_seconds, start_s, reset_s)
         play_on(stage)
@@ -234,6 +237,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for gpus in [4] if chosen.quick else chosen.gpus:
             rows.append(measure(Path(folder), gpus, gpus * chosen.trials_per_gpu, *waits))
+            print(*rows[-1], sep=", ", file=sys.stderr, flush=True)
         print(table(rows, HEADER), "\n")
         print(table(traffic(Path(folder)), ["what", "through", "when", "detr_tiny", "detr_resnet50"]))
 

@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.measure import machine, ratio, spread, table
+from benchmarks.measure import RAY, machine, ratio, spread, table
 from benchmarks.turns import Turns, taking_turns
 from raydetr import fit
 from raydetr.config import Config, flatten, load_config, to_dict
@@ -224,7 +224,7 @@ def main() -> None:
     chosen = parser.parse_args()
     print(machine(), "\n")
     cores = 1 if chosen.what == "overhead" else 2  # one thread, as in the demo's trials, of which two run at a time
-    ray.init(address="local", num_cpus=cores, include_dashboard=True, resources={DRIVER: 4}, logging_level="error", log_to_driver=False)
+    ray.init(address="local", num_cpus=cores, include_dashboard=True, resources={DRIVER: 4}, **RAY)
     with tempfile.TemporaryDirectory() as temporary:
         folder, quick = Path(temporary), chosen.quick
         if chosen.what == "start":

@@ -23,7 +23,7 @@ import psutil
 import ray
 import torch.distributed as dist
 
-from benchmarks.measure import machine, ratio, spread, table
+from benchmarks.measure import RAY, machine, ratio, spread, table
 from benchmarks.search import make_config
 from benchmarks.turns import Turns, taking_turns
 from raydetr.config import Config, load_config, read_yaml, write_yaml
@@ -119,7 +119,7 @@ def main() -> None:
     epochs, train, val = (2, 8, 2) if chosen.quick else (chosen.epochs, 64, 16)
     print(machine(), "\n")
     with tempfile.TemporaryDirectory() as folder:
-        ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, **RAY)
         turns, share = run_all(Path(folder), epochs, train, val)
         ray.shutdown()
         seconds, cpu = {name: turns.seconds(name) for name in WORKERS}, {name: turns.cpu_seconds(name) for name in WORKERS}
