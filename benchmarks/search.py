@@ -2,8 +2,8 @@
 
 ``start``: from the moment that a trial's settings are asked for to its first training step, in a reused process and through an inner
 TorchTrainer of two workers. ``controller``: CPU time of the searching process per report, over trials that do not train but follow a
-response surface. ``overhead``: an epoch of the demo in a trial, beside the same in a plain process and in one that writes no
-TensorBoard events; the three take turns. ``reach``: epochs that TPE with ASHA trains until it has the AP that random search without
+response surface. ``overhead``: what of an epoch of the demo goes into event files and into the report, where a trial waits for the
+search, and what the search takes beside it. ``reach``: epochs that TPE with ASHA trains until it has the AP that random search without
 early stopping ends at, as a share of random search's epochs, with real trainings on generated balloons.
 """
 
@@ -11,35 +11,31 @@ import argparse
 import contextlib
 import functools
 import io
+import json
 import math
-import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ray
 import ray.tune
-import torch
 from optuna.trial import FrozenTrial
-from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.measure import RAY, machine, ratio, spread, table
-from benchmarks.turns import Turns, taking_turns
-from raydetr import fit
-from raydetr.config import Config, flatten, load_config, to_dict
-from raydetr.console import Display
+from benchmarks.measure import RAY, machine, table
+from raydetr import tracking
+from raydetr.config import Config, load_config
 from raydetr.data import balloons
 from raydetr.data.convert import convert
-from raydetr.launch import trial as trial_launcher
+from raydetr.launch import trial as launched
 from raydetr.launch import tune as launcher
 from raydetr.launch.train import DRIVER
 from raydetr.launch.tune import Demands, Hopeless, trial_folder, tune
 from raydetr.search import Search, epochs_of
-from raydetr.space import read_space
 
 SURFACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "loss.eos_coef": {"loguniform": [0.01, 1.0]}}
 # As one draws who knows little of the network and the pictures.
@@ -120,53 +116,74 @@ def measure_controller(folder: Path, trials: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------- overhead
 
 
-IN_SEARCH, PLAIN, UNTRACKED = "in a search", "a plain process", "a plain process without events"
+EVENTS, REPORT, EPOCH = "writing TensorBoard events", "the report, and the wait for the next epoch", "an epoch in all"
 
 
-class NoTracker:
-    """In place of :class:`raydetr.tracking.Tracker`: writes nothing."""
+class Watch:
+    """Seconds of wall clock and of this thread's CPU time, by what they went into."""
 
-    def __init__(self, *_, **__):
-        self.log_step = self.log_epoch = self.log_pictures = self.flush = self.finish = self.close = lambda *_: None
+    def __init__(self):
+        self.spent = {}
+        self.restart()
+
+    def restart(self) -> dict[str, list[float]]:
+        """What was spent since the last time, with :data:`EPOCH` for all of it; begins anew."""
+        now, before = (time.perf_counter(), time.thread_time()), getattr(self, "began", (0.0, 0.0))
+        spent = {**self.spent, EPOCH: [end - begin for end, begin in zip(now, before, strict=True)]}
+        self.spent, self.began = {EVENTS: [0.0, 0.0], REPORT: [0.0, 0.0]}, now
+        return spent
+
+    def over(self, what: str, call: Callable) -> Callable:
+        """``call``, with what it takes added to ``what``."""
+
+        @functools.wraps(call)
+        def watched(*arguments, **named):
+            began = time.perf_counter(), time.thread_time()
+            try:
+                return call(*arguments, **named)
+            finally:
+                ended = time.perf_counter(), time.thread_time()
+                self.spent[what] = [sum_ + end - begin for sum_, end, begin in zip(self.spent[what], ended, began, strict=True)]
+
+        return watched
 
 
-def trial_in_turn(turns: Turns, assigned: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
-    """What Ray Tune calls for a trial here: the product's own, with a reporter that waits for its turn."""
-    trial_launcher.TuneReporter = taking_turns(trial_launcher.TuneReporter, turns, IN_SEARCH)
-    trial_launcher.run_trial(assigned, images)
+def trial_watched(folder: Path, assigned: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
+    """What Ray Tune calls for a trial here: the product's own, with a clock on its event files and reports."""
+    watch, epochs = Watch(), []
+    Tracker = type("Tracker", (tracking.Tracker,), {})
+    for name in ("log_step", "log_epoch", "log_pictures", "flush"):
+        setattr(Tracker, name, watch.over(EVENTS, getattr(Tracker, name)))
+
+    class Reporter(launched.TuneReporter):
+        def show(self, event: dict[str, Any]) -> None:
+            if event["kind"] in ("start", "epoch"):
+                epochs.append(watch.restart())
+
+    Reporter.report = watch.over(REPORT, Reporter.report)
+    with mock.patch.object(launched, "TuneReporter", Reporter), mock.patch("raydetr.fit.Tracker", Tracker):
+        launched.run_trial(assigned, images)
+    (folder / f"{assigned['number']}.json").write_text(json.dumps(epochs[2:]))  # not the first epoch, and not what was before it
 
 
-def run_plain(turns: Turns, name: str, config: Config) -> None:
-    """The same ``fit`` outside of any search, in a process of its own; it says of itself that it is searched, as a trial does."""
-    torch.set_num_threads(1)
-    if name == UNTRACKED:
-        fit.Tracker = NoTracker
-    reporter = taking_turns(fit.LocalReporter, turns, name)(display=Display(Console(file=io.StringIO())))
-    reporter.searched = read_space("tiny").hparam_domains(flatten(to_dict(config)))
-    fit.fit(config, reporter)
-
-
-def measure_overhead(folder: Path, epochs: int, train: int = 64, val: int = 16) -> None:
+def measure_overhead(folder: Path, trials: int, epochs: int, train: int = 64, val: int = 16) -> None:
     """Print what a search adds to an epoch."""
-    turns = Turns(folder / "turns", dict.fromkeys((IN_SEARCH, PLAIN, UNTRACKED), 1), epochs)
-    turns.folder.mkdir()
-    configs = {name: make_config(folder, name.replace(" ", "-"), epochs, train=train, val=val) for name in turns.workers}
-    processes = [
-        multiprocessing.get_context("spawn").Process(target=run_plain, args=(turns, name, configs[name])) for name in (PLAIN, UNTRACKED)
-    ]
-    for process in processes:
-        process.start()
-    launcher.run_trial = functools.partial(trial_in_turn, turns)
+    config = make_config(folder, "overhead", epochs, train=train, val=val)
+    launcher.run_trial = functools.partial(trial_watched, folder)
+    cpu = time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):
-        tune(configs[IN_SEARCH], "tiny", trials=1, scheduler="none", demands=Demands(concurrent=1))
-    for process in processes:
-        process.join()
-    seconds = {name: turns.seconds(name) for name in turns.workers}
-    rows = [
-        [name, spread(each), f"{100 / ratio(seconds, UNTRACKED, name) - 100:+.1f} %", f"{turns.cpu_seconds(name):.2f} s"]
-        for name, each in seconds.items()
-    ]
-    print(table(rows, ["where", "an epoch", "more than without events", "CPU time of the process"]))
+        tune(config, "tiny", trials=trials, scheduler="none", sampler="random")
+    cpu = (time.process_time() - cpu) / trials / epochs
+    spent = [epoch for file in folder.glob("*.json") for epoch in json.loads(file.read_text())]
+    medians = {what: [statistics.median(epoch[what][clock] for epoch in spent) for clock in (0, 1)] for what in (EVENTS, REPORT, EPOCH)}
+    rows = [[what, *(f"{1000 * each:.1f} ms" for each in medians[what]), *shares(medians[what], medians[EPOCH])] for what in medians]
+    rows.append(["the searching process, beside it", "", f"{1000 * cpu:.1f} ms", "", f"{100 * cpu / medians[EPOCH][1]:.1f} %"])
+    print(table(rows, ["of an epoch of the demo", "time", "CPU time", "share", "share of CPU time"]))
+
+
+def shares(part: Sequence[float], whole: Sequence[float]) -> list[str]:
+    """In percent."""
+    return [f"{100 * one / all_:.1f} %" for one, all_ in zip(part, whole, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------------------------- reach
@@ -217,14 +234,13 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["start", "controller", "overhead", "reach"])
-    parser.add_argument("--trials", type=int, help="default: 4 (start), 500 (controller), 20 (reach)")
+    parser.add_argument("--trials", type=int, help="default: 4 (start, overhead), 500 (controller), 20 (reach)")
     parser.add_argument("--epochs", type=int, default=9, help="of each trial of overhead and reach (default 9)")
     parser.add_argument("--repeats", type=int, default=3, help="seeds of reach (default 3)")
     parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, its numbers mean nothing")
     chosen = parser.parse_args()
     print(machine(), "\n")
-    cores = 1 if chosen.what == "overhead" else 2  # one thread, as in the demo's trials, of which two run at a time
-    ray.init(address="local", num_cpus=cores, include_dashboard=True, resources={DRIVER: 4}, **RAY)
+    ray.init(address="local", num_cpus=2, include_dashboard=True, resources={DRIVER: 4}, **RAY)
     with tempfile.TemporaryDirectory() as temporary:
         folder, quick = Path(temporary), chosen.quick
         if chosen.what == "start":
@@ -232,7 +248,7 @@ def main() -> None:
         elif chosen.what == "controller":
             measure_controller(folder, 6 if quick else chosen.trials or 500)
         elif chosen.what == "overhead":
-            measure_overhead(folder, *((2, 4, 2) if quick else (chosen.epochs,)))
+            measure_overhead(folder, *((1, 3, 4, 2) if quick else (chosen.trials or 4, chosen.epochs)))
         else:
             measure_reach(folder, *((2, 2, 1) if quick else (chosen.trials or 20, chosen.epochs, chosen.repeats)))
     ray.shutdown()

@@ -1,11 +1,12 @@
 import math
 import sys
+import time
 import types
 
 import pytest
 
 from benchmarks import search
-from benchmarks.search import Reached, surface_ap
+from benchmarks.search import EPOCH, EVENTS, REPORT, Reached, Watch, surface_ap
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -36,11 +37,26 @@ def test_the_controller_is_measured_over_a_search_that_ends(monkeypatch, capsys)
     assert 0 < float(row[3].split()[0]) < 1000
 
 
+def test_a_watch_tells_waiting_from_work():
+    watch = Watch()
+    watch.over(REPORT, time.sleep)(0.05)
+    sum(range(10**6))
+    spent = watch.restart()
+    assert spent[REPORT][0] >= 0.05 > spent[REPORT][1]
+    assert spent[EVENTS] == [0, 0]
+    assert spent[EPOCH][0] > spent[REPORT][0]
+    assert watch.restart()[REPORT] == [0, 0]
+
+
 @pytest.mark.slow
-def test_a_trial_and_plain_processes_take_turns(monkeypatch, capsys):
-    shown = run("overhead", monkeypatch, capsys)
-    assert [line.split("|")[1].strip() for line in shown.splitlines()[-3:]] == [search.IN_SEARCH, search.PLAIN, search.UNTRACKED]
-    assert shown.splitlines()[-1].split("|")[3].strip() == "+0.0 %"
+def test_what_a_search_adds_is_a_part_of_the_epoch(monkeypatch, capsys):
+    rows = [[cell.strip() for cell in line.split("|")] for line in run("overhead", monkeypatch, capsys).splitlines()[-4:]]
+    assert [row[1] for row in rows[:3]] == [EVENTS, REPORT, EPOCH]
+    times = [float(row[2].split()[0]) for row in rows[:3]]
+    assert times[0] > 0
+    assert times[1] > 0
+    assert times[0] + times[1] < times[2]
+    assert rows[2][4] == "100.0 %"
 
 
 @pytest.mark.slow
