@@ -28,14 +28,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks.measure import RAY, machine, table
 from raydetr import tracking
-from raydetr.config import Config, load_config
+from raydetr.config import Config, load_config, to_dict
 from raydetr.data import balloons
 from raydetr.data.convert import convert
 from raydetr.launch import trial as launched
 from raydetr.launch import tune as launcher
 from raydetr.launch.train import DRIVER
-from raydetr.launch.tune import Demands, Hopeless, trial_folder, tune
-from raydetr.search import Search, epochs_of
+from raydetr.launch.tune import Demands, Hopeless, grace_epochs, trial_folder, tune
+from raydetr.search import Search, create_search, epochs_of
+from raydetr.space import read_space
 
 SURFACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "loss.eos_coef": {"loguniform": [0.01, 1.0]}}
 # As one draws who knows little of the network and the pictures.
@@ -204,8 +205,11 @@ class Reached(Hopeless):
         return any(value >= cls.target for each in trials[1:] for value in each.intermediate_values.values())
 
 
-def measure_reach(folder: Path, trials: int, epochs: int, repeats: int) -> None:
-    """Print the share of random search's epochs after which TPE with ASHA has its AP; that gets twice the trials, for ASHA ends most."""
+def measure_reach(folder: Path, trials: int, epochs: int, repeats: int, run_arm: Callable) -> None:
+    """Print the share of random search's epochs after which TPE with ASHA has its AP; that gets twice the trials, for ASHA ends most.
+
+    ``run_arm`` is :func:`train_arm` or :func:`play_arm`.
+    """
     launcher.Hopeless = Reached
     shares = []
     for seed in range(repeats):
@@ -223,8 +227,32 @@ def measure_reach(folder: Path, trials: int, epochs: int, repeats: int) -> None:
     print(f"\nshare of random search's epochs: {middle:.2f} ({low:.2f} to {high:.2f}); target {REACH_TARGET}")
 
 
-def run_arm(folder: Path, sampler: str, scheduler: str, trials: int, epochs: int, seed: int) -> list[FrozenTrial]:
-    """The trials of a search."""
+def play_arm(folder: Path, sampler: str, scheduler: str, trials: int, epochs: int, seed: int) -> list[FrozenTrial]:
+    """The trials of a search that does not train but follows the response surface, one trial after the other."""
+    config = load_config({"optim.epochs": epochs})
+    options = {"trials": trials, "sampler": sampler, "pruner": scheduler, "grace": grace_epochs(config.optim), "seed": seed}
+    search = create_search(folder / f"{sampler}-{seed}", read_space(SURFACE), config, **options)
+    while not Reached.has(search.frozen()) and (asked := search.ask()):
+        play_trial(search, asked[0], epochs)
+    return search.frozen()
+
+
+def play_trial(search: Search, number: int, epochs: int) -> None:
+    """Report what the response surface says, as long as the search wants to hear it."""
+    settings, best = to_dict(search.config(number)), 0.0
+    for epoch in range(1, epochs + 1):
+        best = max(best, surface_ap(settings, epoch))
+        search.report(number, epoch, best)
+        if search.should_stop(number):
+            search.tell(number, "pruned")
+            return
+        if Reached.has(search.frozen()):
+            return
+    search.tell(number, "complete", best)
+
+
+def train_arm(folder: Path, sampler: str, scheduler: str, trials: int, epochs: int, seed: int) -> list[FrozenTrial]:
+    """The trials of a search, trained."""
     config = make_config(folder, f"{sampler}-{seed}", epochs, seed)
     with contextlib.redirect_stdout(io.StringIO()):
         return tune(config, REACH_SPACE, trials=trials, sampler=sampler, scheduler=scheduler, seed=seed).frozen()
@@ -237,6 +265,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, help="default: 4 (start, overhead), 500 (controller), 20 (reach)")
     parser.add_argument("--epochs", type=int, default=9, help="of each trial of overhead and reach (default 9)")
     parser.add_argument("--repeats", type=int, default=3, help="seeds of reach (default 3)")
+    parser.add_argument("--played", action="store_true", help="reach: on the response surface of controller instead of training")
     parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, its numbers mean nothing")
     chosen = parser.parse_args()
     print(machine(), "\n")
@@ -250,7 +279,11 @@ def main() -> None:
         elif chosen.what == "overhead":
             measure_overhead(folder, *((1, 3, 4, 2) if quick else (chosen.trials or 4, chosen.epochs)))
         else:
-            measure_reach(folder, *((2, 2, 1) if quick else (chosen.trials or 20, chosen.epochs, chosen.repeats)))
+            measure_reach(
+                folder,
+                *((2, 2, 1) if quick else (chosen.trials or 20, chosen.epochs, chosen.repeats)),
+                play_arm if chosen.played else train_arm,
+            )
     ray.shutdown()
 
 

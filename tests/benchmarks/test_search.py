@@ -1,4 +1,5 @@
 import math
+import re
 import sys
 import time
 import types
@@ -7,6 +8,7 @@ import pytest
 
 from benchmarks import search
 from benchmarks.search import EPOCH, EVENTS, REPORT, Reached, Watch, surface_ap
+from raydetr.search import open_search
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -59,10 +61,17 @@ def test_what_a_search_adds_is_a_part_of_the_epoch(monkeypatch, capsys):
     assert rows[2][4] == "100.0 %"
 
 
-@pytest.mark.slow
-def test_a_search_ends_where_it_has_the_ap_of_random_search(monkeypatch, capsys):
-    shown = run("reach", monkeypatch, capsys)
-    assert "seed 0: AP " in shown
+def test_a_search_ends_where_it_has_the_ap_of_random_search(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(search.launcher, "Hopeless", search.launcher.Hopeless)
+    search.measure_reach(tmp_path, trials=6, epochs=5, repeats=1, run_arm=search.play_arm)
+    (first, _, last) = capsys.readouterr().out.splitlines()
+    target, budget, used = map(float, re.match(r"seed 0: AP ([\d.]+) .* in (\d+) epochs; .* in (\d+), ", first).groups())
+    assert budget == 25  # without trial 0
+    found = open_search(tmp_path / "tpe-0").frozen()
+    reached = [value for trial in found[1:] for value in trial.intermediate_values.values() if value >= target - 0.0005]
+    assert len(reached) == 1
+    assert used == sum(trial.last_step for trial in found[1:])
+    assert last.startswith(f"share of random search's epochs: {used / budget:.2f}")
     assert Reached.target == math.inf
 
 
