@@ -157,7 +157,7 @@ def trial_watched(folder: Path, assigned: dict[str, Any], images: Sequence[ray.O
         setattr(Tracker, name, watch.over(EVENTS, getattr(Tracker, name)))
 
     class Reporter(launched.TuneReporter):
-        def show(self, event: dict[str, Any]) -> None:
+        def show(self, event: dict) -> None:
             if event["kind"] in ("start", "epoch"):
                 epochs.append(watch.restart())
 
