@@ -14,6 +14,9 @@ from pathlib import Path
 
 import torch
 
+# For ray.init. As Ray starts them, its workers give way to whatever else the machine does, and to a plain process beside them.
+RAY = {"logging_level": "error", "log_to_driver": False, "_system_config": {"worker_niceness": 0}}
+
 
 def interleaved(contenders: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
     """Seconds of each contender's ``repeats`` calls, after ``warmup`` calls that do not count.

@@ -177,11 +177,7 @@ def find_places(config: settings.Config, demands: Demands, trials: int) -> Place
 
 def check_disk(config: settings.Config, folder: Path, trials: int, concurrent: int) -> str:
     """What the search will keep, in words; raises UserError where the disk of ``folder`` cannot hold it."""
-    from raydetr.model.detr import build_model
-
-    leaves = {name: value for name, value in settings.to_dict(config)["model"].items() if name not in ("preset", "weights")}
-    with torch.device("meta"):
-        weights = sum(tensor.numel() for tensor in build_model(config.model.preset, **leaves).state_dict().values()) * 4
+    weights = weights_bytes(config)
     needed = trials * 2 * weights + concurrent * 3 * weights  # best and last; optimizer and average of the unfinished
     forecast = f"{trials} trials x 2 x {weights / 1e6:.0f} MB"
     parent = next(path for path in (folder, *folder.parents) if path.exists())
@@ -191,10 +187,20 @@ def check_disk(config: settings.Config, folder: Path, trials: int, concurrent: i
     return forecast
 
 
+def weights_bytes(config: settings.Config) -> int:
+    """Bytes of a network's weights, in float32."""
+    from raydetr.model.detr import build_model
+
+    leaves = {name: value for name, value in settings.to_dict(config)["model"].items() if name not in ("preset", "weights")}
+    with torch.device("meta"):
+        return sum(tensor.numel() for tensor in build_model(config.model.preset, **leaves).state_dict().values()) * 4
+
+
 def _run(search: Search, workers: int, places: Places, images: list[ray.ObjectRef], time_budget_s: float | None) -> Search:
-    # A trial's own fit writes its events, the study is the record of results, the table below is what is shown; and a trial that
-    # failed has no metric to report.
+    # A trial's own fit writes its events, the study is the record of results (Ray Tune's, kept every few seconds, would cost a sixth of
+    # this process's time), the table below is what is shown; and a trial that failed has no metric to report.
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "inf"
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     searcher = StudySearcher(search, workers, places)
     population = search.scheduler == "pbt"
@@ -420,8 +426,9 @@ class Hopeless(ray.tune.Stopper):
     def stop_all(self) -> bool:
         """Whether to end the search."""
         trials = self.search.frozen()
-        failed = [trial for trial in trials if "reason" in trial.user_attrs]
-        return len(failed) >= HOPELESS and not any(trial.intermediate_values for trial in trials)
+        if any(trial.intermediate_values for trial in trials):  # asked after every event, and soon true of the first trial
+            return False
+        return sum("reason" in trial.user_attrs for trial in trials) >= HOPELESS
 
 
 class Watcher(ray.tune.Callback):
