@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from raydetr.errors import UserError
+from raydetr.storage import check_place, is_uri
 
 
 def setting(default, meaning: str, *, low=None, high=None, choices=None):
@@ -102,7 +103,7 @@ class Matcher:
 class Data:
     """The photographs and what happens to them on the way in."""
 
-    path: str | None = setting(None, "folder with annotations/, train2017/ and val2017/")
+    path: str | None = setting(None, "folder with annotations/, train2017/ and val2017/; also s3://bucket/folder and gs://bucket/folder")
     train_images: str | None = setting(None, "folder of training images, where it is not in data.path's layout")
     train_annotations: str | None = setting(None, "COCO file of the training set, where it is not in data.path's layout")
     val_images: str | None = setting(None, "folder of validation images, where it is not in data.path's layout")
@@ -161,7 +162,7 @@ class Run:
     """One training run: where it is kept and how it is spread."""
 
     name: str | None = setting(None, "name of the run's folder; made from preset and time when not given")
-    storage: str = setting("runs", "folder that holds the runs")
+    storage: str = setting("runs", "folder that holds the runs; also s3://bucket/folder and gs://bucket/folder")
     seed: int = setting(42, "seed of everything that is drawn", low=0, high=2**31 - 1)
     workers: int = setting(1, "training processes, one per GPU where there are GPUs", low=1, high=4096)
     max_failures: int = setting(3, "how often a lost worker is replaced before the run fails", low=0, high=1000)
@@ -271,6 +272,9 @@ def _describe_all() -> Iterator[Setting]:
 SETTINGS: dict[str, Setting] = {each.name: each for each in _describe_all()}
 
 
+# Settings that say where something is: a path, or an address in an object store.
+PLACES = ("data.path", "data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations", "run.storage")
+
 # What a preset goes back to before it is laid, so that nothing of another one stays.
 _PRESET_DEFAULTS = {name: SETTINGS[name].default for changes in PRESETS.values() for name in changes}
 
@@ -316,6 +320,11 @@ def load_config(*layers: Mapping[str, Any]) -> Config:
 
 def _check_together(config: Config) -> None:
     model, data = config.model, config.data
+    for name in PLACES:
+        section, leaf = name.split(".")
+        check_place(name, getattr(getattr(config, section), leaf) or "")
+    if is_uri(model.weights):
+        check_place("model.weights", model.weights)
     if model.hidden_dim % model.nheads:
         raise UserError(f"model.hidden_dim: {model.hidden_dim} is not a multiple of model.nheads ({model.nheads})")
     if model.hidden_dim % 4:

@@ -1,8 +1,9 @@
 """One training run: epochs, checkpoints, reports. The same for a plain process, a torchrun or Ray Train worker and a search's trial.
 
-The run folder ``<run.storage>/<run.name>/`` gets ``config.yaml``, ``log.txt``, ``tb/``, ``best.pth`` (the evaluated weights with
+The run's place ``<run.storage>/<run.name>/`` gets ``config.yaml``, ``log.txt``, ``tb/``, ``best.pth`` (the evaluated weights with
 the highest AP) and ``last.pth`` (all that is needed to go on). A run that finds its own ``last.pth`` goes on from there: on a CPU
-with the very same result as without the stop.
+with the very same result as without the stop. Where the place is in an object store, its working copy on this machine is the folder
+here: fetched before the first epoch, pushed after every one.
 """
 
 import contextlib
@@ -36,6 +37,7 @@ from raydetr.loss.criterion import build_criterion
 from raydetr.model.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from raydetr.model.detr import build_model
 from raydetr.schedule import MovingAverage, build_optimizer, build_scheduler
+from raydetr.storage import fetch, join, push, working_folder
 from raydetr.tracking import LOSSES, Pictures, Tracker, log_line, write_log
 
 PICTURE_SETS = 10  # how often in a run the validation pictures are drawn, at most
@@ -102,13 +104,18 @@ class Run:
 
     config: Config
     reporter: Any
-    folder: Path
+    place: str  # where the run is kept: the folder, or its address in an object store
     train: DataLoader
     val: DataLoader
     training: Training
     progress: Progress
     tracker: Tracker | None = None  # on rank 0
     pictures: Pictures | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where this machine writes it."""
+        return working_folder(self.place)
 
     @property
     def finished(self) -> bool:
@@ -130,11 +137,13 @@ def fit(config: Config, reporter: Any = None) -> dict[str, Any]:
             return fit(config, LocalReporter(display=display))
     if config.run.name is None:
         raise UserError("run.name is not set: it names the run's folder in run.storage")
-    folder = Path(config.run.storage).expanduser() / config.run.name
+    place = join(config.run.storage, config.run.name)
+    folder = working_folder(place)
     with _in_one_line(folder):
+        fetch(place)
         device = choose_device(config.speed, reporter.local_rank)
         start = _start_file(folder, reporter)
-        run, metrics = _prepare(config, reporter, folder, device, start)
+        run, metrics = _prepare(config, reporter, place, device, start)
         if not run.finished:
             return _epochs(run)
         reporter.report(metrics, start if reporter.rank == 0 else None)
@@ -153,10 +162,11 @@ def _epochs(run: Run) -> dict[str, Any]:
             metrics = _one_epoch(run)
         if run.tracker:
             run.tracker.finish()
+            push(run.place)
     finally:
         if run.tracker:
             run.tracker.close()
-    best = {"best_AP": run.progress.best_AP, "best_epoch": run.progress.best_epoch, "checkpoint": str(folder / "best.pth")}
+    best = {"best_AP": run.progress.best_AP, "best_epoch": run.progress.best_epoch, "checkpoint": join(run.place, "best.pth")}
     show({"kind": "end", "epochs": run.progress.epoch, **best})
     return metrics
 
@@ -177,6 +187,7 @@ def _one_epoch(run: Run) -> dict[str, Any]:
         _draw(run, detections)
         run.tracker.flush()
         _save(run, metrics, best, states)
+        push(run.place)
     run.reporter.report(metrics, run.folder / "last.pth" if run.reporter.rank == 0 else None)
     run.reporter.show({"kind": "epoch", "epoch": epoch, "metrics": metrics, "seconds": time.perf_counter() - began, "best": best})
     return metrics
@@ -256,7 +267,7 @@ def _start_file(folder: Path, reporter: Any) -> Path | None:
     return reporter.checkpoint() or (last if gathered(last.exists())[0] else None)
 
 
-def _prepare(config: Config, reporter: Any, folder: Path, device: torch.device, start: Path | None) -> tuple[Run, dict[str, Any] | None]:
+def _prepare(config: Config, reporter: Any, place: str, device: torch.device, start: Path | None) -> tuple[Run, dict[str, Any] | None]:
     """Everything built as the settings say and put where the checkpoint ``start`` left off, and that checkpoint's metrics."""
     content = read_checkpoint(start) if start else None
     _seed(config.run.seed)  # the same network on every worker
@@ -279,7 +290,7 @@ def _prepare(config: Config, reporter: Any, folder: Path, device: torch.device, 
         _set_random_state(states[reporter.rank], device)
     else:
         _seed(config.run.seed, reporter.rank, progress.epoch)
-    return Run(config, reporter, folder, train, val, training, progress), content and content["metrics"]
+    return Run(config, reporter, place, train, val, training, progress), content and content["metrics"]
 
 
 def _loaders(config: Config, reporter: Any, device: torch.device, content: dict[str, Any] | None) -> tuple[DataLoader, DataLoader]:

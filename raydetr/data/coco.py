@@ -16,6 +16,7 @@ from raydetr.data.images import image_path, read_header, read_image
 from raydetr.data.transforms import drawn_from
 from raydetr.data.values import is_finite, is_number, short, whole_number
 from raydetr.errors import UserError
+from raydetr.storage import fetched
 
 ANNOTATION_FILES = ("custom_{split}.json", "instances_{split}2017.json")  # under annotations/, the first that exists is taken
 
@@ -32,18 +33,18 @@ def find_split(data: Data, split: str) -> Split:
 
     ``data.<split>_images`` and ``data.<split>_annotations`` come first; what they leave open is looked for in ``data.path``:
     <split>2017/ and annotations/custom_<split>.json or annotations/instances_<split>2017.json. Raises UserError, saying what
-    was looked for, where one is missing.
+    was looked for, where one is missing. What lies in an object store is fetched to this machine, once for all its processes.
     """
     images, annotations = getattr(data, f"{split}_images"), getattr(data, f"{split}_annotations")
     if data.path is None and not (images and annotations):
         raise UserError(f"data.path is not set: give the data set's folder (or data.{split}_images and data.{split}_annotations)")
-    if data.path is not None and not (images and annotations) and not Path(data.path).expanduser().is_dir():
+    root = Path() if images and annotations else fetched(data.path)
+    if not root.is_dir():
         raise UserError(f"data.path: there is no folder {data.path}")
-    root = Path(data.path or ".").expanduser()
     candidates = [root / "annotations" / name.format(split=split) for name in ANNOTATION_FILES]
     if annotations:
-        candidates = [Path(annotations).expanduser()]
-    folder = Path(images).expanduser() if images else root / f"{split}2017"
+        candidates = [fetched(annotations)]
+    folder = fetched(images) if images else root / f"{split}2017"
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         looked = " and ".join(map(str, candidates))

@@ -19,8 +19,10 @@ from raydetr.data.check import check
 from raydetr.errors import UserError
 from raydetr.launch.nodes import check_listening, check_nodes
 from raydetr.launch.reporter import Mailbox, TrainReporter
+from raydetr.storage import ENVIRONMENT, absolute, fetch, join, split, working_folder
 
 DRIVER = "trial_driver"  # the resource that keeps the drivers of inner trainers off the CPUs
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where this process is a submitted job
 SHOW_INTERVAL_S = 0.2  # between two looks at what the workers posted
 
 # What may change when a run goes on; anything else would make it another run.
@@ -30,7 +32,7 @@ RESUMABLE = {"optim.epochs", "optim.patience", "data.num_workers", "data.cache_g
 def train(config: settings.Config, resume: bool = False) -> dict[str, Any]:
     """Fine-tune with ``config.run.workers`` Ray Train workers; returns the last epoch's metrics.
 
-    Starts Ray on this machine unless ``RAY_ADDRESS`` names a cluster. The run folder is ``<run.storage>/<run.name>``.
+    Starts Ray on this machine unless ``RAY_ADDRESS`` names a cluster. The run's place is ``<run.storage>/<run.name>``.
     Raises UserError for bad settings, data or an impossible request, and for what a worker found wrong with them.
     """
     config = with_absolute_paths(config)
@@ -44,17 +46,22 @@ def train(config: settings.Config, resume: bool = False) -> dict[str, Any]:
             return _run(config, scaling, display)
 
 
+def run_place(config: settings.Config) -> str:
+    """``<run.storage>/<run.name>``, a folder or an address."""
+    return join(config.run.storage, config.run.name)
+
+
 def run_folder(config: settings.Config) -> Path:
-    """``<run.storage>/<run.name>``."""
-    return Path(config.run.storage) / config.run.name
+    """The folder of the run; where it is kept in an object store, its working copy on this machine."""
+    return working_folder(run_place(config))
 
 
 def with_absolute_paths(config: settings.Config) -> settings.Config:
     """The same settings with every path absolute (a worker has another working directory) and the run named."""
     values = settings.flatten(settings.to_dict(config))
-    for name in ("data.path", "data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations", "run.storage"):
-        if values[name] and "://" not in values[name]:
-            values[name] = str(Path(values[name]).expanduser().absolute())
+    for name in settings.PLACES:
+        if values[name]:
+            values[name] = absolute(values[name])
     weights = Path(values["model.weights"]).expanduser()
     if weights.is_file():
         values["model.weights"] = str(weights.absolute())
@@ -72,9 +79,9 @@ def check_name(config: settings.Config) -> None:
 def claim_run_folder(config: settings.Config) -> Path:
     """Make the run's folder; raises UserError where a run is in it already or its name is no folder's name."""
     check_name(config)
-    folder = run_folder(config)
+    place, folder = run_place(config), fetch(run_place(config), only="config.yaml")
     if (folder / "config.yaml").exists():
-        raise UserError(f"{folder} holds a run already: go on with it by --resume {folder}, or choose another --name")
+        raise UserError(f"{place} holds a run already: go on with it by --resume {place}, or choose another --name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -83,17 +90,19 @@ def claim_run_folder(config: settings.Config) -> Path:
 
 
 def resume_config(run: str, *layers: Mapping[str, Any]) -> settings.Config:
-    """The settings of the run in folder ``run``, with what ``layers`` change; raises UserError where that makes it another run."""
-    folder = Path(run).expanduser().absolute()
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"--resume: there is no run in {folder} (no config.yaml)")
-    before = settings.read_yaml(folder / "config.yaml")
+    """The settings of the run at the place ``run``, with what ``layers`` change; raises UserError where that makes it another run."""
+    place = absolute(run)
+    file = fetch(place, only="config.yaml") / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"--resume: there is no run in {place} (no config.yaml)")
+    before = settings.read_yaml(file)
     after = {name: value for layer in layers for name, value in settings.flatten(layer).items()}
     for name, value in after.items():
         value = after[name] = settings.find_setting(name).parse(value)
         if name not in RESUMABLE and value != before.get(name):
-            raise UserError(f"--resume: {name} is {before.get(name)!r} in {folder} and {value!r} here; it may not change, start a new run")
-    return settings.load_config(before, after, {"run.storage": str(folder.parent), "run.name": folder.name})
+            raise UserError(f"--resume: {name} is {before.get(name)!r} in {place} and {value!r} here; it may not change, start a new run")
+    storage, name = split(place)
+    return settings.load_config(before, after, {"run.storage": storage, "run.name": name})
 
 
 def check_data(config: settings.Config) -> None:
@@ -118,7 +127,7 @@ def ray_session(workers: int, drivers: bool = False) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     # The dashboard's server is what frees the places of an inner trainer whose trial was stopped.
     own = {"address": "local", "num_cpus": max(os.cpu_count() or 1, workers), "include_dashboard": drivers, "resources": {DRIVER: 64}}
-    where = {"address": address} if address else own
+    where = {"address": address, **store_environment()} if address else own
     if address:
         check_listening(f"RAY_ADDRESS {address}", address)
     try:
@@ -151,6 +160,13 @@ def on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def store_environment() -> dict[str, Any]:
+    """What ``ray.init`` is told so that workers on other machines find the same object store as this process."""
+    known = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    # Ray gives a job's workers the environment of the job, and refuses to be told anything twice.
+    return {"runtime_env": {"env_vars": known}} if known and JOB not in os.environ else {}
 
 
 def scaling_config(config: settings.Config) -> ray.train.ScalingConfig:
@@ -228,7 +244,7 @@ def failure_of(error: Exception, mailbox, config: settings.Config) -> UserError:
     causes = getattr(error, "worker_failures", None) or {0: error}
     rank, cause = next(iter(causes.items()))
     last_line = str(cause).strip().splitlines()[-1]
-    return UserError(f"worker {rank} failed: {last_line}; finished epochs are kept: raydetr train --resume {run_folder(config)}")
+    return UserError(f"worker {rank} failed: {last_line}; finished epochs are kept: raydetr train --resume {run_place(config)}")
 
 
 @contextlib.contextmanager

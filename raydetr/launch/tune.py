@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,20 @@ from raydetr.data.cache import DecodedImages, cache_limit
 from raydetr.data.coco import CocoImages, find_split
 from raydetr.errors import UserError
 from raydetr.launch.nodes import check_nodes
-from raydetr.launch.train import DRIVER, check_data, check_name, cores_each, nodes_resources, ray_session, with_absolute_paths
+from raydetr.launch.train import DRIVER, check_data, check_name, cores_each, nodes_resources, ray_session, run_place, with_absolute_paths
 from raydetr.launch.trial import run_trial
 from raydetr.model.checkpoint import read_checkpoint, save_checkpoint
 from raydetr.model.files import written_whole
 from raydetr.search import Search, create_search, open_search, top_trials, write_best, write_trials
 from raydetr.space import Space, read_space
+from raydetr.storage import LAST, absolute, copy, fetch, is_uri, join, push, split, working_folder
 from raydetr.trials import TrialsDisplay
 
 TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
 TO_GO_ON = ("optimizer", "lr_scheduler", "scaler", "ema", "random")  # what a checkpoint holds for a run that is not finished
 STORE_SHARE = 0.5  # of Ray's object store, for decoded pictures
 TURNS = 4  # how often in a run a trial of population-based training may go on from another
+KEEP_INTERVAL_S = 5.0  # between two pushes of a search's own files to a store
 HOPELESS = 3  # trials that all failed before their first epoch: the rest would fail, too
 
 
@@ -80,7 +83,7 @@ def tune(
     config = with_absolute_paths(config)
     check_name(config)
     check_data(config)
-    folder = Path(config.run.storage) / config.run.name
+    place = run_place(config)
     grace = grace_epochs(config.optim)
     space = space if isinstance(space, Space) else read_space(space)
     if scheduler == "pbt" and demands.workers > 1:
@@ -88,12 +91,13 @@ def tune(
     with ray_session(demands.workers, drivers=demands.workers > 1):
         check_nodes(config)
         places = find_places(config, demands, trials)
-        check_disk(config, folder, trials, places.concurrent)
+        check_disk(config, working_folder(place), trials, places.concurrent)
         images = share_images(config)
+        bring(place)
         search = create_search(
-            folder, space, config, trials=trials, metric=metric, sampler=sampler, pruner=scheduler, grace=grace, seed=seed, points=points
+            place, space, config, trials=trials, metric=metric, sampler=sampler, pruner=scheduler, grace=grace, seed=seed, points=points
         )
-        with driving(folder):
+        with driving(search.folder), keeping(search):
             return _run(search, demands.workers, places, images, time_budget_s)
 
 
@@ -109,11 +113,12 @@ def resume(
 
     Raises UserError where ``space`` is given and is not the search's own; the line tells the difference.
     """
-    folder = Path(folder).expanduser().absolute()
-    search = open_search(folder, space, trials)
-    with driving(folder), ray_session(demands.workers, drivers=demands.workers > 1):
+    place = absolute(folder)
+    bring(place)
+    search = open_search(place, space, trials)
+    with driving(search.folder), ray_session(demands.workers, drivers=demands.workers > 1), keeping(search):
         base = search.config(0)
-        base.run.storage = str(folder.parent)  # where the search is now
+        base.run.storage = split(place)[0]  # where the search is now
         check_nodes(base)
         search.reclaim(())
         places = find_places(search.config(0), demands, search.trials)
@@ -132,6 +137,36 @@ def driving(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def bring(place: str) -> None:
+    """Make the working copy of a search what the store holds of it; not under the hands of another driver. Nothing for a folder."""
+    if is_uri(place):
+        with driving(working_folder(place)):
+            fetch(place, recursive=False)  # the trials fetch their own
+
+
+@contextlib.contextmanager
+def keeping(search: Search) -> Iterator[None]:
+    """For the length of a ``with``, and at its end, the search's own files are brought to its store. Nothing for a folder."""
+    if not is_uri(search.place):
+        yield
+        return
+    done = threading.Event()
+
+    def keep() -> None:
+        while not done.wait(KEEP_INTERVAL_S):
+            with contextlib.suppress(UserError):  # it is pushed again soon, and at the end with patience
+                search.push(patience_s=0)
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        search.push()
 
 
 def grace_epochs(optim: settings.Optim) -> int:
@@ -220,7 +255,7 @@ def _run(search: Search, workers: int, places: Places, images: list[ray.ObjectRe
             ),
             run_config=ray.tune.RunConfig(
                 name="ray",
-                storage_path=str(search.folder),
+                storage_path=str(search.folder),  # of no use to anybody but this process
                 failure_config=ray.tune.FailureConfig(max_failures=search.config(0).run.max_failures),
                 callbacks=[Watcher(search, display)],
                 stop=Hopeless(search),
@@ -267,7 +302,7 @@ def finish(search: Search) -> None:
             raise UserError(f"all {len(failed)} trials failed, the first of them: {failed[0].user_attrs['reason']}")
         return
     write_best(search.folder)
-    weights = trial_folder(search, best.number) / "best.pth"
+    weights = fetch(trial_place(search, best.number), only="best.pth") / "best.pth"
     if weights.exists():
         copy_file(weights, search.folder / "best.pth")
 
@@ -277,15 +312,21 @@ def summary(search: Search) -> str:
     unfinished = search.trials - sum(trial.state.is_finished() for trial in search.frozen())
     lines = [top_trials(search)]
     if unfinished:
-        lines.append(f"{unfinished} of {search.trials} trials are not finished: raydetr tune --resume {search.folder}")
+        lines.append(f"{unfinished} of {search.trials} trials are not finished: raydetr tune --resume {search.place}")
     if search.best():
-        lines.append(f"best settings: raydetr train --config {search.folder / 'best.yaml'}; its weights: {search.folder / 'best.pth'}")
+        best = {name: join(search.place, name) for name in ("best.yaml", "best.pth")}
+        lines.append(f"best settings: raydetr train --config {best['best.yaml']}; its weights: {best['best.pth']}")
     return "\n".join(lines)
 
 
+def trial_place(search: Search, number: int) -> str:
+    """Where the run of a trial is kept."""
+    return join(search.place, TRIALS_FOLDER, search.trial_name(number))
+
+
 def trial_folder(search: Search, number: int) -> Path:
-    """The run folder of a trial."""
-    return search.folder / TRIALS_FOLDER / search.trial_name(number)
+    """The run folder of a trial; where the search is in a store, its working copy on this machine."""
+    return working_folder(trial_place(search, number))
 
 
 def best_so_far(search: Search, number: int, result: Mapping[str, Any]) -> float:
@@ -314,12 +355,13 @@ class StudySearcher(Searcher):
         asked = self.search.ask(trial_id)
         if asked is None:
             return Searcher.FINISHED
+        self.search.push()  # before the trial leaves anything there
         return self.assigned(asked[0])
 
     def assigned(self, number: int) -> dict[str, Any]:
         """A trial as :func:`run_trial` takes it, with the settings that it has now."""
         config = self.search.config(number)
-        config.run.storage, config.run.name = str(self.search.folder / TRIALS_FOLDER), self.search.trial_name(number)
+        config.run.storage, config.run.name = join(self.search.place, TRIALS_FOLDER), self.search.trial_name(number)
         config.run.workers = self.workers
         return {
             "number": number,
@@ -348,7 +390,8 @@ class StudySearcher(Searcher):
             self.search.tell(number, "pruned", metrics=metrics_of(result))
         else:
             return
-        self.stripped.append(self._stripper.strip.remote(trial_folder(self.search, number) / "last.pth"))
+        self.search.push()  # a trial that nobody knows to have ended goes on from what is stripped now
+        self.stripped.append(self._stripper.strip.remote(trial_place(self.search, number)))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is in its journal."""
@@ -408,8 +451,9 @@ class PopulationScheduler(StudyScheduler):
         number, epoch = self.search.number(trial.trial_id), trial.last_result["epoch"]
         other = self.search.better_trial(number, epoch)
         if other is not None:
-            copy_weights(trial_folder(self.search, other), trial_folder(self.search, number))
+            copy_weights(trial_place(self.search, other), trial_place(self.search, number))
             self.search.take_over(number, other, epoch)
+            self.search.push()
             trial.set_config(self.searcher.assigned(number))
 
 
@@ -452,10 +496,13 @@ class Watcher(ray.tune.Callback):
         self.display.refresh()
 
 
-def copy_weights(source: Path, target: Path) -> None:
+def copy_weights(source: str, target: str) -> None:
     """Put a trial's checkpoints in the place of another's."""
     for name in ("best.pth", "last.pth"):
-        copy_file(source / name, target / name)
+        if is_uri(source):
+            copy(join(source, name), join(target, name))
+        else:
+            copy_file(Path(source, name), Path(target, name))
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -468,14 +515,16 @@ def copy_file(source: Path, target: Path) -> None:
 class Stripper:
     """Makes the checkpoints of ended trials smaller, one after the other and not in the controller, which hears no trial meanwhile."""
 
-    def strip(self, checkpoint: Path) -> None:
+    def strip(self, trial: str) -> None:
         """As :func:`strip`."""
-        strip(checkpoint)
+        strip(trial)
 
 
-def strip(checkpoint: Path) -> None:
-    """Take what only serves to go on out of a finished trial's checkpoint: the weights stay."""
+def strip(trial: str) -> None:
+    """Take what only serves to go on out of the last checkpoint of a finished trial, by its place: the weights stay."""
+    checkpoint = fetch(trial, only=LAST) / LAST
     if checkpoint.exists():
         content = read_checkpoint(checkpoint)
         if not content.keys().isdisjoint(TO_GO_ON):
             save_checkpoint(checkpoint, {name: value for name, value in content.items() if name not in TO_GO_ON})
+            push(trial, only=LAST)

@@ -27,6 +27,7 @@ from raydetr.errors import UserError
 from raydetr.model.backbone import RESNET_BLOCKS
 from raydetr.model.detr import DETR, build_model
 from raydetr.model.files import download, written_whole
+from raydetr.storage import fetched, is_uri
 
 BUNDLED = Path(__file__).with_name("detr_tiny.pth")
 IMAGENET = {"resnet50": ResNet50_Weights.IMAGENET1K_V1.url, "resnet101": ResNet101_Weights.IMAGENET1K_V1.url}
@@ -262,7 +263,7 @@ def _source(weights: str, model: dict[str, Any]) -> str | Path:
         if model["preset"] != "detr_tiny":
             raise UserError(f"model.weights: only detr_tiny's weights are bundled; for {model['preset']} take coco, imagenet or none")
         return BUNDLED
-    if not _is_url(weights) and not Path(weights).expanduser().exists():
+    if not _is_url(weights) and not is_uri(weights) and not Path(weights).expanduser().exists():
         raise UserError(f"model.weights: {weights}: no such file; it takes coco, imagenet, bundled, none, a path or a URL")
     return weights
 
@@ -286,8 +287,8 @@ def _is_url(source: str | Path) -> bool:
 
 
 def located(source: str | Path) -> Path:
-    """The file of a path or URL; an URL's is downloaded once and kept."""
-    return download(str(source)) if _is_url(source) else Path(source).expanduser()
+    """The file of a path or URL; an URL's is downloaded once and kept, one in an object store fetched where it changed."""
+    return download(str(source)) if _is_url(source) else fetched(source)
 
 
 # ---------------------------------------------------------------------------------------------------------- what a file holds

@@ -72,6 +72,7 @@ def test_machines_that_share_all_pass_and_nothing_stays_behind(two_machines, coc
         ({"lacking": ["/shared/photographs"]}, r"/shared/photographs is not on \S+ \([\d.]+\); the photographs"),
         ({"token": False}, r"run\.storage: .* is another folder on \S+ \([\d.]+\) than here; .*NFS"),
         ({"wrote": "elsewhere"}, r"run\.storage: .* is another folder"),
+        ({"refusal": "s3://bucket/runs: the store refuses"}, r"\S+ \([\d.]+\): s3://bucket/runs: the store refuses"),
     ],
 )
 def test_a_machine_that_lacks_something_is_named(two_machines, coco_folder, tmp_path, change, says):
@@ -93,7 +94,7 @@ def test_what_a_machine_has_is_seen_there(tmp_path):
     assert (found["version"], found["lacking"], found["token"]) == (__version__, [str(tmp_path / "absent")], True)
     assert (tmp_path / found["wrote"]).read_text() == "abc"
     assert not look([], str(tmp_path / "another disk"), "abc")["token"]
-    assert look([], None, "abc")["token"]  # a storage that is no folder
+    assert not (tmp_path / "another disk").exists()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:1", "ray://127.0.0.1:1", "garbage", "host:port"])
