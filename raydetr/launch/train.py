@@ -21,13 +21,14 @@ from raydetr.launch.reporter import Mailbox, TrainReporter
 
 DRIVER = "trial_driver"  # the resource that keeps the drivers of inner trainers off the CPUs
 SHOW_INTERVAL_S = 0.2  # between two looks at what the workers posted
+RESIZE_INTERVAL_S = 20.0  # between two looks for machines that a run of MIN:MAX workers could use
 
 # What may change when a run goes on; anything else would make it another run.
 RESUMABLE = {"optim.epochs", "optim.patience", "data.num_workers", "data.cache_gb", "run.max_failures", "run.workers", "speed.device"}
 
 
 def train(config: settings.Config, resume: bool = False) -> dict[str, Any]:
-    """Fine-tune with ``config.run.workers`` Ray Train workers; returns the last epoch's metrics.
+    """Fine-tune with ``config.run.workers`` Ray Train workers, of ``MIN:MAX`` as many as there are places for; returns the last epoch's metrics.
 
     Starts Ray on this machine unless ``RAY_ADDRESS`` names a cluster. The run folder is ``<run.storage>/<run.name>``.
     Raises UserError for bad settings, data or an impossible request, and for what a worker found wrong with them.
@@ -36,7 +37,7 @@ def train(config: settings.Config, resume: bool = False) -> dict[str, Any]:
     check_data(config)
     if not resume:
         claim_run_folder(config)
-    with ray_session(config.run.workers):
+    with ray_session(settings.least_and_most_workers(config)[0]):
         check_nodes(config)
         scaling = scaling_config(config)
         with Display() as display:
@@ -133,7 +134,7 @@ def ray_session(workers: int, drivers: bool = False) -> Iterator[None]:
 
 def scaling_config(config: settings.Config) -> ray.train.ScalingConfig:
     """Workers, and the GPUs and CPUs of each, from what the cluster has; raises UserError with the numbers where it has too little."""
-    workers, nodes = config.run.workers, nodes_resources()
+    (workers, most), nodes = settings.least_and_most_workers(config), nodes_resources()
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     use_gpu = config.speed.device != "cpu" and gpus > 0
     if config.speed.device == "cuda" and not gpus:
@@ -143,11 +144,17 @@ def scaling_config(config: settings.Config) -> ray.train.ScalingConfig:
             f"run.workers: {workers} asked for, {gpus} GPUs there; one worker takes one GPU (--workers {gpus}, or --speed.device cpu)"
         )
     cores = [int(node.get("CPU", 0)) for node in nodes]
-    each = cores_each(cores, workers)
+    now = max(workers, min(most, gpus if use_gpu else sum(cores)))  # how many of up to ``most`` there are places for
+    each = cores_each(cores, now)
     if each is None:
-        raise UserError(f"run.workers: {workers} asked for, {sum(cores)} CPUs there; a worker takes at least one")
+        raise UserError(f"run.workers: {now} asked for, {sum(cores)} CPUs there; a worker takes at least one")
     resources = {"CPU": each, **({"GPU": 1} if use_gpu else {})}
-    return ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources)
+    return ray.train.ScalingConfig(
+        num_workers=workers if workers == most else (workers, most),
+        elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
+        use_gpu=use_gpu,
+        resources_per_worker=resources,
+    )
 
 
 def nodes_resources() -> list[dict[str, float]]:
