@@ -16,12 +16,13 @@ from raydetr import config as settings
 from raydetr.console import Display
 from raydetr.data.check import check
 from raydetr.errors import UserError
-from raydetr.launch.nodes import check_listening, check_nodes
+from raydetr.launch.nodes import check_listening, check_nodes, is_of_machine
 from raydetr.launch.reporter import Mailbox, TrainReporter
 
 DRIVER = "trial_driver"  # the resource that keeps the drivers of inner trainers off the CPUs
 SHOW_INTERVAL_S = 0.2  # between two looks at what the workers posted
 RESIZE_INTERVAL_S = 20.0  # between two looks for machines that a run of MIN:MAX workers could use
+RESIZE_PATIENCE_S = 10.0  # how long such a run waits for places that it believed to be there; Ray hears late that a machine is gone
 
 # What may change when a run goes on; anything else would make it another run.
 RESUMABLE = {"optim.epochs", "optim.patience", "data.num_workers", "data.cache_gb", "run.max_failures", "run.workers", "speed.device"}
@@ -169,6 +170,8 @@ def cores_each(cores: list[int], processes: int) -> int | None:
 
 def _run(config: settings.Config, scaling: ray.train.ScalingConfig, display: Display) -> dict[str, Any]:
     mailbox = Mailbox.remote()
+    if scaling.elasticity_enabled:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(RESIZE_PATIENCE_S))
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings.to_dict(config), "mailbox": mailbox},
@@ -182,12 +185,22 @@ def _run(config: settings.Config, scaling: ray.train.ScalingConfig, display: Dis
     )
     with showing(mailbox, display.show):
         try:
-            result = trainer.fit()
+            result = fit_on_machines(trainer)
         except ray.train.TrainingFailedError as error:
             raise failure_of(error, mailbox, config) from error
     if result.return_value is None:
         raise UserError(ray.get(mailbox.failure.remote()))
     return result.return_value
+
+
+def fit_on_machines(trainer: TorchTrainer) -> ray.train.Result:
+    """``trainer.fit()``, begun again where a machine was lost, which Ray would count as one of the run's failures."""
+    while True:
+        try:
+            return trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            if not any(map(is_of_machine, getattr(error, "worker_failures", {}).values())):
+                raise
 
 
 def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
