@@ -7,7 +7,6 @@ with the very same result as without the stop.
 
 import contextlib
 import dataclasses
-import errno
 import inspect
 import math
 import os
@@ -30,7 +29,7 @@ from raydetr.data.cache import DecodedImages, cache_limit
 from raydetr.data.coco import CocoImages, build_loader, find_split
 from raydetr.data.transforms import train_transforms, val_transforms
 from raydetr.engine import Detections, Training, choose_device, choose_dtype, evaluate, gathered, train_one_epoch
-from raydetr.errors import UserError
+from raydetr.errors import DiskFull, UserError, is_disk_full
 from raydetr.evaluation import METRICS, precision_recall, run_coco_eval, summarize
 from raydetr.loss.criterion import build_criterion
 from raydetr.model.checkpoint import load_weights, read_checkpoint, save_checkpoint
@@ -39,7 +38,6 @@ from raydetr.schedule import MovingAverage, build_optimizer, build_scheduler
 from raydetr.tracking import LOSSES, Pictures, Tracker, log_line, write_log
 
 PICTURE_SETS = 10  # how often in a run the validation pictures are drawn, at most
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class LocalReporter:
@@ -351,7 +349,7 @@ def _open_folder(config: Config, folder: Path, step: int, searched: Mapping[str,
     except OSError as error:
         with contextlib.suppress(OSError):  # it may not be there
             temporary.unlink()
-        if error.errno in DISK_FULL:
+        if is_disk_full(error):
             raise
         raise UserError(f"run.storage: cannot write to {folder}: {error.strerror}") from None
     return Tracker(folder / "tb", config, step, searched)
@@ -395,9 +393,9 @@ def _in_one_line(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if not is_disk_full(error):
             raise
-        raise UserError(f"the disk of {folder} is full; finished epochs are kept: make room and go on with the run") from error
+        raise DiskFull(f"the disk of {folder} is full; finished epochs are kept: make room and go on with the run") from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the GPU's memory does not suffice: lower optim.batch_size (optim.accumulate makes up for it), data.max_size and "

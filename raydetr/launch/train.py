@@ -189,7 +189,7 @@ def _run(config: settings.Config, scaling: ray.train.ScalingConfig, display: Dis
         except ray.train.TrainingFailedError as error:
             raise failure_of(error, mailbox, config) from error
     if result.return_value is None:
-        raise UserError(ray.get(mailbox.failure.remote()))
+        raise ray.get(mailbox.failure.remote())
     return result.return_value
 
 
@@ -214,15 +214,15 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
         images = [ray.get(each) for each in loop_config.get("images", ())]
         return fit(settings.load_config(loop_config["settings"]), TrainReporter(mailbox, loop_config.get("searched"), *images))
     except UserError as error:
-        ray.get(mailbox.fail.remote(str(error)))
+        ray.get(mailbox.fail.remote(error))
         raise
 
 
 def failure_of(error: Exception, mailbox, config: settings.Config) -> UserError:
     """The error to show for a failed run: the user's own to mend, or what the workers died of and how to go on."""
-    message = ray.get(mailbox.failure.remote())
-    if message:
-        return UserError(message)
+    own = ray.get(mailbox.failure.remote())
+    if own:
+        return own
     causes = getattr(error, "worker_failures", None) or {0: error}
     rank, cause = next(iter(causes.items()))
     last_line = str(cause).strip().splitlines()[-1]

@@ -12,7 +12,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from raydetr import config as settings
 from raydetr.data.cache import DecodedImages
-from raydetr.errors import UserError
+from raydetr.errors import DiskFull, UserError
 from raydetr.launch.reporter import Mailbox
 from raydetr.launch.train import failure_of, fit_on_machines, run_folder, train_worker
 
@@ -57,6 +57,8 @@ def run_trial(assigned: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) ->
             last = fit(config, TuneReporter(assigned["metric"], assigned["searched"], *map(ray.get, images)))
         else:
             last = fit_with_workers(config, assigned["places"], assigned["searched"], images)
+    except DiskFull as error:
+        ray.tune.report({"epoch": 0, "full": str(error)})
     except UserError as error:
         ray.tune.report({"epoch": 0, "failed": str(error)})
     except (RuntimeError, ValueError, TypeError, LookupError, OSError, ArithmeticError) as error:

@@ -26,7 +26,7 @@ from rich.console import Console
 from raydetr import config as settings
 from raydetr.data.cache import DecodedImages, cache_limit
 from raydetr.data.coco import CocoImages, find_split
-from raydetr.errors import UserError
+from raydetr.errors import DiskFull, UserError, is_disk_full
 from raydetr.launch.nodes import check_nodes, is_of_machine
 from raydetr.launch.train import DRIVER, check_data, check_name, cores_each, nodes_resources, ray_session, with_absolute_paths
 from raydetr.launch.trial import run_trial
@@ -239,11 +239,23 @@ def _run(search: Search, demands: Demands, places: Places, images: list[ray.Obje
                 verbose=0,
             ),
         )
-        tuner.fit()
+        fit_with_room(tuner, search, scheduler)
         if searcher.stripped:
             ray.wait(searcher.stripped, num_returns=len(searcher.stripped))  # one that failed leaves a larger file, and that is all
     finish(search)
     return search
+
+
+def fit_with_room(tuner: ray.tune.Tuner, search: Search, scheduler: "StudyScheduler") -> None:
+    """``tuner.fit()``; raises DiskFull where a trial, or the study, found no room: trials under way stay unfinished, none is to blame."""
+    try:
+        tuner.fit()
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        scheduler.full = f"the disk of {search.folder} is full"
+    if scheduler.full:
+        raise DiskFull(f"{scheduler.full}; trials under way were stopped: make room, then raydetr tune --resume {search.folder}")
 
 
 def resources_of(assigned: Mapping[str, Any]) -> ray.tune.PlacementGroupFactory:
@@ -423,6 +435,7 @@ class StudyScheduler(FIFOScheduler):
         super().__init__()
         self.search, self.max_failures = search, search.config(0).run.max_failures
         self.losses: Counter[str] = Counter()
+        self.full = ""  # what a trial said of a full disk
 
     def on_trial_error(self, tune_controller, trial) -> None:
         """A trial lost its process; that counts, unless its machine went with it. Ray Tune will start it again."""
@@ -439,6 +452,10 @@ class StudyScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller, trial, result: dict[str, Any]) -> str:
         """Continue or stop."""
         number = self.search.number(trial.trial_id)
+        if result.get("full"):
+            self.full = self.full or result["full"]
+            tune_controller.request_stop_experiment()
+            return FIFOScheduler.STOP
         if result.get("failed") or result.get("finished") or number is None:
             return FIFOScheduler.CONTINUE
         self.search.report(number, result["epoch"], best_so_far(self.search, number, result))
