@@ -20,7 +20,7 @@ from raydetr.errors import UserError
 
 
 def setting(default, meaning: str, *, low=None, high=None, choices=None, span=False):
-    """A field of the tree. ``low`` and ``high`` are inclusive; for a list they bound every entry, with ``span`` both ends of ``MIN:MAX``."""
+    """A field of the tree. ``low`` and ``high`` are inclusive; for a list they bound every entry, of a ``span`` MIN:MAX both ends."""
     metadata = {"meaning": meaning, "low": low, "high": high, "choices": choices, "span": span}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -164,7 +164,7 @@ class Run:
     storage: str = setting("runs", "folder that holds the runs")
     seed: int = setting(42, "seed of everything that is drawn", low=0, high=2**31 - 1)
     workers: int | str = setting(
-        1, "training processes, one per GPU where there are GPUs; 2:8 takes what there is, from 2 to 8", low=1, high=4096, span=True
+        1, "training processes, one per GPU where there are GPUs; 2:8 takes what there is from time to time", low=1, high=4096, span=True
     )
     max_failures: int = setting(3, "how often a lost worker is replaced before the run fails", low=0, high=1000)
     pictures: int = setting(8, "validation pictures shown in TensorBoard", low=0, high=100)

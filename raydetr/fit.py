@@ -12,6 +12,7 @@ import math
 import os
 import random
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from raydetr.model.detr import build_model
 from raydetr.schedule import MovingAverage, build_optimizer, build_scheduler
 from raydetr.tracking import LOSSES, Pictures, Tracker, log_line, write_log
 
+OWNER_FILE = ".owner"  # in the folder of a run that is not finished: who writes there
 PICTURE_SETS = 10  # how often in a run the validation pictures are drawn, at most
 
 
@@ -105,6 +107,7 @@ class Run:
     val: DataLoader
     training: Training
     progress: Progress
+    owner: str = ""  # of the folder, on rank 0
     tracker: Tracker | None = None  # on rank 0
     pictures: Pictures | None = None
 
@@ -143,6 +146,8 @@ def _epochs(run: Run) -> dict[str, Any]:
     config, folder, show = run.config, run.folder, run.reporter.show
     if run.reporter.rank == 0:
         run.tracker = _open_folder(config, folder, run.training.step, run.reporter.searched)
+        run.owner = uuid.uuid4().hex
+        (folder / OWNER_FILE).write_text(run.owner)
         run.pictures = Pictures(run.val.dataset, config.run.pictures)
     steps = math.ceil(len(run.train) / config.optim.accumulate)
     show({"kind": "start", "epochs": config.optim.epochs, "steps": steps, "done": run.progress.epoch})
@@ -151,6 +156,7 @@ def _epochs(run: Run) -> dict[str, Any]:
             metrics = _one_epoch(run)
         if run.tracker:
             run.tracker.finish()
+            (folder / OWNER_FILE).unlink()
     finally:
         if run.tracker:
             run.tracker.close()
@@ -171,6 +177,7 @@ def _one_epoch(run: Run) -> dict[str, Any]:
     metrics = _metrics(progress, train, val, scores) | {"seconds": time.perf_counter() - began}
     states = gathered(_random_state(training.device))
     if run.tracker:
+        _check_owner(run)
         _write_down(run, train, val, scores, curve)
         _draw(run, detections)
         run.tracker.flush()
@@ -178,6 +185,13 @@ def _one_epoch(run: Run) -> dict[str, Any]:
     run.reporter.report(metrics, run.folder / "last.pth" if run.reporter.rank == 0 else None)
     run.reporter.show({"kind": "epoch", "epoch": epoch, "metrics": metrics, "seconds": time.perf_counter() - began, "best": best})
     return metrics
+
+
+def _check_owner(run: Run) -> None:
+    """Raises UserError where another process has begun to go on with the run: this one was given up for lost, or started twice."""
+    file = run.folder / OWNER_FILE
+    if not file.exists() or file.read_text() != run.owner:
+        raise UserError(f"another process goes on with the run in {run.folder}; this one stops")
 
 
 def _step_shower(run: Run, epoch: int) -> Callable[[dict[str, float]], None]:

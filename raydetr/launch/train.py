@@ -29,8 +29,9 @@ RESUMABLE = {"optim.epochs", "optim.patience", "data.num_workers", "data.cache_g
 
 
 def train(config: settings.Config, resume: bool = False) -> dict[str, Any]:
-    """Fine-tune with ``config.run.workers`` Ray Train workers, of ``MIN:MAX`` as many as there are places for; returns the last epoch's metrics.
+    """Fine-tune with ``config.run.workers`` Ray Train workers; returns the last epoch's metrics.
 
+    Of ``MIN:MAX`` workers there are as many as the cluster has places for, also when machines come and go.
     Starts Ray on this machine unless ``RAY_ADDRESS`` names a cluster. The run folder is ``<run.storage>/<run.name>``.
     Raises UserError for bad settings, data or an impossible request, and for what a worker found wrong with them.
     """

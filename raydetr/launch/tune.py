@@ -378,7 +378,7 @@ class StudySearcher(Searcher):
         return max(now, min(2 * now, most))
 
     def machine(self) -> str | None:
-        """The machine that a trial is meant for where they are to be packed: the fullest that has a place; None: any, the emptiest first."""
+        """The machine that a trial to be packed is meant for, the fullest that has a place; None: any, for Ray the emptiest."""
         if self.demands.placement != "pack" or self.demands.workers > 1:
             return None
         taken = Counter(self.live.values())
