@@ -146,10 +146,10 @@ def scaling_config(config: settings.Config) -> ray.train.ScalingConfig:
             f"run.workers: {workers} asked for, {gpus} GPUs there; one worker takes one GPU (--workers {gpus}, or --speed.device cpu)"
         )
     cores = [int(node.get("CPU", 0)) for node in nodes]
-    now = max(workers, min(most, gpus if use_gpu else sum(cores)))  # how many of up to ``most`` there are places for
-    each = cores_each(cores, now)
+    fitting = min(gpus, sum(cores)) if use_gpu else sum(cores)
+    each = cores_each(cores, max(workers, min(most, fitting)))
     if each is None:
-        raise UserError(f"run.workers: {now} asked for, {sum(cores)} CPUs there; a worker takes at least one")
+        raise UserError(f"run.workers: {workers} asked for, {sum(cores)} CPUs there; a worker takes at least one")
     resources = {"CPU": each, **({"GPU": 1} if use_gpu else {})}
     return ray.train.ScalingConfig(
         num_workers=workers if workers == most else (workers, most),
@@ -185,23 +185,24 @@ def _run(config: settings.Config, scaling: ray.train.ScalingConfig, display: Dis
         ),
     )
     with showing(mailbox, display.show):
-        try:
-            result = fit_on_machines(trainer)
-        except ray.train.TrainingFailedError as error:
-            raise failure_of(error, mailbox, config) from error
-    if result.return_value is None:
-        raise ray.get(mailbox.failure.remote())
-    return result.return_value
+        return fit_on_machines(trainer, mailbox, config)
 
 
-def fit_on_machines(trainer: TorchTrainer) -> ray.train.Result:
-    """``trainer.fit()``, begun again where a machine was lost, which Ray would count as one of the run's failures."""
+def fit_on_machines(trainer: TorchTrainer, mailbox, config: settings.Config) -> dict[str, Any]:
+    """The last epoch's metrics of ``trainer.fit()``, begun again where a machine was lost, which Ray counts as the run's own failure.
+
+    Raises UserError where the run failed.
+    """
     while True:
         try:
-            return trainer.fit()
+            last = trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
             if not any(map(is_of_machine, getattr(error, "worker_failures", {}).values())):
-                raise
+                raise failure_of(error, mailbox, config) from error
+        else:
+            if last is None:
+                raise ray.get(mailbox.failure.remote())
+            return last
 
 
 def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from raydetr import config as settings
 from raydetr.data.cache import DecodedImages
 from raydetr.errors import DiskFull, UserError
 from raydetr.launch.reporter import Mailbox
-from raydetr.launch.train import failure_of, fit_on_machines, run_folder, train_worker
+from raydetr.launch.train import fit_on_machines, run_folder, train_worker
 
 
 class TuneReporter:
@@ -90,7 +90,4 @@ def fit_with_workers(
             callbacks=[TuneReportCallback()],
         ),
     )
-    try:
-        return fit_on_machines(trainer).return_value
-    except ray.train.TrainingFailedError as error:
-        raise failure_of(error, mailbox, config) from error
+    return fit_on_machines(trainer, mailbox, config)
