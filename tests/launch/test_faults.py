@@ -42,6 +42,7 @@ TINY = {
 }
 SPACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}}
 TRIALS = 4
+DRIVERS = []  # processes started by a test
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,9 @@ def cluster():
 @pytest.fixture
 def add_machine(cluster):
     yield cluster.add_node
+    while DRIVERS:
+        with contextlib.suppress(ProcessLookupError):  # one that a test has seen the end of
+            os.killpg(DRIVERS.pop().pid, signal.SIGKILL)
     for machine in list(cluster.worker_nodes):
         cluster.remove_node(machine, allow_graceful=False)
 
@@ -76,7 +80,8 @@ def start(cluster, *flags):
     command = [sys.executable, "-c", "import sys; from raydetr.cli import main; sys.exit(main(sys.argv[1:]))", "tune", *flags]
     environment = os.environ | {"RAY_ADDRESS": cluster.address}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    DRIVERS.append(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))
+    return DRIVERS[-1]
 
 
 def start_search(cluster, known, folder):
@@ -98,7 +103,7 @@ def logs_of(search):
 
 def ends_well(driver, folder, undisturbed):
     """All trials are complete, and went as if nothing had happened: every epoch once, with the very same numbers."""
-    said, _ = driver.communicate(timeout=400)
+    said, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, said
     search = Search(folder)
     assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"] * TRIALS
@@ -111,7 +116,7 @@ def undisturbed(cluster, photographs, tmp_path_factory):
     """Every trial's log where nothing happens."""
     machine, folder = cluster.add_node(num_cpus=2), tmp_path_factory.mktemp("runs")
     driver = start_search(cluster, settings(photographs, folder), folder)
-    said, _ = driver.communicate(timeout=400)
+    said, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, said
     cluster.remove_node(machine)
     logs = logs_of(Search(folder / "search"))
@@ -120,7 +125,7 @@ def undisturbed(cluster, photographs, tmp_path_factory):
     return logs
 
 
-def wait_for(condition, process=None, seconds=180):
+def wait_for(condition, process=None, seconds=400):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not come"
@@ -200,7 +205,7 @@ def test_a_full_disk_stops_a_search_that_goes_on_when_there_is_room(undisturbed,
         with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
             while True:
                 filler.write(bytes(2**20))
-        said, _ = driver.communicate(timeout=200)
+        said, _ = driver.communicate(timeout=600)
         assert driver.returncode == 2, said
         assert f"make room, then raydetr tune --resume {disk / 'search'}" in said
         assert "Traceback" not in said

@@ -100,6 +100,24 @@ def test_a_trial_that_breaks_is_failed_and_the_search_goes_on(cluster, coco_fold
 
 
 @pytest.mark.slow
+def test_a_trial_whose_process_dies_again_and_again_is_failed(cluster, coco_folder, tmp_path, monkeypatch):
+    begun = tmp_path / "begun"
+
+    def run_trial(assigned, images):
+        if assigned["number"] == 1:
+            with begun.open("a") as file:
+                file.write("x")
+            os._exit(1)
+        ray.tune.report({"epoch": 1, "AP": 0.5, "finished": True})
+
+    monkeypatch.setattr(launcher, "run_trial", run_trial)
+    search = tune(settings(coco_folder(), tmp_path, run__max_failures=1), SPACE, trials=3, scheduler="none")
+    assert [trial.state.name for trial in search.frozen()] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert search.frozen()[1].user_attrs["reason"] == "its worker was lost again and again"
+    assert begun.read_text() == "xx"
+
+
+@pytest.mark.slow
 def test_a_search_where_everything_fails_stops_after_a_few(cluster, coco_folder, tmp_path):
     folder = coco_folder()
     picture = folder / "train2017" / "train_002.jpg"
