@@ -235,7 +235,7 @@ def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | N
     type=click.Choice(["pack", "spread"]),
     default="pack",
     show_default=True,
-    help="Trials on as few machines as hold them, or spread over all.",
+    help="Trials on as few machines as hold them, or spread over all (pbt always does).",
 )
 @click.option("--max-epochs", metavar="E", help="Epochs of a trial that is not stopped early; --optim.epochs by another name.")
 @click.option("--scheduler", default="asha", show_default=True, help="Which trials are stopped early: asha, median or none; or pbt.")
