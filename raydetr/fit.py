@@ -8,12 +8,12 @@ here: fetched before the first epoch, pushed after every one.
 
 import contextlib
 import dataclasses
-import errno
 import inspect
 import math
 import os
 import random
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from raydetr.data.cache import DecodedImages, cache_limit
 from raydetr.data.coco import CocoImages, build_loader, find_split
 from raydetr.data.transforms import train_transforms, val_transforms
 from raydetr.engine import Detections, Training, choose_device, choose_dtype, evaluate, gathered, train_one_epoch
-from raydetr.errors import UserError
+from raydetr.errors import DiskFull, UserError, is_disk_full
 from raydetr.evaluation import METRICS, precision_recall, run_coco_eval, summarize
 from raydetr.loss.criterion import build_criterion
 from raydetr.model.checkpoint import load_weights, read_checkpoint, save_checkpoint
@@ -40,8 +40,8 @@ from raydetr.schedule import MovingAverage, build_optimizer, build_scheduler
 from raydetr.storage import fetch, join, push, working_folder
 from raydetr.tracking import LOSSES, Pictures, Tracker, log_line, write_log
 
+OWNER_FILE = ".owner"  # in the folder of a run that is not finished: who writes there
 PICTURE_SETS = 10  # how often in a run the validation pictures are drawn, at most
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class LocalReporter:
@@ -109,6 +109,7 @@ class Run:
     val: DataLoader
     training: Training
     progress: Progress
+    owner: str = ""  # of the folder, on rank 0
     tracker: Tracker | None = None  # on rank 0
     pictures: Pictures | None = None
 
@@ -154,6 +155,8 @@ def _epochs(run: Run) -> dict[str, Any]:
     config, folder, show = run.config, run.folder, run.reporter.show
     if run.reporter.rank == 0:
         run.tracker = _open_folder(config, folder, run.training.step, run.reporter.searched)
+        run.owner = uuid.uuid4().hex
+        (folder / OWNER_FILE).write_text(run.owner)
         run.pictures = Pictures(run.val.dataset, config.run.pictures)
     steps = math.ceil(len(run.train) / config.optim.accumulate)
     show({"kind": "start", "epochs": config.optim.epochs, "steps": steps, "done": run.progress.epoch})
@@ -162,6 +165,7 @@ def _epochs(run: Run) -> dict[str, Any]:
             metrics = _one_epoch(run)
         if run.tracker:
             run.tracker.finish()
+            (folder / OWNER_FILE).unlink()
             push(run.place)
     finally:
         if run.tracker:
@@ -183,6 +187,7 @@ def _one_epoch(run: Run) -> dict[str, Any]:
     metrics = _metrics(progress, train, val, scores) | {"seconds": time.perf_counter() - began}
     states = gathered(_random_state(training.device))
     if run.tracker:
+        _check_owner(run)
         _write_down(run, train, val, scores, curve)
         _draw(run, detections)
         run.tracker.flush()
@@ -191,6 +196,13 @@ def _one_epoch(run: Run) -> dict[str, Any]:
     run.reporter.report(metrics, run.folder / "last.pth" if run.reporter.rank == 0 else None)
     run.reporter.show({"kind": "epoch", "epoch": epoch, "metrics": metrics, "seconds": time.perf_counter() - began, "best": best})
     return metrics
+
+
+def _check_owner(run: Run) -> None:
+    """Raises UserError where another process has begun to go on with the run: this one was given up for lost, or started twice."""
+    file = run.folder / OWNER_FILE
+    if not file.exists() or file.read_text() != run.owner:
+        raise UserError(f"another process goes on with the run in {run.folder}; this one stops")
 
 
 def _step_shower(run: Run, epoch: int) -> Callable[[dict[str, float]], None]:
@@ -362,7 +374,7 @@ def _open_folder(config: Config, folder: Path, step: int, searched: Mapping[str,
     except OSError as error:
         with contextlib.suppress(OSError):  # it may not be there
             temporary.unlink()
-        if error.errno in DISK_FULL:
+        if is_disk_full(error):
             raise
         raise UserError(f"run.storage: cannot write to {folder}: {error.strerror}") from None
     return Tracker(folder / "tb", config, step, searched)
@@ -406,9 +418,9 @@ def _in_one_line(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if not is_disk_full(error):
             raise
-        raise UserError(f"the disk of {folder} is full; finished epochs are kept: make room and go on with the run") from error
+        raise DiskFull(f"the disk of {folder} is full; finished epochs are kept: make room and go on with the run") from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the GPU's memory does not suffice: lower optim.batch_size (optim.accumulate makes up for it), data.max_size and "

@@ -8,6 +8,7 @@ import ray
 import ray.train
 
 from raydetr.data.cache import DecodedImages
+from raydetr.errors import UserError
 
 
 @ray.remote(num_cpus=0)
@@ -26,11 +27,11 @@ class Mailbox:
         events, self.events = self.events, []
         return events
 
-    def fail(self, message: str) -> None:
+    def fail(self, error: UserError) -> None:
         """Keep the first user error: a run that fails by it is not tried again."""
-        self.error = self.error or message
+        self.error = self.error or error
 
-    def failure(self) -> str | None:
+    def failure(self) -> UserError | None:
         """The first user error, or None."""
         return self.error
 

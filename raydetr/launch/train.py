@@ -17,13 +17,15 @@ from raydetr import config as settings
 from raydetr.console import Display
 from raydetr.data.check import check
 from raydetr.errors import UserError
-from raydetr.launch.nodes import check_listening, check_nodes
+from raydetr.launch.nodes import check_listening, check_nodes, is_of_machine
 from raydetr.launch.reporter import Mailbox, TrainReporter
 from raydetr.storage import ENVIRONMENT, absolute, fetch, join, split, working_folder
 
 DRIVER = "trial_driver"  # the resource that keeps the drivers of inner trainers off the CPUs
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where this process is a submitted job
 SHOW_INTERVAL_S = 0.2  # between two looks at what the workers posted
+RESIZE_INTERVAL_S = 20.0  # between two looks for machines that a run of MIN:MAX workers could use
+RESIZE_PATIENCE_S = 10.0  # how long such a run waits for places that it believed to be there; Ray hears late that a machine is gone
 
 # What may change when a run goes on; anything else would make it another run.
 RESUMABLE = {"optim.epochs", "optim.patience", "data.num_workers", "data.cache_gb", "run.max_failures", "run.workers", "speed.device"}
@@ -32,6 +34,7 @@ RESUMABLE = {"optim.epochs", "optim.patience", "data.num_workers", "data.cache_g
 def train(config: settings.Config, resume: bool = False) -> dict[str, Any]:
     """Fine-tune with ``config.run.workers`` Ray Train workers; returns the last epoch's metrics.
 
+    Of ``MIN:MAX`` workers there are as many as the cluster has places for, also when machines come and go.
     Starts Ray on this machine unless ``RAY_ADDRESS`` names a cluster. The run's place is ``<run.storage>/<run.name>``.
     Raises UserError for bad settings, data or an impossible request, and for what a worker found wrong with them.
     """
@@ -39,7 +42,7 @@ def train(config: settings.Config, resume: bool = False) -> dict[str, Any]:
     check_data(config)
     if not resume:
         claim_run_folder(config)
-    with ray_session(config.run.workers):
+    with ray_session(settings.least_and_most_workers(config)[0]):
         check_nodes(config)
         scaling = scaling_config(config)
         with Display() as display:
@@ -171,7 +174,7 @@ def store_environment() -> dict[str, Any]:
 
 def scaling_config(config: settings.Config) -> ray.train.ScalingConfig:
     """Workers, and the GPUs and CPUs of each, from what the cluster has; raises UserError with the numbers where it has too little."""
-    workers, nodes = config.run.workers, nodes_resources()
+    (workers, most), nodes = settings.least_and_most_workers(config), nodes_resources()
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     use_gpu = config.speed.device != "cpu" and gpus > 0
     if config.speed.device == "cuda" and not gpus:
@@ -181,11 +184,17 @@ def scaling_config(config: settings.Config) -> ray.train.ScalingConfig:
             f"run.workers: {workers} asked for, {gpus} GPUs there; one worker takes one GPU (--workers {gpus}, or --speed.device cpu)"
         )
     cores = [int(node.get("CPU", 0)) for node in nodes]
-    each = cores_each(cores, workers)
+    fitting = min(gpus, sum(cores)) if use_gpu else sum(cores)
+    each = cores_each(cores, max(workers, min(most, fitting)))
     if each is None:
         raise UserError(f"run.workers: {workers} asked for, {sum(cores)} CPUs there; a worker takes at least one")
     resources = {"CPU": each, **({"GPU": 1} if use_gpu else {})}
-    return ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources)
+    return ray.train.ScalingConfig(
+        num_workers=workers if workers == most else (workers, most),
+        elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
+        use_gpu=use_gpu,
+        resources_per_worker=resources,
+    )
 
 
 def nodes_resources() -> list[dict[str, float]]:
@@ -200,6 +209,8 @@ def cores_each(cores: list[int], processes: int) -> int | None:
 
 def _run(config: settings.Config, scaling: ray.train.ScalingConfig, display: Display) -> dict[str, Any]:
     mailbox = Mailbox.remote()
+    if scaling.elasticity_enabled:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(RESIZE_PATIENCE_S))
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings.to_dict(config), "mailbox": mailbox},
@@ -212,13 +223,24 @@ def _run(config: settings.Config, scaling: ray.train.ScalingConfig, display: Dis
         ),
     )
     with showing(mailbox, display.show):
+        return fit_on_machines(trainer, mailbox, config)
+
+
+def fit_on_machines(trainer: TorchTrainer, mailbox, config: settings.Config) -> dict[str, Any]:
+    """The last epoch's metrics of ``trainer.fit()``, begun again where a machine was lost, which Ray counts as the run's own failure.
+
+    Raises UserError where the run failed.
+    """
+    while True:
         try:
-            result = trainer.fit()
+            last = trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
-            raise failure_of(error, mailbox, config) from error
-    if result.return_value is None:
-        raise UserError(ray.get(mailbox.failure.remote()))
-    return result.return_value
+            if not any(map(is_of_machine, getattr(error, "worker_failures", {}).values())):
+                raise failure_of(error, mailbox, config) from error
+        else:
+            if last is None:
+                raise ray.get(mailbox.failure.remote())
+            return last
 
 
 def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
@@ -232,15 +254,15 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
         images = [ray.get(each) for each in loop_config.get("images", ())]
         return fit(settings.load_config(loop_config["settings"]), TrainReporter(mailbox, loop_config.get("searched"), *images))
     except UserError as error:
-        ray.get(mailbox.fail.remote(str(error)))
+        ray.get(mailbox.fail.remote(error))
         raise
 
 
 def failure_of(error: Exception, mailbox, config: settings.Config) -> UserError:
     """The error to show for a failed run: the user's own to mend, or what the workers died of and how to go on."""
-    message = ray.get(mailbox.failure.remote())
-    if message:
-        return UserError(message)
+    own = ray.get(mailbox.failure.remote())
+    if own:
+        return own
     causes = getattr(error, "worker_failures", None) or {0: error}
     rank, cause = next(iter(causes.items()))
     last_line = str(cause).strip().splitlines()[-1]

@@ -12,6 +12,7 @@ import torch
 
 from raydetr import config
 from raydetr.errors import UserError
+from raydetr.launch import train as training
 from raydetr.launch.train import resume_config, scaling_config, train
 from raydetr.model.checkpoint import read_checkpoint
 
@@ -81,6 +82,28 @@ def test_more_workers_than_cpus_are_refused_with_the_numbers(cluster, coco_folde
 def test_workers_share_the_cpus(cluster, coco_folder, tmp_path):
     alone = scaling_config(settings(coco_folder(), tmp_path, run__workers=1))
     assert (alone.num_workers, alone.resources_per_worker) == (1, {"CPU": 2})
+
+
+@pytest.mark.parametrize(
+    ("machines", "workers", "number", "each"),
+    [
+        ([{"CPU": 8}], "1:4", (1, 4), {"CPU": 2}),
+        ([{"CPU": 2}], "1:4", (1, 4), {"CPU": 1}),
+        ([{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 2}], "2:4", (2, 4), {"CPU": 4, "GPU": 1}),
+        ([{"CPU": 2, "GPU": 4}], "1:4", (1, 4), {"CPU": 1, "GPU": 1}),
+        ([{"CPU": 8}], "4:4", 4, {"CPU": 2}),
+    ],
+)
+def test_of_some_to_more_workers_each_has_its_share_of_what_is_there(coco_folder, tmp_path, monkeypatch, machines, workers, number, each):
+    monkeypatch.setattr(training, "nodes_resources", lambda: machines)
+    scaling = scaling_config(settings(coco_folder(), tmp_path, run__workers=workers))
+    assert (scaling.num_workers, scaling.resources_per_worker) == (number, each)
+
+
+def test_fewer_places_than_the_fewest_workers_are_refused(coco_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "nodes_resources", lambda: [{"CPU": 2}])
+    with pytest.raises(UserError, match="3 asked for, 2 CPUs there"):
+        scaling_config(settings(coco_folder(), tmp_path, run__workers="3:8"))
 
 
 def test_a_run_is_not_overwritten(coco_folder, tmp_path):
