@@ -8,12 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
-from torchvision import tv_tensors
-from torchvision.ops import box_convert
 
 from raydetr.config import Data
 from raydetr.data.images import image_path, read_header, read_image
-from raydetr.data.transforms import drawn_from
 from raydetr.data.values import is_finite, is_number, short, whole_number
 from raydetr.errors import UserError
 
@@ -269,6 +266,8 @@ class CocoImages(Dataset):
         self._pack()
 
     def _pack(self) -> None:
+        from torchvision.ops import box_convert  # as long to import as torch, and who only reads annotations shall not wait for it
+
         # Whole tensors instead of a million small objects: those, merely looked at, would be copied into every loading process.
         label_of = {category["id"]: label for label, category in enumerate(self.categories)}
         rows = {image_id: row for row, image_id in enumerate(self.image_ids)}
@@ -292,6 +291,11 @@ class CocoImages(Dataset):
         self.epoch = epoch
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        from torchvision import tv_tensors
+        from torchvision.ops import box_convert
+
+        from raydetr.data.transforms import drawn_from
+
         epoch, index = index if isinstance(index, tuple) else (self.epoch, index)
         photograph = self.images(*self.files[index])
         orig_size = photograph.shape[-2:]

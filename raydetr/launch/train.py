@@ -16,8 +16,9 @@ from raydetr import config as settings
 from raydetr.console import Display
 from raydetr.data.check import check
 from raydetr.errors import UserError
+from raydetr.launch.mailbox import Mailbox
 from raydetr.launch.nodes import check_listening, check_nodes
-from raydetr.launch.reporter import Mailbox, TrainReporter
+from raydetr.launch.reporter import TrainReporter
 
 DRIVER = "trial_driver"  # the resource that keeps the drivers of inner trainers off the CPUs
 SHOW_INTERVAL_S = 0.2  # between two looks at what the workers posted
