@@ -291,7 +291,7 @@ def _loaders(config: Config, reporter: Any, device: torch.device, content: dict[
     train.images = val.images = reporter.images or DecodedImages(train.files + val.files, limit)
     common = {"num_workers": data.num_workers, "seed": config.run.seed, "device": device}
     share = (batch_size, reporter.rank, reporter.world_size)
-    return build_loader(train, *share, shuffle=True, **common), build_loader(val, *share, **common)
+    return build_loader(train, *share, shuffle=True, group_sizes=data.group_sizes, **common), build_loader(val, *share, **common)
 
 
 def _training(config: Config, reporter: Any, model: nn.Module, num_classes: int, steps_per_epoch: int, content: dict | None) -> Training:
