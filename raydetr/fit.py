@@ -107,6 +107,7 @@ class Run:
     val: DataLoader
     training: Training
     progress: Progress
+    batches: Iterator | None = None  # of the epoch to come: its first are loaded while the last one is still written down
     tracker: Tracker | None = None  # on rank 0
     pictures: Pictures | None = None
 
@@ -143,6 +144,7 @@ def fit(config: Config, reporter: Any = None) -> dict[str, Any]:
 
 def _epochs(run: Run) -> dict[str, Any]:
     config, folder, show = run.config, run.folder, run.reporter.show
+    _load_ahead(run)
     if run.reporter.rank == 0:
         run.tracker = _open_folder(config, folder, run.training.step, run.reporter.searched)
         run.pictures = Pictures(run.val.dataset, config.run.pictures)
@@ -164,12 +166,13 @@ def _epochs(run: Run) -> dict[str, Any]:
 def _one_epoch(run: Run) -> dict[str, Any]:
     """Train, evaluate, write down, report: in this order, so that whatever stops it leaves a whole earlier epoch in last.pth."""
     training, progress, began, epoch = run.training, run.progress, time.perf_counter(), run.progress.epoch + 1
-    run.train.dataset.set_epoch(epoch)
-    train = train_one_epoch(training, run.train, epoch, _step_shower(run, epoch))
+    train = train_one_epoch(training, run.batches, epoch, _step_shower(run, epoch))
     run.reporter.show({"kind": "evaluate", "epoch": epoch})
     val, detections = evaluate(training.evaluated, training.criterion, run.val, training.device, training.dtype)
     scores, curve = gathered(_score(run, detections) if run.reporter.rank == 0 else None)[0]
     best = progress.take(scores["AP"], val["loss"])
+    if not run.finished:
+        _load_ahead(run)
     metrics = _metrics(progress, train, val, scores) | {"seconds": time.perf_counter() - began}
     states = gathered(_random_state(training.device))
     if run.tracker:
@@ -180,6 +183,11 @@ def _one_epoch(run: Run) -> dict[str, Any]:
     run.reporter.report(metrics, run.folder / "last.pth" if run.reporter.rank == 0 else None)
     run.reporter.show({"kind": "epoch", "epoch": epoch, "metrics": metrics, "seconds": time.perf_counter() - began, "best": best})
     return metrics
+
+
+def _load_ahead(run: Run) -> None:
+    run.train.dataset.set_epoch(run.progress.epoch + 1)
+    run.batches = iter(run.train)
 
 
 def _step_shower(run: Run, epoch: int) -> Callable[[dict[str, float]], None]:
