@@ -62,7 +62,7 @@ def run_coco_eval(coco: dict, results: list[dict]) -> COCOeval:
     # A matched annotation of id 0 would be taken for unmatched, and what is given is written into.
     annotations = [_annotation(annotation, number) for number, annotation in enumerate(coco["annotations"], 1)]
     detections = [_detection(result, number) for number, result in enumerate(results, 1)]
-    with contextlib.redirect_stdout(io.StringIO()), _without_collections():
+    with contextlib.redirect_stdout(io.StringIO()), without_collections():
         evaluation = COCOeval(_indexed(coco, annotations), _indexed(coco, detections), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
@@ -70,8 +70,8 @@ def run_coco_eval(coco: dict, results: list[dict]) -> COCOeval:
 
 
 @contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    # Python looks for garbage again and again while lists and dicts become many: a sixth of the time, and among these there is none.
+def without_collections() -> Iterator[None]:
+    """Within it Python does not look for garbage, which it does again and again as dicts become many; among these there is none."""
     on = gc.isenabled()
     gc.disable()
     try:
