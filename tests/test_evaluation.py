@@ -176,18 +176,25 @@ def test_a_size_without_objects_is_none():
 
 
 def test_no_garbage_is_looked_for_within_and_again_afterwards():
-    seen = []
+    def make_many():
+        kept = [[number] for number in range(100_000)]
+        return len(seen), len(kept)
+
+    @without_collections()
+    def fail():
+        during.append(make_many())
+        raise ZeroDivisionError
+
+    seen, during = [], []
     gc.callbacks.append(lambda phase, _info: seen.append(phase))
     try:
-        with pytest.raises(ZeroDivisionError), without_collections():
-            kept = [[number] for number in range(100_000)]
-            during = len(seen)
-            raise ZeroDivisionError
+        with pytest.raises(ZeroDivisionError):
+            fail()
         assert gc.isenabled()
-        kept += [[number] for number in range(100_000)]
+        make_many()
     finally:
         gc.callbacks.pop()
-    assert during == 0
+    assert during == [(0, 100_000)]
     assert seen
 
 
