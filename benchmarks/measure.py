@@ -18,29 +18,32 @@ import torch
 RAY = {"logging_level": "error", "log_to_driver": False, "_system_config": {"worker_niceness": 0}}
 
 
-def interleaved(contenders: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    contenders: dict[str, Callable[[], object]], repeats: int, warmup: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each contender's ``repeats`` calls, after ``warmup`` calls that do not count.
 
     Every round calls each contender once, in an order drawn anew (always the same from run to run): what slows the machine for a
-    while slows all of them. A GPU is waited for.
+    while slows all of them. A GPU is waited for. ``clock`` may be ``time.process_time`` for what computes in this process alone, all
+    the time: then it does not count that others had the processor.
     """
     order = random.Random(0)
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(warmup + repeats):
         for name in order.sample(names, len(names)):
-            taken = _seconds(contenders[name])
+            taken = _seconds(contenders[name], clock)
             if number >= warmup:
                 seconds[name].append(taken)
     return seconds
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def _seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
     wait()
-    began = time.perf_counter()
+    began = clock()
     call()
     wait()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def wait() -> None:

@@ -118,6 +118,9 @@ class Data:
     crop_resize: list[int] = setting([400, 500, 600], "short sides drawn from before a crop (pixels)", low=16, high=4096)
     crop_min: int = setting(384, "shortest side of a crop (pixels)", low=8, high=4096)
     crop_max: int = setting(600, "longest side of a crop (pixels)", low=8, high=4096)
+    group_sizes: bool = setting(
+        False, "training batches of images that came out of their transforms alike in size: less is filled up, and they are less random"
+    )
     num_workers: int = setting(2, "processes that load images, per training worker", low=0, high=64)
     cache_gb: float | None = setting(
         None, "memory for decoded pictures on a machine (GB): a quarter of what it has when not given; 0 decodes them every time", low=0.0

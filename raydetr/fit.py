@@ -110,6 +110,7 @@ class Run:
     training: Training
     progress: Progress
     owner: str = ""  # of the folder, on rank 0
+    batches: Iterator | None = None  # of the epoch to come: its first are loaded while the last one is still written down
     tracker: Tracker | None = None  # on rank 0
     pictures: Pictures | None = None
 
@@ -153,6 +154,7 @@ def fit(config: Config, reporter: Any = None) -> dict[str, Any]:
 
 def _epochs(run: Run) -> dict[str, Any]:
     config, folder, show = run.config, run.folder, run.reporter.show
+    _load_ahead(run)
     if run.reporter.rank == 0:
         run.tracker = _open_folder(config, folder, run.training.step, run.reporter.searched)
         run.owner = uuid.uuid4().hex
@@ -178,12 +180,13 @@ def _epochs(run: Run) -> dict[str, Any]:
 def _one_epoch(run: Run) -> dict[str, Any]:
     """Train, evaluate, write down, report: in this order, so that whatever stops it leaves a whole earlier epoch in last.pth."""
     training, progress, began, epoch = run.training, run.progress, time.perf_counter(), run.progress.epoch + 1
-    run.train.dataset.set_epoch(epoch)
-    train = train_one_epoch(training, run.train, epoch, _step_shower(run, epoch))
+    train = train_one_epoch(training, run.batches, epoch, _step_shower(run, epoch))
     run.reporter.show({"kind": "evaluate", "epoch": epoch})
     val, detections = evaluate(training.evaluated, training.criterion, run.val, training.device, training.dtype)
     scores, curve = gathered(_score(run, detections) if run.reporter.rank == 0 else None)[0]
     best = progress.take(scores["AP"], val["loss"])
+    if not run.finished:
+        _load_ahead(run)
     metrics = _metrics(progress, train, val, scores) | {"seconds": time.perf_counter() - began}
     states = gathered(_random_state(training.device))
     if run.tracker:
@@ -203,6 +206,11 @@ def _check_owner(run: Run) -> None:
     file = run.folder / OWNER_FILE
     if not file.exists() or file.read_text() != run.owner:
         raise UserError(f"another process goes on with the run in {run.folder}; this one stops")
+
+
+def _load_ahead(run: Run) -> None:
+    run.train.dataset.set_epoch(run.progress.epoch + 1)
+    run.batches = iter(run.train)
 
 
 def _step_shower(run: Run, epoch: int) -> Callable[[dict[str, float]], None]:
@@ -245,7 +253,7 @@ def _write_down(run: Run, train: dict[str, float], val: dict[str, float], scores
 
 def _draw(run: Run, detections: Detections) -> None:
     epoch, epochs = run.progress.epoch, run.config.optim.epochs
-    sets = 1 if run.reporter.searched else PICTURE_SETS  # in short trials pictures would cost an eighth of the time
+    sets = 1 if run.reporter.searched else PICTURE_SETS  # trials are short, and many
     if epoch % math.ceil(epochs / sets) == 0 or epoch in (1, epochs):
         run.tracker.log_pictures(run.training.step, run.pictures.draw(detections))
 
@@ -314,7 +322,7 @@ def _loaders(config: Config, reporter: Any, device: torch.device, content: dict[
     train.images = val.images = reporter.images or DecodedImages(train.files + val.files, limit)
     common = {"num_workers": data.num_workers, "seed": config.run.seed, "device": device}
     share = (batch_size, reporter.rank, reporter.world_size)
-    return build_loader(train, *share, shuffle=True, **common), build_loader(val, *share, **common)
+    return build_loader(train, *share, shuffle=True, group_sizes=data.group_sizes, **common), build_loader(val, *share, **common)
 
 
 def _training(config: Config, reporter: Any, model: nn.Module, num_classes: int, steps_per_epoch: int, content: dict | None) -> Training:

@@ -17,8 +17,9 @@ from raydetr import config as settings
 from raydetr.console import Display
 from raydetr.data.check import check
 from raydetr.errors import UserError
+from raydetr.launch.mailbox import Mailbox
 from raydetr.launch.nodes import check_listening, check_nodes, is_of_machine
-from raydetr.launch.reporter import Mailbox, TrainReporter
+from raydetr.launch.reporter import TrainReporter
 from raydetr.storage import ENVIRONMENT, absolute, fetch, join, split, working_folder
 
 DRIVER = "trial_driver"  # the resource that keeps the drivers of inner trainers off the CPUs

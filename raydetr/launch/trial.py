@@ -13,7 +13,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from raydetr import config as settings
 from raydetr.data.cache import DecodedImages
 from raydetr.errors import DiskFull, UserError
-from raydetr.launch.reporter import Mailbox
+from raydetr.launch.mailbox import Mailbox
 from raydetr.launch.train import fit_on_machines, run_folder, train_worker
 
 

@@ -50,6 +50,12 @@ def log_of(run):
     return [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
 
 
+@pytest.mark.parametrize(("module", "late"), [("raydetr.launch.train", "torchvision"), ("raydetr.launch.mailbox", "torch")])
+def test_what_takes_long_to_import_is_not_where_everyone_waits(module, late):
+    code = f"import sys, {module}; sys.exit({late!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_two_workers_make_a_whole_run_folder(cluster, coco_folder, tmp_path):
     metrics = train(settings(coco_folder(train=5, val=3), tmp_path / "runs"))
     run = tmp_path / "runs" / "run"

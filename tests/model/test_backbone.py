@@ -71,9 +71,7 @@ def test_gradients_lie_in_memory_as_their_weights_do():
         assert parameter.grad is None or parameter.grad.stride() == parameter.stride(), name
 
 
-@pytest.mark.parametrize(
-    ("size", "stride", "padding", "dilation"), [(3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 2, 2), (1, 2, 0, 1), (1, 1, 0, 1)]
-)
+@pytest.mark.parametrize(("size", "stride", "padding", "dilation"), [(3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 2, 2), (1, 2, 0, 1), (1, 1, 0, 1)])
 def test_the_weights_gradient_by_products_is_autograds(size, stride, padding, dilation):
     x = torch.randn(2, 5, 9, 12, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(7, 5, size, size, dtype=torch.float64, requires_grad=True)
