@@ -231,6 +231,13 @@ def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | N
 @click.option(
     "--gpus-per-trial", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Below 1 trials share a GPU."
 )
+@click.option(
+    "--placement",
+    type=click.Choice(["pack", "spread"]),
+    default="pack",
+    show_default=True,
+    help="Trials on as few machines as hold them, or spread over all (pbt always does).",
+)
 @click.option("--max-epochs", metavar="E", help="Epochs of a trial that is not stopped early; --optim.epochs by another name.")
 @click.option("--scheduler", default="asha", show_default=True, help="Which trials are stopped early: asha, median or none; or pbt.")
 @click.option("--sampler", default="tpe", show_default=True, help="How settings are drawn: tpe, gp, random or cmaes.")

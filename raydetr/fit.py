@@ -8,12 +8,12 @@ here: fetched before the first epoch, pushed after every one.
 
 import contextlib
 import dataclasses
-import errno
 import inspect
 import math
 import os
 import random
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from raydetr.data.cache import DecodedImages, cache_limit
 from raydetr.data.coco import CocoImages, build_loader, find_split
 from raydetr.data.transforms import train_transforms, val_transforms
 from raydetr.engine import Detections, Training, choose_device, choose_dtype, evaluate, gathered, train_one_epoch
-from raydetr.errors import UserError
+from raydetr.errors import DiskFull, UserError, is_disk_full
 from raydetr.evaluation import METRICS, precision_recall, run_coco_eval, summarize
 from raydetr.loss.criterion import build_criterion
 from raydetr.model.checkpoint import load_weights, read_checkpoint, save_checkpoint
@@ -40,8 +40,8 @@ from raydetr.schedule import MovingAverage, build_optimizer, build_scheduler
 from raydetr.storage import fetch, join, push, working_folder
 from raydetr.tracking import LOSSES, Pictures, Tracker, log_line, write_log
 
+OWNER_FILE = ".owner"  # in the folder of a run that is not finished: who writes there
 PICTURE_SETS = 10  # how often in a run the validation pictures are drawn, at most
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class LocalReporter:
@@ -109,6 +109,8 @@ class Run:
     val: DataLoader
     training: Training
     progress: Progress
+    owner: str = ""  # of the folder, on rank 0
+    batches: Iterator | None = None  # of the epoch to come: its first are loaded while the last one is still written down
     tracker: Tracker | None = None  # on rank 0
     pictures: Pictures | None = None
 
@@ -152,8 +154,11 @@ def fit(config: Config, reporter: Any = None) -> dict[str, Any]:
 
 def _epochs(run: Run) -> dict[str, Any]:
     config, folder, show = run.config, run.folder, run.reporter.show
+    _load_ahead(run)
     if run.reporter.rank == 0:
         run.tracker = _open_folder(config, folder, run.training.step, run.reporter.searched)
+        run.owner = uuid.uuid4().hex
+        (folder / OWNER_FILE).write_text(run.owner)
         run.pictures = Pictures(run.val.dataset, config.run.pictures)
     steps = math.ceil(len(run.train) / config.optim.accumulate)
     show({"kind": "start", "epochs": config.optim.epochs, "steps": steps, "done": run.progress.epoch})
@@ -162,6 +167,7 @@ def _epochs(run: Run) -> dict[str, Any]:
             metrics = _one_epoch(run)
         if run.tracker:
             run.tracker.finish()
+            (folder / OWNER_FILE).unlink()
             push(run.place)
     finally:
         if run.tracker:
@@ -174,15 +180,17 @@ def _epochs(run: Run) -> dict[str, Any]:
 def _one_epoch(run: Run) -> dict[str, Any]:
     """Train, evaluate, write down, report: in this order, so that whatever stops it leaves a whole earlier epoch in last.pth."""
     training, progress, began, epoch = run.training, run.progress, time.perf_counter(), run.progress.epoch + 1
-    run.train.dataset.set_epoch(epoch)
-    train = train_one_epoch(training, run.train, epoch, _step_shower(run, epoch))
+    train = train_one_epoch(training, run.batches, epoch, _step_shower(run, epoch))
     run.reporter.show({"kind": "evaluate", "epoch": epoch})
     val, detections = evaluate(training.evaluated, training.criterion, run.val, training.device, training.dtype)
     scores, curve = gathered(_score(run, detections) if run.reporter.rank == 0 else None)[0]
     best = progress.take(scores["AP"], val["loss"])
+    if not run.finished:
+        _load_ahead(run)
     metrics = _metrics(progress, train, val, scores) | {"seconds": time.perf_counter() - began}
     states = gathered(_random_state(training.device))
     if run.tracker:
+        _check_owner(run)
         _write_down(run, train, val, scores, curve)
         _draw(run, detections)
         run.tracker.flush()
@@ -191,6 +199,18 @@ def _one_epoch(run: Run) -> dict[str, Any]:
     run.reporter.report(metrics, run.folder / "last.pth" if run.reporter.rank == 0 else None)
     run.reporter.show({"kind": "epoch", "epoch": epoch, "metrics": metrics, "seconds": time.perf_counter() - began, "best": best})
     return metrics
+
+
+def _check_owner(run: Run) -> None:
+    """Raises UserError where another process has begun to go on with the run: this one was given up for lost, or started twice."""
+    file = run.folder / OWNER_FILE
+    if not file.exists() or file.read_text() != run.owner:
+        raise UserError(f"another process goes on with the run in {run.folder}; this one stops")
+
+
+def _load_ahead(run: Run) -> None:
+    run.train.dataset.set_epoch(run.progress.epoch + 1)
+    run.batches = iter(run.train)
 
 
 def _step_shower(run: Run, epoch: int) -> Callable[[dict[str, float]], None]:
@@ -233,7 +253,7 @@ def _write_down(run: Run, train: dict[str, float], val: dict[str, float], scores
 
 def _draw(run: Run, detections: Detections) -> None:
     epoch, epochs = run.progress.epoch, run.config.optim.epochs
-    sets = 1 if run.reporter.searched else PICTURE_SETS  # in short trials pictures would cost an eighth of the time
+    sets = 1 if run.reporter.searched else PICTURE_SETS  # trials are short, and many
     if epoch % math.ceil(epochs / sets) == 0 or epoch in (1, epochs):
         run.tracker.log_pictures(run.training.step, run.pictures.draw(detections))
 
@@ -302,7 +322,7 @@ def _loaders(config: Config, reporter: Any, device: torch.device, content: dict[
     train.images = val.images = reporter.images or DecodedImages(train.files + val.files, limit)
     common = {"num_workers": data.num_workers, "seed": config.run.seed, "device": device}
     share = (batch_size, reporter.rank, reporter.world_size)
-    return build_loader(train, *share, shuffle=True, **common), build_loader(val, *share, **common)
+    return build_loader(train, *share, shuffle=True, group_sizes=data.group_sizes, **common), build_loader(val, *share, **common)
 
 
 def _training(config: Config, reporter: Any, model: nn.Module, num_classes: int, steps_per_epoch: int, content: dict | None) -> Training:
@@ -362,7 +382,7 @@ def _open_folder(config: Config, folder: Path, step: int, searched: Mapping[str,
     except OSError as error:
         with contextlib.suppress(OSError):  # it may not be there
             temporary.unlink()
-        if error.errno in DISK_FULL:
+        if is_disk_full(error):
             raise
         raise UserError(f"run.storage: cannot write to {folder}: {error.strerror}") from None
     return Tracker(folder / "tb", config, step, searched)
@@ -406,9 +426,9 @@ def _in_one_line(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if not is_disk_full(error):
             raise
-        raise UserError(f"the disk of {folder} is full; finished epochs are kept: make room and go on with the run") from error
+        raise DiskFull(f"the disk of {folder} is full; finished epochs are kept: make room and go on with the run") from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the GPU's memory does not suffice: lower optim.batch_size (optim.accumulate makes up for it), data.max_size and "

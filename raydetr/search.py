@@ -59,6 +59,7 @@ class Search:
         self.space = read_space(self.folder / SPACE_FILE)
         self.base = self.space.ground(read_yaml(self.folder / CONFIG_FILE))
         self._again: list[int] = []
+        self._numbers: dict[str, int] = {}  # by key, which a trial keeps while this process runs the search
 
     def __reduce__(self):
         return Search, (self.place,)
@@ -126,7 +127,9 @@ class Search:
 
     def number(self, key: str) -> int | None:
         """The trial that was handed out under ``key``."""
-        return next((trial.number for trial in reversed(self.frozen()) if trial.user_attrs.get("key") == key), None)
+        if key not in self._numbers:
+            self._numbers = {trial.user_attrs["key"]: trial.number for trial in self.frozen() if "key" in trial.user_attrs}
+        return self._numbers.get(key)
 
     def settings(self, number: int) -> dict[str, Any]:
         """The settings of a trial that was handed out: drawn, tied and fixed ones by dotted name."""

@@ -134,6 +134,16 @@ def look(paths: Sequence[str], storage: str, token: str) -> dict[str, Any]:
     return found
 
 
+def is_of_machine(error: BaseException) -> bool:
+    """Whether a worker was lost with its machine, or with the way to it: no fault of what ran there."""
+    if not isinstance(error, ray.exceptions.RayActorError):
+        return False
+    # At first a machine that went without a word is one that cannot be reached; Ray calls those preempted that said they would go.
+    if error.preempted or isinstance(error, ray.exceptions.ActorUnavailableError):
+        return True
+    return any(node["NodeID"] in str(error) for node in ray.nodes() if not node["Alive"])
+
+
 def name_of(node: dict[str, Any]) -> str:
     """What to call a machine in a message: its host name and address."""
     return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"

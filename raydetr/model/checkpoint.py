@@ -23,7 +23,7 @@ from torchvision.models import ResNet50_Weights, ResNet101_Weights
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from raydetr import config
-from raydetr.errors import UserError
+from raydetr.errors import DiskFull, UserError, is_disk_full
 from raydetr.model.backbone import RESNET_BLOCKS
 from raydetr.model.detr import DETR, build_model
 from raydetr.model.files import download, written_whole
@@ -72,7 +72,8 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
         if not isinstance(cause, OSError):
             raise
         kept = "; the file that was there is untouched" if path.exists() else ""
-        raise UserError(f"{path}: not saved ({cause.strerror or cause}){kept}") from None
+        kind = DiskFull if is_disk_full(cause) else UserError
+        raise kind(f"{path}: not saved ({cause.strerror or cause}){kept}") from None
 
 
 _PLAIN = (bool, int, float, str, bytes, complex, type(None), torch.Size, torch.device, torch.dtype)

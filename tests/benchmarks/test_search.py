@@ -1,17 +1,26 @@
+import math
+import re
+import sys
+import time
 import types
 
-from benchmarks.search import epochs_to, surface_ap
+import pytest
+
+from benchmarks import search
+from benchmarks.search import EPOCH, EVENTS, REPORT, Reached, Watch, surface_ap
+from raydetr.search import open_search
+
+pytestmark = pytest.mark.xdist_group("ray")
 
 
 def trial(*values):
-    return types.SimpleNamespace(intermediate_values=dict(enumerate(values, 1)), last_step=len(values))
+    return types.SimpleNamespace(intermediate_values=dict(enumerate(values, 1)))
 
 
-def test_epochs_count_in_the_order_of_the_trials_without_trial_0():
-    trials = [trial(0.9, 0.9), trial(0.1, 0.2, 0.3), trial(0.2, 0.5, 0.6)]
-    assert epochs_to(trials, 0.5) == 5
-    assert epochs_to(trials, 0.3) == 3
-    assert epochs_to(trials, 0.7) is None
+def test_an_ap_is_reached_by_any_trial_but_the_first(monkeypatch):
+    monkeypatch.setattr(Reached, "target", 0.5)
+    assert not Reached.has([trial(0.9, 0.9), trial(0.1, 0.4)])
+    assert Reached.has([trial(0.9, 0.9), trial(0.1, 0.4), trial(0.5)])
 
 
 def test_the_surface_has_its_optimum_inside():
@@ -20,3 +29,55 @@ def test_the_surface_has_its_optimum_inside():
 
     assert ap(5e-4, 0.2) > max(ap(1e-5, 0.2), ap(1e-2, 0.2), ap(5e-4, 0.01), ap(5e-4, 1.0))
     assert ap(5e-4, 0.2, 9) > ap(5e-4, 0.2, 1)
+
+
+@pytest.mark.slow
+def test_the_controller_is_measured_over_a_search_that_ends(monkeypatch, capsys):
+    shown = run("controller", monkeypatch, capsys)
+    row = shown.splitlines()[-1].split("|")
+    assert int(row[1]) == 6
+    assert 0 < float(row[3].split()[0]) < 1000
+
+
+def test_a_watch_tells_waiting_from_work():
+    watch = Watch()
+    watch.over(REPORT, time.sleep)(0.05)
+    sum(range(10**6))
+    spent = watch.restart()
+    assert spent[REPORT][0] >= 0.05 > spent[REPORT][1]
+    assert spent[EVENTS] == [0, 0]
+    assert spent[EPOCH][0] > spent[REPORT][0]
+    assert watch.restart()[REPORT] == [0, 0]
+
+
+@pytest.mark.slow
+def test_what_a_search_adds_is_a_part_of_the_epoch(monkeypatch, capsys):
+    rows = [[cell.strip() for cell in line.split("|")] for line in run("overhead", monkeypatch, capsys).splitlines()[-4:]]
+    assert [row[1] for row in rows[:3]] == [EVENTS, REPORT, EPOCH]
+    times = [float(row[2].split()[0]) for row in rows[:3]]
+    assert times[0] > 0
+    assert times[1] > 0
+    assert times[0] + times[1] < times[2]
+    assert rows[2][4] == "100.0 %"
+
+
+def test_a_search_ends_where_it_has_the_ap_of_random_search(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(search.launcher, "Hopeless", search.launcher.Hopeless)
+    search.measure_reach(tmp_path, trials=6, epochs=5, repeats=1, run_arm=search.play_arm)
+    (first, _, last) = capsys.readouterr().out.splitlines()
+    target, budget, used = map(float, re.match(r"seed 0: AP ([\d.]+) .* in (\d+) epochs; .* in (\d+), ", first).groups())
+    assert budget == 25  # without trial 0
+    found = open_search(tmp_path / "tpe-0").frozen()
+    reached = [value for trial in found[1:] for value in trial.intermediate_values.values() if value >= target - 0.0005]
+    assert len(reached) == 1
+    assert used == sum(trial.last_step for trial in found[1:])
+    assert last.startswith(f"share of random search's epochs: {used / budget:.2f}")
+    assert Reached.target == math.inf
+
+
+def run(what, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks.search", what, "--quick"])
+    for name in ("run_trial", "Hopeless"):  # what is put in the place of the product's own is taken back
+        monkeypatch.setattr(search.launcher, name, getattr(search.launcher, name))
+    search.main()
+    return capsys.readouterr().out
