@@ -37,10 +37,10 @@ from raydetr.loss.criterion import build_criterion
 from raydetr.model.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from raydetr.model.detr import build_model
 from raydetr.schedule import MovingAverage, build_optimizer, build_scheduler
-from raydetr.storage import fetch, join, push, working_folder
+from raydetr.storage import fetch, join, push, read_token, remove_tokens, working_folder, write_token
 from raydetr.tracking import LOSSES, Pictures, Tracker, log_line, write_log
 
-OWNER_FILE = ".owner"  # in the folder of a run that is not finished: who writes there
+OWNER_FILE = ".owner"  # at the place of a run that is not finished: who writes there
 PICTURE_SETS = 10  # how often in a run the validation pictures are drawn, at most
 
 
@@ -158,7 +158,7 @@ def _epochs(run: Run) -> dict[str, Any]:
     if run.reporter.rank == 0:
         run.tracker = _open_folder(config, folder, run.training.step, run.reporter.searched)
         run.owner = uuid.uuid4().hex
-        (folder / OWNER_FILE).write_text(run.owner)
+        write_token(run.place, OWNER_FILE, run.owner)
         run.pictures = Pictures(run.val.dataset, config.run.pictures)
     steps = math.ceil(len(run.train) / config.optim.accumulate)
     show({"kind": "start", "epochs": config.optim.epochs, "steps": steps, "done": run.progress.epoch})
@@ -167,8 +167,8 @@ def _epochs(run: Run) -> dict[str, Any]:
             metrics = _one_epoch(run)
         if run.tracker:
             run.tracker.finish()
-            (folder / OWNER_FILE).unlink()
             push(run.place)
+            remove_tokens(run.place, OWNER_FILE)
     finally:
         if run.tracker:
             run.tracker.close()
@@ -203,9 +203,8 @@ def _one_epoch(run: Run) -> dict[str, Any]:
 
 def _check_owner(run: Run) -> None:
     """Raises UserError where another process has begun to go on with the run: this one was given up for lost, or started twice."""
-    file = run.folder / OWNER_FILE
-    if not file.exists() or file.read_text() != run.owner:
-        raise UserError(f"another process goes on with the run in {run.folder}; this one stops")
+    if read_token(run.place, OWNER_FILE) != run.owner:
+        raise UserError(f"another process goes on with the run in {run.place}; this one stops")
 
 
 def _load_ahead(run: Run) -> None:

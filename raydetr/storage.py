@@ -145,39 +145,41 @@ def copy(source: str, target: str) -> None:
         _ask(target, lambda: system.copy_file(_path_of(source), _path_of(target)))
 
 
-def exists(place: str) -> bool:
-    """Whether there is a file or folder at a place; raises UserError at once where a store refuses or does not answer."""
+def exists(place: str, patience_s: float = PATIENCE_S) -> bool:
+    """Whether there is a file or folder at a place; raises UserError where a store refuses or does not answer."""
     if is_uri(place):
-        return _ask(place, lambda: _file_system(place).get_file_info(_path_of(place)), patience_s=0).type.name != "NotFound"
+        return _ask(place, lambda: _file_system(place).get_file_info(_path_of(place)), patience_s).type.name != "NotFound"
     return Path(place).exists()
 
 
-def write_token(place: str, name: str, token: str) -> None:
-    """A small file at a place, to see who can write there. Raises at once, UserError of a store and OSError of a disk."""
+def write_token(place: str, name: str, token: str, patience_s: float = PATIENCE_S) -> None:
+    """A small file at a place that says who writes there. Raises UserError of a store, OSError of a disk."""
     if is_uri(place):
-        _ask(place, lambda: _write(join(place, name), token.encode()), patience_s=0)
+        _ask(place, lambda: _write(join(place, name), token.encode()), patience_s)
     else:
-        Path(place).mkdir(parents=True, exist_ok=True)
-        Path(place, name).write_text(token)
+        Path(place).expanduser().mkdir(parents=True, exist_ok=True)
+        Path(place, name).expanduser().write_text(token)
 
 
-def read_token(place: str, name: str) -> str | None:
+def read_token(place: str, name: str, patience_s: float = PATIENCE_S) -> str | None:
     """What is in such a file; None where there is none. Raises as :func:`write_token`."""
     with contextlib.suppress(FileNotFoundError):
-        return _ask(place, lambda: _read(join(place, name)).decode(), patience_s=0) if is_uri(place) else Path(place, name).read_text()
+        if is_uri(place):
+            return _ask(place, lambda: _read(join(place, name)).decode(), patience_s)
+        return Path(place, name).expanduser().read_text()
     return None
 
 
-def remove_tokens(place: str, beginning: str) -> list[str]:
+def remove_tokens(place: str, beginning: str, patience_s: float = PATIENCE_S) -> list[str]:
     """Take the files whose names have that beginning away again; returns their names. Raises as :func:`write_token`."""
     if not is_uri(place):
-        files = list(Path(place).glob(f"{beginning}*"))
+        files = list(Path(place).expanduser().glob(f"{beginning}*"))
         for file in files:
             file.unlink(missing_ok=True)
         return [file.name for file in files]
-    names = [name for name in _objects(place, recursive=False, patience_s=0, hidden=True) if name.startswith(beginning)]
+    names = [name for name in _objects(place, recursive=False, patience_s=patience_s, hidden=True) if name.startswith(beginning)]
     for name in names:
-        _ask(place, functools.partial(_file_system(place).delete_file, _path_of(join(place, name))), patience_s=0)
+        _ask(place, functools.partial(_file_system(place).delete_file, _path_of(join(place, name))), patience_s)
     return names
 
 

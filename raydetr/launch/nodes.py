@@ -50,11 +50,11 @@ def check_nodes(config: settings.Config, probe: Callable[..., dict[str, Any]] | 
     paths = [values[name] for name in settings.PLACES if name.startswith("data.") and values[name]]
     token = secrets.token_hex(8)
     try:
-        write_token(storage, f".probe-{token}", token)
+        write_token(storage, f".probe-{token}", token, patience_s=0)
         try:
             seen = {} if alone else ask(nodes, probe or look, paths, storage, token)
         finally:
-            written = set(remove_tokens(storage, f".probe-{token}"))
+            written = set(remove_tokens(storage, f".probe-{token}", patience_s=0))
     except OSError as error:
         raise UserError(f"run.storage: cannot write in {storage}: {error.strerror}") from None
     judge([(nodes[node], answer) for node, answer in seen.items()], written, storage)
@@ -121,11 +121,11 @@ def look(paths: Sequence[str], storage: str, token: str) -> dict[str, Any]:
     except ImportError:
         return found
     try:
-        found["lacking"] = [path for path in paths if not store.exists(path)]
-        found["token"] = store.read_token(storage, f".probe-{token}") == token
+        found["lacking"] = [path for path in paths if not store.exists(path, patience_s=0)]
+        found["token"] = store.read_token(storage, f".probe-{token}", patience_s=0) == token
         wrote = f".probe-{token}-{secrets.token_hex(8)}"
         if found["token"]:  # else the folder is another one, and is left as it is
-            store.write_token(storage, wrote, token)
+            store.write_token(storage, wrote, token, patience_s=0)
             found["wrote"] = wrote
     except importlib.import_module("raydetr.errors").UserError as error:
         found["refusal"] = str(error)

@@ -296,7 +296,7 @@ def fit_with_room(tuner: ray.tune.Tuner, search: Search, scheduler: "StudySchedu
             raise
         scheduler.full = f"the disk of {search.folder} is full"
     if scheduler.full:
-        raise DiskFull(f"{scheduler.full}; trials under way were stopped: make room, then raydetr tune --resume {search.folder}")
+        raise DiskFull(f"{scheduler.full}; trials under way were stopped: make room, then raydetr tune --resume {search.place}")
 
 
 def resources_of(assigned: Mapping[str, Any]) -> ray.tune.PlacementGroupFactory:

@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 
 from raydetr import config, storage
 from raydetr.errors import UserError
-from raydetr.fit import fit
+from raydetr.fit import LocalReporter, fit
 from raydetr.launch import nodes
 from raydetr.launch.nodes import check_nodes, look
 from raydetr.launch.train import ray_session, resume_config, train
@@ -160,6 +160,24 @@ def test_a_trial_goes_on_from_anothers_weights(store, coco_folder):
     copy_weights(f"{store.uri}/one", f"{store.uri}/other")
     assert fit(other)["epoch"] == 2
     assert log_of(store, f"{store.uri}/other") == [1]  # the first epoch is the other one's
+
+
+def test_a_machine_that_was_given_up_for_lost_leaves_the_store_alone(store, coco_folder, tmp_path, monkeypatch):
+    run = settings(coco_folder(), store.uri, optim__epochs=2)
+    theirs = []
+
+    class Lost(LocalReporter):
+        def show(self, event):
+            if event["kind"] == "evaluate" and event["epoch"] == 2:
+                with monkeypatch.context() as another:
+                    another.setenv("RAYDETR_CACHE", str(tmp_path / "another machine"))
+                    theirs.append(fit(run))
+
+    with pytest.raises(UserError, match=f"another process goes on with the run in {store.uri}/one"):
+        fit(run, Lost())
+    assert theirs[0]["epoch"] == 2
+    assert read_checkpoint(fetched(f"{store.uri}/one/last.pth"))["metrics"]["seconds"] == theirs[0]["seconds"]
+    assert ".owner" not in store.names(f"{store.uri}/one")
 
 
 @pytest.fixture
