@@ -50,6 +50,11 @@ def is_uri(place: str | Path) -> bool:
     return str(place).startswith(SCHEMES)
 
 
+def store_environment() -> dict[str, str]:
+    """The environment variables that say where the store is, as this process has them."""
+    return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+
+
 def check_place(name: str, place: str) -> None:
     """Raises UserError where ``place``, the setting or flag ``name``, is an address of another kind, or one with a key in it."""
     if is_uri(place):

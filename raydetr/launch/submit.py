@@ -21,6 +21,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from raydetr.errors import UserError
 from raydetr.launch.nodes import check_listening
+from raydetr.storage import store_environment
 
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # the environment variables that name a cluster; Ray takes the first first
 AGENT_WAIT_S = 60  # for a cluster that has just started and says that none of its machines takes a job yet
@@ -117,7 +118,7 @@ def runtime_environment(working_dir: Path, excludes: Iterable[str] = ()) -> dict
     environment = {
         "working_dir": str(working_dir),
         "excludes": [*EXCLUDES, *excludes],
-        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **store_environment()},
     }
     constraints = working_dir / "constraints.txt"
     if constraints.is_file():

@@ -20,7 +20,7 @@ from raydetr.errors import UserError
 from raydetr.launch.mailbox import Mailbox
 from raydetr.launch.nodes import check_listening, check_nodes, is_of_machine
 from raydetr.launch.reporter import TrainReporter
-from raydetr.storage import ENVIRONMENT, absolute, fetch, join, split, working_folder
+from raydetr.storage import absolute, fetch, join, split, store_environment, working_folder
 
 DRIVER = "trial_driver"  # the resource that keeps the drivers of inner trainers off the CPUs
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where this process is a submitted job
@@ -131,7 +131,7 @@ def ray_session(workers: int, drivers: bool = False) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     # The dashboard's server is what frees the places of an inner trainer whose trial was stopped.
     own = {"address": "local", "num_cpus": max(os.cpu_count() or 1, workers), "include_dashboard": drivers, "resources": {DRIVER: 64}}
-    where = {"address": address, **store_environment()} if address else own
+    where = {"address": address, **workers_environment()} if address else own
     if address:
         check_listening(f"RAY_ADDRESS {address}", address)
     try:
@@ -166,9 +166,9 @@ def on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def store_environment() -> dict[str, Any]:
+def workers_environment() -> dict[str, Any]:
     """What ``ray.init`` is told so that workers on other machines find the same object store as this process."""
-    known = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    known = store_environment()
     # Ray gives a job's workers the environment of the job, and refuses to be told anything twice.
     return {"runtime_env": {"env_vars": known}} if known and JOB not in os.environ else {}
 

@@ -231,10 +231,13 @@ def test_a_cluster_that_has_just_started_is_asked_again(monkeypatch):
         hand_over(Client(busy, busy, busy), entrypoint="x")
 
 
-def test_what_goes_along_with_a_job(tmp_path):
+def test_what_goes_along_with_a_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "stays here")
     environment = runtime_environment(tmp_path, ["/big/"])
     assert environment["working_dir"] == str(tmp_path)
     assert {"/data/", "/runs/", "/.venv/", "/.git/", "/big/"} <= set(environment["excludes"])
+    assert environment["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "300", "AWS_ENDPOINT_URL": "http://store:9000"}
     assert "pip" not in environment
     (tmp_path / "constraints.txt").write_text("optuna==5.0\n")
     assert any("constraints.txt" in line for line in runtime_environment(tmp_path)["pip"])
