@@ -19,6 +19,7 @@ import ray.tune
 from ray.cluster_utils import Cluster
 
 from raydetr import config
+from raydetr.errors import UserError
 from raydetr.launch import train as training
 from raydetr.launch import tune as launcher
 from raydetr.launch.tune import Demands, trial_folder, tune
@@ -223,8 +224,8 @@ def test_a_run_of_some_to_more_workers_follows_the_machines(add_machine, cluster
     thread = threading.Thread(target=lambda: ended.append(training.train(settings(photographs, tmp_path, **changes))), daemon=True)
 
     def workers():
-        """How many trained the last epoch."""
-        with contextlib.suppress(OSError):
+        """How many trained the last epoch; None before the first."""
+        with contextlib.suppress(UserError):
             return len(read_checkpoint(run / "last.pth")["random"])
 
     add_machine(num_cpus=1)
