@@ -222,7 +222,7 @@ def _write_down(run: Run, train: dict[str, float], val: dict[str, float], scores
 
 def _draw(run: Run, detections: Detections) -> None:
     epoch, epochs = run.progress.epoch, run.config.optim.epochs
-    sets = 1 if run.reporter.searched else PICTURE_SETS  # in short trials pictures would cost an eighth of the time
+    sets = 1 if run.reporter.searched else PICTURE_SETS  # of many short trials the first and the last tell enough
     if epoch % math.ceil(epochs / sets) == 0 or epoch in (1, epochs):
         run.tracker.log_pictures(run.training.step, run.pictures.draw(detections))
 
