@@ -18,29 +18,32 @@ import torch
 RAY = {"logging_level": "error", "log_to_driver": False, "_system_config": {"worker_niceness": 0}}
 
 
-def interleaved(contenders: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleaved(
+    contenders: dict[str, Callable[[], object]], repeats: int, warmup: int = 1, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each contender's ``repeats`` calls, after ``warmup`` calls that do not count.
 
     Every round calls each contender once, in an order drawn anew (always the same from run to run): what slows the machine for a
-    while slows all of them. A GPU is waited for.
+    while slows all of them. A GPU is waited for. ``clock`` may be ``time.process_time`` for what computes in this process alone, all
+    the time: then it does not count that others had the processor.
     """
     order = random.Random(0)
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(warmup + repeats):
         for name in order.sample(names, len(names)):
-            taken = _seconds(contenders[name])
+            taken = _seconds(contenders[name], clock)
             if number >= warmup:
                 seconds[name].append(taken)
     return seconds
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def _seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
     wait()
-    began = time.perf_counter()
+    began = clock()
     call()
     wait()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def wait() -> None:
@@ -91,14 +94,38 @@ def peak_memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def in_a_child(module: str, *arguments: object) -> str:
-    """The last line that ``python -m module arguments`` prints: memory is measured in a process that does nothing else.
+class Child:
+    """A contender in a process of its own, ``python -m module arguments``, which runs :func:`serve`: neither its memory nor what it tells
+    the allocator is another's. A call waits for one call there."""
 
-    Raises CalledProcessError where it fails; what it says on the way goes to this process's standard error.
-    """
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    root = Path(__file__).parents[1]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=root).stdout.strip().splitlines()[-1]
+    def __init__(self, module: str, *arguments: object):
+        command, root = [sys.executable, "-m", module, *map(str, arguments)], Path(__file__).parents[1]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root)
+        self._name = f"{module} {' '.join(map(str, arguments))}"
+
+    def __call__(self) -> str:
+        """The answer; raises RuntimeError where the process has ended."""
+        print(file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline().strip()
+        if not answer:
+            raise RuntimeError(f"{self._name} ended with {self._process.wait()}")
+        return answer
+
+    def close(self) -> float:
+        """Ends the process; returns the most MiB that it held."""
+        self._process.stdin.close()
+        most = float(self._process.stdout.read())
+        self._process.wait()
+        return most
+
+
+def serve(call: Callable[[], object], on_gpu: bool) -> None:
+    """Makes one call for every line of standard input and answers each with a line; at the end prints what :class:`Child` closes with."""
+    for _ in sys.stdin:
+        call()
+        wait()
+        print("done", flush=True)
+    print(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory())
 
 
 def options(description: str, repeats: int) -> argparse.ArgumentParser:

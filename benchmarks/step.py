@@ -2,7 +2,7 @@
 
 Both have random weights, the same images and boxes, the same layers frozen, the same groups of learning rates, losses at all
 decoder layers, and gradients clipped at 0.1. The peer is measured as its configuration comes, without drop-out on the attention
-weights, and once more with the drop-out of the official DETR, which is what raydetr computes.
+weights, and once more with the drop-out of the official DETR, which is what raydetr computes. Each lives in a process of its own.
 """
 
 import argparse
@@ -12,16 +12,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import in_a_child, interleaved, machine, options, peak_memory, ratio, spread, table
+from benchmarks.measure import Child, interleaved, machine, options, ratio, serve, spread, table
 from raydetr.config import Optim, Speed
 from raydetr.engine import Training, choose_device, choose_dtype, loss_names, take_step
 from raydetr.loss.criterion import build_criterion
 from raydetr.model.detr import build_model
 from raydetr.schedule import build_optimizer, build_scheduler
 
-OURS, PEER, SAME_DROPOUT = "raydetr", "transformers", "transformers, same drop-out"
+OURS, PEER, SAME_DROPOUT, COMPILED = "raydetr", "transformers", "transformers, same drop-out", "transformers, compiled"
 CLASSES, BOXES, LR, LR_BACKBONE, CLIP = 91, 7, 1e-4, 1e-5, 0.1
-TARGETS = {"cpu": {"step": 1.7, "inference": 1.3, "memory": 0.8}, "cuda": {"step": 2.0, "compiled": 1.3}}
+TARGETS = {
+    "cpu": {"step": {PEER: 1.7}, "inference": {PEER: 1.3}, "memory": 0.8},
+    "cuda": {"step": {PEER: 2.0, COMPILED: 1.3}, "inference": {}, "memory": ""},
+}
 
 
 def make_batch(batch: int, height: int, width: int, device: torch.device) -> tuple[Tensor, list[dict[str, Tensor]]]:
@@ -115,13 +118,19 @@ def _inference(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Callable
     return infer
 
 
-STEPS = {OURS: our_step, PEER: peer_step, SAME_DROPOUT: functools.partial(peer_step, dropout=0.1)}
+def peer_compiled_step(images: Tensor, targets: list[dict[str, Tensor]], dtype: torch.dtype) -> Callable[[], object]:
+    """The peer's step, its network compiled."""
+    return peer_step(images, targets, dtype, compiled=True)
+
+
+STEPS = {OURS: our_step, PEER: peer_step, SAME_DROPOUT: functools.partial(peer_step, dropout=0.1), COMPILED: peer_compiled_step}
+INFERENCES = {OURS: our_inference, PEER: peer_inference}
 
 
 def main() -> None:
     """Measure and print."""
     parser = options(__doc__.splitlines()[0], repeats=9)
-    parser.add_argument("--memory-of", choices=list(STEPS), help=argparse.SUPPRESS)
+    parser.add_argument("--serve", nargs=2, metavar=("WHAT", "WHO"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     device = choose_device(Speed())
     dtype = choose_dtype(Speed(), device)
@@ -129,43 +138,30 @@ def main() -> None:
     sizes = {"step": (4, 800, 1066) if gpu else (2, 480, 640), "inference": (1, 800, 1066)}
     if chosen.quick:
         sizes = dict.fromkeys(sizes, (1, 64, 96))
-    if chosen.memory_of:
-        print(memory_of(STEPS[chosen.memory_of], *make_batch(*sizes["step"], device), dtype))
+    if chosen.serve:
+        what, who = chosen.serve
+        images, targets = make_batch(*sizes[what], device)
+        serve(STEPS[who](images, targets, dtype) if what == "step" else INFERENCES[who](images, dtype), gpu)
         return
-    repeats = 1 if chosen.quick else chosen.repeats
     print(machine(), f", {str(dtype).removeprefix('torch.')}\n", sep="")
-
-    batch = make_batch(*sizes["step"], device)
-    steps = {name: make(*batch, dtype) for name, make in STEPS.items()}
-    if gpu:
-        steps["transformers, compiled"] = peer_step(*batch, dtype, compiled=True)
-    rows = rows_of(f"training step, {_shown(sizes['step'])}", interleaved(steps, repeats, warmup=3 if gpu else 1), TARGETS[device.type])
-    del steps
-    images, _ = make_batch(*sizes["inference"], device)
-    inferences = {OURS: our_inference(images, dtype), PEER: peer_inference(images, dtype)}
-    target = {"step": TARGETS[device.type].get("inference", "")}
-    rows += rows_of(f"inference, {_shown(sizes['inference'])}", interleaved(inferences, repeats), target)
+    repeats, quick = (1, ["--quick"]) if chosen.quick else (chosen.repeats, [])
+    who = {"step": [OURS, PEER, SAME_DROPOUT, *([COMPILED] if gpu else [])], "inference": [OURS, PEER]}
+    rows, memory = [], {}
+    for what, title in (("step", "training step"), ("inference", "inference")):
+        children = {name: Child("benchmarks.step", "--serve", what, name, *quick) for name in who[what]}
+        seconds = interleaved(children, repeats, warmup=3)
+        rows += rows_of(f"{title}, {_shown(sizes[what])}", seconds, TARGETS[device.type][what])
+        memory[what] = {name: child.close() for name, child in children.items()}
     print(table(rows, ["what", "who", "time", "times as long as raydetr", "target"]), "\n")
-
-    quick = ["--quick"] if chosen.quick else []
-    memory = {name: float(in_a_child("benchmarks.step", "--memory-of", name, *quick)) for name in STEPS}
-    target = {PEER: TARGETS[device.type].get("memory", "")}
+    target = {PEER: TARGETS[device.type]["memory"]}
+    memory = memory["step"]
     rows = [[name, f"{most:.0f} MiB", memory[OURS] / most, target.get(name, "")] for name, most in memory.items()]
     print(table(rows, ["peak memory of the training step", "MiB", "raydetr's share of it", "target"]))
 
 
-def memory_of(make: Callable, images: Tensor, targets: list[dict[str, Tensor]], dtype: torch.dtype) -> float:
-    """MiB that a process which trains holds at the most: of the device on a GPU, of the whole process on a CPU."""
-    step = make(images, targets, dtype)
-    for _ in range(3):
-        step()
-    return torch.cuda.max_memory_allocated() / 2**20 if images.is_cuda else peak_memory()
-
-
-def rows_of(what: str, seconds: dict[str, list[float]], targets: dict[str, object]) -> list[list]:
+def rows_of(what: str, seconds: dict[str, list[float]], targets: dict[str, float]) -> list[list]:
     """A row of the table for each contender."""
-    target = {PEER: targets.get("step", ""), "transformers, compiled": targets.get("compiled", "")}
-    return [[what, name, spread(each), ratio(seconds, name, OURS), target.get(name, "")] for name, each in seconds.items()]
+    return [[what, name, spread(each), ratio(seconds, name, OURS), targets.get(name, "")] for name, each in seconds.items()]
 
 
 def _shown(size: tuple[int, int, int]) -> str:

@@ -10,6 +10,7 @@ from click.shell_completion import CompletionItem
 
 from raydetr import __version__, config
 from raydetr.errors import UserError
+from raydetr.storage import check_place, fetched
 
 SHORT_FLAGS = {
     "data.path": "--data",
@@ -124,7 +125,7 @@ def given_settings(options: dict) -> list[dict]:
     file = options.pop("config_file")
     flags = {name.replace("__", "."): options.pop(name) for name in list(options) if name.replace("__", ".") in config.SETTINGS}
     flags = {name: value for name, value in flags.items() if value is not None}
-    return [config.read_yaml(file) if file else {}, flags]
+    return [config.read_yaml(fetched(file)) if file else {}, flags]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -230,6 +231,13 @@ def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | N
 @click.option(
     "--gpus-per-trial", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Below 1 trials share a GPU."
 )
+@click.option(
+    "--placement",
+    type=click.Choice(["pack", "spread"]),
+    default="pack",
+    show_default=True,
+    help="Trials on as few machines as hold them, or spread over all (pbt always does).",
+)
 @click.option("--max-epochs", metavar="E", help="Epochs of a trial that is not stopped early; --optim.epochs by another name.")
 @click.option("--scheduler", default="asha", show_default=True, help="Which trials are stopped early: asha, median or none; or pbt.")
 @click.option("--sampler", default="tpe", show_default=True, help="How settings are drawn: tpe, gp, random or cmaes.")
@@ -301,6 +309,7 @@ def check_submitted(command: Sequence[str]) -> None:
         if places["--storage"] is None and (not file or Path(file).exists()):
             raise UserError("submit: say where the run is kept, --storage and a folder that all machines of the cluster see")
     for flag, place in places.items():
+        check_place(flag, place or "")
         if place and "://" not in place and not Path(place).is_absolute():
             raise UserError(
                 f"submit: {flag} {place}: a job has another working folder; give the absolute path of a folder that all machines see"
@@ -308,17 +317,17 @@ def check_submitted(command: Sequence[str]) -> None:
 
 
 @cli.command()
-@click.argument("searches", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="SEARCH...")
+@click.argument("searches", nargs=-1, required=True, type=click.Path(), metavar="SEARCH...")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
     help="The file to write (default: report.html in SEARCH, or here for several).",
 )
-def report(searches: tuple[Path, ...], out: Path | None) -> None:
+def report(searches: tuple[str, ...], out: Path | None) -> None:
     """Pictures and tables of a search, or of several beside each other, in one HTML file."""
     from raydetr.report import report
 
-    click.echo(f"look at {report(list(searches), out)}")
+    click.echo(f"look at {report(searches, out)}")
 
 
 @cli.command()
@@ -345,14 +354,14 @@ def predict(checkpoint: str, sources: tuple[Path, ...], out: Path, **options) ->
 
 
 @cli.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="RUN...")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(), metavar="RUN...")
 @click.option("--port", type=click.IntRange(0, 65535), default=6006, show_default=True, help="Port; 0 takes a free one.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 opens it to the network.")
-def tensorboard(runs: tuple[Path, ...], port: int, host: str) -> None:
-    """Open TensorBoard on runs, or on a folder of runs."""
+def tensorboard(runs: tuple[str, ...], port: int, host: str) -> None:
+    """Open TensorBoard on runs, or on a folder of runs; also on those at s3:// and gs://."""
     from raydetr.serve import serve_tensorboard
 
-    serve_tensorboard(list(runs), host, port, click.echo)
+    serve_tensorboard(runs, host, port, click.echo)
 
 
 @cli.command()

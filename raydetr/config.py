@@ -17,11 +17,12 @@ from typing import Any
 import yaml
 
 from raydetr.errors import UserError
+from raydetr.storage import check_place, is_uri
 
 
-def setting(default, meaning: str, *, low=None, high=None, choices=None):
-    """A field of the tree. ``low`` and ``high`` are inclusive; for a list they bound every entry."""
-    metadata = {"meaning": meaning, "low": low, "high": high, "choices": choices}
+def setting(default, meaning: str, *, low=None, high=None, choices=None, span=False):
+    """A field of the tree. ``low`` and ``high`` are inclusive; for a list they bound every entry, of a ``span`` MIN:MAX both ends."""
+    metadata = {"meaning": meaning, "low": low, "high": high, "choices": choices, "span": span}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -102,7 +103,7 @@ class Matcher:
 class Data:
     """The photographs and what happens to them on the way in."""
 
-    path: str | None = setting(None, "folder with annotations/, train2017/ and val2017/")
+    path: str | None = setting(None, "folder with annotations/, train2017/ and val2017/; also s3://bucket/folder and gs://bucket/folder")
     train_images: str | None = setting(None, "folder of training images, where it is not in data.path's layout")
     train_annotations: str | None = setting(None, "COCO file of the training set, where it is not in data.path's layout")
     val_images: str | None = setting(None, "folder of validation images, where it is not in data.path's layout")
@@ -117,6 +118,9 @@ class Data:
     crop_resize: list[int] = setting([400, 500, 600], "short sides drawn from before a crop (pixels)", low=16, high=4096)
     crop_min: int = setting(384, "shortest side of a crop (pixels)", low=8, high=4096)
     crop_max: int = setting(600, "longest side of a crop (pixels)", low=8, high=4096)
+    group_sizes: bool = setting(
+        False, "training batches of images that came out of their transforms alike in size: less is filled up, and they are less random"
+    )
     num_workers: int = setting(2, "processes that load images, per training worker", low=0, high=64)
     cache_gb: float | None = setting(
         None, "memory for decoded pictures on a machine (GB): a quarter of what it has when not given; 0 decodes them every time", low=0.0
@@ -161,9 +165,11 @@ class Run:
     """One training run: where it is kept and how it is spread."""
 
     name: str | None = setting(None, "name of the run's folder; made from preset and time when not given")
-    storage: str = setting("runs", "folder that holds the runs")
+    storage: str = setting("runs", "folder that holds the runs; also s3://bucket/folder and gs://bucket/folder")
     seed: int = setting(42, "seed of everything that is drawn", low=0, high=2**31 - 1)
-    workers: int = setting(1, "training processes, one per GPU where there are GPUs", low=1, high=4096)
+    workers: int | str = setting(
+        1, "training processes, one per GPU where there are GPUs; 2:8 takes what there is from time to time", low=1, high=4096, span=True
+    )
     max_failures: int = setting(3, "how often a lost worker is replaced before the run fails", low=0, high=1000)
     pictures: int = setting(8, "validation pictures shown in TensorBoard", low=0, high=100)
 
@@ -194,6 +200,7 @@ class Setting:
     high: float | None
     choices: list | None
     meaning: str
+    span: bool  # a whole number, or text "MIN:MAX" of two
 
     def bounds(self) -> str:
         """The permitted values in words, e.g. ``0.0 to 1.0``; empty where every value is."""
@@ -209,6 +216,8 @@ class Setting:
         """``value`` (from Python, YAML or the command line) in this setting's type; raises UserError where it does not fit."""
         if self.optional and (value is None or (isinstance(value, str) and value.lower() in ("null", "~"))):
             return None
+        if self.span and isinstance(value, str) and ":" in value:
+            return self._parse_span(value)
         if not self.is_list:
             return self._parse_one(value)
         if isinstance(value, str):
@@ -216,6 +225,12 @@ class Setting:
         if not isinstance(value, (list, tuple)) or not value:
             raise UserError(f"{self.name}: {value!r} is not a list of {self.type.__name__}")
         return [self._parse_one(entry) for entry in value]
+
+    def _parse_span(self, text: str) -> int | str:
+        least, most = map(self._parse_one, text.split(":", 1))
+        if least > most:
+            raise UserError(f"{self.name}: {text!r} counts down; the smaller number comes first")
+        return least if least == most else f"{least}:{most}"
 
     def _parse_one(self, value: Any) -> Any:
         parsed = _as_type(value, self.type)
@@ -251,9 +266,10 @@ def _as_type(value: Any, kind: type) -> Any:
 
 
 def _describe(section: str, field: dataclasses.Field, annotation: Any) -> Setting:
-    optional = isinstance(annotation, types.UnionType)
-    if optional:
-        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+    parts = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else ()
+    optional = types.NoneType in parts
+    if parts:
+        annotation = next(part for part in parts if part is not types.NoneType)
     is_list = typing.get_origin(annotation) is list
     if is_list:
         (annotation,) = typing.get_args(annotation)
@@ -270,6 +286,9 @@ def _describe_all() -> Iterator[Setting]:
 
 SETTINGS: dict[str, Setting] = {each.name: each for each in _describe_all()}
 
+
+# Settings that say where something is: a path, or an address in an object store.
+PLACES = ("data.path", "data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations", "run.storage")
 
 # What a preset goes back to before it is laid, so that nothing of another one stays.
 _PRESET_DEFAULTS = {name: SETTINGS[name].default for changes in PRESETS.values() for name in changes}
@@ -316,6 +335,11 @@ def load_config(*layers: Mapping[str, Any]) -> Config:
 
 def _check_together(config: Config) -> None:
     model, data = config.model, config.data
+    for name in PLACES:
+        section, leaf = name.split(".")
+        check_place(name, getattr(getattr(config, section), leaf) or "")
+    if is_uri(model.weights):
+        check_place("model.weights", model.weights)
     if model.hidden_dim % model.nheads:
         raise UserError(f"model.hidden_dim: {model.hidden_dim} is not a multiple of model.nheads ({model.nheads})")
     if model.hidden_dim % 4:
@@ -324,6 +348,12 @@ def _check_together(config: Config) -> None:
         raise UserError(f"data.crop_min: {data.crop_min} is larger than data.crop_max ({data.crop_max})")
     if not any((config.matcher.set_cost_class, config.matcher.set_cost_bbox, config.matcher.set_cost_giou)):
         raise UserError("matcher: all three costs are 0; nothing would tell a good match from a bad one")
+
+
+def least_and_most_workers(config: Config) -> tuple[int, int]:
+    """The two ends of ``run.workers``, which are one where it is a plain number."""
+    least, _, most = str(config.run.workers).partition(":")
+    return int(least), int(most or least)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -387,7 +417,9 @@ def _leaves_of(node: yaml.MappingNode, prefix: str, depth: int | None) -> Iterat
         if isinstance(value, yaml.MappingNode) and (depth is None or name.count(".") < depth):
             yield from _leaves_of(value, f"{name}.", depth)
         else:
-            yield name, constructor.construct_object(value, deep=True), key.start_mark.line + 1
+            # YAML 1.1 reads 1:4 as 64, to the base of 60, which nobody means.
+            based_on_60 = isinstance(value, yaml.ScalarNode) and value.tag.endswith((":int", ":float")) and ":" in value.value
+            yield name, value.value if based_on_60 else constructor.construct_object(value, deep=True), key.start_mark.line + 1
 
 
 def write_yaml(config: Config, path: str | Path) -> None:

@@ -1,18 +1,19 @@
 """One training run: epochs, checkpoints, reports. The same for a plain process, a torchrun or Ray Train worker and a search's trial.
 
-The run folder ``<run.storage>/<run.name>/`` gets ``config.yaml``, ``log.txt``, ``tb/``, ``best.pth`` (the evaluated weights with
+The run's place ``<run.storage>/<run.name>/`` gets ``config.yaml``, ``log.txt``, ``tb/``, ``best.pth`` (the evaluated weights with
 the highest AP) and ``last.pth`` (all that is needed to go on). A run that finds its own ``last.pth`` goes on from there: on a CPU
-with the very same result as without the stop.
+with the very same result as without the stop. Where the place is in an object store, its working copy on this machine is the folder
+here: fetched before the first epoch, pushed after every one.
 """
 
 import contextlib
 import dataclasses
-import errno
 import inspect
 import math
 import os
 import random
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,17 @@ from raydetr.data.cache import DecodedImages, cache_limit
 from raydetr.data.coco import CocoImages, build_loader, find_split
 from raydetr.data.transforms import train_transforms, val_transforms
 from raydetr.engine import Detections, Training, choose_device, choose_dtype, evaluate, gathered, train_one_epoch
-from raydetr.errors import UserError
+from raydetr.errors import DiskFull, UserError, is_disk_full
 from raydetr.evaluation import METRICS, precision_recall, run_coco_eval, summarize
 from raydetr.loss.criterion import build_criterion
 from raydetr.model.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from raydetr.model.detr import build_model
 from raydetr.schedule import MovingAverage, build_optimizer, build_scheduler
+from raydetr.storage import fetch, join, push, read_token, remove_tokens, working_folder, write_token
 from raydetr.tracking import LOSSES, Pictures, Tracker, log_line, write_log
 
+OWNER_FILE = ".owner"  # at the place of a run that is not finished: who writes there
 PICTURE_SETS = 10  # how often in a run the validation pictures are drawn, at most
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class LocalReporter:
@@ -102,13 +104,20 @@ class Run:
 
     config: Config
     reporter: Any
-    folder: Path
+    place: str  # where the run is kept: the folder, or its address in an object store
     train: DataLoader
     val: DataLoader
     training: Training
     progress: Progress
+    owner: str = ""  # of the folder, on rank 0
+    batches: Iterator | None = None  # of the epoch to come: its first are loaded while the last one is still written down
     tracker: Tracker | None = None  # on rank 0
     pictures: Pictures | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where this machine writes it."""
+        return working_folder(self.place)
 
     @property
     def finished(self) -> bool:
@@ -130,11 +139,13 @@ def fit(config: Config, reporter: Any = None) -> dict[str, Any]:
             return fit(config, LocalReporter(display=display))
     if config.run.name is None:
         raise UserError("run.name is not set: it names the run's folder in run.storage")
-    folder = Path(config.run.storage).expanduser() / config.run.name
+    place = join(config.run.storage, config.run.name)
+    folder = working_folder(place)
     with _in_one_line(folder):
+        fetch(place)
         device = choose_device(config.speed, reporter.local_rank)
         start = _start_file(folder, reporter)
-        run, metrics = _prepare(config, reporter, folder, device, start)
+        run, metrics = _prepare(config, reporter, place, device, start)
         if not run.finished:
             return _epochs(run)
         reporter.report(metrics, start if reporter.rank == 0 else None)
@@ -143,8 +154,11 @@ def fit(config: Config, reporter: Any = None) -> dict[str, Any]:
 
 def _epochs(run: Run) -> dict[str, Any]:
     config, folder, show = run.config, run.folder, run.reporter.show
+    _load_ahead(run)
     if run.reporter.rank == 0:
         run.tracker = _open_folder(config, folder, run.training.step, run.reporter.searched)
+        run.owner = uuid.uuid4().hex
+        write_token(run.place, OWNER_FILE, run.owner)
         run.pictures = Pictures(run.val.dataset, config.run.pictures)
     steps = math.ceil(len(run.train) / config.optim.accumulate)
     show({"kind": "start", "epochs": config.optim.epochs, "steps": steps, "done": run.progress.epoch})
@@ -153,10 +167,12 @@ def _epochs(run: Run) -> dict[str, Any]:
             metrics = _one_epoch(run)
         if run.tracker:
             run.tracker.finish()
+            push(run.place)
+            remove_tokens(run.place, OWNER_FILE)
     finally:
         if run.tracker:
             run.tracker.close()
-    best = {"best_AP": run.progress.best_AP, "best_epoch": run.progress.best_epoch, "checkpoint": str(folder / "best.pth")}
+    best = {"best_AP": run.progress.best_AP, "best_epoch": run.progress.best_epoch, "checkpoint": join(run.place, "best.pth")}
     show({"kind": "end", "epochs": run.progress.epoch, **best})
     return metrics
 
@@ -164,22 +180,36 @@ def _epochs(run: Run) -> dict[str, Any]:
 def _one_epoch(run: Run) -> dict[str, Any]:
     """Train, evaluate, write down, report: in this order, so that whatever stops it leaves a whole earlier epoch in last.pth."""
     training, progress, began, epoch = run.training, run.progress, time.perf_counter(), run.progress.epoch + 1
-    run.train.dataset.set_epoch(epoch)
-    train = train_one_epoch(training, run.train, epoch, _step_shower(run, epoch))
+    train = train_one_epoch(training, run.batches, epoch, _step_shower(run, epoch))
     run.reporter.show({"kind": "evaluate", "epoch": epoch})
     val, detections = evaluate(training.evaluated, training.criterion, run.val, training.device, training.dtype)
     scores, curve = gathered(_score(run, detections) if run.reporter.rank == 0 else None)[0]
     best = progress.take(scores["AP"], val["loss"])
+    if not run.finished:
+        _load_ahead(run)
     metrics = _metrics(progress, train, val, scores) | {"seconds": time.perf_counter() - began}
     states = gathered(_random_state(training.device))
     if run.tracker:
+        _check_owner(run)
         _write_down(run, train, val, scores, curve)
         _draw(run, detections)
         run.tracker.flush()
         _save(run, metrics, best, states)
+        push(run.place)
     run.reporter.report(metrics, run.folder / "last.pth" if run.reporter.rank == 0 else None)
     run.reporter.show({"kind": "epoch", "epoch": epoch, "metrics": metrics, "seconds": time.perf_counter() - began, "best": best})
     return metrics
+
+
+def _check_owner(run: Run) -> None:
+    """Raises UserError where another process has begun to go on with the run: this one was given up for lost, or started twice."""
+    if read_token(run.place, OWNER_FILE) != run.owner:
+        raise UserError(f"another process goes on with the run in {run.place}; this one stops")
+
+
+def _load_ahead(run: Run) -> None:
+    run.train.dataset.set_epoch(run.progress.epoch + 1)
+    run.batches = iter(run.train)
 
 
 def _step_shower(run: Run, epoch: int) -> Callable[[dict[str, float]], None]:
@@ -222,7 +252,7 @@ def _write_down(run: Run, train: dict[str, float], val: dict[str, float], scores
 
 def _draw(run: Run, detections: Detections) -> None:
     epoch, epochs = run.progress.epoch, run.config.optim.epochs
-    sets = 1 if run.reporter.searched else PICTURE_SETS  # of many short trials the first and the last tell enough
+    sets = 1 if run.reporter.searched else PICTURE_SETS  # trials are short, and many
     if epoch % math.ceil(epochs / sets) == 0 or epoch in (1, epochs):
         run.tracker.log_pictures(run.training.step, run.pictures.draw(detections))
 
@@ -256,7 +286,7 @@ def _start_file(folder: Path, reporter: Any) -> Path | None:
     return reporter.checkpoint() or (last if gathered(last.exists())[0] else None)
 
 
-def _prepare(config: Config, reporter: Any, folder: Path, device: torch.device, start: Path | None) -> tuple[Run, dict[str, Any] | None]:
+def _prepare(config: Config, reporter: Any, place: str, device: torch.device, start: Path | None) -> tuple[Run, dict[str, Any] | None]:
     """Everything built as the settings say and put where the checkpoint ``start`` left off, and that checkpoint's metrics."""
     content = read_checkpoint(start) if start else None
     _seed(config.run.seed)  # the same network on every worker
@@ -279,7 +309,7 @@ def _prepare(config: Config, reporter: Any, folder: Path, device: torch.device, 
         _set_random_state(states[reporter.rank], device)
     else:
         _seed(config.run.seed, reporter.rank, progress.epoch)
-    return Run(config, reporter, folder, train, val, training, progress), content and content["metrics"]
+    return Run(config, reporter, place, train, val, training, progress), content and content["metrics"]
 
 
 def _loaders(config: Config, reporter: Any, device: torch.device, content: dict[str, Any] | None) -> tuple[DataLoader, DataLoader]:
@@ -291,7 +321,7 @@ def _loaders(config: Config, reporter: Any, device: torch.device, content: dict[
     train.images = val.images = reporter.images or DecodedImages(train.files + val.files, limit)
     common = {"num_workers": data.num_workers, "seed": config.run.seed, "device": device}
     share = (batch_size, reporter.rank, reporter.world_size)
-    return build_loader(train, *share, shuffle=True, **common), build_loader(val, *share, **common)
+    return build_loader(train, *share, shuffle=True, group_sizes=data.group_sizes, **common), build_loader(val, *share, **common)
 
 
 def _training(config: Config, reporter: Any, model: nn.Module, num_classes: int, steps_per_epoch: int, content: dict | None) -> Training:
@@ -351,7 +381,7 @@ def _open_folder(config: Config, folder: Path, step: int, searched: Mapping[str,
     except OSError as error:
         with contextlib.suppress(OSError):  # it may not be there
             temporary.unlink()
-        if error.errno in DISK_FULL:
+        if is_disk_full(error):
             raise
         raise UserError(f"run.storage: cannot write to {folder}: {error.strerror}") from None
     return Tracker(folder / "tb", config, step, searched)
@@ -395,9 +425,9 @@ def _in_one_line(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if not is_disk_full(error):
             raise
-        raise UserError(f"the disk of {folder} is full; finished epochs are kept: make room and go on with the run") from error
+        raise DiskFull(f"the disk of {folder} is full; finished epochs are kept: make room and go on with the run") from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the GPU's memory does not suffice: lower optim.batch_size (optim.accumulate makes up for it), data.max_size and "

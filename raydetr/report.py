@@ -17,6 +17,7 @@ from plotly.offline import get_plotlyjs
 from raydetr.errors import UserError
 from raydetr.search import STATE_NAMES, Search, epochs_of, importance_evaluator, importances, trials_frame
 from raydetr.space import as_drawn
+from raydetr.storage import fetched, is_uri
 
 DEFAULT, BEST, OTHER = "#1b2a41", "#d1495b", "#b8c4d0"  # trial 0, the best trial, the rest
 SEARCHES = ("#2e6f95", "#d1495b", "#3a7d44", "#e09f3e", "#7b5ea7", "#2a9d8f", "#8d5b4c", "#5c6b73")
@@ -51,17 +52,18 @@ pre { background: #f4f6f8; border-radius: 6px; padding: 10px 12px; overflow-x: a
 def report(run_folders: Sequence[str | Path], out: str | Path | None = None) -> Path:
     """Write the report of the searches in ``run_folders`` and return its path.
 
-    One search goes to ``report.html`` in its folder, several are compared in ``./report.html``, where ``out`` names no other file. A
-    search may still be running. Raises UserError for a folder without a search and for searches with different objectives.
+    One search goes to ``report.html`` in its folder, one in an object store and several compared in ``./report.html``, where ``out``
+    names no other file. A search may still be running. Raises UserError for a folder without a search and for searches with different
+    objectives.
     """
     if not run_folders:
         raise UserError("report: name the folder of at least one search")
-    searches = [Search(folder) for folder in run_folders]
+    searches = [Search(fetched(folder, recursive=False)) for folder in run_folders]
     metrics = {search.metric: search.folder for search in searches}
     if len(metrics) > 1:
         raise UserError("report: " + ", ".join(f"{folder} maximizes {metric}" for metric, folder in metrics.items()) + "; not comparable")
     alone = len(searches) == 1
-    out = Path(out) if out else (searches[0].folder if alone else Path()) / "report.html"
+    out = Path(out) if out else (searches[0].folder if alone and not is_uri(run_folders[0]) else Path()) / "report.html"
     title = f"Search {_label(searches[0].folder)}" if alone else f"{len(searches)} searches compared"
     body = [_one(search, f"s{index}") for index, search in enumerate(searches)]
     if not alone:

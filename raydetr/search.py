@@ -31,6 +31,7 @@ from raydetr.config import Config, flatten, load_config, read_yaml, to_dict, wri
 from raydetr.errors import UserError
 from raydetr.population import better_trial, check_population, moved
 from raydetr.space import Space, as_drawn, draw, read_space
+from raydetr.storage import PATIENCE_S, fetched, push, working_folder
 
 if TYPE_CHECKING:
     import pandas
@@ -47,18 +48,25 @@ STATE_NAMES = {**{state: name for name, state in STATES.items()}, TrialState.RUN
 
 
 class Search:
-    """The search in a folder. Make one with :func:`create_search`, go on with one with :func:`open_search`."""
+    """The search at a place. Make one with :func:`create_search`, go on with one with :func:`open_search`.
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.study = read_study(folder)
+    Of a search in an object store, ``folder`` is the working copy: whoever made it had it fetched, and pushes what changes.
+    """
+
+    def __init__(self, place: str | Path) -> None:
+        self.place, self.folder = str(place), working_folder(place)
+        self.study = read_study(self.folder)
         self.space = read_space(self.folder / SPACE_FILE)
         self.base = self.space.ground(read_yaml(self.folder / CONFIG_FILE))
         self._again: list[int] = []
         self._numbers: dict[str, int] = {}  # by key, which a trial keeps while this process runs the search
 
     def __reduce__(self):
-        return Search, (self.folder,)
+        return Search, (self.place,)
+
+    def push(self, patience_s: float = PATIENCE_S) -> None:
+        """Bring what changed of the search's own files, not its trials', to its store; nothing for a folder. Raises UserError."""
+        push(self.place, recursive=False, patience_s=patience_s)
 
     @property
     def metric(self) -> str:
@@ -242,7 +250,7 @@ class Search:
 
 
 def create_search(
-    folder: str | Path,
+    place: str | Path,
     space: Space,
     config: Config,
     *,
@@ -254,12 +262,12 @@ def create_search(
     seed: int = 0,
     points: Sequence[Mapping[str, Any]] = (),
 ) -> Search:
-    """A new search in ``folder``: trial 0 with the settings of ``config``, then ``points`` (of :meth:`Space.check_point`), then draws.
+    """A new search at ``place``: trial 0 with the settings of ``config``, then ``points`` (of :meth:`Space.check_point`), then draws.
 
-    ``grace`` is the epoch before which ``pruner`` stops no trial. Raises UserError where the folder holds a search already, for an
+    ``grace`` is the epoch before which ``pruner`` stops no trial. Raises UserError where the place holds a search already, for an
     unknown sampler or pruner, and where ``trials`` are too few.
     """
-    folder = Path(folder)
+    folder = working_folder(place)
     base = flatten(to_dict(config))
     make_sampler(sampler, seed, _trial_count(trials))
     make_pruner(pruner, grace, trials)
@@ -269,7 +277,7 @@ def create_search(
     if len(points) >= trials:
         raise UserError(f"{len(points)} points to start from and trial 0 need {len(points) + 1} trials; {trials} were asked for")
     if (folder / STUDY_FILE).exists():
-        raise UserError(f"{folder}: holds a search already; go on with it (--resume {folder}) or take another name")
+        raise UserError(f"{place}: holds a search already; go on with it (--resume {place}) or take another name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         space.write(folder / SPACE_FILE)
@@ -286,16 +294,16 @@ def create_search(
     # Last, so that a search without it is known to be half made.
     plan = {"metric": metric, "trials": trials, "sampler": sampler, "seed": seed, "pruner": pruner, "grace": grace}
     study.set_user_attr("search", plan)
-    return Search(folder)
+    return Search(place)
 
 
-def open_search(folder: str | Path, space: Space | None = None, trials: int | None = None) -> Search:
-    """The search in ``folder``, to go on with. Raises UserError where ``space`` is given and is not the one it began with."""
-    _mend(Path(folder) / STUDY_FILE)
-    search = Search(folder)
+def open_search(place: str | Path, space: Space | None = None, trials: int | None = None) -> Search:
+    """The search at ``place``, to go on with. Raises UserError where ``space`` is given and is not the one it began with."""
+    _mend(working_folder(place) / STUDY_FILE)
+    search = Search(place)
     changes = search.space.differences(space) if space else []
     if changes:
-        raise UserError(f"{folder}: the search space changed since the search began: {'; '.join(changes)}; start a new search for it")
+        raise UserError(f"{place}: the search space changed since the search began: {'; '.join(changes)}; start a new search for it")
     if trials is not None and trials != search.trials:
         search.extend(trials)
     return search
@@ -423,7 +431,7 @@ def best_points(folder: str | Path, space: Space, config: Config, count: int = 3
     Of each earlier trial's complete settings those count that ``space`` draws; a point outside its ranges does not fit. They are run
     again rather than believed: their values were measured on other data or for other epochs.
     """
-    earlier = Search(folder)
+    earlier = Search(fetched(folder, recursive=False))
     points: list[dict[str, Any]] = []
     for trial in earlier.ranked():
         point = space.drawn(space.ground(flatten(to_dict(earlier.config(trial.number)))))

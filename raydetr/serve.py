@@ -4,25 +4,27 @@ import contextlib
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from raydetr.errors import UserError
+from raydetr.storage import EVENTS, fetched
 
 EVENTS_FOLDER = "tb"  # in a run's folder
 LOOK_INTERVAL_S = 5.0  # between two looks for new runs
 
 
-def serve_tensorboard(folders: list[Path], host: str, port: int, tell: Callable[[str], None]) -> None:
-    """Serve until interrupted; ``folders`` are runs or folders of runs, ``tell`` is given the address.
+def serve_tensorboard(places: Sequence[str | Path], host: str, port: int, tell: Callable[[str], None]) -> None:
+    """Serve until interrupted; ``places`` are runs or folders of runs, ``tell`` is given the address.
 
-    Raises UserError where there is no run in ``folders`` or the port is taken.
+    What lies in an object store is fetched again and again. Raises UserError where there is no run in ``places`` or the port is taken.
     """
     from tensorboard import program
 
+    folders = [fetched(place, only=EVENTS) for place in places]
     with tempfile.TemporaryDirectory(prefix="raydetr-tensorboard-") as logdir:
         if not link_runs(folders, Path(logdir)):
-            raise UserError(f"there is no run with TensorBoard events in {', '.join(map(str, folders))}")
+            raise UserError(f"there is no run with TensorBoard events in {', '.join(map(str, places))}")
         board = program.TensorBoard()
         board.configure(argv=["tensorboard", "--logdir", logdir, "--host", host, "--port", str(port), "--reload_interval", "5"])
         try:
@@ -32,6 +34,9 @@ def serve_tensorboard(folders: list[Path], host: str, port: int, tell: Callable[
         tell(f"TensorBoard is at {address} (Ctrl-C ends it)")
         with contextlib.suppress(KeyboardInterrupt):
             while not threading.Event().wait(LOOK_INTERVAL_S):
+                with contextlib.suppress(UserError):  # what was there is still shown, and looked for again
+                    for place in places:
+                        fetched(place, only=EVENTS)
                 link_runs(folders, Path(logdir))
 
 

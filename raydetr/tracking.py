@@ -100,16 +100,15 @@ class Tracker:
         self._events.add(curve, step)
 
     def log_pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
-        """Pictures (RGB) by name."""
+        """Pictures by name."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        values = []
         for name, picture in pictures.items():
+            # JPEG, which TensorBoard shows as well, takes a fifth of the room and a fiftieth of the time of torch's PNG.
             encoded = io.BytesIO()
-            picture.save(encoded, "JPEG", quality=90)  # torch's PNG takes many times as long, and as much room
+            picture.save(encoded, "JPEG", quality=90, subsampling=0)  # coloured lines stay sharp
             image = Summary.Image(height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encoded.getvalue())
-            values.append(Summary.Value(tag=f"pictures/{name}", image=image))
-        self._events.add(Summary(value=values), step)
+            self._events.add(Summary(value=[Summary.Value(tag=f"pictures/{name}", image=image)]), step)
 
     def _scalars(self, step: int, scalars: dict[str, float | None]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary

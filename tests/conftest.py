@@ -1,16 +1,22 @@
 """What many tests need: real photographs where they are at hand, and a small COCO folder made on the spot."""
 
+import contextlib
 import functools
 import json
 import os
 import subprocess
 import sys
+import threading
+import urllib.request
+import uuid
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pyarrow.fs import FileSelector, FileSystem, copy_files
+from werkzeug.serving import WSGIRequestHandler, make_server
 
 CATEGORIES = ({"id": 3, "name": "square"}, {"id": 7, "name": "oblong"})  # ids with holes, as they come in the field
 
@@ -117,3 +123,98 @@ def run_workers(tmp_path_factory):
         return [subprocess.CompletedProcess(process.args, process.returncode, out, err) for process, out, err in ended]
 
     return run
+
+
+class Store:
+    """A real S3 server on loopback and a bucket in it, the machine's only store; ``requests`` are what the server was asked."""
+
+    def __init__(self):
+        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+
+        self.requests, self.port = [], 0
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self.start()
+        self.port = self._server.port
+        self.address = f"http://127.0.0.1:{self.port}"
+
+    def start(self):
+        self._server = make_server("127.0.0.1", self.port, self._answer, threaded=True, request_handler=Silent)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def stop(self):
+        self._server.shutdown()
+        self._thread.join()
+
+    def is_up(self):
+        return self._thread.is_alive()
+
+    def start_in(self, seconds):
+        timer = threading.Timer(seconds, self.start)
+        timer.start()
+        return timer
+
+    def _answer(self, environ, start_response):
+        self.requests.append((environ["REQUEST_METHOD"], environ["PATH_INFO"], environ["QUERY_STRING"]))
+        return self._app(environ, start_response)
+
+    def make_bucket(self):
+        self.bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+        self.uri = f"s3://{self.bucket}/folder"
+        FileSystem.from_uri(f"s3://{self.bucket}?allow_bucket_creation=true")[0].create_dir(self.bucket)
+
+    def moved(self):
+        """The content that went up (PUT) and came down (GET), by the names of files."""
+        contents = [each for each in self.requests if each[0] in ("PUT", "GET") and each[1].strip("/") != self.bucket]
+        return [(method, path.rpartition("/")[2]) for method, path, _ in contents]
+
+    def names(self, uri=None):
+        """The objects below an address."""
+        path = (uri or self.uri).removeprefix("s3://")
+        found = FileSystem.from_uri(f"s3://{self.bucket}")[0].get_file_info(FileSelector(path, recursive=True, allow_not_found=True))
+        return sorted(info.path.removeprefix(f"{path}/") for info in found if info.is_file)
+
+    def upload(self, folder, uri):
+        system = FileSystem.from_uri(f"s3://{self.bucket}")[0]
+        copy_files(str(folder), uri.removeprefix("s3://"), destination_filesystem=system, use_threads=False)
+
+    def read(self, uri):
+        with FileSystem.from_uri(f"s3://{self.bucket}")[0].open_input_stream(uri.removeprefix("s3://")) as source:
+            return source.read()
+
+    @contextlib.contextmanager
+    def refusing(self):
+        """The server asks for keys that it knows: this machine's are none of them."""
+        self._ask_for_keys(b"0")
+        try:
+            yield
+        finally:
+            self._ask_for_keys(b"inf")
+
+    def _ask_for_keys(self, after):
+        urllib.request.urlopen(urllib.request.Request(f"{self.address}/moto-api/reset-auth", after, {"Content-Type": "text/plain"})).close()
+
+
+class Silent(WSGIRequestHandler):
+    def log(self, *_):
+        """Nothing: the tests look at ``Store.requests``."""
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    server = Store()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def store(s3_server, monkeypatch, tmp_path):
+    """``store.uri``: a folder in a new bucket of a real S3 server (:class:`Store`), which this process and its children take for S3."""
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret-of-the-test", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in {**keys, "AWS_ENDPOINT_URL": s3_server.address, "RAYDETR_CACHE": str(tmp_path / "cache")}.items():
+        monkeypatch.setenv(name, value)
+    s3_server.make_bucket()
+    s3_server.requests.clear()
+    yield s3_server
+    if not s3_server.is_up():
+        s3_server.start()

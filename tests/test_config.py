@@ -38,6 +38,19 @@ def test_a_written_file_repeats_the_tree(tmp_path):
     assert config.load_config(config.read_yaml(tmp_path / "config.yaml")) == before
 
 
+@pytest.mark.parametrize(("given", "ends"), [("1:4", (1, 4)), ("2:2", (2, 2)), (3, (3, 3)), ("3", (3, 3))])
+def test_workers_are_a_number_or_a_span(tmp_path, given, ends):
+    loaded = config.load_config({"run.workers": given})
+    assert config.least_and_most_workers(loaded) == ends
+    config.write_yaml(loaded, tmp_path / "config.yaml")
+    assert config.load_config(config.read_yaml(tmp_path / "config.yaml")) == loaded
+
+
+def test_a_span_written_by_hand_is_not_read_to_the_base_of_60(tmp_path):
+    (tmp_path / "run.yaml").write_text("run:\n  workers: 1:4\n  seed: 12\n")
+    assert config.read_yaml(tmp_path / "run.yaml") == {"run.workers": "1:4", "run.seed": 12}
+
+
 @pytest.mark.parametrize(
     ("layer", "says"),
     [
@@ -54,6 +67,11 @@ def test_a_written_file_repeats_the_tree(tmp_path):
         ({"model.preset": "detr_resnet18"}, "one of detr_resnet50"),
         ({"data.train_sizes": []}, "not a list"),
         ({"data.train_sizes": [480, 3]}, "out of bounds"),
+        ({"run.workers": "4:1"}, "run.workers: '4:1' counts down"),
+        ({"run.workers": "0:2"}, "run.workers: '0' is out of bounds; it takes 1 to 4096"),
+        ({"run.workers": "some:more"}, "run.workers: 'some' is not a whole number"),
+        ({"run.workers": "1:2:3"}, "run.workers: '2:3' is not a whole number"),
+        ({"run.pictures": "1:4"}, "run.pictures: '1:4' is not a whole number"),
         ({"model.nheads": 7}, "not a multiple of model.nheads"),
         ({"data.crop_min": 700}, "larger than data.crop_max"),
         ({"matcher.set_cost_class": 0, "matcher.set_cost_bbox": 0, "matcher.set_cost_giou": 0}, "all three costs are 0"),

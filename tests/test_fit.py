@@ -271,6 +271,34 @@ def test_more_epochs_than_before(finished):
     assert load_config(read_yaml(folder_of(longer) / "config.yaml")).optim.epochs == 3
 
 
+def test_an_epoch_of_other_steps_keeps_the_schedule_and_counts_on(coco_folder):
+    # As where a run goes on with another number of workers.
+    folder = coco_folder(train=8, val=2)
+    before = settings(folder, "changed", optim__schedule="cosine", optim__epochs=3, optim__batch_size=1)
+    interrupted(before, lambda event: event["kind"] == "step" and event["epoch"] == 3)
+    changed = settings(folder, "changed", optim__schedule="cosine", optim__epochs=3)
+    run(changed)
+    at_once = settings(folder, "at once", optim__schedule="cosine", optim__epochs=3)
+    run(at_once)
+    assert log_of(changed)[2]["train_lr"] == log_of(at_once)[2]["train_lr"]
+    assert last_of(changed)["step"] == 8 + 8 + 4
+
+
+def test_a_run_that_another_process_goes_on_with_stops_and_leaves_its_folder_alone(coco_folder):
+    config = settings(coco_folder(), "twice")
+    theirs = []
+
+    def meanwhile(event):
+        if event["kind"] == "evaluate" and event["epoch"] == 2:
+            theirs.append(run(config))  # it takes this process for lost
+
+    with pytest.raises(UserError, match="another process goes on with the run"):
+        fit(config, Watcher(meanwhile))
+    assert theirs[0][0]["epoch"] == 3
+    assert [line["epoch"] for line in log_of(config)] == [0, 1, 2]
+    assert last_of(config)["epoch"] == 3
+
+
 @pytest.mark.slow
 def test_a_run_killed_in_mid_epoch_goes_on(finished, run_workers):
     whole, _, _ = finished
@@ -346,7 +374,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_earlier
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert "\n" not in str(error.value)
     assert {name: (folder_of(config) / name).read_bytes() for name in before} == before
-    assert {path.name for path in folder_of(config).iterdir()} == {"config.yaml", "log.txt", "tb", "best.pth", "last.pth"}
+    assert {path.name for path in folder_of(config).iterdir()} == {".owner", "config.yaml", "log.txt", "tb", "best.pth", "last.pth"}
     assert run(settings(config.data.path, "full", optim__epochs=2))[0]["epoch"] == 2
     assert [line["epoch"] for line in log_of(config)] == [0, 1]
 

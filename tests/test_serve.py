@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from raydetr.errors import UserError
 from raydetr.serve import link_runs, serve_tensorboard
+from raydetr.storage import push, working_folder
 
 
 def write_run(folder):
@@ -49,6 +50,23 @@ def test_tensorboard_serves_the_runs_on_loopback_and_finds_new_ones(tmp_path):
         assert address[1] in ("127.0.0.1", "localhost")
         assert runs_at(address[0], {"first"}) == {"first"}
         write_run(tmp_path / "second")
+        assert runs_at(address[0], {"first", "second"}) == {"first", "second"}
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.mark.slow
+def test_tensorboard_follows_runs_in_an_object_store(store):
+    write_run(working_folder(f"{store.uri}/first"))
+    push(f"{store.uri}/first")
+    command = [sys.executable, "-m", "raydetr.cli", "tensorboard", store.uri, "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        address = re.search(r"http://(\S+?):(\d+)", server.stdout.readline())
+        assert runs_at(address[0], {"first"}) == {"first"}
+        write_run(working_folder(f"{store.uri}/second"))
+        push(f"{store.uri}/second")
         assert runs_at(address[0], {"first", "second"}) == {"first", "second"}
     finally:
         server.terminate()

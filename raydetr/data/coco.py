@@ -1,5 +1,6 @@
 """The data set: where it lies, what its COCO files say, and how its photographs become batches."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,14 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
-from torchvision import tv_tensors
-from torchvision.ops import box_convert
 
 from raydetr.config import Data
 from raydetr.data.images import image_path, read_header, read_image
-from raydetr.data.transforms import drawn_from
 from raydetr.data.values import is_finite, is_number, short, whole_number
 from raydetr.errors import UserError
+from raydetr.storage import fetched
 
 ANNOTATION_FILES = ("custom_{split}.json", "instances_{split}2017.json")  # under annotations/, the first that exists is taken
 
@@ -32,18 +31,18 @@ def find_split(data: Data, split: str) -> Split:
 
     ``data.<split>_images`` and ``data.<split>_annotations`` come first; what they leave open is looked for in ``data.path``:
     <split>2017/ and annotations/custom_<split>.json or annotations/instances_<split>2017.json. Raises UserError, saying what
-    was looked for, where one is missing.
+    was looked for, where one is missing. What lies in an object store is fetched to this machine, once for all its processes.
     """
     images, annotations = getattr(data, f"{split}_images"), getattr(data, f"{split}_annotations")
     if data.path is None and not (images and annotations):
         raise UserError(f"data.path is not set: give the data set's folder (or data.{split}_images and data.{split}_annotations)")
-    if data.path is not None and not (images and annotations) and not Path(data.path).expanduser().is_dir():
+    root = Path() if images and annotations else fetched(data.path)
+    if not root.is_dir():
         raise UserError(f"data.path: there is no folder {data.path}")
-    root = Path(data.path or ".").expanduser()
     candidates = [root / "annotations" / name.format(split=split) for name in ANNOTATION_FILES]
     if annotations:
-        candidates = [Path(annotations).expanduser()]
-    folder = Path(images).expanduser() if images else root / f"{split}2017"
+        candidates = [fetched(annotations)]
+    folder = fetched(images) if images else root / f"{split}2017"
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         looked = " and ".join(map(str, candidates))
@@ -269,6 +268,8 @@ class CocoImages(Dataset):
         self._pack()
 
     def _pack(self) -> None:
+        from torchvision.ops import box_convert  # as long to import as torch, and who only reads annotations shall not wait for it
+
         # Whole tensors instead of a million small objects: those, merely looked at, would be copied into every loading process.
         label_of = {category["id"]: label for label, category in enumerate(self.categories)}
         rows = {image_id: row for row, image_id in enumerate(self.image_ids)}
@@ -292,13 +293,13 @@ class CocoImages(Dataset):
         self.epoch = epoch
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        from torchvision.ops import box_convert
+
         epoch, index = index if isinstance(index, tuple) else (self.epoch, index)
         photograph = self.images(*self.files[index])
         orig_size = photograph.shape[-2:]
         mine = slice(self._starts[index], self._starts[index + 1])
-        boxes = tv_tensors.BoundingBoxes(_clip(self._xyxy[mine], orig_size), format="XYXY", canvas_size=tuple(orig_size))
-        with drawn_from(self.seed, epoch, index):
-            image, boxes = self.transforms(tv_tensors.Image(photograph), boxes)
+        image, boxes = self._transformed(photograph, epoch, index)
         image, xyxy = image.as_subclass(torch.Tensor), boxes.as_subclass(torch.Tensor)
         keep = (xyxy[:, 2:] > xyxy[:, :2]).all(1)  # a crop leaves boxes without area
         height, width = image.shape[-2:]
@@ -312,6 +313,22 @@ class CocoImages(Dataset):
             "size": torch.tensor([height, width]),
         }
         return image, target
+
+    def _transformed(self, photograph: torch.Tensor, epoch: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        from torchvision import tv_tensors
+
+        from raydetr.data.transforms import drawn_from
+
+        size = photograph.shape[-2:]
+        xyxy = _clip(self._xyxy[self._starts[index] : self._starts[index + 1]], size)
+        with drawn_from(self.seed, epoch, index):
+            return self.transforms(tv_tensors.Image(photograph), tv_tensors.BoundingBoxes(xyxy, format="XYXY", canvas_size=tuple(size)))
+
+    def size_of(self, epoch: int, index: int) -> tuple[int, int]:
+        """Height and width of the image that ``dataset[epoch, index]`` has; no picture is read for it."""
+        width, height = self.files[index][1]
+        image, _ = self._transformed(torch.empty(3, height, width, dtype=torch.uint8, device="meta"), epoch, index)
+        return tuple(image.shape[-2:])
 
 
 def _clip(xyxy: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -373,18 +390,19 @@ def build_loader(
     num_workers: int = 0,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    group_sizes: bool = False,
 ) -> DataLoader:
     """Batches of :func:`collate` for worker ``rank`` of ``world_size``, loaded by ``num_workers`` processes.
 
     With ``shuffle`` (training) every worker gets as many batches of ``batch_size``, in an order that follows from ``seed`` and the
     epoch of ``dataset.set_epoch``, which is all that has to be called before an epoch; what does not fill a batch is left out as in
-    the official code, unless it is all there is. Without it (evaluation) the workers share the batches out, each image once, and
-    only photographs of one size come together: nothing is then filled up, so that what the network says of a photograph depends
-    neither on ``batch_size`` nor on ``world_size``.
+    the official code, unless it is all there is; ``group_sizes`` makes the batches as :class:`LikeSizes` does. Without ``shuffle``
+    (evaluation) the workers share the batches out, each image once, and only photographs of one size come together: nothing is then
+    filled up, so that what the network says of a photograph depends neither on ``batch_size`` nor on ``world_size``.
     """
     if shuffle:
         sampler = EpochSampler(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
-        batches = BatchSampler(sampler, batch_size, drop_last=len(sampler) >= batch_size)
+        batches = (LikeSizes if group_sizes else BatchSampler)(sampler, batch_size, drop_last=len(sampler) >= batch_size)
     else:
         batches = _batches_of_one_size(dataset, batch_size)[rank::world_size]
     return Loader(
@@ -412,6 +430,29 @@ class EpochSampler(DistributedSampler):
         epoch = self.dataset.epoch
         self.set_epoch(epoch)
         return ((epoch, index) for index in super().__iter__())
+
+
+class LikeSizes(BatchSampler):
+    """The batches of an :class:`EpochSampler`'s images, made of images alike in shape and size as the transforms leave them.
+
+    Every ``window`` batches are put together anew and shuffled: which images an epoch has, and what it leaves out, stays as drawn. The
+    workers of a run shuffle alike, so that they have about as large images in the same step.
+    """
+
+    window = 64
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        dataset, batches = self.sampler.dataset, super().__iter__()
+        generator = torch.Generator().manual_seed(self.sampler.seed + dataset.epoch)
+        while drawn := list(itertools.islice(batches, self.window)):
+            alike = sorted(itertools.chain(*drawn), key=lambda image: _likeness(dataset.size_of(*image)))
+            made = [alike[start : start + self.batch_size] for start in range(0, len(alike), self.batch_size)]
+            yield from (made[number] for number in torch.randperm(len(made), generator=generator).tolist())
+
+
+def _likeness(size: tuple[int, int]) -> tuple[bool, int, int]:
+    height, width = size
+    return width > height, max(size), min(size)
 
 
 class Loader(DataLoader):

@@ -46,6 +46,7 @@ def tune_command(
     concurrent: int | None,
     workers_per_trial: int,
     gpus_per_trial: float,
+    placement: str,
     scheduler: str,
     sampler: str,
     metric: str,
@@ -55,7 +56,7 @@ def tune_command(
     resume: str | None,
 ) -> str:
     """Run the search and tell how it went; the arguments are the flags of ``raydetr tune``. Raises UserError."""
-    demands = Demands(workers_per_trial, gpus_per_trial, concurrent)
+    demands = Demands(workers_per_trial, gpus_per_trial, concurrent, placement)
     budget = seconds(time_budget)
     known = read_space(space) if space else None
     if resume:

@@ -4,7 +4,6 @@ import importlib
 import secrets
 import socket
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,10 +13,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import raydetr
 from raydetr import config as settings
 from raydetr.errors import UserError
+from raydetr.storage import is_uri, remove_tokens, write_token
 
 PATIENCE_S = 5  # for an answer from the cluster's address
 NODE_PATIENCE_S = 120  # for an answer from each machine; the first process on one has to be started
-DATA = ("data.path", "data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations")
 
 
 def check_listening(what: str, address: str) -> None:
@@ -38,33 +37,30 @@ def check_listening(what: str, address: str) -> None:
 
 
 def check_nodes(config: settings.Config, probe: Callable[..., dict[str, Any]] | None = None) -> None:
-    """Ask every machine of the cluster for what a run needs there; nothing to ask where there is only one.
+    """Ask every machine of the cluster for what a run needs there; where there is only one, whether a store takes the run.
 
     ``probe`` is what runs on each, :func:`look`. Raises UserError that names the machines without raydetr or with another version,
-    those without the photographs, and those for which ``run.storage`` is another folder than it is here.
+    those without the photographs, and those for which ``run.storage`` is another folder than it is here, or refuses what they write.
     """
     nodes = {node["NodeID"]: name_of(node) for node in ray.nodes() if node["Alive"]}
-    if len(nodes) < 2:
+    storage, alone = config.run.storage, len(nodes) < 2
+    if alone and not is_uri(storage):
         return
-    storage = config.run.storage if "://" not in config.run.storage else None
-    paths = [path for path in (getattr(config.data, name.split(".")[1]) for name in DATA) if path and "://" not in path]
+    values = settings.flatten(settings.to_dict(config))
+    paths = [values[name] for name in settings.PLACES if name.startswith("data.") and values[name]]
     token = secrets.token_hex(8)
-    own = Path(storage) / f".probe-{token}" if storage else None
     try:
-        if own:
-            own.parent.mkdir(parents=True, exist_ok=True)
-            own.write_text(token)
-        seen = ask(nodes, probe or look, paths, storage, token)
-        written = {file.name for file in own.parent.glob(f".probe-{token}-*")} if own else set()
+        write_token(storage, f".probe-{token}", token, patience_s=0)
+        try:
+            seen = {} if alone else ask(nodes, probe or look, paths, storage, token)
+        finally:
+            written = set(remove_tokens(storage, f".probe-{token}", patience_s=0))
     except OSError as error:
         raise UserError(f"run.storage: cannot write in {storage}: {error.strerror}") from None
-    finally:
-        for file in own.parent.glob(f".probe-{token}*") if own else ():
-            file.unlink(missing_ok=True)
     judge([(nodes[node], answer) for node, answer in seen.items()], written, storage)
 
 
-def judge(seen: Sequence[tuple[str, dict[str, Any]]], written: set[str], storage: str | None) -> None:
+def judge(seen: Sequence[tuple[str, dict[str, Any]]], written: set[str], storage: str) -> None:
     """Raises UserError with the first thing that machines lack; ``seen`` has names and answers, ``written`` what they wrote here."""
     without = [name for name, answer in seen if answer["version"] is None]
     if without:
@@ -76,7 +72,10 @@ def judge(seen: Sequence[tuple[str, dict[str, Any]]], written: set[str], storage
     if lacked:
         without = [name for name, answer in seen if lacked in answer["lacking"]]
         raise UserError(f"{lacked} is not on {listed(without)}; the photographs belong in a folder that all machines see")
-    apart = [name for name, answer in seen if storage and (not answer["token"] or answer["wrote"] not in written)]
+    refused = next(((name, answer["refusal"]) for name, answer in seen if answer["refusal"]), None)
+    if refused:
+        raise UserError(f"{refused[0]}: {refused[1]}")
+    apart = [name for name, answer in seen if not answer["token"] or answer["wrote"] not in written]
     if apart:
         raise UserError(
             f"run.storage: {storage} is another folder on {listed(apart)} than here; "
@@ -84,9 +83,7 @@ def judge(seen: Sequence[tuple[str, dict[str, Any]]], written: set[str], storage
         )
 
 
-def ask(
-    nodes: dict[str, str], probe: Callable[..., dict[str, Any]], paths: Sequence[str], *storage: str | None
-) -> dict[str, dict[str, Any]]:
+def ask(nodes: dict[str, str], probe: Callable[..., dict[str, Any]], paths: Sequence[str], *storage: str) -> dict[str, dict[str, Any]]:
     """The answers of ``probe`` by node id; raises UserError where a machine gives none."""
     module = importlib.import_module(probe.__module__)
     ray.cloudpickle.register_pickle_by_value(module)  # a machine without raydetr could not import it to find the function
@@ -110,28 +107,41 @@ def ask(
     return answers
 
 
-def look(paths: Sequence[str], storage: str | None, token: str) -> dict[str, Any]:
-    """What a machine has: its version of raydetr, the ``paths`` that it lacks, whether it reads the driver's file in ``storage`` and the
-    name of the file that it wrote there. Runs on each machine and uses nothing of this module, which may not be there."""
+def look(paths: Sequence[str], storage: str, token: str) -> dict[str, Any]:
+    """What a machine has: its version of raydetr, the ``paths`` that it lacks, whether it reads the driver's token in ``storage``, the
+    name of the one that it wrote there, and why a store refused it. Runs on each machine and uses nothing of this module, which may not
+    be there."""
     import importlib
-    import pathlib
-    import socket
+    import secrets
 
+    found = {"version": None, "lacking": [], "token": False, "wrote": None, "refusal": None}
     try:
-        version = importlib.import_module("raydetr").__version__
+        found["version"] = importlib.import_module("raydetr").__version__
+        store = importlib.import_module("raydetr.storage")
     except ImportError:
-        version = None
-    lacking = [path for path in paths if not pathlib.Path(path).exists()]
-    same, mine = not storage, None
-    if storage:
-        try:
-            theirs = pathlib.Path(storage, f".probe-{token}")
-            mine = theirs.with_name(f"{theirs.name}-{socket.gethostname()}-{id(theirs)}")
-            same = theirs.read_text() == token
-            mine.write_text(token)
-        except OSError:
-            same = False
-    return {"version": version, "lacking": lacking, "token": same, "wrote": mine.name if mine else None}
+        return found
+    try:
+        found["lacking"] = [path for path in paths if not store.exists(path, patience_s=0)]
+        found["token"] = store.read_token(storage, f".probe-{token}", patience_s=0) == token
+        wrote = f".probe-{token}-{secrets.token_hex(8)}"
+        if found["token"]:  # else the folder is another one, and is left as it is
+            store.write_token(storage, wrote, token, patience_s=0)
+            found["wrote"] = wrote
+    except importlib.import_module("raydetr.errors").UserError as error:
+        found["refusal"] = str(error)
+    except OSError:
+        found["token"] = False
+    return found
+
+
+def is_of_machine(error: BaseException) -> bool:
+    """Whether a worker was lost with its machine, or with the way to it: no fault of what ran there."""
+    if not isinstance(error, ray.exceptions.RayActorError):
+        return False
+    # At first a machine that went without a word is one that cannot be reached; Ray calls those preempted that said they would go.
+    if error.preempted or isinstance(error, ray.exceptions.ActorUnavailableError):
+        return True
+    return any(node["NodeID"] in str(error) for node in ray.nodes() if not node["Alive"])
 
 
 def name_of(node: dict[str, Any]) -> str:

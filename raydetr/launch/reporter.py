@@ -4,35 +4,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
 
 from raydetr.data.cache import DecodedImages
-
-
-@ray.remote(num_cpus=0)
-class Mailbox:
-    """Carries what there is to show, and the first error that the user can mend, from the workers to the driver."""
-
-    def __init__(self):
-        self.events, self.error = [], None
-
-    def post(self, event: dict) -> None:
-        """Keep an event for the driver."""
-        self.events.append(event)
-
-    def take(self) -> list[dict]:
-        """The events since the last call, oldest first."""
-        events, self.events = self.events, []
-        return events
-
-    def fail(self, message: str) -> None:
-        """Keep the first user error: a run that fails by it is not tried again."""
-        self.error = self.error or message
-
-    def failure(self) -> str | None:
-        """The first user error, or None."""
-        return self.error
 
 
 class TrainReporter:

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import platform
 import shlex
 import sys
 import time
@@ -22,6 +23,7 @@ from raydetr.errors import UserError
 from raydetr.launch.nodes import check_listening
 
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # the environment variables that name a cluster; Ray takes the first first
+AGENT_WAIT_S = 60  # for a cluster that has just started and says that none of its machines takes a job yet
 STOP_WAIT_S = 300  # what `ray job stop` leaves a search to end in order; Ray kills it after 3 s otherwise
 
 # Stays here: photographs and runs belong on a disk that all machines see. Anchored, for raydetr/data/ is code.
@@ -50,21 +52,22 @@ def submit(
     for handler in logging.getLogger("ray").handlers:
         handler.setLevel(logging.WARNING)  # uploads and closed connections are told at INFO
     client = connect(address)
-    try:
-        job = client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "raydetr.cli", *command]),
-            submission_id=f"{name or f'raydetr-{command[0]}'}-{time.strftime('%Y%m%d-%H%M%S')}",
-            runtime_env=runtime_environment(working_dir, excludes),
-            **(entrypoint or {}),
-        )
-    except (RuntimeError, ValueError, requests.RequestException) as error:
-        raise UserError(f"the cluster did not take the job: {one_line(error)}") from error
+    job = hand_over(
+        client,
+        entrypoint=shlex.join(["python", "-m", "raydetr.cli", *command]),
+        submission_id=f"{name or f'raydetr-{command[0]}'}-{time.strftime('%Y%m%d-%H%M%S')}",
+        runtime_env=runtime_environment(working_dir, excludes),
+        **(entrypoint or {}),
+    )
     write(f"job {job} is on its way; {ways_on(client, job)}")
     return follow(client, job) if wait else 0
 
 
 def connect(address: str | None) -> JobSubmissionClient:
-    """A client of the cluster's job server; raises UserError where it cannot be reached, refuses the token or has another Ray."""
+    """A client of the cluster's job server.
+
+    Raises UserError where it cannot be reached, refuses the token, or has another Ray or Python; the line says both versions.
+    """
     given = next(((f"{variable} {os.environ[variable]}", os.environ[variable]) for variable in ADDRESSES if os.environ.get(variable)), None)
     what, where = (
         (f"--address {address}", address) if address else given or ("http://127.0.0.1:8265 (no --address)", "http://127.0.0.1:8265")
@@ -74,14 +77,39 @@ def connect(address: str | None) -> JobSubmissionClient:
         os.environ.pop(variable, None)  # Ray would take them before the address that it is given
     try:
         client = JobSubmissionClient(where)
-        theirs = client._do_request("GET", "/api/version").json()["ray_version"]
+        theirs = versions(client)
     except AuthenticationError as error:
-        raise UserError(f"{what}: the cluster wants its token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN): {one_line(error)}") from error
+        raise UserError(
+            f"{what}: the cluster wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (~/.ray/auth_token)"
+        ) from error
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError, RayError, requests.RequestException) as error:
         raise UserError(f"{what}: no Ray cluster takes jobs there: {one_line(error)}") from error
-    if theirs != ray.__version__:
-        raise UserError(f"{what}: the cluster has Ray {theirs}, here is Ray {ray.__version__}; pip install 'ray[default]=={theirs}' here")
+    ours = {"Ray": ray.__version__, "Python": platform.python_version()}
+    same_python = theirs["Python"].split(".")[:2] == ours["Python"].split(".")[:2]  # a job does not see the patch: what goes along is text
+    if theirs["Ray"] != ours["Ray"] or not same_python:
+        told = [" and ".join(f"{name} {version}" for name, version in each.items()) for each in (theirs, ours)]
+        raise UserError(f"{what}: the cluster has {told[0]}, here are {told[1]}; submit from an environment with the cluster's versions")
     return client
+
+
+def versions(client: JobSubmissionClient) -> dict[str, str]:
+    """The versions of Ray and Python on the cluster."""
+    response = client._do_request("GET", "/api/v0/cluster_metadata")
+    response.raise_for_status()
+    metadata = response.json()["data"]
+    return {"Ray": metadata["rayVersion"], "Python": metadata["pythonVersion"]}
+
+
+def hand_over(client: JobSubmissionClient, **job: Any) -> str:
+    """Give a job to the cluster, which may need a moment to take one after its own start; returns the job's id. Raises UserError."""
+    until = time.monotonic() + AGENT_WAIT_S
+    while True:
+        try:
+            return client.submit_job(**job)
+        except (RuntimeError, ValueError, requests.RequestException) as error:
+            if "No available agent" not in str(error) or time.monotonic() > until:
+                raise UserError(f"the cluster did not take the job: {one_line(error)}") from error
+        time.sleep(1)
 
 
 def runtime_environment(working_dir: Path, excludes: Iterable[str] = ()) -> dict[str, Any]:

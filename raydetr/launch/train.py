@@ -10,17 +10,23 @@ from typing import Any
 
 import ray
 import ray.train
+from ray._private import ray_constants
 from ray.train.torch import TorchTrainer
 
 from raydetr import config as settings
 from raydetr.console import Display
 from raydetr.data.check import check
 from raydetr.errors import UserError
-from raydetr.launch.nodes import check_listening, check_nodes
-from raydetr.launch.reporter import Mailbox, TrainReporter
+from raydetr.launch.mailbox import Mailbox
+from raydetr.launch.nodes import check_listening, check_nodes, is_of_machine
+from raydetr.launch.reporter import TrainReporter
+from raydetr.storage import ENVIRONMENT, absolute, fetch, join, split, working_folder
 
 DRIVER = "trial_driver"  # the resource that keeps the drivers of inner trainers off the CPUs
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where this process is a submitted job
 SHOW_INTERVAL_S = 0.2  # between two looks at what the workers posted
+RESIZE_INTERVAL_S = 20.0  # between two looks for machines that a run of MIN:MAX workers could use
+RESIZE_PATIENCE_S = 10.0  # how long such a run waits for places that it believed to be there; Ray hears late that a machine is gone
 
 # What may change when a run goes on; anything else would make it another run.
 RESUMABLE = {"optim.epochs", "optim.patience", "data.num_workers", "data.cache_gb", "run.max_failures", "run.workers", "speed.device"}
@@ -29,31 +35,37 @@ RESUMABLE = {"optim.epochs", "optim.patience", "data.num_workers", "data.cache_g
 def train(config: settings.Config, resume: bool = False) -> dict[str, Any]:
     """Fine-tune with ``config.run.workers`` Ray Train workers; returns the last epoch's metrics.
 
-    Starts Ray on this machine unless ``RAY_ADDRESS`` names a cluster. The run folder is ``<run.storage>/<run.name>``.
+    Of ``MIN:MAX`` workers there are as many as the cluster has places for, also when machines come and go.
+    Starts Ray on this machine unless ``RAY_ADDRESS`` names a cluster. The run's place is ``<run.storage>/<run.name>``.
     Raises UserError for bad settings, data or an impossible request, and for what a worker found wrong with them.
     """
     config = with_absolute_paths(config)
     check_data(config)
     if not resume:
         claim_run_folder(config)
-    with ray_session(config.run.workers):
+    with ray_session(settings.least_and_most_workers(config)[0]):
         check_nodes(config)
         scaling = scaling_config(config)
         with Display() as display:
             return _run(config, scaling, display)
 
 
+def run_place(config: settings.Config) -> str:
+    """``<run.storage>/<run.name>``, a folder or an address."""
+    return join(config.run.storage, config.run.name)
+
+
 def run_folder(config: settings.Config) -> Path:
-    """``<run.storage>/<run.name>``."""
-    return Path(config.run.storage) / config.run.name
+    """The folder of the run; where it is kept in an object store, its working copy on this machine."""
+    return working_folder(run_place(config))
 
 
 def with_absolute_paths(config: settings.Config) -> settings.Config:
     """The same settings with every path absolute (a worker has another working directory) and the run named."""
     values = settings.flatten(settings.to_dict(config))
-    for name in ("data.path", "data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations", "run.storage"):
-        if values[name] and "://" not in values[name]:
-            values[name] = str(Path(values[name]).expanduser().absolute())
+    for name in settings.PLACES:
+        if values[name]:
+            values[name] = absolute(values[name])
     weights = Path(values["model.weights"]).expanduser()
     if weights.is_file():
         values["model.weights"] = str(weights.absolute())
@@ -71,9 +83,9 @@ def check_name(config: settings.Config) -> None:
 def claim_run_folder(config: settings.Config) -> Path:
     """Make the run's folder; raises UserError where a run is in it already or its name is no folder's name."""
     check_name(config)
-    folder = run_folder(config)
+    place, folder = run_place(config), fetch(run_place(config), only="config.yaml")
     if (folder / "config.yaml").exists():
-        raise UserError(f"{folder} holds a run already: go on with it by --resume {folder}, or choose another --name")
+        raise UserError(f"{place} holds a run already: go on with it by --resume {place}, or choose another --name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -82,17 +94,19 @@ def claim_run_folder(config: settings.Config) -> Path:
 
 
 def resume_config(run: str, *layers: Mapping[str, Any]) -> settings.Config:
-    """The settings of the run in folder ``run``, with what ``layers`` change; raises UserError where that makes it another run."""
-    folder = Path(run).expanduser().absolute()
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"--resume: there is no run in {folder} (no config.yaml)")
-    before = settings.read_yaml(folder / "config.yaml")
+    """The settings of the run at the place ``run``, with what ``layers`` change; raises UserError where that makes it another run."""
+    place = absolute(run)
+    file = fetch(place, only="config.yaml") / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"--resume: there is no run in {place} (no config.yaml)")
+    before = settings.read_yaml(file)
     after = {name: value for layer in layers for name, value in settings.flatten(layer).items()}
     for name, value in after.items():
         value = after[name] = settings.find_setting(name).parse(value)
         if name not in RESUMABLE and value != before.get(name):
-            raise UserError(f"--resume: {name} is {before.get(name)!r} in {folder} and {value!r} here; it may not change, start a new run")
-    return settings.load_config(before, after, {"run.storage": str(folder.parent), "run.name": folder.name})
+            raise UserError(f"--resume: {name} is {before.get(name)!r} in {place} and {value!r} here; it may not change, start a new run")
+    storage, name = split(place)
+    return settings.load_config(before, after, {"run.storage": storage, "run.name": name})
 
 
 def check_data(config: settings.Config) -> None:
@@ -107,7 +121,8 @@ def check_data(config: settings.Config) -> None:
 def ray_session(workers: int, drivers: bool = False) -> Iterator[None]:
     """Ray for the length of a ``with``: the cluster at ``RAY_ADDRESS``, or one of its own on this machine, shut down at the end.
 
-    ``drivers`` says whether trials will start workers of their own. Raises UserError where the cluster cannot be reached.
+    One of its own listens on 127.0.0.1 alone. ``drivers`` says whether trials will start workers of their own. Raises UserError where
+    the cluster cannot be reached or has another Ray or Python; the line says both versions.
     """
     if ray.is_initialized():
         yield
@@ -116,24 +131,51 @@ def ray_session(workers: int, drivers: bool = False) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     # The dashboard's server is what frees the places of an inner trainer whose trial was stopped.
     own = {"address": "local", "num_cpus": max(os.cpu_count() or 1, workers), "include_dashboard": drivers, "resources": {DRIVER: 64}}
-    where = {"address": address} if address else own
+    where = {"address": address, **store_environment()} if address else own
     if address:
         check_listening(f"RAY_ADDRESS {address}", address)
     try:
-        # What a run has to say comes by its mailbox; the workers' own output is Ray's and the libraries' chatter, kept in Ray's log files.
-        ray.init(**where, logging_level="error", log_to_driver=False)
+        with contextlib.nullcontext() if address else on_loopback():
+            # What a run has to say comes by its mailbox; the workers' own output is Ray's and the libraries' chatter, kept in Ray's log
+            # files.
+            ray.init(**where, logging_level="error", log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        what = " ".join(str(error).split())
+        if what.startswith("Version mismatch"):
+            raise UserError(f"RAY_ADDRESS {address}: {what}; take the cluster's versions of Ray and Python here") from error
         place = f"the Ray cluster at {address} (RAY_ADDRESS)" if address else "Ray on this machine"
-        raise UserError(f"cannot reach {place}: {' '.join(str(error).split())}") from error
+        raise UserError(f"cannot reach {place}: {what}") from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
+@contextlib.contextmanager
+def on_loopback() -> Iterator[None]:
+    """Ray that is started within listens on 127.0.0.1 only.
+
+    On Linux it opens its ports on every interface, and an address of 127.0.0.1 given to ``ray.init`` is replaced by the machine's outer
+    one. Where Ray forms no clusters (macOS, Windows) it stays on loopback: that is what is chosen here.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def store_environment() -> dict[str, Any]:
+    """What ``ray.init`` is told so that workers on other machines find the same object store as this process."""
+    known = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    # Ray gives a job's workers the environment of the job, and refuses to be told anything twice.
+    return {"runtime_env": {"env_vars": known}} if known and JOB not in os.environ else {}
+
+
 def scaling_config(config: settings.Config) -> ray.train.ScalingConfig:
     """Workers, and the GPUs and CPUs of each, from what the cluster has; raises UserError with the numbers where it has too little."""
-    workers, nodes = config.run.workers, nodes_resources()
+    (workers, most), nodes = settings.least_and_most_workers(config), nodes_resources()
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     use_gpu = config.speed.device != "cpu" and gpus > 0
     if config.speed.device == "cuda" and not gpus:
@@ -143,11 +185,17 @@ def scaling_config(config: settings.Config) -> ray.train.ScalingConfig:
             f"run.workers: {workers} asked for, {gpus} GPUs there; one worker takes one GPU (--workers {gpus}, or --speed.device cpu)"
         )
     cores = [int(node.get("CPU", 0)) for node in nodes]
-    each = cores_each(cores, workers)
+    fitting = min(gpus, sum(cores)) if use_gpu else sum(cores)
+    each = cores_each(cores, max(workers, min(most, fitting)))
     if each is None:
         raise UserError(f"run.workers: {workers} asked for, {sum(cores)} CPUs there; a worker takes at least one")
     resources = {"CPU": each, **({"GPU": 1} if use_gpu else {})}
-    return ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=resources)
+    return ray.train.ScalingConfig(
+        num_workers=workers if workers == most else (workers, most),
+        elastic_resize_monitor_interval_s=RESIZE_INTERVAL_S,
+        use_gpu=use_gpu,
+        resources_per_worker=resources,
+    )
 
 
 def nodes_resources() -> list[dict[str, float]]:
@@ -162,6 +210,8 @@ def cores_each(cores: list[int], processes: int) -> int | None:
 
 def _run(config: settings.Config, scaling: ray.train.ScalingConfig, display: Display) -> dict[str, Any]:
     mailbox = Mailbox.remote()
+    if scaling.elasticity_enabled:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(RESIZE_PATIENCE_S))
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings.to_dict(config), "mailbox": mailbox},
@@ -174,13 +224,24 @@ def _run(config: settings.Config, scaling: ray.train.ScalingConfig, display: Dis
         ),
     )
     with showing(mailbox, display.show):
+        return fit_on_machines(trainer, mailbox, config)
+
+
+def fit_on_machines(trainer: TorchTrainer, mailbox, config: settings.Config) -> dict[str, Any]:
+    """The last epoch's metrics of ``trainer.fit()``, begun again where a machine was lost, which Ray counts as the run's own failure.
+
+    Raises UserError where the run failed.
+    """
+    while True:
         try:
-            result = trainer.fit()
+            last = trainer.fit().return_value
         except ray.train.TrainingFailedError as error:
-            raise failure_of(error, mailbox, config) from error
-    if result.return_value is None:
-        raise UserError(ray.get(mailbox.failure.remote()))
-    return result.return_value
+            if not any(map(is_of_machine, getattr(error, "worker_failures", {}).values())):
+                raise failure_of(error, mailbox, config) from error
+        else:
+            if last is None:
+                raise ray.get(mailbox.failure.remote())
+            return last
 
 
 def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
@@ -194,19 +255,19 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
         images = [ray.get(each) for each in loop_config.get("images", ())]
         return fit(settings.load_config(loop_config["settings"]), TrainReporter(mailbox, loop_config.get("searched"), *images))
     except UserError as error:
-        ray.get(mailbox.fail.remote(str(error)))
+        ray.get(mailbox.fail.remote(error))
         raise
 
 
 def failure_of(error: Exception, mailbox, config: settings.Config) -> UserError:
     """The error to show for a failed run: the user's own to mend, or what the workers died of and how to go on."""
-    message = ray.get(mailbox.failure.remote())
-    if message:
-        return UserError(message)
+    own = ray.get(mailbox.failure.remote())
+    if own:
+        return own
     causes = getattr(error, "worker_failures", None) or {0: error}
     rank, cause = next(iter(causes.items()))
     last_line = str(cause).strip().splitlines()[-1]
-    return UserError(f"worker {rank} failed: {last_line}; finished epochs are kept: raydetr train --resume {run_folder(config)}")
+    return UserError(f"worker {rank} failed: {last_line}; finished epochs are kept: raydetr train --resume {run_place(config)}")
 
 
 @contextlib.contextmanager

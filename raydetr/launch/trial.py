@@ -12,9 +12,9 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from raydetr import config as settings
 from raydetr.data.cache import DecodedImages
-from raydetr.errors import UserError
-from raydetr.launch.reporter import Mailbox
-from raydetr.launch.train import failure_of, run_folder, train_worker
+from raydetr.errors import DiskFull, UserError
+from raydetr.launch.mailbox import Mailbox
+from raydetr.launch.train import fit_on_machines, run_folder, train_worker
 
 
 class TuneReporter:
@@ -35,11 +35,13 @@ class TuneReporter:
         """Tell Ray Tune the epoch's metrics; raises UserError where the objective is not defined on this data."""
         if metrics[self.metric] is None:
             raise UserError(f"--metric {self.metric}: the validation set has no object that it counts")
-        ray.tune.report(_defined(metrics))
+        ray.tune.report(_told(metrics))
 
 
-def _defined(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in metrics.items() if value is not None}
+def _told(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics as Ray Tune is told them: those that are defined, and the machine and cards that the trial has."""
+    here = {"node": ray.get_runtime_context().get_node_id(), "cards": ",".join(map(str, ray.get_gpu_ids()))}
+    return {name: value for name, value in {**metrics, **here}.items() if value not in (None, "")}
 
 
 def run_trial(assigned: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
@@ -55,12 +57,14 @@ def run_trial(assigned: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) ->
             last = fit(config, TuneReporter(assigned["metric"], assigned["searched"], *map(ray.get, images)))
         else:
             last = fit_with_workers(config, assigned["places"], assigned["searched"], images)
+    except DiskFull as error:
+        ray.tune.report({"epoch": 0, "full": str(error)})
     except UserError as error:
         ray.tune.report({"epoch": 0, "failed": str(error)})
     except (RuntimeError, ValueError, TypeError, LookupError, OSError, ArithmeticError) as error:
         ray.tune.report({"epoch": 0, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"})
     else:
-        ray.tune.report({**_defined(last), "finished": True})
+        ray.tune.report({**_told(last), "finished": True})
 
 
 def fit_with_workers(
@@ -72,7 +76,12 @@ def fit_with_workers(
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"settings": settings.to_dict(config), "mailbox": mailbox, "searched": searched, "images": list(images)},
-        scaling_config=ray.train.ScalingConfig(num_workers=config.run.workers, use_gpu=places["gpus"] > 0, resources_per_worker=each),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.run.workers,
+            use_gpu=places["gpus"] > 0,
+            resources_per_worker=each,
+            placement_strategy=places["placement"].upper(),
+        ),
         run_config=ray.train.RunConfig(
             name="ray",
             storage_path=str(run_folder(config)),
@@ -81,7 +90,4 @@ def fit_with_workers(
             callbacks=[TuneReportCallback()],
         ),
     )
-    try:
-        return trainer.fit().return_value
-    except ray.train.TrainingFailedError as error:
-        raise failure_of(error, mailbox, config) from error
+    return fit_on_machines(trainer, mailbox, config)

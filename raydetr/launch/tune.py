@@ -7,6 +7,9 @@ import math
 import os
 import shutil
 import signal
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,20 +27,23 @@ from rich.console import Console
 from raydetr import config as settings
 from raydetr.data.cache import DecodedImages, cache_limit
 from raydetr.data.coco import CocoImages, find_split
-from raydetr.errors import UserError
-from raydetr.launch.nodes import check_nodes
-from raydetr.launch.train import DRIVER, check_data, check_name, cores_each, nodes_resources, ray_session, with_absolute_paths
+from raydetr.errors import DiskFull, UserError, is_disk_full
+from raydetr.launch.nodes import check_nodes, is_of_machine
+from raydetr.launch.train import DRIVER, check_data, check_name, cores_each, nodes_resources, ray_session, run_place, with_absolute_paths
 from raydetr.launch.trial import run_trial
 from raydetr.model.checkpoint import read_checkpoint, save_checkpoint
 from raydetr.model.files import written_whole
 from raydetr.search import Search, create_search, open_search, top_trials, write_best, write_trials
 from raydetr.space import Space, read_space
+from raydetr.storage import LAST, absolute, copy, fetch, is_uri, join, push, split, working_folder
 from raydetr.trials import TrialsDisplay
 
 TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
 TO_GO_ON = ("optimizer", "lr_scheduler", "scaler", "ema", "random")  # what a checkpoint holds for a run that is not finished
 STORE_SHARE = 0.5  # of Ray's object store, for decoded pictures
 TURNS = 4  # how often in a run a trial of population-based training may go on from another
+KEEP_INTERVAL_S = 5.0  # between two pushes of a search's own files to a store
+ROOM_INTERVAL_S = 1.0  # between two looks at the cluster for places
 HOPELESS = 3  # trials that all failed before their first epoch: the rest would fail, too
 
 
@@ -47,7 +53,8 @@ class Demands:
 
     workers: int = 1  # training workers per trial
     gpus: float = 1.0  # per trial of one worker; below 1 trials share a card. Nothing where there are no GPUs
-    concurrent: int | None = None  # trials at a time; None: as many as fit
+    concurrent: int | None = None  # trials at a time; None: as many as fit, also when machines come and go
+    placement: str = "pack"  # trials on as few machines as hold them, or "spread" over all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +64,7 @@ class Places:
     concurrent: int
     cpus: int
     gpus: float
+    placement: str = "pack"
 
 
 def tune(
@@ -80,7 +88,7 @@ def tune(
     config = with_absolute_paths(config)
     check_name(config)
     check_data(config)
-    folder = Path(config.run.storage) / config.run.name
+    place = run_place(config)
     grace = grace_epochs(config.optim)
     space = space if isinstance(space, Space) else read_space(space)
     if scheduler == "pbt" and demands.workers > 1:
@@ -88,13 +96,14 @@ def tune(
     with ray_session(demands.workers, drivers=demands.workers > 1):
         check_nodes(config)
         places = find_places(config, demands, trials)
-        check_disk(config, folder, trials, places.concurrent)
+        check_disk(config, working_folder(place), trials, places.concurrent)
         images = share_images(config)
+        bring(place)
         search = create_search(
-            folder, space, config, trials=trials, metric=metric, sampler=sampler, pruner=scheduler, grace=grace, seed=seed, points=points
+            place, space, config, trials=trials, metric=metric, sampler=sampler, pruner=scheduler, grace=grace, seed=seed, points=points
         )
-        with driving(folder):
-            return _run(search, demands.workers, places, images, time_budget_s)
+        with driving(search.folder), keeping(search):
+            return _run(search, demands, places, images, time_budget_s)
 
 
 def resume(
@@ -109,15 +118,16 @@ def resume(
 
     Raises UserError where ``space`` is given and is not the search's own; the line tells the difference.
     """
-    folder = Path(folder).expanduser().absolute()
-    search = open_search(folder, space, trials)
-    with driving(folder), ray_session(demands.workers, drivers=demands.workers > 1):
+    place = absolute(folder)
+    bring(place)
+    search = open_search(place, space, trials)
+    with driving(search.folder), ray_session(demands.workers, drivers=demands.workers > 1), keeping(search):
         base = search.config(0)
-        base.run.storage = str(folder.parent)  # where the search is now
+        base.run.storage = split(place)[0]  # where the search is now
         check_nodes(base)
         search.reclaim(())
         places = find_places(search.config(0), demands, search.trials)
-        return _run(search, demands.workers, places, share_images(search.config(0)), time_budget_s)
+        return _run(search, demands, places, share_images(search.config(0)), time_budget_s)
 
 
 @contextlib.contextmanager
@@ -132,6 +142,36 @@ def driving(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def bring(place: str) -> None:
+    """Make the working copy of a search what the store holds of it; not under the hands of another driver. Nothing for a folder."""
+    if is_uri(place):
+        with driving(working_folder(place)):
+            fetch(place, recursive=False)  # the trials fetch their own
+
+
+@contextlib.contextmanager
+def keeping(search: Search) -> Iterator[None]:
+    """For the length of a ``with``, and at its end, the search's own files are brought to its store. Nothing for a folder."""
+    if not is_uri(search.place):
+        yield
+        return
+    done = threading.Event()
+
+    def keep() -> None:
+        while not done.wait(KEEP_INTERVAL_S):
+            with contextlib.suppress(UserError):  # it is pushed again soon, and at the end with patience
+                search.push(patience_s=0)
+
+    thread = threading.Thread(target=keep, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        search.push()
 
 
 def grace_epochs(optim: settings.Optim) -> int:
@@ -164,15 +204,28 @@ def find_places(config: settings.Config, demands: Demands, trials: int) -> Place
     what = f"{sum(gpus):g} GPUs" if use_gpu else f"{sum(cores)} CPUs"
     if fitting < 1:
         raise UserError(f"--workers-per-trial {demands.workers}: asked for that many workers, the cluster has {what}")
-    if demands.concurrent is not None and demands.concurrent > fitting:
+    if demands.concurrent is not None and demands.concurrent > fitting and not most_resources():
         raise UserError(f"--concurrent {demands.concurrent}: {what} hold {fitting} trials of {demands.workers} worker(s) at a time")
-    concurrent = min(demands.concurrent or fitting, trials, drivers if demands.workers > 1 else trials)
-    cpus = cores_each(cores, concurrent * demands.workers)
+    concurrent = min(demands.concurrent or fitting, fitting, trials, drivers if demands.workers > 1 else trials)
+    # Trials that are packed on a card's machine leave the others there their share of its CPUs.
+    packed = cores_each(cores, fitting * demands.workers) if use_gpu and demands.placement == "pack" else None
+    cpus = packed or cores_each(cores, concurrent * demands.workers)
     if cpus is None:
         raise UserError(
             f"{concurrent} trials of {demands.workers} worker(s) need a CPU each, the cluster has {sum(cores)}; lower --concurrent"
         )
-    return Places(concurrent, cpus, each if use_gpu else 0.0)
+    return Places(concurrent, cpus, each if use_gpu else 0.0, demands.placement)
+
+
+def holds(machine: Mapping[str, float], places: Places) -> int:
+    """How many trials of one worker, or workers of trials, a machine has places for."""
+    cpus = int(machine.get("CPU", 0) // places.cpus)
+    return min(cpus, int(machine.get("GPU", 0) / places.gpus + 1e-9)) if places.gpus else cpus
+
+
+def most_resources() -> dict[str, float]:
+    """What the cluster's autoscaler may bring it to; empty where it has none. Ray Train looks it up there, too."""
+    return ray._private.state.state.get_max_resources_from_cluster_config() or {}
 
 
 def check_disk(config: settings.Config, folder: Path, trials: int, concurrent: int) -> str:
@@ -196,42 +249,66 @@ def weights_bytes(config: settings.Config) -> int:
         return sum(tensor.numel() for tensor in build_model(config.model.preset, **leaves).state_dict().values()) * 4
 
 
-def _run(search: Search, workers: int, places: Places, images: list[ray.ObjectRef], time_budget_s: float | None) -> Search:
+def _run(search: Search, demands: Demands, places: Places, images: list[ray.ObjectRef], time_budget_s: float | None) -> Search:
     # A trial's own fit writes its events, the study is the record of results (Ray Tune's, kept every few seconds, would cost a sixth of
     # this process's time), the table below is what is shown; and a trial that failed has no metric to report.
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "inf"
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    searcher = StudySearcher(search, workers, places)
-    population = search.scheduler == "pbt"
-    resources = {"CPU": places.cpus, "GPU": places.gpus} if workers == 1 else {DRIVER: 1}
+    searcher, population = StudySearcher(search, demands, places), search.scheduler == "pbt"
+    # Without a limit of its own Ray Tune lets one trial wait; the searcher has the limit. The members of a population take turns.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "1" if population else str(search.trials)
+    scheduler = PopulationScheduler(search, searcher) if population else StudyScheduler(search)
     trainable = ray.tune.with_parameters(run_trial, images=images)
     with Console(highlight=False) as console, TrialsDisplay(search, console) as display, stopped_in_order():
         tuner = ray.tune.Tuner(
-            ray.tune.with_resources(trainable, resources),
+            ray.tune.with_resources(trainable, resources_of),
             tune_config=ray.tune.TuneConfig(
                 search_alg=searcher,
-                scheduler=PopulationScheduler(search, searcher) if population else StudyScheduler(search),
+                scheduler=scheduler,
                 num_samples=-1,
-                max_concurrent_trials=None if population else places.concurrent,  # a population takes turns
-                reuse_actors=workers == 1,
+                reuse_actors=demands.workers == 1,
                 time_budget_s=time_budget_s,
                 trial_dirname_creator=lambda trial: trial.trial_id,
             ),
             run_config=ray.tune.RunConfig(
                 name="ray",
-                storage_path=str(search.folder),
-                failure_config=ray.tune.FailureConfig(max_failures=search.config(0).run.max_failures),
+                storage_path=str(search.folder),  # of no use to anybody but this process
+                failure_config=ray.tune.FailureConfig(max_failures=-1),  # the scheduler counts them
                 callbacks=[Watcher(search, display)],
                 stop=Hopeless(search),
                 verbose=0,
             ),
         )
-        tuner.fit()
+        fit_with_room(tuner, search, scheduler)
         if searcher.stripped:
             ray.wait(searcher.stripped, num_returns=len(searcher.stripped))  # one that failed leaves a larger file, and that is all
     finish(search)
     return search
+
+
+def fit_with_room(tuner: ray.tune.Tuner, search: Search, scheduler: "StudyScheduler") -> None:
+    """``tuner.fit()``; raises DiskFull where a trial, or the study, found no room: trials under way stay unfinished, none is to blame."""
+    try:
+        tuner.fit()
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        scheduler.full = f"the disk of {search.folder} is full"
+    if scheduler.full:
+        raise DiskFull(f"{scheduler.full}; trials under way were stopped: make room, then raydetr tune --resume {search.place}")
+
+
+def resources_of(assigned: Mapping[str, Any]) -> ray.tune.PlacementGroupFactory:
+    """What a trial takes of the cluster; one of several workers only a driver's place, its workers come by themselves."""
+    places = assigned["places"]
+    if assigned["settings"]["run"]["workers"] > 1:
+        return ray.tune.PlacementGroupFactory([{DRIVER: 1}])
+    # Whatever the strategy, a group of one bundle goes to the emptiest machine; only this hint packs. Where the machine is gone or full
+    # the trial goes to another.
+    return ray.tune.PlacementGroupFactory(
+        [{"CPU": places["cpus"], "GPU": places["gpus"]}], "STRICT_PACK", _soft_target_node_id=assigned["machine"]
+    )
 
 
 def share_images(config: settings.Config) -> list[ray.ObjectRef]:
@@ -267,7 +344,7 @@ def finish(search: Search) -> None:
             raise UserError(f"all {len(failed)} trials failed, the first of them: {failed[0].user_attrs['reason']}")
         return
     write_best(search.folder)
-    weights = trial_folder(search, best.number) / "best.pth"
+    weights = fetch(trial_place(search, best.number), only="best.pth") / "best.pth"
     if weights.exists():
         copy_file(weights, search.folder / "best.pth")
 
@@ -277,15 +354,21 @@ def summary(search: Search) -> str:
     unfinished = search.trials - sum(trial.state.is_finished() for trial in search.frozen())
     lines = [top_trials(search)]
     if unfinished:
-        lines.append(f"{unfinished} of {search.trials} trials are not finished: raydetr tune --resume {search.folder}")
+        lines.append(f"{unfinished} of {search.trials} trials are not finished: raydetr tune --resume {search.place}")
     if search.best():
-        lines.append(f"best settings: raydetr train --config {search.folder / 'best.yaml'}; its weights: {search.folder / 'best.pth'}")
+        best = {name: join(search.place, name) for name in ("best.yaml", "best.pth")}
+        lines.append(f"best settings: raydetr train --config {best['best.yaml']}; its weights: {best['best.pth']}")
     return "\n".join(lines)
 
 
+def trial_place(search: Search, number: int) -> str:
+    """Where the run of a trial is kept."""
+    return join(search.place, TRIALS_FOLDER, search.trial_name(number))
+
+
 def trial_folder(search: Search, number: int) -> Path:
-    """The run folder of a trial."""
-    return search.folder / TRIALS_FOLDER / search.trial_name(number)
+    """The run folder of a trial; where the search is in a store, its working copy on this machine."""
+    return working_folder(trial_place(search, number))
 
 
 def best_so_far(search: Search, number: int, result: Mapping[str, Any]) -> float:
@@ -303,30 +386,65 @@ def metrics_of(result: Mapping[str, Any]) -> dict[str, Any]:
 class StudySearcher(Searcher):
     """Ray Tune's view of the study: asks it for trials and tells it how they ended."""
 
-    def __init__(self, search: Search, workers: int, places: Places):
+    def __init__(self, search: Search, demands: Demands, places: Places):
         super().__init__(metric=search.metric, mode="max")
-        self.search, self.workers, self.places = search, workers, places
+        self.search, self.demands, self.places = search, demands, places
+        self.live: dict[str, str | None] = {}  # trials under way, by Ray Tune's id, and the machine that each is meant for
+        self._machines: dict[str, int] = {}
+        self._looked = -math.inf
         self._stripper = Stripper.remote()
         self.stripped: list[ray.ObjectRef] = []  # one for each ended trial
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The next trial, as :func:`run_trial` takes it."""
+        """The next trial, as :func:`run_trial` takes it; None while there is no room for one."""
+        population = self.search.scheduler == "pbt"
+        if not population and len(self.live) >= self.room():
+            return None
         asked = self.search.ask(trial_id)
         if asked is None:
             return Searcher.FINISHED
-        return self.assigned(asked[0])
+        self.search.push()  # before the trial leaves anything there
+        self.live[trial_id] = None if population else self.machine()
+        return self.assigned(asked[0]) | {"machine": self.live[trial_id]}
+
+    def machines(self) -> dict[str, int]:
+        """How many trials, or workers of trials, each machine holds that is there now, by its id."""
+        if time.monotonic() - self._looked > ROOM_INTERVAL_S:
+            self._machines = {node["NodeID"]: holds(node["Resources"], self.places) for node in ray.nodes() if node["Alive"]}
+            self._looked = time.monotonic()
+        return self._machines
+
+    def room(self) -> int:
+        """How many trials may be under way: as many as were asked for, else as the cluster holds now.
+
+        An autoscaler brings machines for trials that wait: as many may as run, until it can bring no more.
+        """
+        if self.demands.concurrent:
+            return self.demands.concurrent
+        now = max(1, sum(self.machines().values()) // self.demands.workers)
+        most = holds(most_resources(), self.places) // self.demands.workers
+        return max(now, min(2 * now, most))
+
+    def machine(self) -> str | None:
+        """The machine that a trial to be packed is meant for, the fullest that has a place; None: any, for Ray the emptiest."""
+        if self.demands.placement != "pack" or self.demands.workers > 1:
+            return None
+        taken = Counter(self.live.values())
+        free = {machine: places - taken[machine] for machine, places in self.machines().items()}
+        return min((machine for machine in free if free[machine] > 0), key=lambda machine: (free[machine], machine), default=None)
 
     def assigned(self, number: int) -> dict[str, Any]:
         """A trial as :func:`run_trial` takes it, with the settings that it has now."""
         config = self.search.config(number)
-        config.run.storage, config.run.name = str(self.search.folder / TRIALS_FOLDER), self.search.trial_name(number)
-        config.run.workers = self.workers
+        config.run.storage, config.run.name = join(self.search.place, TRIALS_FOLDER), self.search.trial_name(number)
+        config.run.workers = self.demands.workers
         return {
             "number": number,
             "metric": self.search.metric,
             "settings": settings.to_dict(config),
             "searched": self.search.space.hparam_domains(self.search.base),
             "places": dataclasses.asdict(self.places),
+            "machine": None,
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -334,6 +452,7 @@ class StudySearcher(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tell the study; a trial that was only interrupted stays unfinished, to be gone on with."""
+        self.live.pop(trial_id, None)
         number = self.search.number(trial_id)
         if number is None:
             return
@@ -348,7 +467,8 @@ class StudySearcher(Searcher):
             self.search.tell(number, "pruned", metrics=metrics_of(result))
         else:
             return
-        self.stripped.append(self._stripper.strip.remote(trial_folder(self.search, number) / "last.pth"))
+        self.search.push()  # a trial that nobody knows to have ended goes on from what is stripped now
+        self.stripped.append(self._stripper.strip.remote(trial_place(self.search, number)))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is in its journal."""
@@ -358,15 +478,33 @@ class StudySearcher(Searcher):
 
 
 class StudyScheduler(FIFOScheduler):
-    """Notes every epoch's objective in the study and stops the trials that the study's pruner gives up."""
+    """Notes every epoch's objective in the study, stops the trials that the study's pruner gives up, and fails those lost too often."""
 
     def __init__(self, search: Search):
         super().__init__()
-        self.search = search
+        self.search, self.max_failures = search, search.config(0).run.max_failures
+        self.losses: Counter[str] = Counter()
+        self.full = ""  # what a trial said of a full disk
+
+    def on_trial_error(self, tune_controller, trial) -> None:
+        """A trial lost its process; that counts, unless its machine went with it. Ray Tune will start it again."""
+        file = trial.pickled_error_file
+        if not (file and is_of_machine(ray.cloudpickle.loads(Path(file).read_bytes()))):
+            self.losses[trial.trial_id] += 1
+
+    def on_trial_add(self, tune_controller, trial) -> None:
+        """A trial is to be started, for the first time or again."""
+        if self.losses[trial.trial_id] > self.max_failures:
+            tune_controller.search_alg.on_trial_complete(trial.trial_id, error=True)
+            tune_controller.stop_trial(trial)
 
     def on_trial_result(self, tune_controller, trial, result: dict[str, Any]) -> str:
         """Continue or stop."""
         number = self.search.number(trial.trial_id)
+        if result.get("full"):
+            self.full = self.full or result["full"]
+            tune_controller.request_stop_experiment()
+            return FIFOScheduler.STOP
         if result.get("failed") or result.get("finished") or number is None:
             return FIFOScheduler.CONTINUE
         self.search.report(number, result["epoch"], best_so_far(self.search, number, result))
@@ -398,7 +536,7 @@ class PopulationScheduler(StudyScheduler):
         pending = next((trial for trial in trials if trial.status == Trial.PENDING), None)
         paused = [trial for trial in trials if trial.status == Trial.PAUSED]
         running = sum(trial.status == Trial.RUNNING for trial in trials)
-        if pending or not paused or running >= self.searcher.places.concurrent:
+        if pending or not paused or running >= self.searcher.room():
             return pending
         chosen = min(paused, key=lambda trial: trial.last_result["epoch"])
         self._turn(chosen)
@@ -408,8 +546,9 @@ class PopulationScheduler(StudyScheduler):
         number, epoch = self.search.number(trial.trial_id), trial.last_result["epoch"]
         other = self.search.better_trial(number, epoch)
         if other is not None:
-            copy_weights(trial_folder(self.search, other), trial_folder(self.search, number))
+            copy_weights(trial_place(self.search, other), trial_place(self.search, number))
             self.search.take_over(number, other, epoch)
+            self.search.push()
             trial.set_config(self.searcher.assigned(number))
 
 
@@ -452,10 +591,13 @@ class Watcher(ray.tune.Callback):
         self.display.refresh()
 
 
-def copy_weights(source: Path, target: Path) -> None:
+def copy_weights(source: str, target: str) -> None:
     """Put a trial's checkpoints in the place of another's."""
     for name in ("best.pth", "last.pth"):
-        copy_file(source / name, target / name)
+        if is_uri(source):
+            copy(join(source, name), join(target, name))
+        else:
+            copy_file(Path(source, name), Path(target, name))
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -468,14 +610,16 @@ def copy_file(source: Path, target: Path) -> None:
 class Stripper:
     """Makes the checkpoints of ended trials smaller, one after the other and not in the controller, which hears no trial meanwhile."""
 
-    def strip(self, checkpoint: Path) -> None:
+    def strip(self, trial: str) -> None:
         """As :func:`strip`."""
-        strip(checkpoint)
+        strip(trial)
 
 
-def strip(checkpoint: Path) -> None:
-    """Take what only serves to go on out of a finished trial's checkpoint: the weights stay."""
+def strip(trial: str) -> None:
+    """Take what only serves to go on out of the last checkpoint of a finished trial, by its place: the weights stay."""
+    checkpoint = fetch(trial, only=LAST) / LAST
     if checkpoint.exists():
         content = read_checkpoint(checkpoint)
         if not content.keys().isdisjoint(TO_GO_ON):
             save_checkpoint(checkpoint, {name: value for name, value in content.items() if name not in TO_GO_ON})
+            push(trial, only=LAST)

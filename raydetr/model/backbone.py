@@ -53,11 +53,41 @@ class FoldedConvolution(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         """Gradients of x and weight; under autocast the convolution was in ``grad``'s type, and so are its derivatives."""
         x, weight, scale = ctx.saved_tensors
-        wanted = [*ctx.needs_input_grad[:2], False]
+        by_products = products_are_faster(grad, weight, *ctx.geometry)
+        wanted = [ctx.needs_input_grad[0], not by_products, False]
         folded = (weight * scale).to(grad.dtype)
         backward = torch.ops.aten.convolution_backward
         grad_x, grad_weight, _ = backward(grad, x.to(grad.dtype), folded, None, *ctx.geometry, False, [0, 0], 1, wanted)
+        if by_products:
+            grad_weight = weight_gradient(grad, x, weight.shape[-1], *ctx.geometry)
         return grad_x, grad_weight.to(weight.dtype).mul_(scale), None, None, None
+
+
+def products_are_faster(grad: Tensor, weight: Tensor, stride: tuple[int, int], *_) -> bool:
+    """Whether :func:`weight_gradient` takes less time than oneDNN, whose kernel for it is slow with AVX2 (but for 1x1) and with strides."""
+    if not grad.is_cpu or grad.dtype != weight.dtype:
+        return False
+    return stride[0] > 1 or (weight.shape[-1] > 1 and torch.backends.cpu.get_cpu_capability() != "AVX512")
+
+
+def weight_gradient(
+    grad: Tensor, x: Tensor, size: int, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
+) -> Tensor:
+    """The gradient of a convolution's weight [outputs, inputs, size, size], a matrix product for each of its places.
+
+    grad [B, outputs, h, w] of the result, x [B, inputs, H, W]; both and the gradient lie in channels-last memory.
+    """
+    (batch, outputs, height, width), inputs = grad.shape, x.shape[1]
+    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
+    by_pixel = grad.permute(0, 2, 3, 1).reshape(batch * height * width, outputs)
+    gradient = grad.new_empty(outputs, size, size, inputs)
+    for i in range(size):
+        rows = slice(i * dilation[0], i * dilation[0] + stride[0] * (height - 1) + 1, stride[0])
+        for j in range(size):
+            columns = slice(j * dilation[1], j * dilation[1] + stride[1] * (width - 1) + 1, stride[1])
+            seen = x[:, :, rows, columns].permute(0, 2, 3, 1).reshape(len(by_pixel), inputs)
+            torch.mm(by_pixel.T, seen, out=gradient[:, i, j])
+    return gradient.permute(0, 3, 1, 2)
 
 
 def folded_conv(x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm) -> Tensor:

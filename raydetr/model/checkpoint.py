@@ -23,10 +23,11 @@ from torchvision.models import ResNet50_Weights, ResNet101_Weights
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from raydetr import config
-from raydetr.errors import UserError
+from raydetr.errors import DiskFull, UserError, is_disk_full
 from raydetr.model.backbone import RESNET_BLOCKS
 from raydetr.model.detr import DETR, build_model
 from raydetr.model.files import download, written_whole
+from raydetr.storage import fetched, is_uri
 
 BUNDLED = Path(__file__).with_name("detr_tiny.pth")
 IMAGENET = {"resnet50": ResNet50_Weights.IMAGENET1K_V1.url, "resnet101": ResNet101_Weights.IMAGENET1K_V1.url}
@@ -71,7 +72,8 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
         if not isinstance(cause, OSError):
             raise
         kept = "; the file that was there is untouched" if path.exists() else ""
-        raise UserError(f"{path}: not saved ({cause.strerror or cause}){kept}") from None
+        kind = DiskFull if is_disk_full(cause) else UserError
+        raise kind(f"{path}: not saved ({cause.strerror or cause}){kept}") from None
 
 
 _PLAIN = (bool, int, float, str, bytes, complex, type(None), torch.Size, torch.device, torch.dtype)
@@ -262,7 +264,7 @@ def _source(weights: str, model: dict[str, Any]) -> str | Path:
         if model["preset"] != "detr_tiny":
             raise UserError(f"model.weights: only detr_tiny's weights are bundled; for {model['preset']} take coco, imagenet or none")
         return BUNDLED
-    if not _is_url(weights) and not Path(weights).expanduser().exists():
+    if not _is_url(weights) and not is_uri(weights) and not Path(weights).expanduser().exists():
         raise UserError(f"model.weights: {weights}: no such file; it takes coco, imagenet, bundled, none, a path or a URL")
     return weights
 
@@ -286,8 +288,8 @@ def _is_url(source: str | Path) -> bool:
 
 
 def located(source: str | Path) -> Path:
-    """The file of a path or URL; an URL's is downloaded once and kept."""
-    return download(str(source)) if _is_url(source) else Path(source).expanduser()
+    """The file of a path or URL; an URL's is downloaded once and kept, one in an object store fetched where it changed."""
+    return download(str(source)) if _is_url(source) else fetched(source)
 
 
 # ---------------------------------------------------------------------------------------------------------- what a file holds

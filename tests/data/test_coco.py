@@ -621,6 +621,55 @@ def test_every_training_worker_has_as_many_batches(coco_folder, images, workers,
         assert {image_id for batches in per_worker for each in batches for image_id in each} <= set(range(10, 18))
 
 
+@pytest.fixture
+def of_many_sizes(coco_folder):
+    root = coco_folder(train=21)
+    several = settings(root, train_sizes="32 48 64 80 96", crop=0.5, crop_resize="60 90", crop_min=30, crop_max=60)
+    return dataset(root, "train", train_transforms(several))
+
+
+def test_the_size_is_known_before_the_picture_is_read(of_many_sizes):
+    sizes = {(epoch, index): of_many_sizes.size_of(epoch, index) for epoch in (0, 3) for index in range(21)}
+    assert len(set(sizes.values())) > 10
+    state = torch.get_rng_state()
+    assert {each: tuple(of_many_sizes[each][0].shape[1:]) for each in sizes} == sizes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def drawn(train, epoch, **options):
+    """The epoch's batches of (epoch, index)."""
+    train.set_epoch(epoch)
+    return list(build_loader(train, 2, shuffle=True, **options).batch_sampler)
+
+
+@pytest.mark.parametrize("window", [3, 64])
+def test_batches_of_like_sizes_have_the_images_that_were_drawn(of_many_sizes, monkeypatch, window):
+    monkeypatch.setattr("raydetr.data.coco.LikeSizes.window", window)
+    for rank, epoch in itertools.product((0, 1), (0, 1)):
+        share = {"rank": rank, "world_size": 2, "seed": 3}
+        batches = drawn(of_many_sizes, epoch, group_sizes=True, **share)
+        assert [len(batch) for batch in batches] == [2] * 5
+        assert sorted(itertools.chain(*batches)) == sorted(itertools.chain(*drawn(of_many_sizes, epoch, **share)))
+        assert batches == drawn(of_many_sizes, epoch, group_sizes=True, **share)
+        assert batches != drawn(of_many_sizes, epoch, group_sizes=True, **share | {"seed": 4})
+
+
+def test_batches_of_like_sizes_are_filled_up_less(of_many_sizes):
+    def filled_up(group_sizes):
+        sizes = [
+            [of_many_sizes.size_of(*image) for image in batch]
+            for epoch in range(4)
+            for batch in drawn(of_many_sizes, epoch, group_sizes=group_sizes)
+        ]
+        return (
+            sum(len(each) * max(height for height, _ in each) * max(width for _, width in each) for each in sizes)
+            / sum(height * width for each in sizes for height, width in each)
+            - 1
+        )
+
+    assert filled_up(True) < 0.6 * filled_up(False)
+
+
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
 def test_evaluation_counts_every_image_once(coco_folder, workers):
     val = dataset(coco_folder(val=5))

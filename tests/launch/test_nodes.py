@@ -1,5 +1,10 @@
+import json
+import os
+import platform
 import re
 import socket
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -10,7 +15,7 @@ from raydetr import __version__, config
 from raydetr.errors import UserError
 from raydetr.launch import nodes
 from raydetr.launch.nodes import check_listening, check_nodes, look
-from raydetr.launch.train import ray_session, train
+from raydetr.launch.train import train
 
 # One Ray at a time: two would share the cores, and the helpers of one could take the other for their own.
 pytestmark = pytest.mark.xdist_group("ray")
@@ -67,6 +72,7 @@ def test_machines_that_share_all_pass_and_nothing_stays_behind(two_machines, coc
         ({"lacking": ["/shared/photographs"]}, r"/shared/photographs is not on \S+ \([\d.]+\); the photographs"),
         ({"token": False}, r"run\.storage: .* is another folder on \S+ \([\d.]+\) than here; .*NFS"),
         ({"wrote": "elsewhere"}, r"run\.storage: .* is another folder"),
+        ({"refusal": "s3://bucket/runs: the store refuses"}, r"\S+ \([\d.]+\): s3://bucket/runs: the store refuses"),
     ],
 )
 def test_a_machine_that_lacks_something_is_named(two_machines, coco_folder, tmp_path, change, says):
@@ -88,7 +94,7 @@ def test_what_a_machine_has_is_seen_there(tmp_path):
     assert (found["version"], found["lacking"], found["token"]) == (__version__, [str(tmp_path / "absent")], True)
     assert (tmp_path / found["wrote"]).read_text() == "abc"
     assert not look([], str(tmp_path / "another disk"), "abc")["token"]
-    assert look([], None, "abc")["token"]  # a storage that is no folder
+    assert not (tmp_path / "another disk").exists()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "http://127.0.0.1:1", "ray://127.0.0.1:1", "garbage", "host:port"])
@@ -104,12 +110,25 @@ def test_an_address_where_something_listens_passes():
     check_listening("RAY_ADDRESS", "auto")
 
 
-def test_a_cluster_of_other_versions_is_refused_with_both(two_machines, monkeypatch):
-    address = ray.get_runtime_context().gcs_address
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(
-        ray, "init", lambda **_: ray._private.utils.check_version_info({"ray_version": "2.1.0", "python_version": "3.9.1"}, "n")
-    )
-    with pytest.raises(UserError, match=rf"Ray: 2\.1\.0 Python: 3\.9\.1 .* Ray: {re.escape(ray.__version__)} Python: 3"), ray_session(1):
-        pass
+@pytest.mark.parametrize("other", [{"ray_version": "2.1.0"}, {"python_version": "3.9.1"}])
+def test_a_cluster_of_other_versions_is_refused_with_both(two_machines, other):
+    known = ray._private.worker.global_worker.gcs_client
+    key, namespace = b"CLUSTER_METADATA", b"cluster"  # what every driver compares itself with
+    before = known.internal_kv_get(key, namespace)
+    known.internal_kv_put(key, json.dumps(json.loads(before) | other).encode(), True, namespace)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", "from raydetr.launch.train import ray_session\nwith ray_session(1): pass"],
+            env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    finally:
+        known.internal_kv_put(key, before, True, namespace)
+    said = done.stderr.strip().splitlines()[-1]
+    theirs = {"ray_version": ray.__version__, "python_version": platform.python_version()} | other
+    assert "UserError: RAY_ADDRESS" in said
+    assert f"Ray: {theirs['ray_version']} Python: {theirs['python_version']} " in said
+    assert f"Ray: {ray.__version__} Python: {platform.python_version()};" in said

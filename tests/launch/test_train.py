@@ -12,6 +12,7 @@ import torch
 
 from raydetr import config
 from raydetr.errors import UserError
+from raydetr.launch import train as training
 from raydetr.launch.train import resume_config, scaling_config, train
 from raydetr.model.checkpoint import read_checkpoint
 
@@ -49,6 +50,12 @@ def log_of(run):
     return [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
 
 
+@pytest.mark.parametrize(("module", "late"), [("raydetr.launch.train", "torchvision"), ("raydetr.launch.mailbox", "torch")])
+def test_what_takes_long_to_import_is_not_where_everyone_waits(module, late):
+    code = f"import sys, {module}; sys.exit({late!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_two_workers_make_a_whole_run_folder(cluster, coco_folder, tmp_path):
     metrics = train(settings(coco_folder(train=5, val=3), tmp_path / "runs"))
     run = tmp_path / "runs" / "run"
@@ -81,6 +88,28 @@ def test_more_workers_than_cpus_are_refused_with_the_numbers(cluster, coco_folde
 def test_workers_share_the_cpus(cluster, coco_folder, tmp_path):
     alone = scaling_config(settings(coco_folder(), tmp_path, run__workers=1))
     assert (alone.num_workers, alone.resources_per_worker) == (1, {"CPU": 2})
+
+
+@pytest.mark.parametrize(
+    ("machines", "workers", "number", "each"),
+    [
+        ([{"CPU": 8}], "1:4", (1, 4), {"CPU": 2}),
+        ([{"CPU": 2}], "1:4", (1, 4), {"CPU": 1}),
+        ([{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 2}], "2:4", (2, 4), {"CPU": 4, "GPU": 1}),
+        ([{"CPU": 2, "GPU": 4}], "1:4", (1, 4), {"CPU": 1, "GPU": 1}),
+        ([{"CPU": 8}], "4:4", 4, {"CPU": 2}),
+    ],
+)
+def test_of_some_to_more_workers_each_has_its_share_of_what_is_there(coco_folder, tmp_path, monkeypatch, machines, workers, number, each):
+    monkeypatch.setattr(training, "nodes_resources", lambda: machines)
+    scaling = scaling_config(settings(coco_folder(), tmp_path, run__workers=workers))
+    assert (scaling.num_workers, scaling.resources_per_worker) == (number, each)
+
+
+def test_fewer_places_than_the_fewest_workers_are_refused(coco_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "nodes_resources", lambda: [{"CPU": 2}])
+    with pytest.raises(UserError, match="3 asked for, 2 CPUs there"):
+        scaling_config(settings(coco_folder(), tmp_path, run__workers="3:8"))
 
 
 def test_a_run_is_not_overwritten(coco_folder, tmp_path):
@@ -173,3 +202,39 @@ def test_a_killed_worker_is_replaced_and_the_run_ends_whole(coco_folder, tmp_pat
     os.kill(min(set(training_workers()) - before), signal.SIGKILL)
     assert process.wait(timeout=300) == 0, process.stdout.read()
     assert [line["epoch"] for line in log_of(run)] == [0, 1, 2, 3]
+
+
+LISTENING = """
+import psutil, ray
+from raydetr.launch.train import ray_session
+
+with ray_session(1, drivers=True):
+    ray.get(ray.remote(num_cpus=1)(lambda: None).remote())
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    for process in processes:
+        for socket in process.net_connections("tcp"):
+            if socket.status == psutil.CONN_LISTEN:
+                print("LISTENS", process.name(), socket.laddr.ip)
+"""
+
+
+def test_ray_that_is_started_here_listens_to_this_machine_only():
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", LISTENING], env=environment, capture_output=True, text=True, timeout=180, check=True)
+    listening = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("LISTENS")]
+    assert len(listening) >= 6, done.stdout  # the driver, gcs_server, raylet, dashboard, its agents, the task's worker
+    assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}, done.stdout
+
+
+def test_no_secret_is_left_in_a_run(coco_folder, tmp_path):
+    secrets = {"AWS_SECRET_ACCESS_KEY": "marker-of-a-secret-key", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "marker-of-a-secret-token"}
+    values = {**TINY, "data.path": coco_folder(), "run.storage": tmp_path, "run.workers": 1, "optim.epochs": 1}
+    flags = [word for name, value in values.items() for word in (f"--{name}", str(value).strip("[]"))]
+    command = [sys.executable, "-m", "raydetr.cli", "train", "--debug", *flags]
+    done = subprocess.run(command, env=os.environ | secrets, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    left = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert {"config.yaml", "log.txt", "best.pth"} <= {path.name for path in left}
+    assert any("tfevents" in path.name for path in left)
+    told = {"output": (done.stdout + done.stderr).encode(), **{str(path): path.read_bytes() for path in left}}
+    assert [where for where, text in told.items() if b"marker-of-a-secret" in text] == []

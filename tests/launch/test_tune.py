@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -96,6 +97,24 @@ def test_a_trial_that_breaks_is_failed_and_the_search_goes_on(cluster, coco_fold
     assert [trial.state.name for trial in search.frozen()] == ["COMPLETE", "FAIL"]
     assert "model.dilation" in search.frozen()[1].user_attrs["reason"]
     assert search.best().number == 0
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_dies_again_and_again_is_failed(cluster, coco_folder, tmp_path, monkeypatch):
+    begun = tmp_path / "begun"
+
+    def run_trial(assigned, images):
+        if assigned["number"] == 1:
+            with begun.open("a") as file:
+                file.write("x")
+            os._exit(1)
+        ray.tune.report({"epoch": 1, "AP": 0.5, "finished": True})
+
+    monkeypatch.setattr(launcher, "run_trial", run_trial)
+    search = tune(settings(coco_folder(), tmp_path, run__max_failures=1), SPACE, trials=3, scheduler="none")
+    assert [trial.state.name for trial in search.frozen()] == ["COMPLETE", "FAIL", "COMPLETE"]
+    assert search.frozen()[1].user_attrs["reason"] == "its worker was lost again and again"
+    assert begun.read_text() == "xx"
 
 
 @pytest.mark.slow
@@ -203,6 +222,35 @@ def test_gpus_are_shared_and_more_than_a_machine_has_are_refused(monkeypatch, co
     assert find_places(known, Demands(workers=2), 32).concurrent == 1
     with pytest.raises(UserError, match=r"--gpus-per-trial 4: no machine has more than 2 GPUs"):
         find_places(known, Demands(gpus=4), 32)
+
+
+def test_trials_go_where_the_fullest_machine_has_a_place(monkeypatch, coco_folder, tmp_path):
+    known = settings(coco_folder(), tmp_path)
+    search = launcher.create_search(tmp_path / "search", read_space(SPACE), known, trials=8)
+    machines = [{"NodeID": name, "Alive": True, "Resources": {"CPU": 4, "GPU": 1}} for name in "ab"]
+    monkeypatch.setattr(launcher.ray, "nodes", lambda: machines)
+    monkeypatch.setattr(launcher, "most_resources", dict)
+    monkeypatch.setattr(launcher, "ROOM_INTERVAL_S", 0)
+    monkeypatch.setattr(launcher, "Stripper", SimpleNamespace(remote=lambda: None))
+    searcher = launcher.StudySearcher(search, Demands(gpus=0.5), launcher.Places(4, 2, 0.5))
+    meant = [searcher.suggest(key)["machine"] for key in "1234"]
+    assert meant == ["a", "a", "b", "b"]
+    assert searcher.suggest("5") is None  # there is no room
+    machines[0]["Alive"] = False
+    searcher.on_trial_complete("3")
+    assert searcher.suggest("5") is None
+    machines += [{"NodeID": "c", "Alive": True, "Resources": {"CPU": 8, "GPU": 2}}]  # now there is
+    assert [searcher.suggest(key)["machine"] for key in "567"] == ["b", "c", "c"]
+
+
+@pytest.mark.parametrize(("most", "room"), [({}, 4), ({"CPU": 64, "GPU": 16}, 8), ({"CPU": 64, "GPU": 3}, 6), ({"CPU": 8, "GPU": 1}, 4)])
+def test_an_autoscaler_sees_as_many_trials_wait_as_run(monkeypatch, coco_folder, tmp_path, most, room):
+    search = launcher.create_search(tmp_path / "search", read_space(SPACE), settings(coco_folder(), tmp_path), trials=8)
+    monkeypatch.setattr(launcher.ray, "nodes", lambda: [{"NodeID": "a", "Alive": True, "Resources": {"CPU": 8, "GPU": 2}}])
+    monkeypatch.setattr(launcher, "most_resources", lambda: most)
+    monkeypatch.setattr(launcher, "Stripper", SimpleNamespace(remote=lambda: None))
+    assert launcher.StudySearcher(search, Demands(gpus=0.5), launcher.Places(4, 2, 0.5)).room() == room
+    assert launcher.StudySearcher(search, Demands(gpus=0.5, concurrent=3), launcher.Places(4, 2, 0.5)).room() == 3
 
 
 def test_trials_of_several_workers_never_wait_for_a_driver_that_cannot_come(monkeypatch, coco_folder, tmp_path):

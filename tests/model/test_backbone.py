@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torchvision.ops import FrozenBatchNorm2d
 
-from raydetr.model.backbone import Backbone, FrozenBatchNorm, ResNet, folded_conv
+from raydetr.model.backbone import Backbone, FrozenBatchNorm, ResNet, folded_conv, weight_gradient
 
 
 def randomize(state: dict) -> dict:
@@ -69,6 +69,16 @@ def test_gradients_lie_in_memory_as_their_weights_do():
     network(torch.randn(2, 3, 64, 64)).sum().backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is None or parameter.grad.stride() == parameter.stride(), name
+
+
+@pytest.mark.parametrize(("size", "stride", "padding", "dilation"), [(3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 2, 2), (1, 2, 0, 1), (1, 1, 0, 1)])
+def test_the_weights_gradient_by_products_is_autograds(size, stride, padding, dilation):
+    x = torch.randn(2, 5, 9, 12, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(7, 5, size, size, dtype=torch.float64, requires_grad=True)
+    y = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation)
+    slope = torch.randn_like(y)
+    (expected,) = torch.autograd.grad((y * slope).sum(), weight)
+    torch.testing.assert_close(weight_gradient(slope, x, size, *((each, each) for each in (stride, padding, dilation))), expected)
 
 
 def test_gradients_under_autocast_are_those_of_separate_layers():

@@ -1,0 +1,25 @@
+import sys
+
+from benchmarks import padding
+
+
+def test_what_is_filled_up_is_counted():
+    class Sized(list):
+        epoch = 0
+
+        def set_epoch(self, epoch):
+            self.epoch = epoch
+
+        def size_of(self, _epoch, index):
+            return self[index]
+
+    assert padding.filled_up(Sized([(10, 20), (20, 10)]), 2, False, epochs=3) == (1.0, 0.0)
+    assert padding.filled_up(Sized([(10, 20), (10, 20)]), 2, True, epochs=3) == (0.0, 1.0)
+    # Two lie and two stand: together with their like nothing is filled up.
+    assert padding.filled_up(Sized([(10, 20), (20, 10)] * 2), 2, True, epochs=3) == (0.0, 1.0)
+
+
+def test_the_command_prints_its_table(coco_folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks.padding", "--quick", str(coco_folder(train=4))])
+    padding.main()
+    assert capsys.readouterr().out.count("| grouped") == 4

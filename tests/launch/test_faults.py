@@ -1,0 +1,265 @@
+"""What clusters do to runs and searches: machines and processes come and go, hang, and fill their disks.
+
+Several nodes of one cluster on this machine, with its disk as what they share.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+import ray
+import ray.tune
+from ray.cluster_utils import Cluster
+
+from raydetr import config
+from raydetr.launch import train as training
+from raydetr.launch import tune as launcher
+from raydetr.launch.tune import Demands, trial_folder, tune
+from raydetr.model.checkpoint import read_checkpoint
+from raydetr.search import Search, trials_frame
+
+# One Ray at a time: two would share the cores, and the helpers of one could take the other for their own.
+pytestmark = pytest.mark.xdist_group("ray")
+
+TINY = {
+    "model.preset": "detr_tiny",
+    "model.weights": "none",
+    "optim.epochs": 4,
+    "optim.batch_size": 1,
+    "optim.schedule": "cosine",
+    "data.train_sizes": [48],
+    "data.val_size": 48,
+    "data.num_workers": 0,
+    "run.pictures": 0,
+    "run.max_failures": 0,
+}
+SPACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}}
+TRIALS = 4
+DRIVERS = []  # processes started by a test
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head without places; tests add their machines, which are gone afterwards."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture
+def add_machine(cluster):
+    yield cluster.add_node
+    while DRIVERS:
+        with contextlib.suppress(ProcessLookupError):  # one that a test has seen the end of
+            os.killpg(DRIVERS.pop().pid, signal.SIGKILL)
+    for machine in list(cluster.worker_nodes):
+        cluster.remove_node(machine, allow_graceful=False)
+
+
+@pytest.fixture(scope="module")
+def photographs(module_coco_folder):
+    return module_coco_folder(train=24, val=4)
+
+
+def settings(photographs, storage, **changes):
+    dotted = {key.replace("__", "."): value for key, value in changes.items()}
+    return config.load_config(TINY, {"data.path": str(photographs), "run.storage": str(storage), "run.name": "search"}, dotted)
+
+
+def start(cluster, *flags):
+    """A search on the cluster, by a driver of its own."""
+    command = [sys.executable, "-c", "import sys; from raydetr.cli import main; sys.exit(main(sys.argv[1:]))", "tune", *flags]
+    environment = os.environ | {"RAY_ADDRESS": cluster.address}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    DRIVERS.append(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))
+    return DRIVERS[-1]
+
+
+def start_search(cluster, known, folder):
+    folder.mkdir(exist_ok=True)
+    config.write_yaml(known, folder / "run.yaml")
+    (folder / "space.yaml").write_text(json.dumps(SPACE))
+    files = ("--config", str(folder / "run.yaml"), "--space", str(folder / "space.yaml"))
+    return start(cluster, *files, "--trials", str(TRIALS), "--scheduler", "none", "--sampler", "random")
+
+
+def log_of(folder):
+    file = folder / "log.txt"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def logs_of(search):
+    return [log_of(trial_folder(search, number)) for number in range(TRIALS)]
+
+
+def ends_well(driver, folder, undisturbed):
+    """All trials are complete, and went as if nothing had happened: every epoch once, with the very same numbers."""
+    said, _ = driver.communicate(timeout=600)
+    assert driver.returncode == 0, said
+    search = Search(folder)
+    assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"] * TRIALS
+    assert logs_of(search) == undisturbed
+    return search
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, photographs, tmp_path_factory):
+    """Every trial's log where nothing happens."""
+    machine, folder = cluster.add_node(num_cpus=2), tmp_path_factory.mktemp("runs")
+    driver = start_search(cluster, settings(photographs, folder), folder)
+    said, _ = driver.communicate(timeout=600)
+    assert driver.returncode == 0, said
+    cluster.remove_node(machine)
+    logs = logs_of(Search(folder / "search"))
+    assert [[line["epoch"] for line in log] for log in logs] == [[0, 1, 2, 3]] * TRIALS
+    assert len({log[-1]["test_loss"] for log in logs}) == TRIALS
+    return logs
+
+
+def wait_for(condition, process=None, seconds=400):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not come"
+        assert process is None or process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    return found
+
+
+def processes_of(machine, title):
+    """Ray's processes with that title on a machine."""
+    found = []
+    for process in psutil.Process(machine.all_processes["raylet"][0].process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def trials_on(machine, folder):
+    """Numbers of the trials that run on a machine, those in the middle of an epoch that is not their first.
+
+    Ray Tune gives a trial's process a working folder of the trial's id.
+    """
+    if not (folder / "trials").exists():
+        return set()
+    search, numbers = Search(folder), set()
+    for process in processes_of(machine, "ray::ImplicitFunc"):
+        with contextlib.suppress(psutil.Error):
+            number = search.number(os.path.basename(process.cwd()))
+            if number is not None and 1 <= len(log_of(trial_folder(search, number))) <= 3:
+                numbers.add(number)
+    return numbers
+
+
+@pytest.mark.slow
+def test_trials_follow_machines_that_come_and_outlive_those_that_go(undisturbed, add_machine, cluster, photographs, tmp_path):
+    first = add_machine(num_cpus=1)
+    driver = start_search(cluster, settings(photographs, tmp_path), tmp_path)
+    wait_for(lambda: trials_on(first, tmp_path / "search"), driver)
+    second = add_machine(num_cpus=2)
+    lost = wait_for(lambda: len(numbers := trials_on(second, tmp_path / "search")) == 2 and numbers, driver)
+    cluster.remove_node(second, allow_graceful=False)
+    search = ends_well(driver, tmp_path / "search", undisturbed)  # with run.max_failures 0: the machine's loss is not the trials'
+    assert {search.frozen()[number].user_attrs["metrics"]["node"] for number in lost} == {first.node_id}  # they went on there
+
+
+@pytest.mark.slow
+def test_a_killed_driver_and_a_machine_that_hangs_lose_nothing(undisturbed, add_machine, cluster, photographs, tmp_path):
+    slow = add_machine(num_cpus=1)
+    add_machine(num_cpus=1)
+    driver = start_search(cluster, settings(photographs, tmp_path), tmp_path)
+    wait_for(lambda: trials_on(slow, tmp_path / "search"), driver)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    driver = start(cluster, "--resume", str(tmp_path / "search"))  # the job that is submitted again
+    wait_for(lambda: trials_on(slow, tmp_path / "search"), driver)
+    raylet = psutil.Process(slow.all_processes["raylet"][0].process.pid)
+    hanging = [*raylet.children(recursive=True), raylet]
+    for process in hanging:
+        process.suspend()
+    time.sleep(5)
+    for process in hanging:
+        process.resume()
+    ends_well(driver, tmp_path / "search", undisturbed)
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_a_search_that_goes_on_when_there_is_room(undisturbed, add_machine, cluster, photographs, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", disk], capture_output=True, check=False).returncode:
+        pytest.skip("a disk of its own takes the right to mount one")
+    try:
+        machine = add_machine(num_cpus=2)
+        driver = start_search(cluster, settings(photographs, disk), tmp_path)
+        wait_for(lambda: trials_on(machine, disk / "search"), driver)
+        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(2**20))
+        said, _ = driver.communicate(timeout=600)
+        assert driver.returncode == 2, said
+        assert f"make room, then raydetr tune --resume {disk / 'search'}" in said
+        assert "Traceback" not in said
+        (disk / "filler").unlink()
+        ends_well(start(cluster, "--resume", str(disk / "search")), disk / "search", undisturbed)
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.slow
+def test_a_run_of_some_to_more_workers_follows_the_machines(add_machine, cluster, photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "RESIZE_INTERVAL_S", 1.0)
+    changes = {"optim__epochs": 60, "run__workers": "1:2", "run__max_failures": 1, "run__name": "run"}
+    ended, run = [], tmp_path / "run"
+    thread = threading.Thread(target=lambda: ended.append(training.train(settings(photographs, tmp_path, **changes))), daemon=True)
+
+    def workers():
+        """How many trained the last epoch."""
+        with contextlib.suppress(OSError):
+            return len(read_checkpoint(run / "last.pth")["random"])
+
+    add_machine(num_cpus=1)
+    thread.start()
+    wait_for(lambda: workers() == 1)
+    second = add_machine(num_cpus=1)
+    wait_for(lambda: workers() == 2)
+    (worker,) = processes_of(second, "ray::RayTrainWorker")
+    worker.kill()  # in the middle of an epoch
+    wait_for(lambda: any(each.pid != worker.pid for each in processes_of(second, "ray::RayTrainWorker")))
+    time.sleep(3)
+    cluster.remove_node(second, allow_graceful=False)  # the second loss, which does not count: it is the machine's
+    wait_for(lambda: workers() == 1)
+    thread.join(timeout=300)
+    assert ended[0]["epoch"] == 60
+    log = log_of(run)
+    assert [line["epoch"] for line in log] == list(range(60))
+    rates = [line["train_lr"] for line in log]
+    assert rates == sorted(rates, reverse=True)  # a cosine of the epochs, whatever the number of workers
+
+
+@pytest.mark.parametrize(("placement", "machines"), [("pack", 1), ("spread", 2)])
+def test_trials_that_share_cards_are_packed_or_spread(add_machine, photographs, tmp_path, monkeypatch, placement, machines):
+    for _ in range(2):
+        add_machine(num_cpus=4, num_gpus=2)
+
+    def run_trial(assigned, images):  # where it runs, and no training
+        here = {"node": ray.get_runtime_context().get_node_id(), "cards": str(ray.get_gpu_ids())}
+        time.sleep(5)  # until all have begun
+        ray.tune.report({"epoch": 1, "AP": 0.5, "finished": True, **here})
+
+    monkeypatch.setattr(launcher, "run_trial", run_trial)
+    demands = Demands(gpus=0.5, concurrent=4, placement=placement)
+    trials = trials_frame(tune(settings(photographs, tmp_path), SPACE, trials=4, scheduler="none", demands=demands))
+    assert list(trials["state"]) == ["complete"] * 4
+    # Two trials to a card; a machine's second card serves where it has all four of them.
+    assert trials.groupby(["node", "cards"]).size().to_list() == [2, 2]
+    assert trials["node"].nunique() == machines

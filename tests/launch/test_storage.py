@@ -1,0 +1,230 @@
+"""Runs and searches that are kept in an object store, with a real S3 server."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from raydetr import config, storage
+from raydetr.errors import UserError
+from raydetr.fit import LocalReporter, fit
+from raydetr.launch import nodes
+from raydetr.launch.nodes import check_nodes, look
+from raydetr.launch.train import ray_session, resume_config, train
+from raydetr.launch.tune import copy_weights
+from raydetr.model.checkpoint import read_checkpoint
+from raydetr.report import report
+from raydetr.score import score_checkpoint
+from raydetr.search import Search
+from raydetr.storage import fetched
+
+# One Ray at a time: two would share the cores, and the helpers of one could take the other for their own.
+pytestmark = pytest.mark.xdist_group("ray")
+
+TINY = {
+    "model.preset": "detr_tiny",
+    "model.weights": "none",
+    "model.dropout": 0.1,
+    "optim.epochs": 4,
+    "optim.batch_size": 1,
+    "optim.schedule": "constant",
+    "data.train_sizes": [48],
+    "data.crop": 0.0,
+    "data.val_size": 48,
+    "data.num_workers": 0,
+    "run.pictures": 0,
+    "run.name": "one",
+}
+
+
+def settings(data, place, **changes):
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    return config.load_config(TINY, {"data.path": str(data), "run.storage": str(place)}, dotted)
+
+
+def start(*words):
+    """The command in a process, of a machine that has no copies yet."""
+    command = [sys.executable, "-m", "raydetr.cli", *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def flags_of(settings):
+    values = config.flatten(config.to_dict(settings))
+    return [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value).strip("[]"))]
+
+
+def wait_until(condition, process, patience_s=300):
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.05)
+
+
+def kill(process):
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture
+def cluster(store):
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def log_of(store, place):
+    return [json.loads(line)["epoch"] for line in store.read(f"{place}/log.txt").splitlines()]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_the_store_alone_and_ends_in_the_same_bits(cluster, store, coco_folder, tmp_path):
+    folder, run = coco_folder(train=6, val=2), f"{store.uri}/one"
+    photographs = f"{store.uri}/photographs"
+    store.upload(folder, photographs)
+    train(settings(folder, tmp_path, run__workers=2, optim__epochs=4))
+    train(settings(photographs, store.uri, run__workers=2, optim__epochs=2))
+    with pytest.raises(UserError, match=f"{run} holds a run already: go on with it by --resume {run}"):
+        train(settings(folder, store.uri))
+    assert log_of(store, run) == [0, 1]
+    before = store.names(run)
+
+    shutil.rmtree(storage.cache_folder())
+    outage = threading.Thread(target=stop_for, args=(store, 10, storage.working_folder(run) / "config.yaml"))
+    outage.start()
+    train(resume_config(run, {"optim.epochs": 4}), resume=True)
+    outage.join()
+    assert log_of(store, run) == [0, 1, 2, 3]
+    names = store.names(run)
+    assert {name for name in names if not name.startswith("tb/")} == {"best.pth", "config.yaml", "last.pth", "log.txt"}
+    assert set(before) < set(names)  # the second process wrote events of its own
+    mine, other = (read_checkpoint(file) for file in (fetched(f"{run}/last.pth"), tmp_path / "one" / "last.pth"))
+    assert all(mine["model"][name].equal(other["model"][name]) for name in other["model"])
+    assert not any(b"secret-of-the-test" in store.read(f"{run}/{name}") for name in names)
+    assert score_checkpoint(f"{run}/best.pth", {"data.path": photographs})["AP"] == pytest.approx(mine["metrics"]["best_AP"])
+
+
+def stop_for(store, seconds, sign):
+    """The store does not answer for that long, once the file ``sign`` is there."""
+    deadline = time.monotonic() + 300
+    while not sign.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    store.stop()
+    time.sleep(seconds)
+    store.start()
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_from_the_store_alone(store, coco_folder, tmp_path, monkeypatch):
+    folder, place, space = coco_folder(train=4, val=2), f"{store.uri}/one", tmp_path / "space.yaml"
+    space.write_text("optim.lr: {loguniform: [1e-5, 1e-2]}\n")
+    options = ("--space", space, "--trials", 4, "--scheduler", "none", "--concurrent", 2)
+    stopped = start("tune", *options, *flags_of(settings(folder, store.uri, optim__epochs=3)))
+    wait_until(lambda: any(name.endswith("last.pth") for name in store.names(place)), stopped)
+    kill(stopped)
+    monkeypatch.setenv("RAYDETR_CACHE", str(tmp_path / "another machine"))
+    begun = {name.split("/")[1] for name in store.names(place) if name.startswith("trials/")}
+    resumed = start("tune", "--resume", place)
+    out, _ = resumed.communicate(timeout=500)
+    assert resumed.returncode == 0, out
+    assert f"raydetr train --config {place}/best.yaml; its weights: {place}/best.pth" in out
+
+    names = set(store.names(place))
+    assert {"best.pth", "best.yaml", "config.yaml", "space.yaml", "study.journal", "trials.csv", "trials.parquet"} <= names
+    search = Search(fetched(place))
+    trials = {search.trial_name(number) for number in range(4)}
+    assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"] * 4
+    assert begun <= trials  # what was begun went on, under its own name
+    for name in trials:
+        assert log_of(store, f"{place}/trials/{name}") == [0, 1, 2]
+        assert "optimizer" not in read_checkpoint(search.folder / "trials" / name / "last.pth")
+    best = read_checkpoint(fetched(f"{place}/best.pth"))
+    assert best["settings"]["optim"]["lr"] == search.config(search.best().number).optim.lr
+    assert not any("/ray/" in name or name.startswith("ray/") for name in names)
+    monkeypatch.chdir(tmp_path)
+    assert report([place]).name == "report.html"
+
+
+def test_a_trial_goes_on_from_anothers_weights(store, coco_folder):
+    folder = coco_folder()
+    one, other = (settings(folder, store.uri, run__name=name, optim__epochs=epochs) for name, epochs in (("one", 1), ("other", 2)))
+    fit(one)
+    copy_weights(f"{store.uri}/one", f"{store.uri}/other")
+    assert fit(other)["epoch"] == 2
+    assert log_of(store, f"{store.uri}/other") == [1]  # the first epoch is the other one's
+
+
+def test_a_machine_that_was_given_up_for_lost_leaves_the_store_alone(store, coco_folder, tmp_path, monkeypatch):
+    run = settings(coco_folder(), store.uri, optim__epochs=2)
+    theirs = []
+
+    class Lost(LocalReporter):
+        def show(self, event):
+            if event["kind"] == "evaluate" and event["epoch"] == 2:
+                with monkeypatch.context() as another:
+                    another.setenv("RAYDETR_CACHE", str(tmp_path / "another machine"))
+                    theirs.append(fit(run))
+
+    with pytest.raises(UserError, match=f"another process goes on with the run in {store.uri}/one"):
+        fit(run, Lost())
+    assert theirs[0]["epoch"] == 2
+    assert read_checkpoint(fetched(f"{store.uri}/one/last.pth"))["metrics"]["seconds"] == theirs[0]["seconds"]
+    assert ".owner" not in store.names(f"{store.uri}/one")
+
+
+@pytest.fixture
+def two_machines(store, monkeypatch):
+    """Two nodes of a cluster that do not know the store's address; yields the id of the one that is not the head."""
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", store.address)
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    with ray_session(1):
+        here = ray.get_runtime_context().get_node_id()
+        yield next(node["NodeID"] for node in ray.nodes() if node["NodeID"] != here)
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_every_machine_writes_and_reads_before_anything_starts(two_machines, store, coco_folder):
+    asked, original = [], nodes.judge
+    nodes.judge = lambda seen, *more: (asked.extend(seen), original(seen, *more))
+    try:
+        check_nodes(settings(coco_folder(), store.uri))
+    finally:
+        nodes.judge = original
+    assert [answer["token"] for _, answer in asked] == [True, True]
+    assert len({answer["wrote"] for _, answer in asked}) == 2
+    assert store.names() == []
+    with pytest.raises(UserError, match=rf"{store.uri}/absent is not on \S+ \([\d.]+\), \S+ \([\d.]+\); the photographs"):
+        check_nodes(settings(f"{store.uri}/absent", store.uri))
+
+    def cut_off(paths, place, token):
+        import os
+
+        import ray
+
+        if ray.get_runtime_context().get_node_id() == two_machines:
+            os.environ["AWS_ENDPOINT_URL"] = "http://127.0.0.1:1"
+        return answer(paths, place, token)
+
+    answer = look
+    with pytest.raises(UserError, match=rf"\S+ \([\d.]+\): {store.uri}.*: the store does not answer"):
+        check_nodes(settings(coco_folder(folder="other"), store.uri), cut_off)
+
+
+def test_a_store_that_refuses_ends_a_run_before_it_starts(store, coco_folder):
+    folder = coco_folder()
+    with pytest.raises(UserError, match="there is no bucket no-such-bucket; make it"):
+        train(settings(folder, "s3://no-such-bucket/runs"))
+    with store.refusing(), pytest.raises(UserError, match=f"refuses this machine's access to bucket {store.bucket}"):
+        train(settings(folder, store.uri))

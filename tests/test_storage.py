@@ -1,0 +1,224 @@
+import errno
+import subprocess
+import sys
+import time
+
+import pytest
+
+from raydetr import config, storage
+from raydetr.data.check import check
+from raydetr.data.coco import find_split
+from raydetr.errors import UserError
+from raydetr.report import report
+from raydetr.storage import copy, fetch, fetched, join, push, working_folder
+
+
+def put(place, **files):
+    """Files of a run, in its working copy and at its place."""
+    write(working_folder(place), **files)
+    push(place)
+
+
+def write(folder, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(content)
+
+
+def test_what_is_pushed_is_what_another_machine_fetches(store, monkeypatch, tmp_path):
+    place = f"{store.uri}/runs/one"
+    put(place, last__pth="epoch 1", log__txt="1")
+    (working_folder(place) / "ray").mkdir()
+    write(working_folder(place) / "ray", own="of use here only")
+    write(working_folder(place), log__txt="1, 2")
+    push(place)
+    monkeypatch.setenv("RAYDETR_CACHE", str(tmp_path / "another machine"))
+    folder = fetch(place)
+    assert {file.name: file.read_text() for file in folder.rglob("*") if file.is_file()} == {"last.pth": "epoch 1", "log.txt": "1, 2"}
+    write(folder, last__pth="a later one", stale__txt="not there")
+    fetch(place)
+    assert (folder / "last.pth").read_text() == "epoch 1"
+    assert not (folder / "stale.txt").exists()
+
+
+def test_only_what_changed_is_moved_and_the_last_checkpoint_last(store, monkeypatch):
+    place = f"{store.uri}/runs/one"
+    put(place, last__pth="epoch 1", best__pth="epoch 1", zuletzt__txt="1")
+    store.requests.clear()
+    push(place)
+    fetch(place)
+    assert store.moved() == []
+    write(working_folder(place), last__pth="epoch 2", zuletzt__txt="2")  # of the same size
+    push(place)
+    assert store.moved() == [("PUT", "zuletzt.txt"), ("PUT", "last.pth")]
+    monkeypatch.setenv("RAYDETR_CACHE", str(storage.cache_folder()) + "-2")
+    store.requests.clear()
+    fetch(place)
+    assert store.moved()[0] == ("GET", "last.pth")
+
+
+def test_readers_have_a_copy_of_their_own(store):
+    place = f"{store.uri}/runs/one"
+    put(place, events__tfevents="one ")
+    copy = fetched(place, only=storage.EVENTS)
+    assert copy != working_folder(place)
+    opened = (copy / "events.tfevents").open()
+    assert opened.read() == "one "
+    with (working_folder(place) / "events.tfevents").open("a") as events:
+        events.write("two")
+    push(place)
+    fetched(place, only=storage.EVENTS)
+    assert opened.read() == "two"  # TensorBoard goes on reading the file that it has open
+    assert fetched(f"{place}/events.tfevents").read_text() == "one two"
+    with pytest.raises(UserError, match="there is nothing at this address"):
+        fetched(f"{place}/best.pth")
+
+
+def test_an_outage_only_delays(store, monkeypatch):
+    place = f"{store.uri}/runs/one"
+    put(place, last__pth="epoch 1")
+    write(working_folder(place), last__pth="epoch 2")
+    store.stop()
+    store.start_in(3)
+    push(place)
+    assert fetched(f"{place}/last.pth").read_text() == "epoch 2"
+    monkeypatch.setattr(storage, "PATIENCE_S", 1)
+    store.stop()
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"does not answer \(AWS Error NETWORK_CONNECTION\)"):
+        push(place, patience_s=1)
+    assert time.monotonic() - began < 30
+
+
+def test_what_the_store_refuses_is_said_at_once(store, monkeypatch):
+    for action in (fetch, fetched):
+        with pytest.raises(UserError, match=r"no-such-bucket/run: there is no bucket no-such-bucket; make it"):
+            action("s3://no-such-bucket/run")
+    write(working_folder("s3://no-such-bucket/run"), last__pth="epoch 1")
+    with pytest.raises(UserError, match="there is no bucket no-such-bucket"):
+        push("s3://no-such-bucket/run")
+    put(f"{store.uri}/run", last__pth="epoch 1")
+    write(working_folder(f"{store.uri}/run"), last__pth="epoch 2")
+    with store.refusing():
+        for action in (fetch, fetched, push):
+            began = time.monotonic()
+            with pytest.raises(
+                UserError, match=rf"the store refuses this machine's access to bucket {store.bucket} \(.*\); give"
+            ) as caught:
+                action(f"{store.uri}/run")
+            assert time.monotonic() - began < 10
+            assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["s3://key:secret@bucket/runs", "s3://key:sec/ret@bucket", "s3://bucket/runs?secret_key=secret"])
+def test_keys_in_an_address_are_refused_and_not_repeated(address):
+    for name in ("run.storage", "data.path", "model.weights"):
+        with pytest.raises(UserError, match=rf"{name}: .*AWS_SECRET_ACCESS_KEY") as caught:
+            config.load_config({name: address})
+        assert "secret" not in str(caught.value).replace("SECRET", "")
+        assert "sec/ret" not in str(caught.value)
+    with pytest.raises(UserError):
+        fetch(address)
+
+
+def test_other_addresses_are_refused():
+    with pytest.raises(UserError, match=r"data.path: ftp:// is not known here"):
+        config.load_config({"data.path": "ftp://host/photographs"})
+    for address in ("s3://", "s3:///runs", "s3://bucket/../runs"):
+        with pytest.raises(UserError, match="not an address such as"):
+            fetch(address)
+
+
+def test_local_places_are_left_alone(tmp_path):
+    assert fetch(tmp_path) == fetched(tmp_path) == working_folder(tmp_path) == tmp_path
+    push(tmp_path)
+    assert join(tmp_path, "a") == str(tmp_path / "a")
+    assert storage.split(f"{tmp_path}/a") == (str(tmp_path), "a")
+    assert storage.split("s3://bucket/runs/a/") == ("s3://bucket/runs", "a")
+
+
+def test_an_object_is_copied_within_the_store(store):
+    put(f"{store.uri}/one", last__pth="weights")
+    copy(f"{store.uri}/one/last.pth", f"{store.uri}/two/last.pth")
+    copy(f"{store.uri}/one/absent.pth", f"{store.uri}/two/absent.pth")
+    assert [file.name for file in fetch(f"{store.uri}/two").iterdir()] == ["last.pth"]
+
+
+def test_photographs_are_fetched_once_and_what_is_complete_not_again(store, coco_folder, monkeypatch):
+    folder, uri = coco_folder(train=8, val=2), f"{store.uri}/photographs"
+    store.upload(folder, uri)
+    data = config.load_config({"data.path": uri}).data
+    original, got, broken = storage._get, [], []
+
+    def get(system, info, target):
+        got.append(target.name)
+        if len(got) == 6 and not broken:
+            broken.append(target.name)
+            raise OSError(errno.ENOSPC, "no room")
+        original(system, info, target)
+
+    monkeypatch.setattr(storage, "_get", get)
+    monkeypatch.setattr(storage, "THREADS", 1)
+    with pytest.raises(OSError, match="no room"):
+        find_split(data, "train")
+    complete = [file.name for file in storage.cache_folder().rglob("*") if file.suffix in (".json", ".jpg")]
+    got.clear()
+    split = find_split(data, "train")
+    assert broken[0] in got
+    assert sorted([*complete, *got]) == sorted(file.name for file in folder.rglob("*") if file.is_file())
+    for file in split.images.iterdir():
+        assert file.read_bytes() == (folder / "train2017" / file.name).read_bytes()
+    got.clear()
+    assert find_split(data, "val").images.is_dir()
+    assert got == []
+    assert check(uri).ok
+
+
+def test_a_damaged_transfer_is_fetched_again(store, monkeypatch):
+    put(f"{store.uri}/folder", file="the right content")
+    system = storage._file_system(store.uri)
+    opened = []
+
+    class Damaged:
+        """The store over a line that spoils the first transfer."""
+
+        def open_input_file(self, path):
+            source = system.open_input_file(path)
+            opened.append(path)
+            return Spoiled(source) if len(opened) == 1 else source
+
+    class Spoiled:
+        def __init__(self, source):
+            self.source = source
+            self.size, self.metadata = source.size, source.metadata
+
+        def read(self, size):
+            return self.source.read(size)[::-1]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.source.close()
+
+    info = storage._objects(f"{store.uri}/folder", recursive=True)["file"]
+    target = storage.cache_folder() / "file"
+    storage._get(Damaged(), info, target)
+    assert target.read_text() == "the right content"
+    assert len(opened) == 2
+
+
+def test_processes_that_start_together_fetch_once(store, coco_folder):
+    store.upload(coco_folder(), f"{store.uri}/photographs")
+    store.requests.clear()
+    command = [sys.executable, "-c", f"from raydetr.storage import fetched; fetched('{store.uri}/photographs')"]
+    started = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    names = [name for method, name in store.moved() if name.endswith(".jpg")]
+    assert len(names) == len(set(names)) == 6
+
+
+def test_a_report_of_nothing_is_one_line(store):
+    put(f"{store.uri}/search", notes="nothing")
+    with pytest.raises(UserError, match="holds no search"):
+        report([f"{store.uri}/search"])
