@@ -269,7 +269,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, its numbers mean nothing")
     chosen = parser.parse_args()
     print(machine(), "\n")
-    ray.init(address="local", num_cpus=2, include_dashboard=True, resources={DRIVER: 4}, **RAY)
+    if not chosen.played:
+        ray.init(address="local", num_cpus=2, include_dashboard=chosen.what == "start", resources={DRIVER: 4}, **RAY)
     with tempfile.TemporaryDirectory() as temporary:
         folder, quick = Path(temporary), chosen.quick
         if chosen.what == "start":
