@@ -33,8 +33,10 @@ from raydetr.data import balloons
 from raydetr.data.convert import convert
 from raydetr.launch import trial as launched
 from raydetr.launch import tune as launcher
+from raydetr.launch.places import Demands
+from raydetr.launch.scheduling import Hopeless, grace_epochs, trial_folder
 from raydetr.launch.train import DRIVER
-from raydetr.launch.tune import Demands, Hopeless, grace_epochs, trial_folder, tune
+from raydetr.launch.tune import tune
 from raydetr.search import Search, create_search, epochs_of
 from raydetr.space import read_space
 

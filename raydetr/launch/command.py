@@ -11,7 +11,8 @@ from raydetr import config as settings
 from raydetr.errors import UserError
 from raydetr.evaluation import METRICS
 from raydetr.launch import tune as launcher
-from raydetr.launch.tune import Demands, summary
+from raydetr.launch.places import Demands
+from raydetr.launch.tune import summary
 from raydetr.search import best_config, best_points, read_points, trials_frame
 from raydetr.space import Space, read_space
 

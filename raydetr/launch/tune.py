@@ -1,70 +1,44 @@
 """The search: trials of one fine-tuning each, spread over a cluster by Ray Tune; what is remembered is the study's (search.py)."""
 
 import contextlib
-import dataclasses
 import logging
-import math
 import os
-import shutil
 import signal
 import threading
-import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.tune
-import torch
 from filelock import FileLock, Timeout
-from ray.tune.experiment import Trial
-from ray.tune.result import DEFAULT_RESULT_KEYS
-from ray.tune.schedulers import FIFOScheduler
-from ray.tune.search import Searcher
 from rich.console import Console
 
 from raydetr import config as settings
 from raydetr.data.cache import DecodedImages, cache_limit
 from raydetr.data.coco import CocoImages, find_split
 from raydetr.errors import DiskFull, UserError, is_disk_full
-from raydetr.launch.nodes import check_nodes, is_of_machine
-from raydetr.launch.train import DRIVER, check_data, check_name, cores_each, nodes_resources, ray_session, run_place, with_absolute_paths
+from raydetr.launch.nodes import check_nodes
+from raydetr.launch.places import ONE_WORKER_EACH, Demands, Places, check_disk, find_places, resources_of
+from raydetr.launch.scheduling import (
+    Hopeless,
+    PopulationScheduler,
+    StudyScheduler,
+    StudySearcher,
+    Watcher,
+    copy_file,
+    grace_epochs,
+    trial_place,
+)
+from raydetr.launch.train import check_data, check_name, nodes_resources, ray_session, run_place, with_absolute_paths
 from raydetr.launch.trial import run_trial
-from raydetr.model.checkpoint import read_checkpoint, save_checkpoint
-from raydetr.model.files import written_whole
 from raydetr.search import Search, create_search, open_search, top_trials, write_best, write_trials
 from raydetr.space import Space, read_space
-from raydetr.storage import LAST, absolute, copy, fetch, is_uri, join, push, split, working_folder
+from raydetr.storage import absolute, fetch, is_uri, join, split, working_folder
 from raydetr.trials import TrialsDisplay
 
-TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
-TO_GO_ON = ("optimizer", "lr_scheduler", "scaler", "ema", "random")  # what a checkpoint holds for a run that is not finished
 STORE_SHARE = 0.5  # of Ray's object store, for decoded pictures
-TURNS = 4  # how often in a run a trial of population-based training may go on from another
 KEEP_INTERVAL_S = 5.0  # between two pushes of a search's own files to a store
-ROOM_INTERVAL_S = 1.0  # between two looks at the cluster for places
-HOPELESS = 3  # trials that all failed before their first epoch: the rest would fail, too
-
-
-@dataclasses.dataclass(frozen=True)
-class Demands:
-    """What the trials of a search ask of the cluster."""
-
-    workers: int = 1  # training workers per trial
-    gpus: float = 1.0  # per trial of one worker; below 1 trials share a card. Nothing where there are no GPUs
-    concurrent: int | None = None  # trials at a time; None: as many as fit, also when machines come and go
-    placement: str = "pack"  # trials on as few machines as hold them, or "spread" over all
-
-
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """What the cluster gives each of ``concurrent`` trials, or each of its workers."""
-
-    concurrent: int
-    cpus: int
-    gpus: float
-    placement: str = "pack"
 
 
 def tune(
@@ -72,7 +46,7 @@ def tune(
     space: Space | str | Path | Mapping[str, Any],
     *,
     trials: int = 32,
-    demands: Demands = Demands(),
+    demands: Demands = ONE_WORKER_EACH,
     metric: str = "AP",
     sampler: str = "tpe",
     scheduler: str = "asha",
@@ -111,7 +85,7 @@ def resume(
     space: Space | None = None,
     *,
     trials: int | None = None,
-    demands: Demands = Demands(),
+    demands: Demands = ONE_WORKER_EACH,
     time_budget_s: float | None = None,
 ) -> Search:
     """Go on with the search in ``folder``: no finished trial runs again, unfinished ones go on from their last epoch.
@@ -174,81 +148,6 @@ def keeping(search: Search) -> Iterator[None]:
         search.push()
 
 
-def grace_epochs(optim: settings.Optim) -> int:
-    """The first epoch at which a trial may be stopped: after the warm-up, and never the very first."""
-    warmup = optim.warmup * optim.epochs if optim.warmup < 1 else optim.warmup
-    return min(int(warmup) + 2, optim.epochs)
-
-
-def find_places(config: settings.Config, demands: Demands, trials: int) -> Places:
-    """How many trials run at a time and what each gets; raises UserError with the numbers where the cluster cannot hold them."""
-    nodes = nodes_resources()
-    gpus = [node.get("GPU", 0) for node in nodes]
-    use_gpu = config.speed.device != "cpu" and sum(gpus) > 0
-    if config.speed.device == "cuda" and not use_gpu:
-        raise UserError("speed.device: cuda was asked for and Ray sees no GPU; --speed.device cpu searches without")
-    if demands.workers > 1 and demands.gpus < 1:
-        raise UserError(
-            f"a fraction of a GPU ({demands.gpus}) is for trials of one worker; NCCL wants a whole one for each of {demands.workers}"
-        )
-    if use_gpu and demands.gpus > max(gpus):
-        raise UserError(f"--gpus-per-trial {demands.gpus}: no machine has more than {max(gpus):g} GPUs")
-    drivers = int(sum(node.get(DRIVER, 0) for node in nodes))
-    if demands.workers > 1 and not drivers:
-        start = f"""ray start --head --resources='{{"{DRIVER}": 64}}'"""
-        raise UserError(f"--workers-per-trial {demands.workers}: the cluster has no place for their drivers; start it with {start}")
-    cores = [int(node.get("CPU", 0)) for node in nodes]
-    each = 1.0 if demands.workers > 1 else demands.gpus
-    slots = sum(int(count / each + 1e-9) for count in gpus) if use_gpu else sum(cores)
-    fitting = slots // demands.workers
-    what = f"{sum(gpus):g} GPUs" if use_gpu else f"{sum(cores)} CPUs"
-    if fitting < 1:
-        raise UserError(f"--workers-per-trial {demands.workers}: asked for that many workers, the cluster has {what}")
-    if demands.concurrent is not None and demands.concurrent > fitting and not most_resources():
-        raise UserError(f"--concurrent {demands.concurrent}: {what} hold {fitting} trials of {demands.workers} worker(s) at a time")
-    concurrent = min(demands.concurrent or fitting, fitting, trials, drivers if demands.workers > 1 else trials)
-    # Trials that are packed on a card's machine leave the others there their share of its CPUs.
-    packed = cores_each(cores, fitting * demands.workers) if use_gpu and demands.placement == "pack" else None
-    cpus = packed or cores_each(cores, concurrent * demands.workers)
-    if cpus is None:
-        raise UserError(
-            f"{concurrent} trials of {demands.workers} worker(s) need a CPU each, the cluster has {sum(cores)}; lower --concurrent"
-        )
-    return Places(concurrent, cpus, each if use_gpu else 0.0, demands.placement)
-
-
-def holds(machine: Mapping[str, float], places: Places) -> int:
-    """How many trials of one worker, or workers of trials, a machine has places for."""
-    cpus = int(machine.get("CPU", 0) // places.cpus)
-    return min(cpus, int(machine.get("GPU", 0) / places.gpus + 1e-9)) if places.gpus else cpus
-
-
-def most_resources() -> dict[str, float]:
-    """What the cluster's autoscaler may bring it to; empty where it has none. Ray Train looks it up there, too."""
-    return ray._private.state.state.get_max_resources_from_cluster_config() or {}
-
-
-def check_disk(config: settings.Config, folder: Path, trials: int, concurrent: int) -> str:
-    """What the search will keep, in words; raises UserError where the disk of ``folder`` cannot hold it."""
-    weights = weights_bytes(config)
-    needed = trials * 2 * weights + concurrent * 3 * weights  # best and last; optimizer and average of the unfinished
-    forecast = f"{trials} trials x 2 x {weights / 1e6:.0f} MB"
-    parent = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise UserError(f"run.storage: {forecast} and what runs need {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free")
-    return forecast
-
-
-def weights_bytes(config: settings.Config) -> int:
-    """Bytes of a network's weights, in float32."""
-    from raydetr.model.detr import build_model
-
-    leaves = {name: value for name, value in settings.to_dict(config)["model"].items() if name not in ("preset", "weights")}
-    with torch.device("meta"):
-        return sum(tensor.numel() for tensor in build_model(config.model.preset, **leaves).state_dict().values()) * 4
-
-
 def _run(search: Search, demands: Demands, places: Places, images: list[ray.ObjectRef], time_budget_s: float | None) -> Search:
     # A trial's own fit writes its events, the study is the record of results (Ray Tune's, kept every few seconds, would cost a sixth of
     # this process's time), the table below is what is shown; and a trial that failed has no metric to report.
@@ -287,7 +186,7 @@ def _run(search: Search, demands: Demands, places: Places, images: list[ray.Obje
     return search
 
 
-def fit_with_room(tuner: ray.tune.Tuner, search: Search, scheduler: "StudyScheduler") -> None:
+def fit_with_room(tuner: ray.tune.Tuner, search: Search, scheduler: StudyScheduler) -> None:
     """``tuner.fit()``; raises DiskFull where a trial, or the study, found no room: trials under way stay unfinished, none is to blame."""
     try:
         tuner.fit()
@@ -297,18 +196,6 @@ def fit_with_room(tuner: ray.tune.Tuner, search: Search, scheduler: "StudySchedu
         scheduler.full = f"the disk of {search.folder} is full"
     if scheduler.full:
         raise DiskFull(f"{scheduler.full}; trials under way were stopped: make room, then raydetr tune --resume {search.place}")
-
-
-def resources_of(assigned: Mapping[str, Any]) -> ray.tune.PlacementGroupFactory:
-    """What a trial takes of the cluster; one of several workers only a driver's place, its workers come by themselves."""
-    places = assigned["places"]
-    if assigned["settings"]["run"]["workers"] > 1:
-        return ray.tune.PlacementGroupFactory([{DRIVER: 1}])
-    # Whatever the strategy, a group of one bundle goes to the emptiest machine; only this hint packs. Where the machine is gone or full
-    # the trial goes to another.
-    return ray.tune.PlacementGroupFactory(
-        [{"CPU": places["cpus"], "GPU": places["gpus"]}], "STRICT_PACK", _soft_target_node_id=assigned["machine"]
-    )
 
 
 def share_images(config: settings.Config) -> list[ray.ObjectRef]:
@@ -359,267 +246,3 @@ def summary(search: Search) -> str:
         best = {name: join(search.place, name) for name in ("best.yaml", "best.pth")}
         lines.append(f"best settings: raydetr train --config {best['best.yaml']}; its weights: {best['best.pth']}")
     return "\n".join(lines)
-
-
-def trial_place(search: Search, number: int) -> str:
-    """Where the run of a trial is kept."""
-    return join(search.place, TRIALS_FOLDER, search.trial_name(number))
-
-
-def trial_folder(search: Search, number: int) -> Path:
-    """The run folder of a trial; where the search is in a store, its working copy on this machine."""
-    return working_folder(trial_place(search, number))
-
-
-def best_so_far(search: Search, number: int, result: Mapping[str, Any]) -> float:
-    """The objective of a trial after the epoch that ``result`` tells of: the highest of the search's metric."""
-    noted = search.frozen()[number].intermediate_values.values()
-    here = [result[name] for name in (search.metric, f"best_{search.metric}") if name in result]
-    return max([*noted, *here], default=float("nan"))
-
-
-def metrics_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """An epoch's metrics without what Ray Tune adds to them."""
-    return {name: value for name, value in result.items() if name not in DEFAULT_RESULT_KEYS and not isinstance(value, (dict, bool))}
-
-
-class StudySearcher(Searcher):
-    """Ray Tune's view of the study: asks it for trials and tells it how they ended."""
-
-    def __init__(self, search: Search, demands: Demands, places: Places):
-        super().__init__(metric=search.metric, mode="max")
-        self.search, self.demands, self.places = search, demands, places
-        self.live: dict[str, str | None] = {}  # trials under way, by Ray Tune's id, and the machine that each is meant for
-        self._machines: dict[str, int] = {}
-        self._looked = -math.inf
-        self._stripper = Stripper.remote()
-        self.stripped: list[ray.ObjectRef] = []  # one for each ended trial
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The next trial, as :func:`run_trial` takes it; None while there is no room for one."""
-        population = self.search.scheduler == "pbt"
-        if not population and len(self.live) >= self.room():
-            return None
-        asked = self.search.ask(trial_id)
-        if asked is None:
-            return Searcher.FINISHED
-        self.search.push()  # before the trial leaves anything there
-        self.live[trial_id] = None if population else self.machine()
-        return self.assigned(asked[0]) | {"machine": self.live[trial_id]}
-
-    def machines(self) -> dict[str, int]:
-        """How many trials, or workers of trials, each machine holds that is there now, by its id."""
-        if time.monotonic() - self._looked > ROOM_INTERVAL_S:
-            self._machines = {node["NodeID"]: holds(node["Resources"], self.places) for node in ray.nodes() if node["Alive"]}
-            self._looked = time.monotonic()
-        return self._machines
-
-    def room(self) -> int:
-        """How many trials may be under way: as many as were asked for, else as the cluster holds now.
-
-        An autoscaler brings machines for trials that wait: as many may as run, until it can bring no more.
-        """
-        if self.demands.concurrent:
-            return self.demands.concurrent
-        now = max(1, sum(self.machines().values()) // self.demands.workers)
-        most = holds(most_resources(), self.places) // self.demands.workers
-        return max(now, min(2 * now, most))
-
-    def machine(self) -> str | None:
-        """The machine that a trial to be packed is meant for, the fullest that has a place; None: any, for Ray the emptiest."""
-        if self.demands.placement != "pack" or self.demands.workers > 1:
-            return None
-        taken = Counter(self.live.values())
-        free = {machine: places - taken[machine] for machine, places in self.machines().items()}
-        return min((machine for machine in free if free[machine] > 0), key=lambda machine: (free[machine], machine), default=None)
-
-    def assigned(self, number: int) -> dict[str, Any]:
-        """A trial as :func:`run_trial` takes it, with the settings that it has now."""
-        config = self.search.config(number)
-        config.run.storage, config.run.name = join(self.search.place, TRIALS_FOLDER), self.search.trial_name(number)
-        config.run.workers = self.demands.workers
-        return {
-            "number": number,
-            "metric": self.search.metric,
-            "settings": settings.to_dict(config),
-            "searched": self.search.space.hparam_domains(self.search.base),
-            "places": dataclasses.asdict(self.places),
-            "machine": None,
-        }
-
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Nothing: the scheduler has the study note it."""
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study; a trial that was only interrupted stays unfinished, to be gone on with."""
-        self.live.pop(trial_id, None)
-        number = self.search.number(trial_id)
-        if number is None:
-            return
-        result = result or {}
-        if result.get("failed"):
-            self.search.tell(number, "failed", reason=result["failed"])
-        elif error:
-            self.search.tell(number, "failed", reason="its worker was lost again and again")
-        elif result.get("finished"):
-            self.search.tell(number, "complete", best_so_far(self.search, number, result), metrics=metrics_of(result))
-        elif self.search.should_stop(number):
-            self.search.tell(number, "pruned", metrics=metrics_of(result))
-        else:
-            return
-        self.search.push()  # a trial that nobody knows to have ended goes on from what is stripped now
-        self.stripped.append(self._stripper.strip.remote(trial_place(self.search, number)))
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: the study is in its journal."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing: the study is in its journal."""
-
-
-class StudyScheduler(FIFOScheduler):
-    """Notes every epoch's objective in the study, stops the trials that the study's pruner gives up, and fails those lost too often."""
-
-    def __init__(self, search: Search):
-        super().__init__()
-        self.search, self.max_failures = search, search.config(0).run.max_failures
-        self.losses: Counter[str] = Counter()
-        self.full = ""  # what a trial said of a full disk
-
-    def on_trial_error(self, tune_controller, trial) -> None:
-        """A trial lost its process; that counts, unless its machine went with it. Ray Tune will start it again."""
-        file = trial.pickled_error_file
-        if not (file and is_of_machine(ray.cloudpickle.loads(Path(file).read_bytes()))):
-            self.losses[trial.trial_id] += 1
-
-    def on_trial_add(self, tune_controller, trial) -> None:
-        """A trial is to be started, for the first time or again."""
-        if self.losses[trial.trial_id] > self.max_failures:
-            tune_controller.search_alg.on_trial_complete(trial.trial_id, error=True)
-            tune_controller.stop_trial(trial)
-
-    def on_trial_result(self, tune_controller, trial, result: dict[str, Any]) -> str:
-        """Continue or stop."""
-        number = self.search.number(trial.trial_id)
-        if result.get("full"):
-            self.full = self.full or result["full"]
-            tune_controller.request_stop_experiment()
-            return FIFOScheduler.STOP
-        if result.get("failed") or result.get("finished") or number is None:
-            return FIFOScheduler.CONTINUE
-        self.search.report(number, result["epoch"], best_so_far(self.search, number, result))
-        return FIFOScheduler.STOP if self.search.should_stop(number) else FIFOScheduler.CONTINUE
-
-
-class PopulationScheduler(StudyScheduler):
-    """Population-based training: at every turn a trial gives its place to one that is less far, and may go on from a better one."""
-
-    def __init__(self, search: Search, searcher: StudySearcher):
-        super().__init__(search)
-        self.searcher = searcher
-        optim = search.config(0).optim
-        self.first, self.every, self.epochs = grace_epochs(optim), math.ceil(optim.epochs / TURNS), optim.epochs
-
-    def on_trial_result(self, tune_controller, trial, result: dict[str, Any]) -> str:
-        """Continue, or stop for this turn."""
-        decision, epoch = super().on_trial_result(tune_controller, trial, result), result["epoch"]
-        if decision != FIFOScheduler.CONTINUE or result.get("failed") or result.get("finished"):
-            return decision
-        if epoch % self.every or not self.first <= epoch < self.epochs:
-            return decision
-        tune_controller.pause_trial(trial, should_checkpoint=False)  # its folder holds the checkpoint
-        return FIFOScheduler.NOOP
-
-    def choose_trial_to_run(self, tune_controller):
-        """A trial that has not begun, else, where there is a place, the one that is least far."""
-        trials = tune_controller.get_trials()
-        pending = next((trial for trial in trials if trial.status == Trial.PENDING), None)
-        paused = [trial for trial in trials if trial.status == Trial.PAUSED]
-        running = sum(trial.status == Trial.RUNNING for trial in trials)
-        if pending or not paused or running >= self.searcher.room():
-            return pending
-        chosen = min(paused, key=lambda trial: trial.last_result["epoch"])
-        self._turn(chosen)
-        return chosen
-
-    def _turn(self, trial) -> None:
-        number, epoch = self.search.number(trial.trial_id), trial.last_result["epoch"]
-        other = self.search.better_trial(number, epoch)
-        if other is not None:
-            copy_weights(trial_place(self.search, other), trial_place(self.search, number))
-            self.search.take_over(number, other, epoch)
-            self.search.push()
-            trial.set_config(self.searcher.assigned(number))
-
-
-class Hopeless(ray.tune.Stopper):
-    """Ends a search whose first trials all failed without a single epoch."""
-
-    def __init__(self, search: Search):
-        self.search = search
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Never a single trial."""
-        return False
-
-    def stop_all(self) -> bool:
-        """Whether to end the search."""
-        trials = self.search.frozen()
-        if any(trial.intermediate_values for trial in trials):  # asked after every event, and soon true of the first trial
-            return False
-        return sum("reason" in trial.user_attrs for trial in trials) >= HOPELESS
-
-
-class Watcher(ray.tune.Callback):
-    """Shows the trials as they go."""
-
-    def __init__(self, search: Search, display: TrialsDisplay):
-        self.search, self.display = search, display
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Ray Tune keeps its callbacks on the disk; a terminal is nothing to keep, and a search is gone on with by the study alone.
-        return {"search": self.search, "display": None}
-
-    def on_trial_result(self, iteration: int, trials: list, trial, result: dict[str, Any], **info) -> None:
-        """An epoch of a trial."""
-        number = self.search.number(trial.trial_id)
-        if number is not None and "epoch" in result:
-            self.display.epoch(number, result)
-
-    def on_step_end(self, iteration: int, trials: list, **info) -> None:
-        """Trials may have begun or ended."""
-        self.display.refresh()
-
-
-def copy_weights(source: str, target: str) -> None:
-    """Put a trial's checkpoints in the place of another's."""
-    for name in ("best.pth", "last.pth"):
-        if is_uri(source):
-            copy(join(source, name), join(target, name))
-        else:
-            copy_file(Path(source, name), Path(target, name))
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file that appears whole or not at all."""
-    with source.open("rb") as content, written_whole(target) as copy:
-        shutil.copyfileobj(content, copy)
-
-
-@ray.remote(num_cpus=0, max_restarts=3, max_task_retries=3)
-class Stripper:
-    """Makes the checkpoints of ended trials smaller, one after the other and not in the controller, which hears no trial meanwhile."""
-
-    def strip(self, trial: str) -> None:
-        """As :func:`strip`."""
-        strip(trial)
-
-
-def strip(trial: str) -> None:
-    """Take what only serves to go on out of the last checkpoint of a finished trial, by its place: the weights stay."""
-    checkpoint = fetch(trial, only=LAST) / LAST
-    if checkpoint.exists():
-        content = read_checkpoint(checkpoint)
-        if not content.keys().isdisjoint(TO_GO_ON):
-            save_checkpoint(checkpoint, {name: value for name, value in content.items() if name not in TO_GO_ON})
-            push(trial, only=LAST)

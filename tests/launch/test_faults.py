@@ -22,7 +22,9 @@ from raydetr import config
 from raydetr.errors import UserError
 from raydetr.launch import train as training
 from raydetr.launch import tune as launcher
-from raydetr.launch.tune import Demands, trial_folder, tune
+from raydetr.launch.places import Demands
+from raydetr.launch.scheduling import trial_folder
+from raydetr.launch.tune import tune
 from raydetr.model.checkpoint import read_checkpoint
 from raydetr.search import Search, trials_frame
 

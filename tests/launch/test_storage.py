@@ -18,8 +18,8 @@ from raydetr.errors import UserError
 from raydetr.fit import LocalReporter, fit
 from raydetr.launch import nodes
 from raydetr.launch.nodes import check_nodes, look
+from raydetr.launch.scheduling import copy_weights
 from raydetr.launch.train import ray_session, resume_config, train
-from raydetr.launch.tune import copy_weights
 from raydetr.model.checkpoint import read_checkpoint
 from raydetr.report import report
 from raydetr.score import score_checkpoint

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -19,8 +18,10 @@ from raydetr.data.convert import convert
 from raydetr.errors import UserError
 from raydetr.launch import tune as launcher
 from raydetr.launch.command import seconds
+from raydetr.launch.places import Demands
+from raydetr.launch.scheduling import trial_folder
 from raydetr.launch.train import DRIVER
-from raydetr.launch.tune import Demands, check_disk, find_places, grace_epochs, resume, share_images, summary, trial_folder, tune
+from raydetr.launch.tune import resume, share_images, summary, tune
 from raydetr.model.checkpoint import read_checkpoint
 from raydetr.search import TAKEN_OVER, open_search
 from raydetr.space import read_space
@@ -199,77 +200,6 @@ def test_a_search_has_one_driver(coco_folder, tmp_path):
         resume(tmp_path / "search")
     with launcher.driving(tmp_path / "search"):
         pass  # it is free again
-
-
-def test_impossible_requests_are_refused_with_the_numbers(cluster, coco_folder, tmp_path):
-    known = settings(coco_folder(), tmp_path)
-    assert find_places(known, Demands(), 8) == launcher.Places(2, 1, 0.0)
-    assert find_places(known, Demands(concurrent=1), 8) == launcher.Places(1, 2, 0.0)
-    with pytest.raises(UserError, match="--concurrent 3: 2 CPUs hold 2 trials"):
-        find_places(known, Demands(concurrent=3), 8)
-    with pytest.raises(UserError, match=r"--workers-per-trial 3: .* 2 CPUs"):
-        find_places(known, Demands(workers=3), 8)
-    with pytest.raises(UserError, match="NCCL"):
-        find_places(known, Demands(workers=2, gpus=0.5), 8)
-    with pytest.raises(UserError, match="sees no GPU"):
-        find_places(settings(known.data.path, tmp_path, speed__device="cuda"), Demands(), 8)
-
-
-def test_gpus_are_shared_and_more_than_a_machine_has_are_refused(monkeypatch, coco_folder, tmp_path):
-    monkeypatch.setattr(launcher, "nodes_resources", lambda: [{"CPU": 16, "GPU": 2, DRIVER: 8}, {"CPU": 8, "GPU": 1}])
-    known = settings(coco_folder(), tmp_path)
-    assert find_places(known, Demands(gpus=0.5), 32).concurrent == 6
-    assert find_places(known, Demands(workers=2), 32).concurrent == 1
-    with pytest.raises(UserError, match=r"--gpus-per-trial 4: no machine has more than 2 GPUs"):
-        find_places(known, Demands(gpus=4), 32)
-
-
-def test_trials_go_where_the_fullest_machine_has_a_place(monkeypatch, coco_folder, tmp_path):
-    known = settings(coco_folder(), tmp_path)
-    search = launcher.create_search(tmp_path / "search", read_space(SPACE), known, trials=8)
-    machines = [{"NodeID": name, "Alive": True, "Resources": {"CPU": 4, "GPU": 1}} for name in "ab"]
-    monkeypatch.setattr(launcher.ray, "nodes", lambda: machines)
-    monkeypatch.setattr(launcher, "most_resources", dict)
-    monkeypatch.setattr(launcher, "ROOM_INTERVAL_S", 0)
-    monkeypatch.setattr(launcher, "Stripper", SimpleNamespace(remote=lambda: None))
-    searcher = launcher.StudySearcher(search, Demands(gpus=0.5), launcher.Places(4, 2, 0.5))
-    meant = [searcher.suggest(key)["machine"] for key in "1234"]
-    assert meant == ["a", "a", "b", "b"]
-    assert searcher.suggest("5") is None  # there is no room
-    machines[0]["Alive"] = False
-    searcher.on_trial_complete("3")
-    assert searcher.suggest("5") is None
-    machines += [{"NodeID": "c", "Alive": True, "Resources": {"CPU": 8, "GPU": 2}}]  # now there is
-    assert [searcher.suggest(key)["machine"] for key in "567"] == ["b", "c", "c"]
-
-
-@pytest.mark.parametrize(("most", "room"), [({}, 4), ({"CPU": 64, "GPU": 16}, 8), ({"CPU": 64, "GPU": 3}, 6), ({"CPU": 8, "GPU": 1}, 4)])
-def test_an_autoscaler_sees_as_many_trials_wait_as_run(monkeypatch, coco_folder, tmp_path, most, room):
-    search = launcher.create_search(tmp_path / "search", read_space(SPACE), settings(coco_folder(), tmp_path), trials=8)
-    monkeypatch.setattr(launcher.ray, "nodes", lambda: [{"NodeID": "a", "Alive": True, "Resources": {"CPU": 8, "GPU": 2}}])
-    monkeypatch.setattr(launcher, "most_resources", lambda: most)
-    monkeypatch.setattr(launcher, "Stripper", SimpleNamespace(remote=lambda: None))
-    assert launcher.StudySearcher(search, Demands(gpus=0.5), launcher.Places(4, 2, 0.5)).room() == room
-    assert launcher.StudySearcher(search, Demands(gpus=0.5, concurrent=3), launcher.Places(4, 2, 0.5)).room() == 3
-
-
-def test_trials_of_several_workers_never_wait_for_a_driver_that_cannot_come(monkeypatch, coco_folder, tmp_path):
-    monkeypatch.setattr(launcher, "nodes_resources", lambda: [{"CPU": 16}])
-    with pytest.raises(UserError, match="ray start --head --resources"):
-        find_places(settings(coco_folder(), tmp_path), Demands(workers=2), 8)
-
-
-def test_a_search_that_the_disk_cannot_hold_is_refused(coco_folder, tmp_path):
-    known = settings(coco_folder(), tmp_path, model__preset="detr_resnet50")
-    assert check_disk(known, tmp_path / "search", 32, 2).startswith("32 trials x 2 x 16")
-    with pytest.raises(UserError, match="GB free"):
-        check_disk(known, tmp_path / "search", 10**9, 2)
-
-
-def test_the_grace_comes_after_the_warm_up():
-    assert grace_epochs(config.load_config({"optim.epochs": 20, "optim.warmup": 0.25}).optim) == 7
-    assert grace_epochs(config.load_config({"optim.epochs": 20, "optim.warmup": 3}).optim) == 5
-    assert grace_epochs(config.load_config({"optim.epochs": 1}).optim) == 1
 
 
 def test_an_existing_search_is_offered_to_go_on_with(cluster, coco_folder, tmp_path):

@@ -1,0 +1,47 @@
+from types import SimpleNamespace
+
+import pytest
+
+from raydetr import config
+from raydetr.launch import scheduling
+from raydetr.launch.places import Demands, Places
+from raydetr.launch.scheduling import StudySearcher, grace_epochs
+from raydetr.search import create_search
+from raydetr.space import read_space
+
+SPACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "loss.eos_coef": {"uniform": [0.05, 0.5]}}
+
+
+def test_trials_go_where_the_fullest_machine_has_a_place(monkeypatch, coco_folder, tmp_path):
+    known = config.load_config({"data.path": str(coco_folder())})
+    search = create_search(tmp_path / "search", read_space(SPACE), known, trials=8)
+    machines = [{"NodeID": name, "Alive": True, "Resources": {"CPU": 4, "GPU": 1}} for name in "ab"]
+    monkeypatch.setattr(scheduling.ray, "nodes", lambda: machines)
+    monkeypatch.setattr(scheduling, "most_resources", dict)
+    monkeypatch.setattr(scheduling, "ROOM_INTERVAL_S", 0)
+    monkeypatch.setattr(scheduling, "Stripper", SimpleNamespace(remote=lambda: None))
+    searcher = StudySearcher(search, Demands(gpus=0.5), Places(4, 2, 0.5))
+    meant = [searcher.suggest(key)["machine"] for key in "1234"]
+    assert meant == ["a", "a", "b", "b"]
+    assert searcher.suggest("5") is None  # there is no room
+    machines[0]["Alive"] = False
+    searcher.on_trial_complete("3")
+    assert searcher.suggest("5") is None
+    machines += [{"NodeID": "c", "Alive": True, "Resources": {"CPU": 8, "GPU": 2}}]  # now there is
+    assert [searcher.suggest(key)["machine"] for key in "567"] == ["b", "c", "c"]
+
+
+@pytest.mark.parametrize(("most", "room"), [({}, 4), ({"CPU": 64, "GPU": 16}, 8), ({"CPU": 64, "GPU": 3}, 6), ({"CPU": 8, "GPU": 1}, 4)])
+def test_an_autoscaler_sees_as_many_trials_wait_as_run(monkeypatch, coco_folder, tmp_path, most, room):
+    search = create_search(tmp_path / "search", read_space(SPACE), config.load_config({"data.path": str(coco_folder())}), trials=8)
+    monkeypatch.setattr(scheduling.ray, "nodes", lambda: [{"NodeID": "a", "Alive": True, "Resources": {"CPU": 8, "GPU": 2}}])
+    monkeypatch.setattr(scheduling, "most_resources", lambda: most)
+    monkeypatch.setattr(scheduling, "Stripper", SimpleNamespace(remote=lambda: None))
+    assert StudySearcher(search, Demands(gpus=0.5), Places(4, 2, 0.5)).room() == room
+    assert StudySearcher(search, Demands(gpus=0.5, concurrent=3), Places(4, 2, 0.5)).room() == 3
+
+
+def test_the_grace_comes_after_the_warm_up():
+    assert grace_epochs(config.load_config({"optim.epochs": 20, "optim.warmup": 0.25}).optim) == 7
+    assert grace_epochs(config.load_config({"optim.epochs": 20, "optim.warmup": 3}).optim) == 5
+    assert grace_epochs(config.load_config({"optim.epochs": 1}).optim) == 1
