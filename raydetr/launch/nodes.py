@@ -42,7 +42,7 @@ def check_nodes(config: settings.Config, probe: Callable[..., dict[str, Any]] | 
     ``probe`` is what runs on each, :func:`look`. Raises UserError that names the machines without raydetr or with another version,
     those without the photographs, and those for which ``run.storage`` is another folder than it is here, or refuses what they write.
     """
-    nodes = {node["NodeID"]: name_of(node) for node in ray.nodes() if node["Alive"]}
+    nodes = alive_nodes()
     storage, alone = config.run.storage, len(nodes) < 2
     if alone and not is_uri(storage):
         return
@@ -103,6 +103,8 @@ def ask(nodes: dict[str, str], probe: Callable[..., dict[str, Any]], paths: Sequ
         try:
             answers[node] = ray.get(each)
         except ray.exceptions.RayError as error:
+            if node not in alive_nodes():
+                continue  # it went away meanwhile
             raise UserError(f"{nodes[node]} could not be asked: {str(error).strip().splitlines()[-1]}") from error
     return answers
 
@@ -142,6 +144,11 @@ def is_of_machine(error: BaseException) -> bool:
     if error.preempted or isinstance(error, ray.exceptions.ActorUnavailableError):
         return True
     return any(node["NodeID"] in str(error) for node in ray.nodes() if not node["Alive"])
+
+
+def alive_nodes() -> dict[str, str]:
+    """The machines that the cluster has now: their names by node id."""
+    return {node["NodeID"]: name_of(node) for node in ray.nodes() if node["Alive"]}
 
 
 def name_of(node: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ class StudySearcher(Searcher):
         self._machines: dict[str, int] = {}
         self._looked = -math.inf
         self._stripper = Stripper.remote()
-        self.stripped: list[ray.ObjectRef] = []  # one for each ended trial
+        self._stripped: list[ray.ObjectRef] = []  # one for each ended trial
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next trial, as :func:`run_trial` takes it; None while there is no room for one."""
@@ -117,7 +117,13 @@ class StudySearcher(Searcher):
         else:
             return
         self.search.push()  # a trial that nobody knows to have ended goes on from what is stripped now
-        self.stripped.append(self._stripper.strip.remote(trial_place(self.search, number)))
+        self._stripped.append(self._stripper.strip.remote(trial_place(self.search, number)))
+
+    def close(self) -> None:
+        """Wait for the checkpoints that are made smaller (one that fails stays as it is, no more), and end the process that does it."""
+        if self._stripped:
+            ray.wait(self._stripped, num_returns=len(self._stripped))
+        ray.kill(self._stripper)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is in its journal."""

@@ -153,7 +153,7 @@ def _run(search: Search, demands: Demands, places: Places, images: list[ray.Obje
     # this process's time), the table below is what is shown; and a trial that failed has no metric to report.
     os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "inf"
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's error is told in the table, a full disk's by fit_with_room
     searcher, population = StudySearcher(search, demands, places), search.scheduler == "pbt"
     # Without a limit of its own Ray Tune lets one trial wait; the searcher has the limit. The members of a population take turns.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "1" if population else str(search.trials)
@@ -179,9 +179,10 @@ def _run(search: Search, demands: Demands, places: Places, images: list[ray.Obje
                 verbose=0,
             ),
         )
-        fit_with_room(tuner, search, scheduler)
-        if searcher.stripped:
-            ray.wait(searcher.stripped, num_returns=len(searcher.stripped))  # one that failed leaves a larger file, and that is all
+        try:
+            fit_with_room(tuner, search, scheduler)
+        finally:
+            searcher.close()
     finish(search)
     return search
 

@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import ray
+from ray.util.state import list_actors
 
 import raydetr
 from raydetr import config
@@ -80,6 +81,7 @@ def test_a_search_trains_every_trial_with_its_own_settings(cluster, coco_folder,
     assert best.optim.lr == search.config(search.best().number).optim.lr
     assert read_checkpoint(search.folder / "best.pth")["settings"]["optim"]["lr"] == best.optim.lr
     assert "best settings: raydetr train --config" in summary(search)
+    assert not list_actors(filters=[("class_name", "=", "Stripper"), ("state", "=", "ALIVE")])  # nothing of a search stays
 
 
 @pytest.mark.slow
@@ -306,7 +308,7 @@ def test_killed_trials_and_workers_go_on_from_their_last_epoch(coco_folder, tmp_
     assert len(killed) == kills
     assert driver.wait(timeout=400) == 0, driver.stdout.read()
     search = open_search(folder)
-    assert {trial.state.name for trial in search.frozen()} == {"COMPLETE"}
+    assert {trial.state.name for trial in search.frozen()} == {"COMPLETE"}, [trial.user_attrs for trial in search.frozen()]
     assert len(search.frozen()) == search.trials
     assert all_epochs(search)
 
