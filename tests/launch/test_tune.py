@@ -10,7 +10,6 @@ import numpy as np
 import psutil
 import pytest
 import ray
-from ray.util.state import list_actors
 
 import raydetr
 from raydetr import config
@@ -81,7 +80,7 @@ def test_a_search_trains_every_trial_with_its_own_settings(cluster, coco_folder,
     assert best.optim.lr == search.config(search.best().number).optim.lr
     assert read_checkpoint(search.folder / "best.pth")["settings"]["optim"]["lr"] == best.optim.lr
     assert "best settings: raydetr train --config" in summary(search)
-    assert not list_actors(filters=[("class_name", "=", "Stripper"), ("state", "=", "ALIVE")])  # nothing of a search stays
+    wait_for(lambda: not processes_of(psutil.Process(), "ray::Stripper"))  # nothing of a search stays
 
 
 @pytest.mark.slow
