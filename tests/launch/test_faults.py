@@ -28,7 +28,7 @@ from raydetr.launch.tune import tune
 from raydetr.model.checkpoint import read_checkpoint
 from raydetr.search import Search, trials_frame
 
-# One Ray at a time: two would share the cores, and the helpers of one could take the other for their own.
+# Where pytest-xdist heeds groups, one Ray at a time: two would share the cores.
 pytestmark = pytest.mark.xdist_group("ray")
 
 TINY = {

@@ -17,7 +17,7 @@ from raydetr.launch import nodes
 from raydetr.launch.nodes import check_listening, check_nodes, look
 from raydetr.launch.train import train
 
-# One Ray at a time: two would share the cores, and the helpers of one could take the other for their own.
+# Where pytest-xdist heeds groups, one Ray at a time: two would share the cores.
 pytestmark = pytest.mark.xdist_group("ray")
 
 

@@ -26,7 +26,7 @@ from raydetr.score import score_checkpoint
 from raydetr.search import Search
 from raydetr.storage import fetched
 
-# One Ray at a time: two would share the cores, and the helpers of one could take the other for their own.
+# Where pytest-xdist heeds groups, one Ray at a time: two would share the cores.
 pytestmark = pytest.mark.xdist_group("ray")
 
 TINY = {

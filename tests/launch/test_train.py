@@ -16,7 +16,7 @@ from raydetr.launch import train as training
 from raydetr.launch.train import resume_config, scaling_config, train
 from raydetr.model.checkpoint import read_checkpoint
 
-# One Ray at a time: two would share the cores, and the helpers of one could take the other for their own.
+# Where pytest-xdist heeds groups, one Ray at a time: two would share the cores.
 pytestmark = pytest.mark.xdist_group("ray")
 
 TINY = {

@@ -26,7 +26,7 @@ from raydetr.model.checkpoint import read_checkpoint
 from raydetr.search import TAKEN_OVER, open_search
 from raydetr.space import read_space
 
-# One Ray at a time: two would share the cores, and the helpers of one could take the other for their own.
+# Where pytest-xdist heeds groups, one Ray at a time: two would share the cores.
 pytestmark = pytest.mark.xdist_group("ray")
 
 TINY = {
