@@ -285,8 +285,8 @@ def copy_weights(source: str, target: str) -> None:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file that appears whole or not at all."""
-    with source.open("rb") as content, written_whole(target) as copy:
-        shutil.copyfileobj(content, copy)
+    with source.open("rb") as content, written_whole(target) as out:
+        shutil.copyfileobj(content, out)
 
 
 @ray.remote(num_cpus=0, max_restarts=3, max_task_retries=3)
