@@ -15,7 +15,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from benchmarks.measure import interleaved, machine, options, ratio, spread, table
-from raydetr.evaluation import coco_metrics, stats, without_collections
+from raydetr.evaluation import coco_metrics, stats
+from raydetr.garbage import without_collections
 
 OURS, PEER = "raydetr", "pycocotools"
 TARGET = 10.0

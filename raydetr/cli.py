@@ -10,6 +10,7 @@ from click.shell_completion import CompletionItem
 
 from raydetr import __version__, config
 from raydetr.errors import UserError
+from raydetr.garbage import without_collections
 from raydetr.storage import check_place, fetched
 
 SHORT_FLAGS = {
@@ -146,7 +147,8 @@ def train(resume: str | None, **options) -> None:
 
     Example: raydetr train --data photographs --epochs 100 --workers 2
     """
-    from raydetr.launch.train import resume_config, train
+    with without_collections():  # half a million objects of torch and Ray, which stay
+        from raydetr.launch.train import resume_config, train
 
     given = given_settings(options)
     train(resume_config(resume, *given) if resume else config.load_config(*given), resume=bool(resume))
@@ -252,7 +254,8 @@ def tune(**options) -> None:
 
     Example: raydetr tune --space loss --trials 32 --max-epochs 20 --data photographs
     """
-    from raydetr.launch.command import tune_command
+    with without_collections():
+        from raydetr.launch.command import tune_command
 
     if options["max_epochs"] is not None:
         options["optim__epochs"] = options["max_epochs"]

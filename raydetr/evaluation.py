@@ -7,11 +7,10 @@ all) is None here, where pycocotools says -1.
 """
 
 import contextlib
-import gc
 import io
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ except ImportError:  # slower, the same numbers
     from pycocotools.cocoeval import COCOeval
 
 from raydetr.errors import UserError
+from raydetr.garbage import without_collections
 
 # In the order of pycocotools' ``stats`` and of the official log's ``test_coco_eval_bbox``: what is averaged (precision or recall),
 # IoU threshold (None: all ten), size, most detections per image and category.
@@ -67,18 +67,6 @@ def run_coco_eval(coco: dict, results: list[dict]) -> COCOeval:
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation
-
-
-@contextlib.contextmanager
-def without_collections() -> Iterator[None]:
-    """Within it Python does not look for garbage, which it does again and again as dicts become many; among these there is none."""
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            gc.enable()
 
 
 def check_results(coco: dict, results: list[dict]) -> None:

@@ -1,5 +1,4 @@
 import copy
-import gc
 import io
 import json
 import sys
@@ -10,7 +9,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from raydetr import UserError
-from raydetr.evaluation import METRICS, coco_metrics, precision_recall, run_coco_eval, stats, without_collections
+from raydetr.evaluation import METRICS, coco_metrics, precision_recall, run_coco_eval, stats
 
 
 def random_set(seed=0, images=12, categories=(3, 7, 90), crowds=True):
@@ -173,29 +172,6 @@ def test_a_size_without_objects_is_none():
     metrics = coco_metrics(coco, perfect(coco))
     assert metrics["AP_small"] == 1
     assert metrics["AP_large"] is None
-
-
-def test_no_garbage_is_looked_for_within_and_again_afterwards():
-    def make_many():
-        kept = [[number] for number in range(100_000)]
-        return len(seen), len(kept)
-
-    @without_collections()
-    def fail():
-        during.append(make_many())
-        raise ZeroDivisionError
-
-    seen, during = [], []
-    gc.callbacks.append(lambda phase, _info: seen.append(phase))
-    try:
-        with pytest.raises(ZeroDivisionError):
-            fail()
-        assert gc.isenabled()
-        make_many()
-    finally:
-        gc.callbacks.pop()
-    assert during == [(0, 100_000)]
-    assert seen
 
 
 def test_input_is_left_alone_and_nothing_is_printed(capfd):

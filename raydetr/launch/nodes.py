@@ -37,12 +37,12 @@ def check_listening(what: str, address: str) -> None:
 
 
 def check_nodes(config: settings.Config, probe: Callable[..., dict[str, Any]] | None = None) -> None:
-    """Ask every machine of the cluster for what a run needs there; where there is only one, whether a store takes the run.
+    """Ask every machine of the cluster for what a run needs there; where there is only this one, whether a store takes the run.
 
     ``probe`` is what runs on each, :func:`look`. Raises UserError that names the machines without raydetr or with another version,
     those without the photographs, and those for which ``run.storage`` is another folder than it is here, or refuses what they write.
     """
-    nodes = alive_nodes()
+    nodes = alive_nodes() if ray.is_initialized() else {}
     storage, alone = config.run.storage, len(nodes) < 2
     if alone and not is_uri(storage):
         return

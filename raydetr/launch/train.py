@@ -1,6 +1,7 @@
 """One fine-tuning over GPUs and machines with Ray Train's TorchTrainer."""
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -17,6 +18,7 @@ from raydetr import config as settings
 from raydetr.console import Display
 from raydetr.data.check import check
 from raydetr.errors import UserError
+from raydetr.garbage import without_collections
 from raydetr.launch.mailbox import Mailbox
 from raydetr.launch.nodes import check_listening, check_nodes, is_of_machine
 from raydetr.launch.reporter import TrainReporter
@@ -35,19 +37,22 @@ RESUMABLE = {"optim.epochs", "optim.patience", "data.num_workers", "data.cache_g
 def train(config: settings.Config, resume: bool = False) -> dict[str, Any]:
     """Fine-tune with ``config.run.workers`` Ray Train workers; returns the last epoch's metrics.
 
-    Of ``MIN:MAX`` workers there are as many as the cluster has places for, also when machines come and go.
-    Starts Ray on this machine unless ``RAY_ADDRESS`` names a cluster. The run's place is ``<run.storage>/<run.name>``.
+    One worker where there is no cluster is this process: Ray Train's local mode, which starts no other. For more, Ray is started on this
+    machine unless ``RAY_ADDRESS`` names a cluster. Of ``MIN:MAX`` workers there are as many as the cluster has places for, also when
+    machines come and go. The run's place is ``<run.storage>/<run.name>``.
     Raises UserError for bad settings, data or an impossible request, and for what a worker found wrong with them.
     """
     config = with_absolute_paths(config)
     check_data(config)
     if not resume:
         claim_run_folder(config)
-    with ray_session(settings.least_and_most_workers(config)[0]):
+    least, most = settings.least_and_most_workers(config)
+    if most == 1 and not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
         check_nodes(config)
-        scaling = scaling_config(config)
-        with Display() as display:
-            return _run(config, scaling, display)
+        return _run_here(config)
+    with ray_session(least):
+        check_nodes(config)
+        return _run(config, scaling_config(config))
 
 
 def run_place(config: settings.Config) -> str:
@@ -208,7 +213,20 @@ def cores_each(cores: list[int], processes: int) -> int | None:
     return max((each for each in range(1, max(cores) + 1) if sum(node // each for node in cores) >= processes), default=None)
 
 
-def _run(config: settings.Config, scaling: ray.train.ScalingConfig, display: Display) -> dict[str, Any]:
+def _run_here(config: settings.Config) -> dict[str, Any]:
+    logging.getLogger("ray.train.v2.api.config").setLevel("WARNING")  # that the mode is local is no news to who runs it here
+    with without_collections():
+        from raydetr.fit import fit
+    trainer = TorchTrainer(lambda: fit(config), scaling_config=ray.train.ScalingConfig(num_workers=0))
+    try:
+        return trainer.fit().return_value
+    except UserError:
+        raise
+    except Exception as error:
+        raise failed(error, "training", config) from error
+
+
+def _run(config: settings.Config, scaling: ray.train.ScalingConfig) -> dict[str, Any]:
     mailbox = Mailbox.remote()
     if scaling.elasticity_enabled:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(RESIZE_PATIENCE_S))
@@ -223,7 +241,7 @@ def _run(config: settings.Config, scaling: ray.train.ScalingConfig, display: Dis
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
-    with showing(mailbox, display.show):
+    with Display() as display, showing(mailbox, display.show):
         return fit_on_machines(trainer, mailbox, config)
 
 
@@ -266,8 +284,13 @@ def failure_of(error: Exception, mailbox, config: settings.Config) -> UserError:
         return own
     causes = getattr(error, "worker_failures", None) or {0: error}
     rank, cause = next(iter(causes.items()))
-    last_line = str(cause).strip().splitlines()[-1]
-    return UserError(f"worker {rank} failed: {last_line}; finished epochs are kept: raydetr train --resume {run_place(config)}")
+    return failed(cause, f"worker {rank}", config)
+
+
+def failed(error: BaseException, what: str, config: settings.Config) -> UserError:
+    """The error to show where ``what`` ended by ``error``, and how to go on."""
+    last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return UserError(f"{what} failed: {last_line}; finished epochs are kept: raydetr train --resume {run_place(config)}")
 
 
 @contextlib.contextmanager

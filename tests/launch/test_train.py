@@ -68,6 +68,36 @@ def test_two_workers_make_a_whole_run_folder(cluster, coco_folder, tmp_path):
     assert len(last["random"]) == 2
 
 
+ALONE = """
+import sys
+import psutil, ray
+from raydetr import config
+from raydetr.launch.train import train
+
+metrics = train(config.load_config(config.read_yaml(sys.argv[1])))
+print(metrics["epoch"], ray.is_initialized(), psutil.Process().children())
+"""
+
+
+def test_one_worker_without_a_cluster_is_the_process_itself(coco_folder, tmp_path):
+    config.write_yaml(settings(coco_folder(), tmp_path / "runs", run__workers=1), tmp_path / "settings.yaml")
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", ALONE, tmp_path / "settings.yaml"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines()[-1] == "2 False []"
+    assert done.stderr == ""
+    assert [line["epoch"] for line in log_of(tmp_path / "runs" / "run")] == [0, 1]
+
+
+def test_what_ends_the_one_worker_is_said_in_one_line_with_how_to_go_on(coco_folder, tmp_path, monkeypatch):
+    def fail(_config):
+        raise RuntimeError("CUDA error\nthe card fell off the bus")
+
+    monkeypatch.setattr("raydetr.fit.fit", fail)
+    with pytest.raises(UserError, match=rf"training failed: the card fell off the bus; .* --resume {tmp_path}/run$"):
+        training._run_here(settings(coco_folder(), tmp_path, run__workers=1))
+
+
 def test_what_only_the_user_can_mend_is_said_in_one_line_and_not_tried_again(cluster, coco_folder, tmp_path):
     folder = coco_folder(train=4, val=2)
     picture = folder / "train2017" / "train_002.jpg"
@@ -228,7 +258,7 @@ def test_ray_that_is_started_here_listens_to_this_machine_only():
 
 def test_no_secret_is_left_in_a_run(coco_folder, tmp_path):
     secrets = {"AWS_SECRET_ACCESS_KEY": "marker-of-a-secret-key", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "marker-of-a-secret-token"}
-    values = {**TINY, "data.path": coco_folder(), "run.storage": tmp_path, "run.workers": 1, "optim.epochs": 1}
+    values = {**TINY, "data.path": coco_folder(), "run.storage": tmp_path, "optim.epochs": 1}
     flags = [word for name, value in values.items() for word in (f"--{name}", str(value).strip("[]"))]
     command = [sys.executable, "-m", "raydetr.cli", "train", "--debug", *flags]
     done = subprocess.run(command, env=os.environ | secrets, capture_output=True, text=True, timeout=180, check=False)
