@@ -158,6 +158,11 @@ class Speed:
     precision: str = setting(
         "auto", "arithmetic of the forward pass; auto: bf16 on GPUs that have it, else fp32", choices=["auto", "fp32", "bf16", "fp16"]
     )
+    compile: str = setting(
+        "auto",
+        "torch.compile of the backbone, a minute at the start; auto: off until a device is known where it pays",
+        choices=["auto", "on", "off"],
+    )
 
 
 @dataclasses.dataclass

@@ -327,6 +327,9 @@ def _loaders(config: Config, reporter: Any, device: torch.device, content: dict[
 def _training(config: Config, reporter: Any, model: nn.Module, num_classes: int, steps_per_epoch: int, content: dict | None) -> Training:
     optim, device = config.optim, next(model.parameters()).device
     dtype = choose_dtype(config.speed, device)
+    if config.speed.compile == "on":
+        # In place: the names of what is stored stay. Compiled once for all sizes of batches.
+        model.backbone[0].body.compile(dynamic=True)
     losses = dataclasses.asdict(config.loss) | dataclasses.asdict(config.matcher)
     criterion = build_criterion(num_classes, aux_loss=config.model.aux_loss, dec_layers=config.model.dec_layers, **losses)
     optimizer = build_optimizer(model, optim)
@@ -428,6 +431,9 @@ def _in_one_line(folder: Path) -> Iterator[None]:
         if not is_disk_full(error):
             raise
         raise DiskFull(f"the disk of {folder} is full; finished epochs are kept: make room and go on with the run") from error
+    except torch._dynamo.exc.TorchDynamoException as error:
+        said = " ".join(str(error).split("\n\n")[0].split())  # what follows is advice on debugging the compiler
+        raise UserError(f"speed.compile: torch.compile fails here, --speed.compile off trains without ({said})") from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the GPU's memory does not suffice: lower optim.batch_size (optim.accumulate makes up for it), data.max_size and "

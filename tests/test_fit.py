@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import resource
@@ -490,3 +491,23 @@ if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def test_a_compiled_backbone_learns_the_same_under_the_same_names(coco_folder, monkeypatch):
+    # All of torch.compile but the C++ compiler, which takes minutes.
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    known = {"folder": coco_folder(train=4, val=2), "model__dropout": 0.0, "optim__epochs": 1}
+    plain, _ = run(settings(name="plain", **known))
+    compiled, _ = run(settings(name="compiled", speed__compile="on", **known))
+    assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-4)
+    weights = [read_checkpoint(folder_of(settings(name=name, **known)) / "last.pth")["model"] for name in ("plain", "compiled")]
+    assert list(weights[0]) == list(weights[1])
+
+
+def test_a_compiler_that_fails_is_one_line_with_the_way_round_it(coco_folder, monkeypatch):
+    def broken(_graph, _inputs):
+        raise RuntimeError("no working C++ compiler")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend=broken))
+    with pytest.raises(UserError, match=r"speed\.compile: .* --speed\.compile off .*no working C\+\+ compiler"):
+        run(settings(coco_folder(), "run", speed__compile="on"))

@@ -31,7 +31,16 @@ RESIZE_INTERVAL_S = 20.0  # between two looks for machines that a run of MIN:MAX
 RESIZE_PATIENCE_S = 10.0  # how long such a run waits for places that it believed to be there; Ray hears late that a machine is gone
 
 # What may change when a run goes on; anything else would make it another run.
-RESUMABLE = {"optim.epochs", "optim.patience", "data.num_workers", "data.cache_gb", "run.max_failures", "run.workers", "speed.device"}
+RESUMABLE = {
+    "optim.epochs",
+    "optim.patience",
+    "data.num_workers",
+    "data.cache_gb",
+    "run.max_failures",
+    "run.workers",
+    "speed.device",
+    "speed.compile",
+}
 
 
 def train(config: settings.Config, resume: bool = False) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def folded_conv(x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm) -> Tensor:
     """``norm(conv(x))`` as one convolution."""
     scale, shift = norm.scale_and_shift()
     scale, geometry = scale[:, None, None, None], (conv.stride, conv.padding, conv.dilation)
-    if torch.is_grad_enabled() and conv.weight.requires_grad:
+    if torch.is_grad_enabled() and conv.weight.requires_grad and not torch.compiler.is_compiling():  # the compiler keeps what is worth it
         return FoldedConvolution.apply(x, conv.weight, scale, shift, geometry)
     return F.conv2d(x, conv.weight * scale, shift, *geometry)
 

@@ -56,15 +56,26 @@ def test_what_takes_long_to_import_is_not_where_everyone_waits(module, late):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_two_workers_make_a_whole_run_folder(cluster, coco_folder, tmp_path):
-    metrics = train(settings(coco_folder(train=5, val=3), tmp_path / "runs"))
-    run = tmp_path / "runs" / "run"
-    assert metrics["epoch"] == 2
-    assert [line["epoch"] for line in log_of(run)] == [0, 1]
+@pytest.fixture(scope="module")
+def photographs(module_coco_folder):
+    return module_coco_folder(train=6, val=2)
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, photographs, tmp_path_factory):
+    """A run of two workers that nothing happens to: its folder and last metrics."""
+    storage = tmp_path_factory.mktemp("whole")
+    return storage / "run", train(settings(photographs, storage, optim__epochs=4))
+
+
+def test_two_workers_make_a_whole_run_folder(whole):
+    run, metrics = whole
+    assert metrics["epoch"] == 4
+    assert [line["epoch"] for line in log_of(run)] == [0, 1, 2, 3]
     assert {"config.yaml", "log.txt", "tb", "best.pth", "last.pth"} <= {path.name for path in run.iterdir()}
     assert config.load_config(config.read_yaml(run / "config.yaml")).run.workers == 2
     last = read_checkpoint(run / "last.pth")
-    assert last["epoch"] == 2
+    assert last["epoch"] == 4
     assert len(last["random"]) == 2
 
 
@@ -170,13 +181,13 @@ def test_resuming_keeps_the_settings(coco_folder, tmp_path):
         resume_config(str(moved / "run"), {"optim.lr": 1e-3})
 
 
-def start(folder, storage, *more):
+def start(folder, storage, *more, environment=None):
+    """A run of four epochs by the command, with a Ray of its own."""
     values = config.flatten(config.to_dict(settings(folder, storage, optim__epochs=4)))
     flags = [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value).strip("[]"))]
-    command = [sys.executable, "-c", "import sys; from raydetr.cli import main; sys.exit(main(sys.argv[1:]))", "train"]
-    return subprocess.Popen(
-        [*command, *(more or flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    command = [sys.executable, "-m", "raydetr.cli", "train", "--debug", *(more or flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=os.environ | (environment or {}), start_new_session=True, **pipes)
 
 
 def wait_for_epoch(run, epoch, process, patience_s=120):
@@ -207,31 +218,45 @@ def same_weights(first, second):
 
 
 @pytest.mark.slow
-def test_a_killed_driver_goes_on_and_ends_in_the_same_weights(coco_folder, tmp_path):
-    folder = coco_folder(train=6, val=2)
-    whole = start(folder, tmp_path / "whole")
-    assert whole.wait(timeout=300) == 0, whole.stdout.read()
-
-    stopped = start(folder, tmp_path / "stopped")
-    run = tmp_path / "stopped" / "run"
+def test_a_killed_driver_goes_on_and_ends_in_the_same_weights(whole, photographs, tmp_path):
+    stopped, run = start(photographs, tmp_path), tmp_path / "run"
     wait_for_epoch(run, 2, stopped)
     os.killpg(stopped.pid, signal.SIGKILL)
     stopped.wait()
-    resumed = start(folder, tmp_path, "--resume", str(run))
+    resumed = start(photographs, tmp_path, "--resume", str(run))
     assert resumed.wait(timeout=300) == 0, resumed.stdout.read()
     assert [line["epoch"] for line in log_of(run)] == [0, 1, 2, 3]
-    assert same_weights(run / "last.pth", tmp_path / "whole" / "run" / "last.pth")
+    assert same_weights(run / "last.pth", whole[0] / "last.pth")
+
+
+SECRETS = {"AWS_SECRET_ACCESS_KEY": "marker-of-a-secret-key", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "marker-of-a-secret-token"}
+
+
+@pytest.fixture(scope="module")
+def killed(photographs, tmp_path_factory):
+    """A run with secrets in its environment, of which a worker is killed after the first epoch: its folder and output."""
+    before, storage = set(training_workers()), tmp_path_factory.mktemp("killed")
+    process = start(photographs, storage, environment=SECRETS)
+    wait_for_epoch(storage / "run", 1, process)
+    os.kill(min(set(training_workers()) - before), signal.SIGKILL)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return storage / "run", said
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced_and_the_run_ends_whole(coco_folder, tmp_path):
-    before = set(training_workers())
-    process = start(coco_folder(train=6, val=2), tmp_path)
-    run = tmp_path / "run"
-    wait_for_epoch(run, 1, process)
-    os.kill(min(set(training_workers()) - before), signal.SIGKILL)
-    assert process.wait(timeout=300) == 0, process.stdout.read()
-    assert [line["epoch"] for line in log_of(run)] == [0, 1, 2, 3]
+def test_a_killed_worker_is_replaced_and_the_run_ends_whole(killed):
+    assert [line["epoch"] for line in log_of(killed[0])] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_no_secret_is_left_in_a_run(killed):
+    run, said = killed
+    left = [path for path in run.rglob("*") if path.is_file()]
+    assert {"config.yaml", "log.txt", "best.pth"} <= {path.name for path in left}
+    assert any("tfevents" in path.name for path in left)
+    told = {"output": said.encode(), **{str(path): path.read_bytes() for path in left}}
+    assert [where for where, text in told.items() if b"marker-of-a-secret" in text] == []
 
 
 LISTENING = """
@@ -254,17 +279,3 @@ def test_ray_that_is_started_here_listens_to_this_machine_only():
     listening = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("LISTENS")]
     assert len(listening) >= 6, done.stdout  # the driver, gcs_server, raylet, dashboard, its agents, the task's worker
     assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}, done.stdout
-
-
-def test_no_secret_is_left_in_a_run(coco_folder, tmp_path):
-    secrets = {"AWS_SECRET_ACCESS_KEY": "marker-of-a-secret-key", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "marker-of-a-secret-token"}
-    values = {**TINY, "data.path": coco_folder(), "run.storage": tmp_path, "optim.epochs": 1}
-    flags = [word for name, value in values.items() for word in (f"--{name}", str(value).strip("[]"))]
-    command = [sys.executable, "-m", "raydetr.cli", "train", "--debug", *flags]
-    done = subprocess.run(command, env=os.environ | secrets, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr
-    left = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert {"config.yaml", "log.txt", "best.pth"} <= {path.name for path in left}
-    assert any("tfevents" in path.name for path in left)
-    told = {"output": (done.stdout + done.stderr).encode(), **{str(path): path.read_bytes() for path in left}}
-    assert [where for where, text in told.items() if b"marker-of-a-secret" in text] == []
