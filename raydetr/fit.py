@@ -13,7 +13,6 @@ import math
 import os
 import random
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,9 @@ from raydetr.loss.criterion import build_criterion
 from raydetr.model.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from raydetr.model.detr import build_model
 from raydetr.schedule import MovingAverage, build_optimizer, build_scheduler
-from raydetr.storage import fetch, join, push, read_token, remove_tokens, working_folder, write_token
+from raydetr.storage import OWNER, become_owner, check_owner, fetch, join, push, remove_tokens, working_folder
 from raydetr.tracking import LOSSES, Pictures, Tracker, log_line, write_log
 
-OWNER_FILE = ".owner"  # at the place of a run that is not finished: who writes there
 PICTURE_SETS = 10  # how often in a run the validation pictures are drawn, at most
 
 
@@ -157,8 +155,7 @@ def _epochs(run: Run) -> dict[str, Any]:
     _load_ahead(run)
     if run.reporter.rank == 0:
         run.tracker = _open_folder(config, folder, run.training.step, run.reporter.searched)
-        run.owner = uuid.uuid4().hex
-        write_token(run.place, OWNER_FILE, run.owner)
+        run.owner = become_owner(run.place)
         run.pictures = Pictures(run.val.dataset, config.run.pictures)
     steps = math.ceil(len(run.train) / config.optim.accumulate)
     show({"kind": "start", "epochs": config.optim.epochs, "steps": steps, "done": run.progress.epoch})
@@ -168,7 +165,7 @@ def _epochs(run: Run) -> dict[str, Any]:
         if run.tracker:
             run.tracker.finish()
             push(run.place)
-            remove_tokens(run.place, OWNER_FILE)
+            remove_tokens(run.place, OWNER)
     finally:
         if run.tracker:
             run.tracker.close()
@@ -190,7 +187,7 @@ def _one_epoch(run: Run) -> dict[str, Any]:
     metrics = _metrics(progress, train, val, scores) | {"seconds": time.perf_counter() - began}
     states = gathered(_random_state(training.device))
     if run.tracker:
-        _check_owner(run)
+        check_owner(run.place, run.owner)
         _write_down(run, train, val, scores, curve)
         _draw(run, detections)
         run.tracker.flush()
@@ -199,12 +196,6 @@ def _one_epoch(run: Run) -> dict[str, Any]:
     run.reporter.report(metrics, run.folder / "last.pth" if run.reporter.rank == 0 else None)
     run.reporter.show({"kind": "epoch", "epoch": epoch, "metrics": metrics, "seconds": time.perf_counter() - began, "best": best})
     return metrics
-
-
-def _check_owner(run: Run) -> None:
-    """Raises UserError where another process has begun to go on with the run: this one was given up for lost, or started twice."""
-    if read_token(run.place, OWNER_FILE) != run.owner:
-        raise UserError(f"another process goes on with the run in {run.place}; this one stops")
 
 
 def _load_ahead(run: Run) -> None:

@@ -31,7 +31,7 @@ from raydetr.config import Config, flatten, load_config, read_yaml, to_dict, wri
 from raydetr.errors import UserError
 from raydetr.population import better_trial, check_population, moved
 from raydetr.space import Space, as_drawn, draw, read_space
-from raydetr.storage import PATIENCE_S, fetched, push, working_folder
+from raydetr.storage import PATIENCE_S, check_owner, fetched, push, working_folder
 
 if TYPE_CHECKING:
     import pandas
@@ -58,6 +58,7 @@ class Search:
         self.study = read_study(self.folder)
         self.space = read_space(self.folder / SPACE_FILE)
         self.base = self.space.ground(read_yaml(self.folder / CONFIG_FILE))
+        self.owner = ""  # of the place, in the process that runs the search; others push what they were asked to
         self._again: list[int] = []
         self._numbers: dict[str, int] = {}  # by key, which a trial keeps while this process runs the search
 
@@ -65,7 +66,12 @@ class Search:
         return Search, (self.place,)
 
     def push(self, patience_s: float = PATIENCE_S) -> None:
-        """Bring what changed of the search's own files, not its trials', to its store; nothing for a folder. Raises UserError."""
+        """Bring what changed of the search's own files, not its trials', to its store; nothing for a folder.
+
+        Raises UserError of the store, and where another process has begun to run the search that this one owns.
+        """
+        if self.owner:
+            check_owner(self.place, self.owner, patience_s)
         push(self.place, recursive=False, patience_s=patience_s)
 
     @property

@@ -16,6 +16,7 @@ import functools
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import sys
 import time
@@ -32,6 +33,7 @@ CHUNK_BYTES = 8 << 20  # of a file, on its way at a time
 THREADS = 16  # files on their way at a time: small ones would wait for each other's answers
 TOLD_BYTES = 50e6  # more than this is said to be on its way
 LAST = "last.pth"
+OWNER = ".owner"  # at a place that is not finished: who writes there
 EVENTS = "*tfevents*"  # files that are only ever appended to
 STAYS_HERE = ("ray",)  # Ray's own folder in that of a run: of use only to the processes that made it
 ENDPOINT = "AWS_ENDPOINT_URL"  # of a store that is not Amazon's
@@ -186,6 +188,19 @@ def remove_tokens(place: str, beginning: str, patience_s: float = PATIENCE_S) ->
     for name in names:
         _ask(place, functools.partial(_file_system(place).delete_file, _path_of(join(place, name))), patience_s)
     return names
+
+
+def become_owner(place: str | Path) -> str:
+    """Be the one who writes at a place from now on, whoever did before. Returns the token for :func:`check_owner`."""
+    token = secrets.token_hex(16)
+    write_token(str(place), OWNER, token)
+    return token
+
+
+def check_owner(place: str | Path, token: str, patience_s: float = PATIENCE_S) -> None:
+    """Raises UserError where another process became the owner: this one was given up for lost, or what it does was started twice."""
+    if read_token(str(place), OWNER, patience_s) != token:
+        raise UserError(f"another process goes on with what is in {place}; this one stops")
 
 
 # ------------------------------------------------------------------------------------------------------------ copies on this machine

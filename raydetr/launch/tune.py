@@ -34,7 +34,7 @@ from raydetr.launch.train import check_data, check_name, nodes_resources, ray_se
 from raydetr.launch.trial import run_trial
 from raydetr.search import Search, create_search, open_search, top_trials, write_best, write_trials
 from raydetr.space import Space, read_space
-from raydetr.storage import absolute, fetch, is_uri, join, split, working_folder
+from raydetr.storage import OWNER, absolute, become_owner, fetch, is_uri, join, remove_tokens, split, working_folder
 from raydetr.trials import TrialsDisplay
 
 STORE_SHARE = 0.5  # of Ray's object store, for decoded pictures
@@ -127,11 +127,14 @@ def bring(place: str) -> None:
 
 @contextlib.contextmanager
 def keeping(search: Search) -> Iterator[None]:
-    """For the length of a ``with``, and at its end, the search's own files are brought to its store. Nothing for a folder."""
+    """For the length of a ``with``, and at its end, the search's own files are brought to its store. Nothing for a folder.
+
+    The process is then the one that runs the search: another that did, on whatever machine, stops at its next push.
+    """
     if not is_uri(search.place):
         yield
         return
-    done = threading.Event()
+    search.owner, done = become_owner(search.place), threading.Event()
 
     def keep() -> None:
         while not done.wait(KEEP_INTERVAL_S):
@@ -146,6 +149,7 @@ def keeping(search: Search) -> Iterator[None]:
         done.set()
         thread.join()
         search.push()
+        remove_tokens(search.place, OWNER)
 
 
 def _run(search: Search, demands: Demands, places: Places, images: list[ray.ObjectRef], time_budget_s: float | None) -> Search:

@@ -44,7 +44,7 @@ TINY = {
     "run.max_failures": 0,
 }
 SPACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}}
-TRIALS = 4
+TRIALS = 3
 DRIVERS = []  # processes started by a test
 
 

@@ -20,11 +20,13 @@ from raydetr.launch import nodes
 from raydetr.launch.nodes import check_nodes, look
 from raydetr.launch.scheduling import copy_weights
 from raydetr.launch.train import ray_session, resume_config, train
+from raydetr.launch.tune import bring, keeping
 from raydetr.model.checkpoint import read_checkpoint
 from raydetr.report import report
 from raydetr.score import score_checkpoint
-from raydetr.search import Search
-from raydetr.storage import fetched
+from raydetr.search import Search, create_search, open_search
+from raydetr.space import read_space
+from raydetr.storage import become_owner, fetched
 
 # Where pytest-xdist heeds groups, one Ray at a time: two would share the cores.
 pytestmark = pytest.mark.xdist_group("ray")
@@ -173,11 +175,29 @@ def test_a_machine_that_was_given_up_for_lost_leaves_the_store_alone(store, coco
                     another.setenv("RAYDETR_CACHE", str(tmp_path / "another machine"))
                     theirs.append(fit(run))
 
-    with pytest.raises(UserError, match=f"another process goes on with the run in {store.uri}/one"):
+    with pytest.raises(UserError, match=f"another process goes on with what is in {store.uri}/one"):
         fit(run, Lost())
     assert theirs[0]["epoch"] == 2
     assert read_checkpoint(fetched(f"{store.uri}/one/last.pth"))["metrics"]["seconds"] == theirs[0]["seconds"]
     assert ".owner" not in store.names(f"{store.uri}/one")
+
+
+def test_a_search_that_another_machine_goes_on_with_stops(store, coco_folder, tmp_path, monkeypatch):
+    place, space = f"{store.uri}/one", read_space({"optim.lr": {"uniform": [1e-5, 1e-2]}})
+    mine = create_search(place, space, settings(coco_folder(), store.uri), trials=2)
+    with keeping(mine):
+        pass
+    mine.owner = become_owner(place)
+    mine.push()
+    monkeypatch.setenv("RAYDETR_CACHE", str(tmp_path / "another machine"))
+    bring(place)
+    theirs = open_search(place)
+    with keeping(theirs):
+        theirs.ask()
+        with pytest.raises(UserError, match=f"another process goes on with what is in {place}; this one stops"):
+            mine.push()
+    assert len(Search(fetched(place)).frozen()) == 1
+    assert ".owner" not in store.names(place)
 
 
 @pytest.fixture

@@ -138,9 +138,9 @@ def test_a_broken_picture_stops_a_search_before_its_first_trial(cluster, coco_fo
     assert not (tmp_path / "search").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_trials_share_the_pictures_that_were_decoded_once(cluster, coco_folder, tmp_path, monkeypatch, workers):
+@pytest.fixture
+def spoiled(coco_folder, monkeypatch):
+    """A folder of photographs that are spoiled when the search has decoded them."""
     folder = coco_folder()
 
     def share_and_spoil(config):
@@ -150,8 +150,22 @@ def test_trials_share_the_pictures_that_were_decoded_once(cluster, coco_folder, 
         return shared
 
     monkeypatch.setattr(launcher, "share_images", share_and_spoil)
-    search = tune(settings(folder, tmp_path, optim__epochs=1), SPACE, trials=2, scheduler="none", demands=Demands(workers=workers))
+    return folder
+
+
+@pytest.mark.slow
+def test_trials_share_the_pictures_that_were_decoded_once(cluster, spoiled, tmp_path):
+    search = tune(settings(spoiled, tmp_path, optim__epochs=1), SPACE, trials=2, scheduler="none")
     assert [trial.state.name for trial in search.frozen()] == ["COMPLETE", "COMPLETE"]
+
+
+@pytest.mark.slow
+def test_trials_of_several_workers_train_in_an_inner_trainer_on_shared_pictures(cluster, spoiled, tmp_path):
+    search = tune(settings(spoiled, tmp_path), SPACE, trials=1, scheduler="none", demands=Demands(workers=2))
+    assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"]
+    folder = trial_folder(search, 0)
+    assert [line["epoch"] for line in log_of(folder)] == [0, 1]
+    assert config.read_yaml(folder / "config.yaml")["run.workers"] == 2
 
 
 def test_a_machines_workers_read_the_same_memory(cluster, coco_folder, tmp_path):
@@ -160,15 +174,6 @@ def test_a_machines_workers_read_the_same_memory(cluster, coco_folder, tmp_path)
     assert one.filled.all()
     assert len(one.filled) == 6
     assert np.shares_memory(one.pixels, other.pixels)
-
-
-@pytest.mark.slow
-def test_trials_of_several_workers_train_in_an_inner_trainer(cluster, coco_folder, tmp_path):
-    search = tune(settings(coco_folder(), tmp_path), SPACE, trials=2, scheduler="none", demands=Demands(workers=2))
-    assert [trial.state.name for trial in search.frozen()] == ["COMPLETE", "COMPLETE"]
-    folder = trial_folder(search, 1)
-    assert [line["epoch"] for line in log_of(folder)] == [0, 1]
-    assert config.read_yaml(folder / "config.yaml")["run.workers"] == 2
 
 
 @pytest.mark.slow
@@ -287,7 +292,7 @@ def all_epochs(search, epochs=3):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("title", "flags", "kills"),
-    [("ray::ImplicitFunc", ["--trials", "5"], 3), ("ray::RayTrainWorker", ["--trials", "2", "--workers-per-trial", "2"], 2)],
+    [("ray::ImplicitFunc", ["--trials", "5"], 3), ("ray::RayTrainWorker", ["--trials", "1", "--workers-per-trial", "2"], 1)],
     ids=["trials", "workers"],
 )
 def test_killed_trials_and_workers_go_on_from_their_last_epoch(coco_folder, tmp_path, title, flags, kills):
@@ -316,7 +321,7 @@ def test_killed_trials_and_workers_go_on_from_their_last_epoch(coco_folder, tmp_
 def test_ctrl_c_ends_in_order_with_a_summary_and_the_way_on(coco_folder, tmp_path):
     config.write_yaml(settings(coco_folder(), tmp_path, optim__epochs=3), tmp_path / "run.yaml")
     folder = tmp_path / "search"
-    driver = start("--config", str(tmp_path / "run.yaml"), "--space", "loss", "--trials", "6", "--scheduler", "none")
+    driver = start("--config", str(tmp_path / "run.yaml"), "--space", "loss", "--trials", "4", "--scheduler", "none")
     # The first trial has ended, others are under way.
     wait_for(lambda: (folder / "study.journal").exists() and any(trial.state.is_finished() for trial in open_search(folder).frozen()))
     os.killpg(driver.pid, signal.SIGINT)  # as a terminal does
@@ -326,10 +331,10 @@ def test_ctrl_c_ends_in_order_with_a_summary_and_the_way_on(coco_folder, tmp_pat
     assert (folder / "best.yaml").exists()
     ended = {trial.number: trial.datetime_complete for trial in open_search(folder).frozen() if trial.state.is_finished()}
     assert ended
-    assert len(ended) < 6
+    assert len(ended) < 4
     assert start("--resume", str(folder)).wait(timeout=300) == 0
     search = open_search(folder)
-    assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"] * 6
+    assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"] * 4
     assert all(search.frozen()[number].datetime_complete == when for number, when in ended.items())  # none ran twice
     assert all_epochs(search)
 
