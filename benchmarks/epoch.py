@@ -1,12 +1,11 @@
 """What an epoch of a run takes beside its training steps: ``python -m benchmarks.epoch FOLDER``.
 
-``FOLDER`` is a data set as ``raydetr train`` takes it. A run of one Ray Train worker trains ``detr_resnet50`` from random weights at a
+``FOLDER`` is a data set as ``raydetr train`` takes it. One worker, the process itself, trains ``detr_resnet50`` from random weights at a
 short side of 480 pixels; after its first epoch, which decodes the photographs, the parts of each epoch are timed. The evaluation trains
 nothing and is shown apart.
 """
 
 import contextlib
-import json
 import statistics
 import tempfile
 import time
@@ -20,15 +19,13 @@ from benchmarks.measure import machine, options, table
 from raydetr import engine, fit
 from raydetr.config import load_config
 from raydetr.launch import train as launcher
-from raydetr.launch.reporter import TrainReporter
 
 TARGET = 1.05
 STEPS, INPUT, LOGGING = "training steps", "waiting for input", "steps to TensorBoard and terminal"
 FORWARD, SCORING = "evaluation: input, forward, losses", "evaluation: COCO numbers, curve"
-TEXT, PICTURES, CHECKPOINTS, REPORT = "epoch to TensorBoard and log.txt", "pictures", "checkpoints", "report to Ray Train"
+TEXT, PICTURES, CHECKPOINTS = "epoch to TensorBoard and log.txt", "pictures", "checkpoints"
 TRAINING, EPOCH, REST = "training", "epoch", "the rest"
-BESIDE = (INPUT, LOGGING, TEXT, PICTURES, CHECKPOINTS, REPORT, REST)
-TIMES = "times.json"
+BESIDE = (INPUT, LOGGING, TEXT, PICTURES, CHECKPOINTS, REST)
 
 
 class Parts:
@@ -89,31 +86,15 @@ def measured() -> Iterator[Parts]:
     named = {"evaluate": FORWARD, "_score": SCORING, "_write_down": TEXT, "_draw": PICTURES, "_save": CHECKPOINTS}
     replaced = {name: parts.timed(part, getattr(fit, name)) for name, part in named.items()}
     replaced |= {"train_one_epoch": parts.train, "_one_epoch": parts.end_of_epoch(fit._one_epoch)}
-    with mock.patch.multiple(fit, **replaced), mock.patch.object(TrainReporter, "report", parts.timed(REPORT, TrainReporter.report)):
+    with mock.patch.multiple(fit, **replaced):
         yield parts
-
-
-def train_measured(loop_config: dict[str, Any]) -> dict[str, Any] | None:
-    """What the Ray Train worker runs: the training of any run, whose times it leaves in the run's folder."""
-    with measured() as parts:
-        metrics = launcher.train_worker(loop_config)
-    run = loop_config["settings"]["run"]
-    (Path(run["storage"]) / run["name"] / TIMES).write_text(json.dumps(parts.epochs))
-    return metrics
 
 
 def epochs_of(settings: dict[str, Any]) -> list[dict[str, float]]:
     """The parts of every epoch of a run with ``settings`` but its first."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(launcher, "TorchTrainer", _trainer):
+    with tempfile.TemporaryDirectory() as folder, measured() as parts:
         launcher.train(load_config(settings, {"run.storage": folder, "run.name": "run"}))
-        return json.loads((Path(folder) / "run" / TIMES).read_text())[1:]
-
-
-def _trainer(_train_worker: Callable, **arguments: Any) -> launcher.TorchTrainer:
-    return TORCH_TRAINER(train_measured, **arguments)
-
-
-TORCH_TRAINER = launcher.TorchTrainer
+    return parts.epochs[1:]
 
 
 def main() -> None:

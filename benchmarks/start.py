@@ -61,7 +61,7 @@ def main() -> None:
         busy = [help_seconds(cpu_seconds) for _ in range(max(repeats, 3))]
         steps = {
             workers: [first_step_seconds(root / "data", root / "runs", preset, workers, f"{workers}-{number}") for number in range(repeats)]
-            for workers in (1, 2)
+            for workers in ((1,) if chosen.quick else (1, 2))
         }
     rows = [
         ["raydetr --help", spread(helps), f"{HELP_TARGET_S} s"],
