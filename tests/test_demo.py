@@ -4,7 +4,7 @@ import pytest
 
 from raydetr.demo import demo
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.timeout(900)

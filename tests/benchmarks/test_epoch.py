@@ -43,7 +43,6 @@ def test_an_epoch_is_the_sum_of_its_parts(clock, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_the_command_prints_its_table(coco_folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks.epoch", "--quick", str(coco_folder(train=4, val=2))])
     epoch.main()

@@ -4,8 +4,6 @@ import pytest
 
 from benchmarks import scale
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 
 def test_sizes_are_readable():
     assert [scale.size(number) for number in (12, 1234, 5e6, 6.5e11)] == ["12 B", "1.23 kB", "5 MB", "650 GB"]

@@ -10,8 +10,6 @@ from benchmarks import search
 from benchmarks.search import EPOCH, EVENTS, REPORT, Reached, Watch, surface_ap
 from raydetr.search import open_search
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 
 def trial(*values):
     return types.SimpleNamespace(intermediate_values=dict(enumerate(values, 1)))

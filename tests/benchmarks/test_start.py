@@ -10,7 +10,6 @@ def test_help_is_a_process_that_computes():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_the_command_prints_its_table(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks.start", "--quick"])
     start.main()

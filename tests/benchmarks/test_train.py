@@ -4,8 +4,6 @@ import pytest
 
 from benchmarks import train
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 
 @pytest.mark.slow
 def test_the_command_runs_all_contenders_in_turn_and_prints_its_table(monkeypatch, capsys):

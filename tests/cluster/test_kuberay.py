@@ -106,7 +106,6 @@ def test_tensorboards_service_finds_it():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_the_search_of_the_job_runs(coco_folder, tmp_path):
     job = next(each["spec"] for each in RAY_OBJECTS if each["metadata"]["name"] == "raydetr-tune")
     small = "--preset detr_tiny --trials 1 --max-epochs 1 --concurrent 1 --data.num_workers 0 --data.val_size 48 --data.train_sizes 48"

@@ -37,7 +37,6 @@ def free_job():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_two_nodes_train_together(coco_folder, tmp_path):
     commands = tmp_path / "bin"
     commands.mkdir()

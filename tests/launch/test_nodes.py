@@ -17,9 +17,6 @@ from raydetr.launch import nodes
 from raydetr.launch.nodes import check_listening, check_nodes, look
 from raydetr.launch.train import train
 
-# Where pytest-xdist heeds groups, one Ray at a time: two would share the cores.
-pytestmark = pytest.mark.xdist_group("ray")
-
 
 @pytest.fixture(scope="module")
 def two_machines():

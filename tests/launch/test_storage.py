@@ -28,9 +28,6 @@ from raydetr.search import Search, create_search, open_search
 from raydetr.space import read_space
 from raydetr.storage import become_owner, fetched
 
-# Where pytest-xdist heeds groups, one Ray at a time: two would share the cores.
-pytestmark = pytest.mark.xdist_group("ray")
-
 TINY = {
     "model.preset": "detr_tiny",
     "model.weights": "none",
@@ -76,24 +73,17 @@ def kill(process):
     process.wait()
 
 
-@pytest.fixture
-def cluster(store):
-    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 def log_of(store, place):
     return [json.loads(line)["epoch"] for line in store.read(f"{place}/log.txt").splitlines()]
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_the_store_alone_and_ends_in_the_same_bits(cluster, store, coco_folder, tmp_path):
+def test_a_run_goes_on_from_the_store_alone_and_ends_in_the_same_bits(store, coco_folder, tmp_path):
     folder, run = coco_folder(train=6, val=2), f"{store.uri}/one"
     photographs = f"{store.uri}/photographs"
     store.upload(folder, photographs)
-    train(settings(folder, tmp_path, run__workers=2, optim__epochs=4))
-    train(settings(photographs, store.uri, run__workers=2, optim__epochs=2))
+    train(settings(folder, tmp_path, optim__epochs=4))
+    train(settings(photographs, store.uri, optim__epochs=2))
     with pytest.raises(UserError, match=f"{run} holds a run already: go on with it by --resume {run}"):
         train(settings(folder, store.uri))
     assert log_of(store, run) == [0, 1]
@@ -112,6 +102,10 @@ def test_a_run_goes_on_from_the_store_alone_and_ends_in_the_same_bits(cluster, s
     assert all(mine["model"][name].equal(other["model"][name]) for name in other["model"])
     assert not any(b"secret-of-the-test" in store.read(f"{run}/{name}") for name in names)
     assert score_checkpoint(f"{run}/best.pth", {"data.path": photographs})["AP"] == pytest.approx(mine["metrics"]["best_AP"])
+
+    train(resume_config(run, {"optim.epochs": 5, "run.workers": 2}), resume=True)
+    assert log_of(store, run) == [0, 1, 2, 3, 4]
+    assert len(read_checkpoint(fetched(f"{run}/last.pth"))["random"]) == 2
 
 
 def stop_for(store, seconds, sign):

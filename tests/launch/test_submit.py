@@ -23,8 +23,6 @@ from raydetr.errors import UserError
 from raydetr.launch import submit
 from raydetr.launch.submit import connect, hand_over, resources, runtime_environment
 
-pytestmark = pytest.mark.xdist_group("ray")
-
 TINY = {
     "model.preset": "detr_tiny",
     "model.weights": "none",

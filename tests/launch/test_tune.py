@@ -26,9 +26,6 @@ from raydetr.model.checkpoint import read_checkpoint
 from raydetr.search import TAKEN_OVER, open_search
 from raydetr.space import read_space
 
-# Where pytest-xdist heeds groups, one Ray at a time: two would share the cores.
-pytestmark = pytest.mark.xdist_group("ray")
-
 TINY = {
     "model.preset": "detr_tiny",
     "model.weights": "none",
@@ -85,7 +82,9 @@ def test_a_search_trains_every_trial_with_its_own_settings(cluster, coco_folder,
 
 @pytest.mark.slow
 def test_a_search_from_python_gives_settings_a_frame_and_the_study(cluster, coco_folder, tmp_path):
-    best, trials, study = raydetr.tune(settings(coco_folder(), tmp_path, optim__epochs=1), SPACE, trials=2, scheduler="none")
+    best, trials, study = raydetr.tune(
+        settings(coco_folder(), tmp_path, optim__epochs=1), SPACE, trials=2, scheduler="none", demands=Demands(concurrent=1)
+    )
     assert list(trials["trial"]) == [0, 1]
     assert set(trials["optim.lr"]) == {trial.params["optim.lr"] for trial in study.trials}
     assert best.optim.lr in set(trials["optim.lr"])
@@ -95,7 +94,9 @@ def test_a_search_from_python_gives_settings_a_frame_and_the_study(cluster, coco
 @pytest.mark.slow
 def test_a_trial_that_breaks_is_failed_and_the_search_goes_on(cluster, coco_folder, tmp_path):
     # The tiny backbone has no stage to dilate: every trial but the first, which has the defaults, fails.
-    search = tune(settings(coco_folder(), tmp_path), {"model.dilation": {"choice": [True]}}, trials=2, scheduler="none")
+    search = tune(
+        settings(coco_folder(), tmp_path), {"model.dilation": {"choice": [True]}}, trials=2, scheduler="none", demands=Demands(concurrent=1)
+    )
     assert [trial.state.name for trial in search.frozen()] == ["COMPLETE", "FAIL"]
     assert "model.dilation" in search.frozen()[1].user_attrs["reason"]
     assert search.best().number == 0
