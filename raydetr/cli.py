@@ -40,8 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except click.ClickException as error:
         return _fail(error.format_message(), 2, debug)
-    except (click.Abort, KeyboardInterrupt):
-        return _fail("interrupted", 130, debug)
+    except (click.Abort, KeyboardInterrupt) as error:
+        way_on = str(error.__cause__ or error)  # click hides the interrupt behind an error of its own
+        return _fail(f"interrupted; {way_on}" if way_on else "interrupted", 130, debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -56,12 +56,13 @@ def train(config: settings.Config, resume: bool = False) -> dict[str, Any]:
     if not resume:
         claim_run_folder(config)
     least, most = settings.least_and_most_workers(config)
-    if most == 1 and not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
-        check_nodes(config)
-        return _run_here(config)
-    with ray_session(least):
-        check_nodes(config)
-        return _run(config, scaling_config(config))
+    with telling_the_way_on(config):
+        if most == 1 and not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
+            check_nodes(config)
+            return _run_here(config)
+        with ray_session(least):
+            check_nodes(config)
+            return _run(config, scaling_config(config))
 
 
 def run_place(config: settings.Config) -> str:
@@ -121,6 +122,21 @@ def resume_config(run: str, *layers: Mapping[str, Any]) -> settings.Config:
             raise UserError(f"--resume: {name} is {before.get(name)!r} in {place} and {value!r} here; it may not change, start a new run")
     storage, name = split(place)
     return settings.load_config(before, after, {"run.storage": storage, "run.name": name})
+
+
+@contextlib.contextmanager
+def telling_the_way_on(config: settings.Config) -> Iterator[None]:
+    """A KeyboardInterrupt within says how to go on with the run, once it has begun."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        begun = (run_folder(config) / "config.yaml").exists()
+        raise KeyboardInterrupt(way_on(config) if begun else "") from None
+
+
+def way_on(config: settings.Config) -> str:
+    """How to go on with a run that ended before its time."""
+    return f"finished epochs are kept: raydetr train --resume {run_place(config)}"
 
 
 def check_data(config: settings.Config) -> None:
@@ -264,6 +280,8 @@ def fit_on_machines(trainer: TorchTrainer, mailbox, config: settings.Config) -> 
     while True:
         try:
             last = trainer.fit().return_value
+        except SystemExit:  # Ray Train's answer to Ctrl-C
+            raise KeyboardInterrupt from None
         except ray.train.TrainingFailedError as error:
             if not any(map(is_of_machine, getattr(error, "worker_failures", {}).values())):
                 raise failure_of(error, mailbox, config) from error
@@ -301,7 +319,7 @@ def failure_of(error: Exception, mailbox, config: settings.Config) -> UserError:
 def failed(error: BaseException, what: str, config: settings.Config) -> UserError:
     """The error to show where ``what`` ended by ``error``, and how to go on."""
     last_line = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return UserError(f"{what} failed: {last_line}; finished epochs are kept: raydetr train --resume {run_place(config)}")
+    return UserError(f"{what} failed: {last_line}; {way_on(config)}")
 
 
 @contextlib.contextmanager

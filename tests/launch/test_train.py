@@ -178,11 +178,11 @@ def test_resuming_keeps_the_settings(coco_folder, tmp_path):
         resume_config(str(moved / "run"), {"optim.lr": 1e-3})
 
 
-def start(folder, storage, *more, environment=None):
-    """A run of four epochs by the command, with a Ray of its own."""
-    values = config.flatten(config.to_dict(settings(folder, storage, optim__epochs=4)))
+def start(folder, storage, *more, epochs=4, environment=None):
+    """A run by the command, with a Ray of its own; ``more`` are flags."""
+    values = config.flatten(config.to_dict(settings(folder, storage, optim__epochs=epochs)))
     flags = [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value).strip("[]"))]
-    command = [sys.executable, "-m", "raydetr.cli", "train", "--debug", *(more or flags)]
+    command = [sys.executable, "-m", "raydetr.cli", "train", *([] if "--resume" in more else flags), *more]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=os.environ | (environment or {}), start_new_session=True, **pipes)
 
@@ -233,7 +233,7 @@ SECRETS = {"AWS_SECRET_ACCESS_KEY": "marker-of-a-secret-key", "RAY_AUTH_MODE": "
 def killed(photographs, tmp_path_factory):
     """A run with secrets in its environment, of which a worker is killed after the first epoch: its folder and output."""
     before, storage = set(training_workers()), tmp_path_factory.mktemp("killed")
-    process = start(photographs, storage, environment=SECRETS)
+    process = start(photographs, storage, "--debug", environment=SECRETS)
     wait_for_epoch(storage / "run", 1, process)
     os.kill(min(set(training_workers()) - before), signal.SIGKILL)
     said, _ = process.communicate(timeout=300)
@@ -254,6 +254,18 @@ def test_no_secret_is_left_in_a_run(killed):
     assert any("tfevents" in path.name for path in left)
     told = {"output": said.encode(), **{str(path): path.read_bytes() for path in left}}
     assert [where for where, text in told.items() if b"marker-of-a-secret" in text] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_says_how_to_go_on(photographs, tmp_path, workers):
+    process = start(photographs, tmp_path, f"--run.workers={workers}", epochs=400)
+    wait_for_epoch(tmp_path / "run", 1, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert said.endswith(f"raydetr: interrupted; finished epochs are kept: raydetr train --resume {tmp_path / 'run'}\n")
+    assert "Traceback" not in said
 
 
 LISTENING = """
