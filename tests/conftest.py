@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from pyarrow.fs import FileSelector, FileSystem, copy_files
 from werkzeug.serving import WSGIRequestHandler, make_server
+
+# Tests run beside each other, and threads that wait for one another lose more than they gain. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CATEGORIES = ({"id": 3, "name": "square"}, {"id": 7, "name": "oblong"})  # ids with holes, as they come in the field
 
@@ -37,6 +39,8 @@ def shared_data():
 @pytest.fixture(scope="session")
 def oracle():
     """``oracle("detr_resnet50")``: numbers of the official model and the targets they were computed for (two images)."""
+
+    import torch
 
     def read(name: str) -> tuple[dict, list[dict]]:
         numbers = dict(np.load(Path(__file__).parent / "fixtures" / f"{name}.npz"))

@@ -20,8 +20,6 @@ from raydetr.loss.criterion import build_criterion
 from raydetr.model.detr import build_model
 from raydetr.schedule import MovingAverage, build_optimizer, build_scheduler
 
-torch.set_num_threads(1)
-
 NUM_CLASSES = 2
 CPU = torch.device("cpu")
 

@@ -23,8 +23,6 @@ from raydetr.fit import LocalReporter, Progress, fit
 from raydetr.loss.criterion import build_criterion
 from raydetr.model.checkpoint import read_checkpoint
 
-torch.set_num_threads(1)
-
 TINY = {
     "model.preset": "detr_tiny",
     "model.weights": "none",

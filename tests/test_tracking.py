@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata as hparams_metadata
@@ -18,8 +17,6 @@ from raydetr.data.transforms import val_transforms
 from raydetr.engine import Detections
 from raydetr.fit import LocalReporter, fit
 from raydetr.tracking import LOSSES, Pictures, Tracker, custom_scalars, write_log
-
-torch.set_num_threads(1)
 
 TINY = {
     "model.preset": "detr_tiny",

@@ -293,7 +293,8 @@ def fit_on_machines(trainer: TorchTrainer, mailbox, config: settings.Config) -> 
 
 def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
     """What every Ray Train worker runs: ``fit``. Returns its metrics; None where a user error ended the run before."""
-    from raydetr.fit import fit
+    with without_collections():
+        from raydetr.fit import fit
 
     mailbox = loop_config["mailbox"]
     if ray.get(mailbox.failure.remote()):

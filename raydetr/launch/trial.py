@@ -13,6 +13,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from raydetr import config as settings
 from raydetr.data.cache import DecodedImages
 from raydetr.errors import DiskFull, UserError
+from raydetr.garbage import without_collections
 from raydetr.launch.mailbox import Mailbox
 from raydetr.launch.train import fit_on_machines, run_folder, train_worker
 
@@ -49,7 +50,8 @@ def run_trial(assigned: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) ->
 
     Only a lost process makes Ray Tune start a trial once more; it goes on from the last.pth of the trial's folder.
     """
-    from raydetr.fit import fit
+    with without_collections():
+        from raydetr.fit import fit
 
     config = settings.load_config(assigned["settings"])
     try:

@@ -7,8 +7,6 @@ from benchmarks import step
 from benchmarks.step import make_batch, our_step, peer_model, peer_step
 from raydetr.model.detr import build_model
 
-torch.set_num_threads(1)
-
 
 def test_the_peer_is_the_same_network_and_trains_the_same():
     ours, peer = build_model("detr_resnet50", 91), peer_model()

@@ -130,7 +130,7 @@ def wait_for(condition, process=None, seconds=400):
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not come"
         assert process is None or process.poll() is None, process.stdout.read()
-        time.sleep(0.05)
+        time.sleep(0.3)  # to look at all processes takes long
     return found
 
 

@@ -271,7 +271,7 @@ def wait_for(condition, seconds=180):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.1)
+        time.sleep(0.3)  # to look at all processes takes long
 
 
 def processes_of(driver, title):
