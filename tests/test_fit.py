@@ -492,8 +492,8 @@ if __name__ == "__main__":
 
 
 def test_a_compiled_backbone_learns_the_same_under_the_same_names(coco_folder, monkeypatch):
-    # All of torch.compile but the C++ compiler, which takes minutes.
-    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    # All of torch.compile but what the compiler makes of the graph, which takes minutes.
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
     known = {"folder": coco_folder(train=4, val=2), "model__dropout": 0.0, "optim__epochs": 1}
     plain, _ = run(settings(name="plain", **known))
     compiled, _ = run(settings(name="compiled", speed__compile="on", **known))
