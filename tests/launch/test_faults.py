@@ -241,7 +241,7 @@ def test_a_run_of_some_to_more_workers_follows_the_machines(add_machine, cluster
 @pytest.mark.parametrize(("placement", "machines"), [("pack", 1), ("spread", 2)])
 def test_trials_that_share_cards_are_packed_or_spread(add_machine, photographs, tmp_path, monkeypatch, placement, machines):
     for _ in range(2):
-        add_machine(num_cpus=4, num_gpus=2)
+        add_machine(num_cpus=2, num_gpus=2)
 
     def run_trial(assigned, images):  # where it runs, and no training
         here = {"node": ray.get_runtime_context().get_node_id(), "cards": str(ray.get_gpu_ids())}
