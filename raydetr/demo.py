@@ -55,24 +55,25 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: i
     click.echo(metrics_table(before))
 
     _say(5, f"raydetr train --preset detr_tiny --data {coco} --epochs {epochs} --workers {workers} --batch-size {batch_size}")
-    from raydetr.launch.train import train
+    from raydetr.launch.train import ray_session, train
 
-    train(config)
-    best = runs / "balloons" / "best.pth"
+    with ray_session(workers):
+        train(config)
+        best = runs / "balloons" / "best.pth"
 
-    _say(6, f"raydetr evaluate {best} --data {coco}")
-    after = score_checkpoint(best, {"data.path": str(coco)})
-    click.echo(metrics_table(after))
+        _say(6, f"raydetr evaluate {best} --data {coco}")
+        after = score_checkpoint(best, {"data.path": str(coco)})
+        click.echo(metrics_table(after))
 
-    _say(7, f"raydetr predict {best} {coco} --compare {BUNDLED.name} --out {out / 'gallery'}")
-    from raydetr.predict import predict
+        _say(7, f"raydetr predict {best} {coco} --compare {BUNDLED.name} --out {out / 'gallery'}")
+        from raydetr.predict import predict
 
-    annotations = coco / "annotations" / "custom_val.json"
-    click.echo(predict(best, [coco / "val2017"], out / "gallery", compare=BUNDLED, annotations=annotations).text())
+        annotations = coco / "annotations" / "custom_val.json"
+        click.echo(predict(best, [coco / "val2017"], out / "gallery", compare=BUNDLED, annotations=annotations).text())
 
-    result = {"before": before["AP"], "after": after["AP"]}
-    if trials:
-        result |= _search(coco, runs, trials, seed)
+        result = {"before": before["AP"], "after": after["AP"]}
+        if trials:
+            result |= _search(coco, runs, trials, seed)
     result["seconds"] = time.monotonic() - start
     _say_what_next(out, result)
     return result

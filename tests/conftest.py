@@ -19,6 +19,8 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 # Tests run beside each other, and threads that wait for one another lose more than they gain. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No process for each CPU of a Ray that is started, before anything is there to do for it.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 
 CATEGORIES = ({"id": 3, "name": "square"}, {"id": 7, "name": "oblong"})  # ids with holes, as they come in the field
 

@@ -138,6 +138,7 @@ def look(paths: Sequence[str], storage: str, token: str) -> dict[str, Any]:
 
 def is_of_machine(error: BaseException) -> bool:
     """Whether a worker was lost with its machine, or with the way to it: no fault of what ran there."""
+    error = getattr(error, "health_check_failure", error)  # what Ray Train wraps the loss of a worker in
     if not isinstance(error, ray.exceptions.RayActorError):
         return False
     # At first a machine that went without a word is one that cannot be reached; Ray calls those preempted that said they would go.

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,10 @@ class StudySearcher(Searcher):
         self.live: dict[str, str | None] = {}  # trials under way, by Ray Tune's id, and the machine that each is meant for
         self._machines: dict[str, int] = {}
         self._looked = -math.inf
-        self._stripper = Stripper.remote()
-        self._stripped: list[ray.ObjectRef] = []  # one for each ended trial
+        self._stripping = ThreadPoolExecutor(max_workers=1)  # beside the controller, which would hear no trial meanwhile
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stripping": None}  # Ray Tune keeps a copy on the disk that nobody reads; a thread is nothing to keep
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next trial, as :func:`run_trial` takes it; None while there is no room for one."""
@@ -117,13 +120,11 @@ class StudySearcher(Searcher):
         else:
             return
         self.search.push()  # a trial that nobody knows to have ended goes on from what is stripped now
-        self._stripped.append(self._stripper.strip.remote(trial_place(self.search, number)))
+        self._stripping.submit(strip, trial_place(self.search, number))
 
     def close(self) -> None:
-        """Wait for the checkpoints that are made smaller (one that fails stays as it is, no more), and end the process that does it."""
-        if self._stripped:
-            ray.wait(self._stripped, num_returns=len(self._stripped))
-        ray.kill(self._stripper)
+        """Wait for the checkpoints that are made smaller; one that fails stays as it is, no more."""
+        self._stripping.shutdown()
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is in its journal."""
@@ -287,15 +288,6 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy a file that appears whole or not at all."""
     with source.open("rb") as content, written_whole(target) as out:
         shutil.copyfileobj(content, out)
-
-
-@ray.remote(num_cpus=0, max_restarts=3, max_task_retries=3)
-class Stripper:
-    """Makes the checkpoints of ended trials smaller, one after the other and not in the controller, which hears no trial meanwhile."""
-
-    def strip(self, trial: str) -> None:
-        """As :func:`strip`."""
-        strip(trial)
 
 
 def strip(trial: str) -> None:

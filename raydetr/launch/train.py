@@ -162,7 +162,8 @@ def ray_session(workers: int, drivers: bool = False) -> Iterator[None]:
     # The dashboard's server is what frees the places of an inner trainer whose trial was stopped.
     own = {"address": "local", "num_cpus": max(os.cpu_count() or 1, workers), "include_dashboard": drivers, "resources": {DRIVER: 64}}
     where = {"address": address, **workers_environment()} if address else own
-    if not address:  # nobody takes this machine away with notice: a process less at the start of each run
+    if not address:  # a process less for each CPU, and one for each run: none would be used, nobody takes this machine away with notice
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if address:
         check_listening(f"RAY_ADDRESS {address}", address)

@@ -24,7 +24,7 @@ from raydetr.launch import train as training
 from raydetr.launch import tune as launcher
 from raydetr.launch.places import Demands
 from raydetr.launch.scheduling import trial_folder
-from raydetr.launch.tune import tune
+from raydetr.launch.tune import resume, tune
 from raydetr.model.checkpoint import read_checkpoint
 from raydetr.search import Search, trials_frame
 
@@ -101,25 +101,17 @@ def logs_of(search):
     return [log_of(trial_folder(search, number)) for number in range(TRIALS)]
 
 
-def ends_well(driver, folder, undisturbed):
-    """All trials are complete, and went as if nothing had happened: every epoch once, with the very same numbers."""
-    said, _ = driver.communicate(timeout=600)
-    assert driver.returncode == 0, said
-    search = Search(folder)
-    assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"] * TRIALS
-    assert logs_of(search) == undisturbed
-    return search
+def went_as(undisturbed, search):
+    """Whether all trials are complete, and went as if nothing had happened: every epoch once, with the very same numbers."""
+    return [trial.state.name for trial in search.frozen()] == ["COMPLETE"] * TRIALS and logs_of(search) == undisturbed
 
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster, photographs, tmp_path_factory):
     """Every trial's log where nothing happens."""
-    machine, folder = cluster.add_node(num_cpus=2), tmp_path_factory.mktemp("runs")
-    driver = start_search(cluster, settings(photographs, folder), folder)
-    said, _ = driver.communicate(timeout=600)
-    assert driver.returncode == 0, said
+    machine = cluster.add_node(num_cpus=2)
+    logs = logs_of(tune(settings(photographs, tmp_path_factory.mktemp("runs")), SPACE, trials=TRIALS, scheduler="none", sampler="random"))
     cluster.remove_node(machine)
-    logs = logs_of(Search(folder / "search"))
     assert [[line["epoch"] for line in log] for log in logs] == [[0, 1, 2, 3]] * TRIALS
     assert len({log[-1]["test_loss"] for log in logs}) == TRIALS
     return logs
@@ -175,12 +167,15 @@ def test_a_search_outlives_machines_that_come_go_and_hang_and_its_driver(undistu
     wait_for(lambda: trials_on(first, tmp_path / "search"), driver)
     raylet = psutil.Process(first.all_processes["raylet"][0].process.pid)
     hanging = [*raylet.children(recursive=True), raylet]
-    for process in hanging:
-        process.suspend()
-    time.sleep(5)
-    for process in hanging:
-        process.resume()
-    search = ends_well(driver, tmp_path / "search", undisturbed)  # with run.max_failures 0: the machine's loss is not the trials'
+    for act in (psutil.Process.suspend, psutil.Process.resume):
+        for process in hanging:
+            with contextlib.suppress(psutil.NoSuchProcess):  # one that was just ending
+                act(process)
+        time.sleep(5)
+    said, _ = driver.communicate(timeout=600)
+    assert driver.returncode == 0, said
+    search = Search(tmp_path / "search")
+    assert went_as(undisturbed, search)  # with run.max_failures 0: the machine's loss is not the trials'
     assert {search.frozen()[number].user_attrs["metrics"]["node"] for number in lost} == {first.node_id}  # they went on there
 
 
@@ -202,7 +197,7 @@ def test_a_full_disk_stops_a_search_that_goes_on_when_there_is_room(undisturbed,
         assert f"make room, then raydetr tune --resume {disk / 'search'}" in said
         assert "Traceback" not in said
         (disk / "filler").unlink()
-        ends_well(start(cluster, "--resume", str(disk / "search")), disk / "search", undisturbed)
+        assert went_as(undisturbed, resume(disk / "search"))
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
 
@@ -210,12 +205,13 @@ def test_a_full_disk_stops_a_search_that_goes_on_when_there_is_room(undisturbed,
 @pytest.mark.slow
 def test_a_run_of_some_to_more_workers_follows_the_machines(add_machine, cluster, photographs, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "RESIZE_INTERVAL_S", 1.0)
-    changes = {"optim__epochs": 25, "run__workers": "1:2", "run__max_failures": 1, "run__name": "run"}
+    changes = {"optim__epochs": 25, "run__workers": "1:2", "run__name": "run"}
     ended, run = [], tmp_path / "run"
     thread = threading.Thread(target=lambda: ended.append(training.train(settings(photographs, tmp_path, **changes))), daemon=True)
 
     def workers():
         """How many trained the last epoch; None before the first."""
+        assert thread.is_alive() or ended, "the run failed"
         with contextlib.suppress(UserError):
             return len(read_checkpoint(run / "last.pth")["random"])
 
@@ -224,11 +220,7 @@ def test_a_run_of_some_to_more_workers_follows_the_machines(add_machine, cluster
     wait_for(lambda: workers() == 1)
     second = add_machine(num_cpus=1)
     wait_for(lambda: workers() == 2)
-    (worker,) = processes_of(second, "ray::RayTrainWorker")
-    worker.kill()  # in the middle of an epoch
-    wait_for(lambda: any(each.pid != worker.pid for each in processes_of(second, "ray::RayTrainWorker")))
-    time.sleep(3)
-    cluster.remove_node(second, allow_graceful=False)  # the second loss, which does not count: it is the machine's
+    cluster.remove_node(second, allow_graceful=False)  # with run.max_failures 0: the machine's loss is not the workers'
     wait_for(lambda: workers() == 1)
     thread.join(timeout=300)
     assert ended[0]["epoch"] == 25
@@ -241,7 +233,7 @@ def test_a_run_of_some_to_more_workers_follows_the_machines(add_machine, cluster
 @pytest.mark.parametrize(("placement", "machines"), [("pack", 1), ("spread", 2)])
 def test_trials_that_share_cards_are_packed_or_spread(add_machine, photographs, tmp_path, monkeypatch, placement, machines):
     for _ in range(2):
-        add_machine(num_cpus=2, num_gpus=2)
+        add_machine(num_cpus=4, num_gpus=2)
 
     def run_trial(assigned, images):  # where it runs, and no training
         here = {"node": ray.get_runtime_context().get_node_id(), "cards": str(ray.get_gpu_ids())}

@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 
 from raydetr import config
@@ -19,7 +17,6 @@ def test_trials_go_where_the_fullest_machine_has_a_place(monkeypatch, coco_folde
     monkeypatch.setattr(scheduling.ray, "nodes", lambda: machines)
     monkeypatch.setattr(scheduling, "most_resources", dict)
     monkeypatch.setattr(scheduling, "ROOM_INTERVAL_S", 0)
-    monkeypatch.setattr(scheduling, "Stripper", SimpleNamespace(remote=lambda: None))
     searcher = StudySearcher(search, Demands(gpus=0.5), Places(4, 2, 0.5))
     meant = [searcher.suggest(key)["machine"] for key in "1234"]
     assert meant == ["a", "a", "b", "b"]
@@ -36,7 +33,6 @@ def test_an_autoscaler_sees_as_many_trials_wait_as_run(monkeypatch, coco_folder,
     search = create_search(tmp_path / "search", read_space(SPACE), config.load_config({"data.path": str(coco_folder())}), trials=8)
     monkeypatch.setattr(scheduling.ray, "nodes", lambda: [{"NodeID": "a", "Alive": True, "Resources": {"CPU": 8, "GPU": 2}}])
     monkeypatch.setattr(scheduling, "most_resources", lambda: most)
-    monkeypatch.setattr(scheduling, "Stripper", SimpleNamespace(remote=lambda: None))
     assert StudySearcher(search, Demands(gpus=0.5), Places(4, 2, 0.5)).room() == room
     assert StudySearcher(search, Demands(gpus=0.5, concurrent=3), Places(4, 2, 0.5)).room() == 3
 

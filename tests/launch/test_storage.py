@@ -122,7 +122,7 @@ def stop_for(store, seconds, sign):
 def test_a_search_goes_on_from_the_store_alone(store, coco_folder, tmp_path, monkeypatch):
     folder, place, space = coco_folder(train=4, val=2), f"{store.uri}/one", tmp_path / "space.yaml"
     space.write_text("optim.lr: {loguniform: [1e-5, 1e-2]}\n")
-    options = ("--space", space, "--trials", 3, "--scheduler", "none", "--concurrent", 2)
+    options = ("--space", space, "--trials", 3, "--scheduler", "none", "--concurrent", 1)
     stopped = start("tune", *options, *flags_of(settings(folder, store.uri, optim__epochs=3)))
     wait_until(lambda: any(name.endswith("last.pth") for name in store.names(place)), stopped)
     kill(stopped)

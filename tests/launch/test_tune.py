@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -58,9 +59,34 @@ def log_of(folder):
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
+@contextlib.contextmanager
+def spoiled():
+    """Within it photographs are spoiled as soon as a search has decoded them."""
+
+    def share_and_spoil(config):
+        shared = share_images(config)
+        for picture in Path(config.data.path).glob("*2017/*.jpg"):
+            picture.write_bytes(b"nothing that could be decoded")
+        return shared
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "share_images", share_and_spoil)
+        yield
+
+
+@pytest.fixture(scope="module")
+def searched(cluster, module_coco_folder, tmp_path_factory):
+    """A search of three trials from Python: its folder, and what it returned."""
+    storage = tmp_path_factory.mktemp("searched")
+    with spoiled():
+        options = {"trials": 3, "scheduler": "none", "sampler": "random", "seed": 3}
+        returned = raydetr.tune(settings(module_coco_folder(), storage), SPACE, **options)
+    return storage / "search", returned
+
+
 @pytest.mark.slow
-def test_a_search_trains_every_trial_with_its_own_settings(cluster, coco_folder, tmp_path):
-    search = tune(settings(coco_folder(), tmp_path), SPACE, trials=3, scheduler="none", sampler="random", seed=3)
+def test_a_search_trains_every_trial_with_its_own_settings(searched):
+    search = open_search(searched[0])
     trials = search.frozen()
     assert [trial.state.name for trial in trials] == ["COMPLETE"] * 3
     folders = [trial_folder(search, number) for number in range(3)]
@@ -77,15 +103,20 @@ def test_a_search_trains_every_trial_with_its_own_settings(cluster, coco_folder,
     assert best.optim.lr == search.config(search.best().number).optim.lr
     assert read_checkpoint(search.folder / "best.pth")["settings"]["optim"]["lr"] == best.optim.lr
     assert "best settings: raydetr train --config" in summary(search)
-    wait_for(lambda: not processes_of(psutil.Process(), "ray::Stripper"))  # nothing of a search stays
 
 
 @pytest.mark.slow
-def test_a_search_from_python_gives_settings_a_frame_and_the_study(cluster, coco_folder, tmp_path):
-    best, trials, study = raydetr.tune(
-        settings(coco_folder(), tmp_path, optim__epochs=1), SPACE, trials=2, scheduler="none", demands=Demands(concurrent=1)
-    )
-    assert list(trials["trial"]) == [0, 1]
+def test_trials_share_the_pictures_that_were_decoded_once(searched):
+    folder, _ = searched
+    assert [trial.state.name for trial in open_search(folder).frozen()] == ["COMPLETE"] * 3
+    data = config.load_config(config.read_yaml(folder / "config.yaml")).data
+    assert {picture.read_bytes() for picture in Path(data.path).glob("*2017/*.jpg")} == {b"nothing that could be decoded"}
+
+
+@pytest.mark.slow
+def test_a_search_from_python_gives_settings_a_frame_and_the_study(searched):
+    _, (best, trials, study) = searched
+    assert list(trials["trial"]) == [0, 1, 2]
     assert set(trials["optim.lr"]) == {trial.params["optim.lr"] for trial in study.trials}
     assert best.optim.lr in set(trials["optim.lr"])
     assert best.run.name is None
@@ -114,7 +145,8 @@ def test_a_trial_whose_process_dies_again_and_again_is_failed(cluster, coco_fold
         ray.tune.report({"epoch": 1, "AP": 0.5, "finished": True})
 
     monkeypatch.setattr(launcher, "run_trial", run_trial)
-    search = tune(settings(coco_folder(), tmp_path, run__max_failures=1), SPACE, trials=3, scheduler="none")
+    known = settings(coco_folder(), tmp_path, run__max_failures=1)
+    search = tune(known, SPACE, trials=3, scheduler="none", demands=Demands(concurrent=1))
     assert [trial.state.name for trial in search.frozen()] == ["COMPLETE", "FAIL", "COMPLETE"]
     assert search.frozen()[1].user_attrs["reason"] == "its worker was lost again and again"
     assert begun.read_text() == "xx"
@@ -126,7 +158,7 @@ def test_a_search_where_everything_fails_stops_after_a_few(cluster, coco_folder,
     picture = folder / "train2017" / "train_002.jpg"
     picture.write_bytes(picture.read_bytes()[:-200])  # the quick check reads headers only
     with pytest.raises(UserError, match=r"trials failed.*train_002\.jpg"):
-        tune(settings(folder, tmp_path, data__cache_gb=0), SPACE, trials=30, scheduler="none")
+        tune(settings(folder, tmp_path, data__cache_gb=0), SPACE, trials=30, scheduler="none", demands=Demands(concurrent=1))
     assert len(open_search(tmp_path / "search").frozen()) < 10
 
 
@@ -139,30 +171,10 @@ def test_a_broken_picture_stops_a_search_before_its_first_trial(cluster, coco_fo
     assert not (tmp_path / "search").exists()
 
 
-@pytest.fixture
-def spoiled(coco_folder, monkeypatch):
-    """A folder of photographs that are spoiled when the search has decoded them."""
-    folder = coco_folder()
-
-    def share_and_spoil(config):
-        shared = share_images(config)
-        for picture in folder.glob("*2017/*.jpg"):
-            picture.write_bytes(b"nothing that could be decoded")
-        return shared
-
-    monkeypatch.setattr(launcher, "share_images", share_and_spoil)
-    return folder
-
-
 @pytest.mark.slow
-def test_trials_share_the_pictures_that_were_decoded_once(cluster, spoiled, tmp_path):
-    search = tune(settings(spoiled, tmp_path, optim__epochs=1), SPACE, trials=2, scheduler="none")
-    assert [trial.state.name for trial in search.frozen()] == ["COMPLETE", "COMPLETE"]
-
-
-@pytest.mark.slow
-def test_trials_of_several_workers_train_in_an_inner_trainer_on_shared_pictures(cluster, spoiled, tmp_path):
-    search = tune(settings(spoiled, tmp_path), SPACE, trials=1, scheduler="none", demands=Demands(workers=2))
+def test_trials_of_several_workers_train_in_an_inner_trainer_on_shared_pictures(cluster, coco_folder, tmp_path):
+    with spoiled():
+        search = tune(settings(coco_folder(), tmp_path), SPACE, trials=1, scheduler="none", demands=Demands(workers=2))
     assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"]
     folder = trial_folder(search, 0)
     assert [line["epoch"] for line in log_of(folder)] == [0, 1]
@@ -262,9 +274,12 @@ def test_resuming_what_is_not_there_is_one_line(capsys):
     assert "holds no search" in capsys.readouterr().err
 
 
-def start(*flags):
-    command = [sys.executable, "-c", "import sys; from raydetr.cli import main; sys.exit(main(sys.argv[1:]))", "tune", *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+def start(*flags, address=None):
+    """A search by the command, on the cluster at an address or with a Ray of its own."""
+    command = [sys.executable, "-m", "raydetr.cli", "tune", *flags]
+    environment = os.environ | ({"RAY_ADDRESS": address} if address else {})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
 
 def wait_for(condition, seconds=180):
@@ -341,11 +356,11 @@ def test_ctrl_c_ends_in_order_with_a_summary_and_the_way_on(coco_folder, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_killed_search_goes_on_and_loses_nothing(coco_folder, tmp_path):
-    known = settings(coco_folder(), tmp_path, optim__epochs=3)
+def test_a_killed_search_goes_on_and_loses_nothing(cluster, coco_folder, tmp_path):
+    address, known = ray.get_runtime_context().gcs_address, settings(coco_folder(), tmp_path, optim__epochs=3)
     config.write_yaml(known, tmp_path / "run.yaml")
     random, folder = np.random.default_rng(0), tmp_path / "search"
-    driver = start("--config", str(tmp_path / "run.yaml"), "--space", "loss", "--trials", "5", "--scheduler", "none")
+    driver = start("--config", str(tmp_path / "run.yaml"), "--space", "loss", "--trials", "5", "--scheduler", "none", address=address)
     for _ in range(5):
         deadline = time.monotonic() + 120
         while not (folder / "trials").exists() and driver.poll() is None and time.monotonic() < deadline:
@@ -355,7 +370,7 @@ def test_a_killed_search_goes_on_and_loses_nothing(coco_folder, tmp_path):
             break
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
-        driver = start("--resume", str(folder))
+        driver = start("--resume", str(folder), address=address)
     assert driver.wait(timeout=300) == 0, driver.stdout.read()
     search = open_search(folder)
     assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"] * 5
