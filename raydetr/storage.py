@@ -9,6 +9,7 @@ Files and objects appear whole or not at all. ``last.pth`` is pushed after every
 it finds all of its epoch. A store that does not answer is asked again for minutes; one that refuses is told of at once.
 """
 
+import base64
 import contextlib
 import errno
 import fnmatch
@@ -20,7 +21,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,6 +30,7 @@ from raydetr.errors import UserError
 SCHEMES = ("s3://", "gs://")
 PATIENCE_S = 300  # with a store that does not answer; the other workers of a run wait twice that long for rank 0
 LONGEST_PAUSE_S = 10  # between two questions
+GOOGLE_PATIENCE_S = 10  # of pyarrow's own with Google's store, which it would otherwise ask for a quarter of an hour
 CHUNK_BYTES = 8 << 20  # of a file, on its way at a time
 THREADS = 16  # files on their way at a time: small ones would wait for each other's answers
 TOLD_BYTES = 50e6  # more than this is said to be on its way
@@ -43,7 +45,7 @@ ENVIRONMENT = (ENDPOINT, "AWS_REGION", "AWS_DEFAULT_REGION")
 NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|Bucket '[^']*' not found|bucket does not exist", re.IGNORECASE)
 REFUSED = re.compile(
     r"AWS Error (ACCESS_DENIED|INVALID_\w+|SIGNATURE_DOES_NOT_MATCH|MISSING_\w+|UNRECOGNIZED_CLIENT|\w*TOKEN\w*|\w*EXPIRED\w*)"
-    r"|HTTP status (30\d|40[0135])|(PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT)",
+    r"|HTTP status (30\d|40[0135])|(PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT|Could not create a OAuth2 access token)",
 )
 
 
@@ -297,21 +299,24 @@ def _download(system: Any, path: str, file: Path) -> None:
     while True:
         digest = hashlib.md5(usedforsecurity=False)
         with system.open_input_file(path) as source, file.open("wb") as out:
-            size, etag = source.size(), (source.metadata() or {}).get("ETag", b"").decode()
+            size, told = source.size(), source.metadata() or {}
             while chunk := source.read(CHUNK_BYTES):
                 digest.update(chunk)
                 out.write(chunk)
             done = out.tell()
         if done != size:
             raise OSError(f"{path} ended after {done} of {size} bytes")
-        if before == digest.digest() or _agrees(etag, digest):
+        if before == digest.digest() or _agrees(told, digest):
             return
         before = digest.digest()
 
 
-def _agrees(etag: str, digest: Any) -> bool:
-    """Whether an ETag is the MD5 of the content, or of the one part that it was written in; True where it is nothing of that kind."""
-    etag = etag.strip('"')
+def _agrees(told: Mapping[str, bytes], digest: Any) -> bool:
+    """Whether the MD5 of the content is what the store tells of it: Google's by that name, others in an ETag, which is the content's or
+    that of the one part that it was written in. True where it tells nothing of that kind."""
+    if "md5Hash" in told:
+        return base64.b64decode(told["md5Hash"]) == digest.digest()
+    etag = told.get("ETag", b"").decode().strip('"')
     if re.fullmatch(r"[0-9a-f]{32}", etag):
         return etag == digest.hexdigest()
     if re.fullmatch(r"[0-9a-f]{32}-1", etag):
@@ -354,8 +359,7 @@ def _file_system(uri: str) -> Any:
 def _connected(bucket: str, _endpoint: str | None) -> Any:
     from pyarrow.fs import FileSystem
 
-    # pyarrow itself would ask Google's store for a quarter of an hour.
-    return FileSystem.from_uri(f"{bucket}?retry_limit_seconds=10" if bucket.startswith("gs://") else bucket)[0]
+    return FileSystem.from_uri(f"{bucket}?retry_limit_seconds={GOOGLE_PATIENCE_S}" if bucket.startswith("gs://") else bucket)[0]
 
 
 def _objects(uri: str, recursive: bool, patience_s: float = PATIENCE_S, hidden: bool = False) -> dict[str, Any]:
@@ -410,6 +414,8 @@ def _ask(uri: str, action: Callable[[], Any], patience_s: float = PATIENCE_S) ->
             return action()
         except OSError as error:
             text = str(error)
+            if isinstance(error, FileNotFoundError):  # Google's store says no more where the whole bucket is not there
+                _check_bucket(uri)
             if NO_BUCKET.search(text):
                 raise UserError(_no_bucket(uri)) from None
             refused = REFUSED.search(text)

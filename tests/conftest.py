@@ -4,12 +4,15 @@ import contextlib
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -224,3 +227,49 @@ def store(s3_server, monkeypatch, tmp_path):
     yield s3_server
     if not s3_server.is_up():
         s3_server.start()
+
+
+@pytest.fixture(scope="session")
+def google_server(tmp_path_factory):
+    """A server on loopback that speaks as Google's store: its address, and the file of an account that it lets in.
+
+    A process of its own: pyarrow keeps Python from running while it waits for an answer.
+    """
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
+    key = rsa.generate_private_key(65537, 2048)
+    text = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()).decode()
+    account = {"type": "service_account", "private_key_id": "1", "private_key": text, "client_email": "test@test.iam.gserviceaccount.com"}
+    file = tmp_path_factory.mktemp("google") / "account.json"
+    file.write_text(json.dumps(account))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host", "127.0.0.1", "--port", str(port), "--in-memory"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while socket.socket().connect_ex(("127.0.0.1", port)):
+        assert server.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    yield f"http://127.0.0.1:{port}", file
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture
+def google_store(google_server, monkeypatch, tmp_path):
+    """The same of Google's store: ``google_store.uri``, ``google_store.bucket``."""
+    address, account = google_server
+    known = {"GOOGLE_APPLICATION_CREDENTIALS": account, "CLOUD_STORAGE_EMULATOR_ENDPOINT": address, "RAYDETR_CACHE": tmp_path / "cache"}
+    for name, value in known.items():
+        monkeypatch.setenv(name, str(value))
+    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+    FileSystem.from_uri(f"gs://{bucket}?project_id=test")[0].create_dir(bucket)
+    return SimpleNamespace(bucket=bucket, uri=f"gs://{bucket}/folder")
+
+
+@pytest.fixture(params=["store", "google_store"])
+def each_store(request):
+    """Amazon's and Google's."""
+    return request.getfixturevalue(request.param)

@@ -25,8 +25,8 @@ def write(folder, **files):
         (folder / name.replace("__", ".")).write_text(content)
 
 
-def test_what_is_pushed_is_what_another_machine_fetches(store, monkeypatch, tmp_path):
-    place = f"{store.uri}/runs/one"
+def test_what_is_pushed_is_what_another_machine_fetches(each_store, monkeypatch, tmp_path):
+    place = f"{each_store.uri}/runs/one"
     put(place, last__pth="epoch 1", log__txt="1")
     (working_folder(place) / "ray").mkdir()
     write(working_folder(place) / "ray", own="of use here only")
@@ -39,6 +39,20 @@ def test_what_is_pushed_is_what_another_machine_fetches(store, monkeypatch, tmp_
     fetch(place)
     assert (folder / "last.pth").read_text() == "epoch 1"
     assert not (folder / "stale.txt").exists()
+    assert fetched(f"{place}/log.txt").read_text() == "1, 2"
+    assert storage.exists(place)
+    assert not storage.exists(f"{place}/best.pth")
+
+
+def test_a_place_has_one_owner(each_store):
+    first = storage.become_owner(each_store.uri)
+    storage.check_owner(each_store.uri, first)
+    second = storage.become_owner(each_store.uri)
+    with pytest.raises(UserError, match="another process goes on"):
+        storage.check_owner(each_store.uri, first)
+    storage.check_owner(each_store.uri, second)
+    assert storage.remove_tokens(each_store.uri, storage.OWNER) == [storage.OWNER]
+    assert storage.read_token(each_store.uri, storage.OWNER) is None
 
 
 def test_only_what_changed_is_moved_and_the_last_checkpoint_last(store, monkeypatch):
@@ -137,11 +151,29 @@ def test_local_places_are_left_alone(tmp_path):
     assert storage.split("s3://bucket/runs/a/") == ("s3://bucket/runs", "a")
 
 
-def test_an_object_is_copied_within_the_store(store):
-    put(f"{store.uri}/one", last__pth="weights")
-    copy(f"{store.uri}/one/last.pth", f"{store.uri}/two/last.pth")
-    copy(f"{store.uri}/one/absent.pth", f"{store.uri}/two/absent.pth")
-    assert [file.name for file in fetch(f"{store.uri}/two").iterdir()] == ["last.pth"]
+def test_google_refuses_at_once_as_well(google_store, monkeypatch, tmp_path):
+    write(working_folder("gs://no-such-bucket/run"), last__pth="epoch 1")
+    for action in (fetch, fetched, push):
+        with pytest.raises(UserError, match=r"no-such-bucket/run\S*: there is no bucket no-such-bucket; make it"):
+            action("gs://no-such-bucket/run")
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS")
+    for name, value in {"HOME": str(tmp_path), "GCE_METADATA_ROOT": "127.0.0.1:1"}.items():  # nor has the machine an account
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(storage, "GOOGLE_PATIENCE_S", 1)
+    storage._connected.cache_clear()
+    began = time.monotonic()
+    with pytest.raises(UserError, match=rf"refuses this machine's access to bucket {google_store.bucket} .*GOOGLE_APPLICATION_CREDENTIALS"):
+        fetch(google_store.uri)
+    assert time.monotonic() - began < 60
+    storage._connected.cache_clear()
+
+
+def test_an_object_is_copied_within_the_store(each_store):
+    one, two = f"{each_store.uri}/one", f"{each_store.uri}/two"
+    put(one, last__pth="weights")
+    copy(f"{one}/last.pth", f"{two}/last.pth")
+    copy(f"{one}/absent.pth", f"{two}/absent.pth")
+    assert [file.name for file in fetch(two).iterdir()] == ["last.pth"]
 
 
 def test_photographs_are_fetched_once_and_what_is_complete_not_again(store, coco_folder, monkeypatch):
@@ -174,9 +206,10 @@ def test_photographs_are_fetched_once_and_what_is_complete_not_again(store, coco
     assert check(uri).ok
 
 
-def test_a_damaged_transfer_is_fetched_again(store, monkeypatch):
-    put(f"{store.uri}/folder", file="the right content")
-    system = storage._file_system(store.uri)
+def test_a_damaged_transfer_is_fetched_again(each_store):
+    place = f"{each_store.uri}/folder"
+    put(place, file="the right content")
+    system = storage._file_system(place)
     opened = []
 
     class Damaged:
@@ -201,7 +234,7 @@ def test_a_damaged_transfer_is_fetched_again(store, monkeypatch):
         def __exit__(self, *_):
             self.source.close()
 
-    info = storage._objects(f"{store.uri}/folder", recursive=True)["file"]
+    info = storage._objects(place, recursive=True)["file"]
     target = storage.cache_folder() / "file"
     storage._get(Damaged(), info, target)
     assert target.read_text() == "the right content"

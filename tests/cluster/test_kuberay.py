@@ -106,9 +106,22 @@ def test_tensorboards_service_finds_it():
 
 
 @pytest.mark.slow
-def test_the_search_of_the_job_runs(coco_folder, tmp_path):
-    job = next(each["spec"] for each in RAY_OBJECTS if each["metadata"]["name"] == "raydetr-tune")
-    small = "--preset detr_tiny --trials 1 --max-epochs 1 --concurrent 1 --data.num_workers 0 --data.val_size 48 --data.train_sizes 48"
+@pytest.mark.parametrize(
+    ("name", "flags", "says", "leaves"),
+    [
+        ("train", "--epochs 1 --workers 1", "1 epochs finished", {"first/best.pth", "first/last.pth", "first/log.txt"}),
+        (
+            "tune",
+            "--trials 1 --max-epochs 1 --concurrent 1",
+            "best settings: raydetr train",
+            {"loss/best.yaml", "loss/best.pth", "loss/trials.csv"},
+        ),
+    ],
+    ids=["train", "tune"],
+)
+def test_the_entrypoint_of_a_job_runs(coco_folder, tmp_path, name, flags, says, leaves):
+    job = next(each["spec"] for each in RAY_OBJECTS if each["metadata"]["name"] == f"raydetr-{name}")
+    small = f"--preset detr_tiny --data.num_workers 0 --data.val_size 48 --data.train_sizes 48 {flags}"
     places = {"/shared/photographs": str(coco_folder()), "/shared/runs": str(tmp_path / "runs")}
     command = f"{job['entrypoint']} {small}"
     for there, here in places.items():
@@ -117,5 +130,5 @@ def test_the_search_of_the_job_runs(coco_folder, tmp_path):
     environment = os.environ | {"PATH": path} | yaml.safe_load(job["runtimeEnvYAML"])["env_vars"]
     done = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert "best settings: raydetr train" in done.stdout
-    assert {"best.yaml", "best.pth", "trials.csv"} <= {path.name for path in (tmp_path / "runs" / "loss").iterdir()}
+    assert says in done.stdout
+    assert all((tmp_path / "runs" / file).exists() for file in leaves)
