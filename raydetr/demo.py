@@ -87,7 +87,7 @@ def _search(coco: Path, runs: Path, trials: int, seed: int) -> dict[str, float]:
     from raydetr.report import report
 
     config = load_config(base, {"run.storage": str(runs), "run.name": "search"})
-    search = tune(config, "tiny", trials=trials, scheduler="none", seed=seed)
+    search = tune(config, "tiny", trials=trials, scheduler="none")
     click.echo(summary(search))
     report([search.folder])
     return {"default": search.frozen()[0].value, "best": search.best().value}

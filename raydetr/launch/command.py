@@ -78,7 +78,6 @@ def tune_command(
         metric=metric,
         sampler=sampler,
         scheduler=scheduler,
-        seed=config.run.seed,
         points=first_points(known, config, points, warm_start),
         time_budget_s=budget,
     )

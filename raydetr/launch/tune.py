@@ -50,11 +50,13 @@ def tune(
     metric: str = "AP",
     sampler: str = "tpe",
     scheduler: str = "asha",
-    seed: int = 0,
+    seed: int | None = None,
     points: Sequence[Mapping[str, Any]] = (),
     time_budget_s: float | None = None,
 ) -> Search:
     """Search ``space`` around ``config`` with ``trials`` trials, the first of them ``config`` itself. Returns the search.
+
+    ``seed`` is that of the draws; None: ``run.seed``, as of everything else.
 
     ``<run.storage>/<run.name>/`` gets the study, a run folder per trial under ``trials/``, and at the end ``best.yaml``, ``best.pth``,
     ``trials.csv`` and ``trials.parquet``. Raises UserError for bad settings, data or an impossible request.
@@ -63,7 +65,7 @@ def tune(
     check_name(config)
     check_data(config)
     place = run_place(config)
-    grace = grace_epochs(config.optim)
+    grace, seed = grace_epochs(config.optim), config.run.seed if seed is None else seed
     space = space if isinstance(space, Space) else read_space(space)
     if scheduler == "pbt" and demands.workers > 1:
         raise UserError("--scheduler pbt: trials go on from each other's weights with one worker each; lower --workers-per-trial")

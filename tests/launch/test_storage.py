@@ -20,7 +20,7 @@ from raydetr.launch import nodes
 from raydetr.launch.nodes import check_nodes, look
 from raydetr.launch.scheduling import copy_weights
 from raydetr.launch.train import ray_session, resume_config, train
-from raydetr.launch.tune import bring, keeping
+from raydetr.launch.tune import bring, keeping, resume, summary
 from raydetr.model.checkpoint import read_checkpoint
 from raydetr.predict import predict
 from raydetr.report import report
@@ -131,10 +131,7 @@ def test_a_search_goes_on_from_the_store_alone(store, coco_folder, tmp_path, mon
     kill(stopped)
     monkeypatch.setenv("RAYDETR_CACHE", str(tmp_path / "another machine"))
     begun = {name.split("/")[1] for name in store.names(place) if name.startswith("trials/")}
-    resumed = start("tune", "--resume", place)
-    out, _ = resumed.communicate(timeout=500)
-    assert resumed.returncode == 0, out
-    assert f"raydetr train --config {place}/best.yaml; its weights: {place}/best.pth" in out
+    assert f"raydetr train --config {place}/best.yaml; its weights: {place}/best.pth" in summary(resume(place))
 
     names = set(store.names(place))
     assert {"best.pth", "best.yaml", "config.yaml", "space.yaml", "study.journal", "trials.csv", "trials.parquet"} <= names

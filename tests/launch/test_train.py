@@ -30,6 +30,9 @@ TINY = {
 }
 
 
+EPOCHS = 12  # of the run that is stopped on its way
+
+
 def settings(folder, storage, **changes):
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
     return config.load_config(TINY, {"data.path": str(folder), "run.storage": str(storage)}, dotted)
@@ -61,17 +64,17 @@ def photographs(module_coco_folder):
 def whole(cluster, photographs, tmp_path_factory):
     """A run of two workers that nothing happens to: its folder and last metrics."""
     storage = tmp_path_factory.mktemp("whole")
-    return storage / "run", train(settings(photographs, storage, optim__epochs=4))
+    return storage / "run", train(settings(photographs, storage, optim__epochs=EPOCHS))
 
 
 def test_two_workers_make_a_whole_run_folder(whole):
     run, metrics = whole
-    assert metrics["epoch"] == 4
-    assert [line["epoch"] for line in log_of(run)] == [0, 1, 2, 3]
+    assert metrics["epoch"] == EPOCHS
+    assert [line["epoch"] for line in log_of(run)] == list(range(EPOCHS))
     assert {"config.yaml", "log.txt", "tb", "best.pth", "last.pth"} <= {path.name for path in run.iterdir()}
     assert config.load_config(config.read_yaml(run / "config.yaml")).run.workers == 2
     last = read_checkpoint(run / "last.pth")
-    assert last["epoch"] == 4
+    assert last["epoch"] == EPOCHS
     assert len(last["random"]) == 2
 
 
@@ -177,7 +180,7 @@ def test_resuming_keeps_the_settings(coco_folder, tmp_path):
         resume_config(str(moved / "run"), {"optim.lr": 1e-3})
 
 
-def start(folder, storage, *more, epochs=4, environment=None):
+def start(folder, storage, *more, epochs, environment=None):
     """A run by the command, with a Ray of its own; ``more`` are flags."""
     values = config.flatten(config.to_dict(settings(folder, storage, optim__epochs=epochs)))
     flags = [word for name, value in values.items() if value is not None for word in (f"--{name}", str(value).strip("[]"))]
@@ -203,22 +206,49 @@ SECRETS = {"AWS_SECRET_ACCESS_KEY": "marker-of-a-secret-key", "RAY_AUTH_MODE": "
 
 
 @pytest.fixture(scope="module")
-def resumed(photographs, tmp_path_factory):
-    """A run with secrets in its environment whose driver was killed after the second epoch, and that went on: its folder, what it said."""
-    storage = tmp_path_factory.mktemp("resumed")
-    stopped, run = start(photographs, storage, "--debug", environment=SECRETS), storage / "run"
-    wait_for_epoch(run, 2, stopped)
-    os.killpg(stopped.pid, signal.SIGKILL)
-    before, _ = stopped.communicate()
-    going_on = start(photographs, storage, "--resume", str(run), "--debug", environment=SECRETS)
-    after, _ = going_on.communicate(timeout=300)
-    assert going_on.returncode == 0, after
-    return run, before + after
+def stopped(photographs, tmp_path_factory):
+    """A run of two workers with secrets in its environment, ended by Ctrl-C after its first epoch; gone on with, its driver killed after
+    the next: its folder, and the two processes' exit codes and what they said."""
+    storage = tmp_path_factory.mktemp("stopped")
+    run, ended = storage / "run", []
+    for sign, more in ((signal.SIGINT, ()), (signal.SIGKILL, ("--resume", str(run), "--debug"))):
+        process = start(photographs, storage, *more, epochs=EPOCHS, environment=SECRETS)
+        wait_for_epoch(run, len(log_of(run)) + 1 if ended else 1, process)
+        os.killpg(process.pid, sign)  # SIGINT to all of them, as a terminal does
+        said, _ = process.communicate(timeout=120)
+        ended.append((process.returncode, said))
+    return run, ended
+
+
+@pytest.fixture(scope="module")
+def resumed(cluster, stopped):
+    """The same run at its end: its folder, and what was said on the way."""
+    run, ended = stopped
+    train(resume_config(str(run)), resume=True)
+    return run, "".join(said for _, said in ended)
+
+
+def interrupted(ended, run):
+    """Whether a process ended by Ctrl-C as it should."""
+    code, said = ended
+    way_on = f"raydetr: interrupted; finished epochs are kept: raydetr train --resume {run}\n"
+    return code == 130 and said.endswith(way_on) and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(stopped, photographs, tmp_path):
+    run, (first, _) = stopped
+    assert interrupted(first, run), first
+    process = start(photographs, tmp_path, "--run.workers=1", epochs=400)
+    wait_for_epoch(tmp_path / "run", 1, process)
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=120)
+    assert interrupted((process.returncode, said), tmp_path / "run"), said
 
 
 @pytest.mark.slow
 def test_a_killed_driver_goes_on_and_ends_in_the_same_weights(whole, resumed):
-    assert [line["epoch"] for line in log_of(resumed[0])] == [0, 1, 2, 3]
+    assert [line["epoch"] for line in log_of(resumed[0])] == list(range(EPOCHS))
     assert same_weights(resumed[0] / "last.pth", whole[0] / "last.pth")
 
 
@@ -230,18 +260,6 @@ def test_no_secret_is_left_in_a_run(resumed):
     assert any("tfevents" in path.name for path in left)
     told = {"output": said.encode(), **{str(path): path.read_bytes() for path in left}}
     assert [where for where, text in told.items() if b"marker-of-a-secret" in text] == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_says_how_to_go_on(photographs, tmp_path, workers):
-    process = start(photographs, tmp_path, f"--run.workers={workers}", epochs=400)
-    wait_for_epoch(tmp_path / "run", 1, process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 130, said
-    assert said.endswith(f"raydetr: interrupted; finished epochs are kept: raydetr train --resume {tmp_path / 'run'}\n")
-    assert "Traceback" not in said
 
 
 LISTENING = """

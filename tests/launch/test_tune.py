@@ -171,16 +171,6 @@ def test_a_broken_picture_stops_a_search_before_its_first_trial(cluster, coco_fo
     assert not (tmp_path / "search").exists()
 
 
-@pytest.mark.slow
-def test_trials_of_several_workers_train_in_an_inner_trainer_on_shared_pictures(cluster, coco_folder, tmp_path):
-    with spoiled():
-        search = tune(settings(coco_folder(), tmp_path), SPACE, trials=1, scheduler="none", demands=Demands(workers=2))
-    assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"]
-    folder = trial_folder(search, 0)
-    assert [line["epoch"] for line in log_of(folder)] == [0, 1]
-    assert config.read_yaml(folder / "config.yaml")["run.workers"] == 2
-
-
 def test_a_machines_workers_read_the_same_memory(cluster, coco_folder, tmp_path):
     (shared,) = share_images(settings(coco_folder(), tmp_path))
     one, other = ray.get(shared), ray.get(shared)
@@ -289,14 +279,13 @@ def wait_for(condition, seconds=180):
         time.sleep(0.3)  # to look at all processes takes long
 
 
-def processes_of(driver, title):
-    """Ray's processes with that title that ``driver`` started, directly or by way of others."""
+def processes_of(title):
+    """Processes with that title of the Ray that was started here."""
     found = []
-    with contextlib.suppress(psutil.NoSuchProcess):  # the driver may just have ended
-        for process in psutil.Process(driver.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if title in " ".join(process.cmdline()):
-                    found.append(process)
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if title in " ".join(process.cmdline()):
+                found.append(process)
     return found
 
 
@@ -311,15 +300,19 @@ def all_epochs(search, epochs=3):
     [("ray::ImplicitFunc", ["--trials", "5"], 3), ("ray::RayTrainWorker", ["--trials", "1", "--workers-per-trial", "2"], 1)],
     ids=["trials", "workers"],
 )
-def test_killed_trials_and_workers_go_on_from_their_last_epoch(coco_folder, tmp_path, title, flags, kills):
-    config.write_yaml(settings(coco_folder(), tmp_path, optim__epochs=3), tmp_path / "run.yaml")
+def test_killed_trials_and_workers_go_on_from_their_last_epoch(cluster, coco_folder, tmp_path, title, flags, kills):
+    photographs, address = coco_folder(), ray.get_runtime_context().gcs_address
+    config.write_yaml(settings(photographs, tmp_path, optim__epochs=3), tmp_path / "run.yaml")
     random, folder = np.random.default_rng(1), tmp_path / "search"
-    driver = start("--config", str(tmp_path / "run.yaml"), "--space", "loss", "--scheduler", "none", *flags)
+    driver = start("--config", str(tmp_path / "run.yaml"), "--space", "loss", "--scheduler", "none", *flags, address=address)
+    wait_for(lambda: driver.poll() is not None or list(folder.glob("trials/*")))
+    for picture in photographs.glob("*2017/*.jpg"):
+        picture.write_bytes(b"nothing that could be decoded")  # as it was when the search began
     killed = set()
     while len(killed) < kills and driver.poll() is None:
-        wait_for(lambda: driver.poll() is not None or any(each.pid not in killed for each in processes_of(driver, title)))
+        wait_for(lambda: driver.poll() is not None or any(each.pid not in killed for each in processes_of(title)))
         time.sleep(random.uniform(0, 2))
-        victims = [each for each in processes_of(driver, title) if each.pid not in killed]
+        victims = [each for each in processes_of(title) if each.pid not in killed]
         if victims:
             victim = victims[int(random.integers(len(victims)))]
             killed.add(victim.pid)
@@ -331,10 +324,11 @@ def test_killed_trials_and_workers_go_on_from_their_last_epoch(coco_folder, tmp_
     assert {trial.state.name for trial in search.frozen()} == {"COMPLETE"}, [trial.user_attrs for trial in search.frozen()]
     assert len(search.frozen()) == search.trials
     assert all_epochs(search)
+    assert config.read_yaml(trial_folder(search, 0) / "config.yaml")["run.workers"] == (2 if "--workers-per-trial" in flags else 1)
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_in_order_with_a_summary_and_the_way_on(coco_folder, tmp_path):
+def test_ctrl_c_ends_in_order_with_a_summary_and_the_way_on(cluster, coco_folder, tmp_path):
     config.write_yaml(settings(coco_folder(), tmp_path, optim__epochs=3), tmp_path / "run.yaml")
     folder = tmp_path / "search"
     driver = start("--config", str(tmp_path / "run.yaml"), "--space", "loss", "--trials", "3", "--scheduler", "none")
@@ -348,8 +342,7 @@ def test_ctrl_c_ends_in_order_with_a_summary_and_the_way_on(coco_folder, tmp_pat
     ended = {trial.number: trial.datetime_complete for trial in open_search(folder).frozen() if trial.state.is_finished()}
     assert ended
     assert len(ended) < 3
-    assert start("--resume", str(folder)).wait(timeout=300) == 0
-    search = open_search(folder)
+    search = resume(folder)
     assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"] * 3
     assert all(search.frozen()[number].datetime_complete == when for number, when in ended.items())  # none ran twice
     assert all_epochs(search)
