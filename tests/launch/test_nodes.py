@@ -10,11 +10,12 @@ import threading
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from raydetr import __version__, config
 from raydetr.errors import UserError
 from raydetr.launch import nodes
-from raydetr.launch.nodes import check_listening, check_nodes, look
+from raydetr.launch.nodes import check_listening, check_nodes, is_of_machine, look
 from raydetr.launch.train import train
 
 
@@ -129,3 +130,10 @@ def test_a_cluster_of_other_versions_is_refused_with_both(two_machines, other):
     assert "UserError: RAY_ADDRESS" in said
     assert f"Ray: {theirs['ray_version']} Python: {theirs['python_version']} " in said
     assert f"Ray: {ray.__version__} Python: {platform.python_version()};" in said
+
+
+def test_the_loss_of_a_machine_is_told_from_that_of_a_process(two_machines):
+    unreachable, dead = ray.exceptions.ActorUnavailableError("cannot be reached", None), ray.exceptions.ActorDiedError()
+    for error, of_machine in ((unreachable, True), (dead, False), (RuntimeError("Connection reset by peer"), False)):
+        assert is_of_machine(error) == of_machine
+        assert is_of_machine(WorkerHealthCheckFailedError("A worker health check failed.", failure=error)) == of_machine
