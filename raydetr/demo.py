@@ -3,10 +3,11 @@
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
-from raydetr.config import load_config, to_dict
+from raydetr.config import Config, load_config, to_dict
 from raydetr.errors import UserError
 
 _MARK = ".raydetr-demo"
@@ -55,28 +56,34 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: i
     click.echo(metrics_table(before))
 
     _say(5, f"raydetr train --preset detr_tiny --data {coco} --epochs {epochs} --workers {workers} --batch-size {batch_size}")
-    from raydetr.launch.train import ray_session, train
+    from raydetr.launch.train import ray_session
 
     with ray_session(workers):
-        train(config)
-        best = runs / "balloons" / "best.pth"
-
-        _say(6, f"raydetr evaluate {best} --data {coco}")
-        after = score_checkpoint(best, {"data.path": str(coco)})
-        click.echo(metrics_table(after))
-
-        _say(7, f"raydetr predict {best} {coco} --compare {BUNDLED.name} --out {out / 'gallery'}")
-        from raydetr.predict import predict
-
-        annotations = coco / "annotations" / "custom_val.json"
-        click.echo(predict(best, [coco / "val2017"], out / "gallery", compare=BUNDLED, annotations=annotations).text())
-
-        result = {"before": before["AP"], "after": after["AP"]}
+        result = {"before": before["AP"], "after": _fine_tune(config, out / "gallery")["AP"]}
         if trials:
             result |= _search(coco, runs, trials, seed)
     result["seconds"] = time.monotonic() - start
     _say_what_next(out, result)
     return result
+
+
+def _fine_tune(config: Config, gallery: Path) -> dict[str, Any]:
+    from raydetr.launch.train import run_folder, train
+    from raydetr.model.checkpoint import BUNDLED
+    from raydetr.predict import predict
+    from raydetr.score import metrics_table, score_checkpoint
+
+    train(config)
+    coco, best = Path(config.data.path), run_folder(config) / "best.pth"
+
+    _say(6, f"raydetr evaluate {best} --data {coco}")
+    after = score_checkpoint(best, {"data.path": str(coco)})
+    click.echo(metrics_table(after))
+
+    _say(7, f"raydetr predict {best} {coco} --compare {BUNDLED.name} --out {gallery}")
+    annotations = coco / "annotations" / "custom_val.json"
+    click.echo(predict(best, [coco / "val2017"], gallery, compare=BUNDLED, annotations=annotations).text())
+    return after
 
 
 def _search(coco: Path, runs: Path, trials: int, seed: int) -> dict[str, float]:

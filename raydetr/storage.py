@@ -45,7 +45,7 @@ ENVIRONMENT = (ENDPOINT, "AWS_REGION", "AWS_DEFAULT_REGION")
 NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|Bucket '[^']*' not found|bucket does not exist", re.IGNORECASE)
 REFUSED = re.compile(
     r"AWS Error (ACCESS_DENIED|INVALID_\w+|SIGNATURE_DOES_NOT_MATCH|MISSING_\w+|UNRECOGNIZED_CLIENT|\w*TOKEN\w*|\w*EXPIRED\w*)"
-    r"|HTTP status (30\d|40[0135])|(PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT|Could not create a OAuth2 access token)",
+    r"|HTTP status (30\d|40[0135])|(PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT)",
 )
 
 
@@ -376,10 +376,10 @@ def _objects(uri: str, recursive: bool, patience_s: float = PATIENCE_S, hidden: 
     return {name: info for name, info in names.items() if hidden or not _is_hidden(PurePosixPath(name))}
 
 
-def _check_bucket(uri: str) -> None:
+def _check_bucket(uri: str, patience_s: float = PATIENCE_S) -> None:
     """Raises UserError where the bucket is not there: to a listing it looks like an empty folder."""
     bucket = _path_of(uri).split("/")[0]
-    if _ask(uri, lambda: _file_system(uri).get_file_info(bucket)).type.name == "NotFound":
+    if _ask(uri, lambda: _file_system(uri).get_file_info(bucket), patience_s).type.name == "NotFound":
         raise UserError(_no_bucket(uri))
 
 
@@ -415,7 +415,7 @@ def _ask(uri: str, action: Callable[[], Any], patience_s: float = PATIENCE_S) ->
         except OSError as error:
             text = str(error)
             if isinstance(error, FileNotFoundError):  # Google's store says no more where the whole bucket is not there
-                _check_bucket(uri)
+                _check_bucket(uri, patience_s)
             if NO_BUCKET.search(text):
                 raise UserError(_no_bucket(uri)) from None
             refused = REFUSED.search(text)
@@ -431,7 +431,8 @@ def _ask(uri: str, action: Callable[[], Any], patience_s: float = PATIENCE_S) ->
             if error.errno is not None:  # pyarrow gives none to an error of the store
                 raise
             if time.monotonic() + pause > end:
-                raise UserError(f"{uri}: the store does not answer ({_reason(text)}); is it up, and {ENDPOINT} right?") from None
+                known = ENDPOINT if uri.startswith("s3://") else "GOOGLE_APPLICATION_CREDENTIALS"
+                raise UserError(f"{uri}: the store does not answer ({_reason(text)}); is it up, and {known} right?") from None
             if pause == 1:
                 print(f"{uri}: the store does not answer, it is asked again ({_reason(text)})", file=sys.stderr, flush=True)
         time.sleep(pause)
@@ -440,5 +441,6 @@ def _ask(uri: str, action: Callable[[], Any], patience_s: float = PATIENCE_S) ->
 
 def _reason(text: str) -> str:
     """The telling part of an error of pyarrow's, without addresses and request ids."""
-    code = re.search(r"AWS Error [A-Z_]+|Status\([A-Z_]+", text)
+    # Google's without an account looks as one whose server of tokens is away for a while, which a run waits for.
+    code = re.search("Could not create a OAuth2 access token", text) or re.search(r"AWS Error [A-Z_]+|Status\([A-Z_]+", text)
     return code[0] if code else " ".join(text.split())[:200]

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -25,4 +26,5 @@ def test_the_demo_fine_tunes_the_bundled_model_to_half_and_more_and_finds_better
     assert result["best"] > result["default"]
     assert len(list((out / "runs" / "search" / "trials").iterdir())) == 8
     assert (out / "runs" / "search" / "report.html").stat().st_size > 100_000
-    assert result["seconds"] < 2 * 360  # six minutes of two cores; one of them is other tests'
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    assert result["seconds"] < (360 if alone else 720)  # six minutes of two cores; beside other tests it has one of them

@@ -328,7 +328,7 @@ def test_killed_trials_and_workers_go_on_from_their_last_epoch(cluster, coco_fol
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_in_order_with_a_summary_and_the_way_on(cluster, coco_folder, tmp_path):
+def test_ctrl_c_ends_in_order_with_a_summary_and_the_way_on(coco_folder, tmp_path):
     config.write_yaml(settings(coco_folder(), tmp_path, optim__epochs=3), tmp_path / "run.yaml")
     folder = tmp_path / "search"
     driver = start("--config", str(tmp_path / "run.yaml"), "--space", "loss", "--trials", "3", "--scheduler", "none")
@@ -342,7 +342,8 @@ def test_ctrl_c_ends_in_order_with_a_summary_and_the_way_on(cluster, coco_folder
     ended = {trial.number: trial.datetime_complete for trial in open_search(folder).frozen() if trial.state.is_finished()}
     assert ended
     assert len(ended) < 3
-    search = resume(folder)
+    assert start("--resume", str(folder)).wait(timeout=300) == 0
+    search = open_search(folder)
     assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"] * 3
     assert all(search.frozen()[number].datetime_complete == when for number, when in ended.items())  # none ran twice
     assert all_epochs(search)
