@@ -412,7 +412,7 @@ def _ask(uri: str, action: Callable[[], Any], patience_s: float = PATIENCE_S) ->
     while True:
         try:
             return action()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # of a transfer from Google's that broke off pyarrow says that its file is closed
             text = str(error)
             if isinstance(error, FileNotFoundError):  # Google's store says no more where the whole bucket is not there
                 _check_bucket(uri, patience_s)
@@ -428,7 +428,7 @@ def _ask(uri: str, action: Callable[[], Any], patience_s: float = PATIENCE_S) ->
                 ) from None
             if "NO_SUCH_KEY" in text:
                 raise FileNotFoundError(errno.ENOENT, "there is nothing at this address", uri) from None
-            if error.errno is not None:  # pyarrow gives none to an error of the store
+            if getattr(error, "errno", None) is not None:  # pyarrow gives none to an error of the store
                 raise
             if time.monotonic() + pause > end:
                 known = ENDPOINT if uri.startswith("s3://") else "GOOGLE_APPLICATION_CREDENTIALS"

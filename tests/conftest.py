@@ -229,44 +229,72 @@ def store(s3_server, monkeypatch, tmp_path):
         s3_server.start()
 
 
+class GoogleServer:
+    """A server on loopback that speaks as Google's store, in a process of its own: pyarrow keeps Python from running while it waits."""
+
+    PROGRAM = """
+import sys, http.server
+from gcp_storage_emulator import server
+
+server.server.HTTPServer = http.server.ThreadingHTTPServer  # or one transfer waits for the end of another
+server.create_server("127.0.0.1", int(sys.argv[1]), data_dir=sys.argv[2]).run()
+"""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self):
+        command = [sys.executable, "-c", self.PROGRAM, str(self.port), str(self.folder)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while socket.socket().connect_ex(("127.0.0.1", self.port)):
+            assert self._process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+    def stop(self):
+        self._process.kill()
+        self._process.wait()
+
+    def start_in(self, seconds):
+        timer = threading.Timer(seconds, self.start)
+        timer.start()
+        return timer
+
+    @functools.cached_property
+    def account(self) -> Path:
+        """The file of an account that it lets in."""
+        from cryptography.hazmat.primitives import serialization
+        from cryptography.hazmat.primitives.asymmetric import rsa
+
+        key = rsa.generate_private_key(65537, 2048)
+        text = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()).decode()
+        known = {"type": "service_account", "private_key_id": "1", "private_key": text, "client_email": "test@test.iam.gserviceaccount.com"}
+        file = self.folder.with_suffix(".json")
+        file.write_text(json.dumps(known))
+        return file
+
+
 @pytest.fixture(scope="session")
 def google_server(tmp_path_factory):
-    """A server on loopback that speaks as Google's store: its address, and the file of an account that it lets in.
-
-    A process of its own: pyarrow keeps Python from running while it waits for an answer.
-    """
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import rsa
-
-    key = rsa.generate_private_key(65537, 2048)
-    text = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()).decode()
-    account = {"type": "service_account", "private_key_id": "1", "private_key": text, "client_email": "test@test.iam.gserviceaccount.com"}
-    file = tmp_path_factory.mktemp("google") / "account.json"
-    file.write_text(json.dumps(account))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--host", "127.0.0.1", "--port", str(port), "--in-memory"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while socket.socket().connect_ex(("127.0.0.1", port)):
-        assert server.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    yield f"http://127.0.0.1:{port}", file
-    server.kill()
-    server.wait()
+    server = GoogleServer(tmp_path_factory.mktemp("google"))
+    yield server
+    server.stop()
 
 
 @pytest.fixture
 def google_store(google_server, monkeypatch, tmp_path):
-    """The same of Google's store: ``google_store.uri``, ``google_store.bucket``."""
-    address, account = google_server
-    known = {"GOOGLE_APPLICATION_CREDENTIALS": account, "CLOUD_STORAGE_EMULATOR_ENDPOINT": address, "RAYDETR_CACHE": tmp_path / "cache"}
-    for name, value in known.items():
+    """The same of Google's store: ``google_store.uri``, ``google_store.bucket``, and its ``google_store.server``."""
+    known = {"GOOGLE_APPLICATION_CREDENTIALS": google_server.account, "CLOUD_STORAGE_EMULATOR_ENDPOINT": google_server.address}
+    for name, value in {**known, "RAYDETR_CACHE": tmp_path / "cache"}.items():
         monkeypatch.setenv(name, str(value))
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
     FileSystem.from_uri(f"gs://{bucket}?project_id=test")[0].create_dir(bucket)
-    return SimpleNamespace(bucket=bucket, uri=f"gs://{bucket}/folder")
+    return SimpleNamespace(bucket=bucket, uri=f"gs://{bucket}/folder", server=google_server)
 
 
 @pytest.fixture(params=["store", "google_store"])

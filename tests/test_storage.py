@@ -104,6 +104,41 @@ def test_an_outage_only_delays(store, monkeypatch):
     assert time.monotonic() - began < 30
 
 
+def test_google_that_is_away_only_delays(google_store, monkeypatch, tmp_path, capfd):
+    place, content = f"{google_store.uri}/run", "0123456789" * 500_000
+    monkeypatch.setattr(storage, "GOOGLE_PATIENCE_S", 1)
+    storage._connected.cache_clear()
+    write(working_folder(place), last__pth=content, best__pth=content)
+    for action, machine in ((push, "cache"), (fetch, "another machine")):
+        monkeypatch.setenv("RAYDETR_CACHE", str(tmp_path / machine))
+        google_store.server.stop()
+        again = google_store.server.start_in(4)
+        action(place)
+        again.join()
+        assert "it is asked again" in capfd.readouterr().err
+    assert {file.name: file.read_text() == content for file in working_folder(place).iterdir()} == {"last.pth": True, "best.pth": True}
+    storage._connected.cache_clear()
+
+
+def test_a_transfer_that_breaks_off_is_begun_again(google_store, monkeypatch):
+    place = f"{google_store.uri}/run"
+    put(place, last__pth="epoch 1")
+    monkeypatch.setenv("RAYDETR_CACHE", str(storage.cache_folder()) + "-2")
+    original, asked = storage._get, []
+
+    def get(system, info, target):
+        asked.append(target.name)
+        if len(asked) == 1:
+            with system.open_input_file(info.path) as source:
+                source.close()
+                source.size()  # pyarrow's answer where the store broke off, too
+        original(system, info, target)
+
+    monkeypatch.setattr(storage, "_get", get)
+    assert (fetch(place) / "last.pth").read_text() == "epoch 1"
+    assert asked == ["last.pth", "last.pth"]
+
+
 def test_what_the_store_refuses_is_said_at_once(store, monkeypatch):
     for action in (fetch, fetched):
         with pytest.raises(UserError, match=r"no-such-bucket/run: there is no bucket no-such-bucket; make it"):
