@@ -175,6 +175,7 @@ class Run:
     workers: int | str = setting(
         1, "training processes, one per GPU where there are GPUs; 2:8 takes what there is from time to time", low=1, high=4096, span=True
     )
+    wait_for_machines_min: float = setting(0.0, "minutes to wait for the machines that Ray's autoscaler brings", low=0.0, high=10080.0)
     max_failures: int = setting(3, "how often a lost worker is replaced before the run fails", low=0, high=1000)
     pictures: int = setting(8, "validation pictures shown in TensorBoard", low=0, high=100)
 

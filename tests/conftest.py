@@ -4,9 +4,11 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -15,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from pyarrow.fs import FileSelector, FileSystem, copy_files
@@ -240,10 +243,9 @@ server.server.HTTPServer = http.server.ThreadingHTTPServer  # or one transfer wa
 server.create_server("127.0.0.1", int(sys.argv[1]), data_dir=sys.argv[2]).run()
 """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, port: int):
         self.folder = folder
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = port
         self.address = f"http://127.0.0.1:{self.port}"
         self.start()
 
@@ -280,8 +282,8 @@ server.create_server("127.0.0.1", int(sys.argv[1]), data_dir=sys.argv[2]).run()
 
 
 @pytest.fixture(scope="session")
-def google_server(tmp_path_factory):
-    server = GoogleServer(tmp_path_factory.mktemp("google"))
+def google_server(tmp_path_factory, free_ports):
+    server = GoogleServer(tmp_path_factory.mktemp("google"), *free_ports(1))
     yield server
     server.stop()
 
@@ -301,3 +303,52 @@ def google_store(google_server, monkeypatch, tmp_path):
 def each_store(request):
     """Amazon's and Google's."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def free_ports():
+    """``free_ports(3)``: ports of 127.0.0.1 that nobody listens to."""
+
+    def find(number: int) -> list[int]:
+        with contextlib.ExitStack() as opened:
+            sockets = [opened.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
+            return [each.getsockname()[1] for each in sockets]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def ray_head(free_ports):
+    """``with ray_head("--num-cpus=2", port=None, NAME="value") as environment``: a cluster of its own on this machine, as
+    `ray start --head` makes one with these flags and this environment; what those who use it need in theirs."""
+
+    @contextlib.contextmanager
+    def start(*flags: str, port: int | None = None, **known: str):
+        folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: the names of Ray's sockets are long
+        environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # where the cluster's jobs find python and raydetr
+            **known,
+        }
+        environment.pop("RAY_ADDRESS", None)
+        command = ["ray", "start", "--head", "--block", "--disable-usage-stats", f"--temp-dir={folder}", *flags]
+        gcs, agent = free_ports(2)
+        command += [f"--port={port or gcs}", f"--dashboard-agent-listen-port={agent}"]
+        output = folder / "output"
+        with output.open("w") as opened:
+            process = subprocess.Popen(command, env=environment, stdout=opened, stderr=opened)
+        try:
+            deadline = time.monotonic() + 120
+            while "Ray runtime started" not in output.read_text():
+                assert process.poll() is None, output.read_text()
+                assert time.monotonic() < deadline, output.read_text()
+                time.sleep(0.2)
+            yield environment
+        finally:
+            if process.poll() is None:
+                for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        each.kill()
+                process.wait()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    return start

@@ -1,13 +1,16 @@
 """What the machines of a cluster must have in common before a run or a search starts: raydetr, the photographs, the folder of runs."""
 
+import contextlib
 import importlib
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import raydetr
@@ -16,6 +19,9 @@ from raydetr.errors import UserError
 from raydetr.storage import is_uri, remove_tokens, write_token
 
 PATIENCE_S = 5  # for an answer from the cluster's address
+SOON_S = 5  # for places to be there that are not worth a word
+TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (~/.ray/auth_token)"
+AUTOSCALED = "; with an autoscaler, --run.wait_for_machines_min says how long to wait for its machines"
 NODE_PATIENCE_S = 120  # for an answer from each machine; the first process on one has to be started
 
 
@@ -34,6 +40,32 @@ def check_listening(what: str, address: str) -> None:
         socket.create_connection((host, port), timeout=PATIENCE_S).close()
     except OSError as error:
         raise UserError(f"{what}: nothing answers there ({error.strerror or error}); is the cluster up and its port forwarded?") from None
+
+
+@contextlib.contextmanager
+def awaited_machines(config: settings.Config, workers: int, gpus_each: float = 1.0) -> Iterator[None]:
+    """Wait until the cluster has places for so many workers, and keep them for the length of a ``with``; nothing without
+    ``run.wait_for_machines_min``.
+
+    An autoscaler brings machines for what is reserved, and takes none away. Raises UserError where they do not come in time.
+    """
+    minutes, device = config.run.wait_for_machines_min, config.speed.device
+    if not minutes:
+        yield
+        return
+    if device == "auto" and not ray.cluster_resources().get("GPU"):
+        raise UserError("run.wait_for_machines_min: no GPU is there yet, and machines without may be meant; say --speed.device cuda or cpu")
+    place = {"CPU": 1} if device == "cpu" else {"CPU": 1, "GPU": gpus_each}
+    what = f"{workers} x {', '.join(f'{number:g} {name}' for name, number in place.items())}"
+    reserved = placement_group([place] * workers)
+    try:
+        if not reserved.wait(SOON_S):
+            print(f"waiting for machines with {what}, up to {minutes:g} minutes", file=sys.stderr, flush=True)
+            if not reserved.wait(60 * minutes):
+                raise UserError(f"run.wait_for_machines_min: no machines with {what} came in {minutes:g} minutes; look at `ray status`")
+        yield
+    finally:
+        remove_placement_group(reserved)
 
 
 def check_nodes(config: settings.Config, probe: Callable[..., dict[str, Any]] | None = None) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.tune
 import torch
 
 from raydetr import config as settings
 from raydetr.errors import UserError
+from raydetr.launch.nodes import AUTOSCALED
 from raydetr.launch.train import DRIVER, cores_each, nodes_resources
 
 
@@ -23,6 +23,10 @@ class Demands:
     gpus: float = 1.0  # per trial of one worker; below 1 trials share a card. Nothing where there are no GPUs
     concurrent: int | None = None  # trials at a time; None: as many as fit, also when machines come and go
     placement: str = "pack"  # trials on as few machines as hold them, or "spread" over all
+
+    def gpus_each(self) -> float:
+        """GPUs of each worker, where there are GPUs."""
+        return 1.0 if self.workers > 1 else self.gpus
 
 
 ONE_WORKER_EACH = Demands()
@@ -56,18 +60,18 @@ def find_places(config: settings.Config, demands: Demands, trials: int) -> Place
         start = f"""ray start --head --resources='{{"{DRIVER}": 64}}'"""
         raise UserError(f"--workers-per-trial {demands.workers}: the cluster has no place for their drivers; start it with {start}")
     cores = [int(node.get("CPU", 0)) for node in nodes]
-    each = 1.0 if demands.workers > 1 else demands.gpus
+    each = demands.gpus_each()
     slots = sum(int(count / each + 1e-9) for count in gpus) if use_gpu else sum(cores)
     fitting = slots // demands.workers
     what = f"{sum(gpus):g} GPUs" if use_gpu else f"{sum(cores)} CPUs"
     if fitting < 1:
-        raise UserError(f"--workers-per-trial {demands.workers}: asked for that many workers, the cluster has {what}")
-    if demands.concurrent is not None and demands.concurrent > fitting and not most_resources():
+        raise UserError(f"--workers-per-trial {demands.workers}: asked for that many workers, the cluster has {what}{AUTOSCALED}")
+    if demands.concurrent is not None and demands.concurrent > fitting and not config.run.wait_for_machines_min:
         raise UserError(f"--concurrent {demands.concurrent}: {what} hold {fitting} trials of {demands.workers} worker(s) at a time")
-    concurrent = min(demands.concurrent or fitting, fitting, trials, drivers if demands.workers > 1 else trials)
+    concurrent = min(demands.concurrent or fitting, trials, drivers if demands.workers > 1 else trials)
     # Trials that are packed on a card's machine leave the others there their share of its CPUs.
     packed = cores_each(cores, fitting * demands.workers) if use_gpu and demands.placement == "pack" else None
-    cpus = packed or cores_each(cores, concurrent * demands.workers)
+    cpus = packed or cores_each(cores, min(concurrent, fitting) * demands.workers)
     if cpus is None:
         raise UserError(
             f"{concurrent} trials of {demands.workers} worker(s) need a CPU each, the cluster has {sum(cores)}; lower --concurrent"
@@ -79,11 +83,6 @@ def holds(machine: Mapping[str, float], places: Places) -> int:
     """How many trials of one worker, or workers of trials, a machine has places for."""
     cpus = int(machine.get("CPU", 0) // places.cpus)
     return min(cpus, int(machine.get("GPU", 0) / places.gpus + 1e-9)) if places.gpus else cpus
-
-
-def most_resources() -> dict[str, float]:
-    """What the cluster's autoscaler may bring it to; empty where it has none. Ray Train looks it up there, too."""
-    return ray._private.state.state.get_max_resources_from_cluster_config() or {}
 
 
 def resources_of(assigned: Mapping[str, Any]) -> ray.tune.PlacementGroupFactory:

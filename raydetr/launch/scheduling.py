@@ -19,7 +19,7 @@ from ray.tune.search import Searcher
 
 from raydetr import config as settings
 from raydetr.launch.nodes import is_of_machine
-from raydetr.launch.places import Demands, Places, holds, most_resources
+from raydetr.launch.places import Demands, Places, holds
 from raydetr.model.checkpoint import read_checkpoint, save_checkpoint
 from raydetr.model.files import written_whole
 from raydetr.search import Search
@@ -67,15 +67,8 @@ class StudySearcher(Searcher):
         return self._machines
 
     def room(self) -> int:
-        """How many trials may be under way: as many as were asked for, else as the cluster holds now.
-
-        An autoscaler brings machines for trials that wait: as many may as run, until it can bring no more.
-        """
-        if self.demands.concurrent:
-            return self.demands.concurrent
-        now = max(1, sum(self.machines().values()) // self.demands.workers)
-        most = holds(most_resources(), self.places) // self.demands.workers
-        return max(now, min(2 * now, most))
+        """How many trials may be under way: as many as were asked for, else as the cluster holds now."""
+        return self.demands.concurrent or max(1, sum(self.machines().values()) // self.demands.workers)
 
     def machine(self) -> str | None:
         """The machine that a trial to be packed is meant for, the fullest that has a place; None: any, for Ray the emptiest."""

@@ -20,7 +20,7 @@ from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from raydetr.errors import UserError
-from raydetr.launch.nodes import check_listening
+from raydetr.launch.nodes import TOKEN, check_listening
 from raydetr.storage import store_environment
 
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # the environment variables that name a cluster; Ray takes the first first
@@ -80,9 +80,7 @@ def connect(address: str | None) -> JobSubmissionClient:
         client = JobSubmissionClient(where)
         theirs = versions(client)
     except AuthenticationError as error:
-        raise UserError(
-            f"{what}: the cluster wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (~/.ray/auth_token)"
-        ) from error
+        raise UserError(f"{what}: the cluster wants its token: {TOKEN}") from error
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError, RayError, requests.RequestException) as error:
         raise UserError(f"{what}: no Ray cluster takes jobs there: {one_line(error)}") from error
     ours = {"Ray": ray.__version__, "Python": platform.python_version()}

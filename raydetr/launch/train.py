@@ -20,7 +20,7 @@ from raydetr.data.check import check
 from raydetr.errors import UserError
 from raydetr.garbage import without_collections
 from raydetr.launch.mailbox import Mailbox
-from raydetr.launch.nodes import check_listening, check_nodes, is_of_machine
+from raydetr.launch.nodes import AUTOSCALED, TOKEN, awaited_machines, check_listening, check_nodes, is_of_machine
 from raydetr.launch.reporter import TrainReporter
 from raydetr.storage import absolute, fetch, join, split, store_environment, working_folder
 
@@ -37,6 +37,7 @@ RESUMABLE = {
     "data.num_workers",
     "data.cache_gb",
     "run.max_failures",
+    "run.wait_for_machines_min",
     "run.workers",
     "speed.device",
     "speed.compile",
@@ -61,8 +62,10 @@ def train(config: settings.Config, resume: bool = False) -> dict[str, Any]:
             check_nodes(config)
             return _run_here(config)
         with ray_session(least):
-            check_nodes(config)
-            return _run(config, scaling_config(config))
+            with awaited_machines(config, least):
+                check_nodes(config)
+                scaling = scaling_config(config)
+            return _run(config, scaling)
 
 
 def run_place(config: settings.Config) -> str:
@@ -177,7 +180,8 @@ def ray_session(workers: int, drivers: bool = False) -> Iterator[None]:
         if what.startswith("Version mismatch"):
             raise UserError(f"RAY_ADDRESS {address}: {what}; take the cluster's versions of Ray and Python here") from error
         place = f"the Ray cluster at {address} (RAY_ADDRESS)" if address else "Ray on this machine"
-        raise UserError(f"cannot reach {place}: {what}") from error
+        token = f"; if it wants its token, {TOKEN}" if address else ""
+        raise UserError(f"cannot reach {place}: {what}{token}") from error
     try:
         yield
     finally:
@@ -216,12 +220,13 @@ def scaling_config(config: settings.Config) -> ray.train.ScalingConfig:
     if use_gpu and workers > gpus:
         raise UserError(
             f"run.workers: {workers} asked for, {gpus} GPUs there; one worker takes one GPU (--workers {gpus}, or --speed.device cpu)"
+            f"{AUTOSCALED}"
         )
     cores = [int(node.get("CPU", 0)) for node in nodes]
     fitting = min(gpus, sum(cores)) if use_gpu else sum(cores)
     each = cores_each(cores, max(workers, min(most, fitting)))
     if each is None:
-        raise UserError(f"run.workers: {workers} asked for, {sum(cores)} CPUs there; a worker takes at least one")
+        raise UserError(f"run.workers: {workers} asked for, {sum(cores)} CPUs there; a worker takes at least one{AUTOSCALED}")
     resources = {"CPU": each, **({"GPU": 1} if use_gpu else {})}
     return ray.train.ScalingConfig(
         num_workers=workers if workers == most else (workers, most),

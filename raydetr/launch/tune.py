@@ -18,7 +18,7 @@ from raydetr import config as settings
 from raydetr.data.cache import DecodedImages, cache_limit
 from raydetr.data.coco import CocoImages, find_split
 from raydetr.errors import DiskFull, UserError, is_disk_full
-from raydetr.launch.nodes import check_nodes
+from raydetr.launch.nodes import awaited_machines, check_nodes
 from raydetr.launch.places import ONE_WORKER_EACH, Demands, Places, check_disk, find_places, resources_of
 from raydetr.launch.scheduling import (
     Hopeless,
@@ -70,10 +70,11 @@ def tune(
     if scheduler == "pbt" and demands.workers > 1:
         raise UserError("--scheduler pbt: trials go on from each other's weights with one worker each; lower --workers-per-trial")
     with ray_session(demands.workers, drivers=demands.workers > 1):
-        check_nodes(config)
-        places = find_places(config, demands, trials)
-        check_disk(config, working_folder(place), trials, places.concurrent)
-        images = share_images(config)
+        with awaited_machines(config, demands.workers, demands.gpus_each()):
+            check_nodes(config)
+            places = find_places(config, demands, trials)
+            check_disk(config, working_folder(place), trials, places.concurrent)
+            images = share_images(config)
         bring(place)
         search = create_search(
             place, space, config, trials=trials, metric=metric, sampler=sampler, pruner=scheduler, grace=grace, seed=seed, points=points
@@ -100,10 +101,12 @@ def resume(
     with driving(search.folder), ray_session(demands.workers, drivers=demands.workers > 1), keeping(search):
         base = search.config(0)
         base.run.storage = split(place)[0]  # where the search is now
-        check_nodes(base)
-        search.reclaim(())
-        places = find_places(search.config(0), demands, search.trials)
-        return _run(search, demands, places, share_images(search.config(0)), time_budget_s)
+        with awaited_machines(base, demands.workers, demands.gpus_each()):
+            check_nodes(base)
+            search.reclaim(())
+            places = find_places(base, demands, search.trials)
+            images = share_images(base)
+        return _run(search, demands, places, images, time_budget_s)
 
 
 @contextlib.contextmanager

@@ -13,12 +13,13 @@ def settings(folder, **changes):
 
 def test_impossible_requests_are_refused_with_the_numbers(monkeypatch, coco_folder, tmp_path):
     monkeypatch.setattr(places, "nodes_resources", lambda: [{"CPU": 2, DRIVER: 64}])
-    monkeypatch.setattr(places, "most_resources", dict)
     known = settings(coco_folder())
     assert find_places(known, Demands(), 8) == Places(2, 1, 0.0)
     assert find_places(known, Demands(concurrent=1), 8) == Places(1, 2, 0.0)
     with pytest.raises(UserError, match="--concurrent 3: 2 CPUs hold 2 trials"):
         find_places(known, Demands(concurrent=3), 8)
+    waiting = settings(known.data.path, **{"run.wait_for_machines_min": 5})
+    assert find_places(waiting, Demands(concurrent=3), 8) == Places(3, 1, 0.0)  # an autoscaler brings a machine for the third
     with pytest.raises(UserError, match=r"--workers-per-trial 3: .* 2 CPUs"):
         find_places(known, Demands(workers=3), 8)
     with pytest.raises(UserError, match="NCCL"):

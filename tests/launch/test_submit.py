@@ -1,20 +1,13 @@
-import contextlib
 import json
-import os
 import platform
 import secrets
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import venv
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
-import psutil
 import pytest
 import ray
 
@@ -37,48 +30,15 @@ FLAGS = [word for name, value in TINY.items() for word in (f"--{name}", str(valu
 RAYDETR = [sys.executable, "-m", "raydetr.cli"]
 
 
-def free_ports(number):
-    """Ports of 127.0.0.1 that nobody listens to."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
-def head():
-    """A cluster of its own on this machine, as `ray start --head` makes one; yields the environment of those who use it."""
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: the names of Ray's sockets are long
-    gcs, dashboard, agent, client = free_ports(4)
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # where the cluster's jobs find python and raydetr
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on 127.0.0.1
-    }
-    environment.pop("RAY_ADDRESS", None)
-    ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-    ports.append(f"--ray-client-server-port={client}")
-    command = ["ray", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2", f"--temp-dir={folder}", *ports]
-    with open(f"{folder}/output", "w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-    try:
-        deadline = time.monotonic() + 120
-        while "Ray runtime started" not in Path(folder, "output").read_text():
-            assert process.poll() is None, Path(folder, "output").read_text()
-            assert time.monotonic() < deadline, Path(folder, "output").read_text()
-            time.sleep(0.2)
+def head(ray_head, free_ports):
+    """A cluster of two CPUs on 127.0.0.1; yields the environment of those who use it."""
+    dashboard, client = free_ports(2)
+    ports = [f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with ray_head("--num-cpus=2", *ports, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", **token) as environment:
         del environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]
         yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    finally:
-        if process.poll() is None:
-            started = [*psutil.Process(process.pid).children(recursive=True), process]
-            for each in started:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    each.kill()
-            process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def start(head, folder, command, *arguments):
