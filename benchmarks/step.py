@@ -145,7 +145,7 @@ def main() -> None:
         return
     print(machine(), f", {str(dtype).removeprefix('torch.')}\n", sep="")
     repeats, quick = (1, ["--quick"]) if chosen.quick else (chosen.repeats, [])
-    who = {"step": [OURS, PEER, SAME_DROPOUT, *([COMPILED] if gpu else [])], "inference": [OURS, PEER]}
+    who = {"step": [OURS, PEER, *([] if chosen.quick else [SAME_DROPOUT]), *([COMPILED] if gpu else [])], "inference": [OURS, PEER]}
     rows, memory = [], {}
     for what, title in (("step", "training step"), ("inference", "inference")):
         children = {name: Child("benchmarks.step", "--serve", what, name, *quick) for name in who[what]}

@@ -88,13 +88,13 @@ def _fine_tune(config: Config, gallery: Path) -> dict[str, Any]:
 
 def _search(coco: Path, runs: Path, trials: int, seed: int) -> dict[str, float]:
     base = {"model.preset": "detr_tiny", "data.path": str(coco), "optim.epochs": TRIAL_EPOCHS, "run.seed": seed}
-    flags = f"--preset detr_tiny --data {coco} --space tiny --trials {trials} --max-epochs {TRIAL_EPOCHS} --scheduler none --seed {seed}"
+    flags = f"--preset detr_tiny --data {coco} --space tiny --trials {trials} --max-epochs {TRIAL_EPOCHS} --seed {seed}"
     _say(8, f"raydetr tune {flags}")
     from raydetr.launch.tune import summary, tune
     from raydetr.report import report
 
     config = load_config(base, {"run.storage": str(runs), "run.name": "search"})
-    search = tune(config, "tiny", trials=trials, scheduler="none")
+    search = tune(config, "tiny", trials=trials)
     click.echo(summary(search))
     report([search.folder])
     return {"default": search.frozen()[0].value, "best": search.best().value}

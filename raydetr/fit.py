@@ -421,7 +421,7 @@ def _in_one_line(folder: Path) -> Iterator[None]:
     except OSError as error:
         if not is_disk_full(error):
             raise
-        raise DiskFull(f"the disk of {folder} is full; finished epochs are kept: make room and go on with the run") from error
+        raise DiskFull(f"the disk of {folder} is full; finished epochs are kept: make room and go on") from error
     except torch._dynamo.exc.TorchDynamoException as error:
         said = " ".join(str(error).split("\n\n")[0].split())  # what follows is advice on debugging the compiler
         raise UserError(f"speed.compile: torch.compile fails here, --speed.compile off trains without ({said})") from error

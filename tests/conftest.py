@@ -305,6 +305,17 @@ def each_store(request):
     return request.getfixturevalue(request.param)
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder that is a disk of its own, of 300 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", disk], capture_output=True, check=False).returncode:
+        pytest.skip("a disk of its own takes the right to mount one")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
 @pytest.fixture(scope="session")
 def free_ports():
     """``free_ports(3)``: ports of 127.0.0.1 that nobody listens to."""
@@ -350,5 +361,25 @@ def ray_head(free_ports):
                         each.kill()
                 process.wait()
             shutil.rmtree(folder, ignore_errors=True)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """``with ray_cluster(1, 1) as cluster``: a cluster whose head and other machines, all of them this one, have so many CPUs each;
+    ``cluster.add_node(num_cpus=2)`` adds one. None has what brings output to the driver, nor an autoscaler."""
+
+    @contextlib.contextmanager
+    def start(head: int, *others: int):
+        from ray.cluster_utils import Cluster
+
+        lean = {"include_log_monitor": False}
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head, "include_dashboard": False, "no_monitor": True, **lean})
+        cluster.add_node = functools.partial(cluster.add_node, **lean)
+        for cpus in others:
+            cluster.add_node(num_cpus=cpus)
+        yield cluster
+        cluster.shutdown()
 
     return start

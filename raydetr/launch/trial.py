@@ -1,5 +1,6 @@
 """What runs in a trial of a search: ``fit`` right there, or an inner TorchTrainer with several workers."""
 
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def run_trial(assigned: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) ->
         else:
             last = fit_with_workers(config, assigned["places"], assigned["searched"], images)
     except DiskFull as error:
-        ray.tune.report({"epoch": 0, "full": str(error)})
+        ray.tune.report({"epoch": 0, "full": f"{socket.gethostname()}: {error}"})
     except UserError as error:
         ray.tune.report({"epoch": 0, "failed": str(error)})
     except (RuntimeError, ValueError, TypeError, LookupError, OSError, ArithmeticError) as error:

@@ -16,7 +16,6 @@ import psutil
 import pytest
 import ray
 import ray.tune
-from ray.cluster_utils import Cluster
 
 from raydetr import config
 from raydetr.errors import UserError
@@ -46,13 +45,12 @@ DRIVERS = []  # processes started by a test
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def cluster(ray_cluster):
     """A head without places; tests add their machines, which are gone afterwards."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with ray_cluster(0) as cluster:
+        ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
+        yield cluster
+        ray.shutdown()
 
 
 @pytest.fixture
@@ -183,26 +181,19 @@ def test_a_search_outlives_machines_that_come_go_and_hang_and_its_driver(undistu
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_a_search_that_goes_on_when_there_is_room(undisturbed, add_machine, cluster, photographs, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", disk], capture_output=True, check=False).returncode:
-        pytest.skip("a disk of its own takes the right to mount one")
-    try:
-        machine = add_machine(num_cpus=2)
-        driver = start_search(cluster, settings(photographs, disk), tmp_path)
-        wait_for(lambda: trials_on(machine, disk / "search"), driver)
-        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
-            while True:
-                filler.write(bytes(2**20))
-        said, _ = driver.communicate(timeout=600)
-        assert driver.returncode == 2, said
-        assert f"make room, then raydetr tune --resume {disk / 'search'}" in said
-        assert "Traceback" not in said
-        (disk / "filler").unlink()
-        check_went_as(undisturbed, resume(disk / "search"))
-    finally:
-        subprocess.run(["umount", "--lazy", disk], check=True)
+def test_a_full_disk_stops_a_search_that_goes_on_when_there_is_room(undisturbed, add_machine, cluster, photographs, small_disk, tmp_path):
+    machine = add_machine(num_cpus=2)
+    driver = start_search(cluster, settings(photographs, small_disk), tmp_path)
+    wait_for(lambda: trials_on(machine, small_disk / "search"), driver)
+    with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(2**20))
+    said, _ = driver.communicate(timeout=600)
+    assert driver.returncode == 2, said
+    assert f"make room, then raydetr tune --resume {small_disk / 'search'}" in said
+    assert "Traceback" not in said
+    (small_disk / "filler").unlink()
+    check_went_as(undisturbed, resume(small_disk / "search"))
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ import threading
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from raydetr import __version__, config
@@ -20,15 +19,13 @@ from raydetr.launch.train import train
 
 
 @pytest.fixture(scope="module")
-def two_machines():
+def two_machines(ray_cluster):
     """Two nodes of one cluster; yields the id of the one that is not the head. Both see this machine's disk."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
-    here = ray.get_runtime_context().get_node_id()
-    yield next(node["NodeID"] for node in ray.nodes() if node["NodeID"] != here)
-    ray.shutdown()
-    cluster.shutdown()
+    with ray_cluster(1, 1) as cluster:
+        ray.init(address=cluster.address, logging_level="error", log_to_driver=False)
+        here = ray.get_runtime_context().get_node_id()
+        yield next(node["NodeID"] for node in ray.nodes() if node["NodeID"] != here)
+        ray.shutdown()
 
 
 def settings(folder, storage):

@@ -1,9 +1,11 @@
 """Runs and searches that are kept in an object store, with a real S3 server."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,7 +13,6 @@ import time
 
 import pytest
 import ray
-from ray.cluster_utils import Cluster
 
 from raydetr import config, storage
 from raydetr.errors import UserError
@@ -20,7 +21,7 @@ from raydetr.launch import nodes
 from raydetr.launch.nodes import check_nodes, look
 from raydetr.launch.scheduling import copy_weights
 from raydetr.launch.train import ray_session, resume_config, train
-from raydetr.launch.tune import bring, keeping
+from raydetr.launch.tune import bring, keeping, resume, tune
 from raydetr.model.checkpoint import read_checkpoint
 from raydetr.predict import predict
 from raydetr.report import report
@@ -199,17 +200,15 @@ def test_a_search_that_another_machine_goes_on_with_stops(store, coco_folder, tm
 
 
 @pytest.fixture
-def two_machines(store, monkeypatch):
+def two_machines(store, ray_cluster, monkeypatch):
     """Two nodes of a cluster that do not know the store's address; yields the id of the one that is not the head."""
     monkeypatch.delenv("AWS_ENDPOINT_URL")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", store.address)
-    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-    with ray_session(1):
-        here = ray.get_runtime_context().get_node_id()
-        yield next(node["NodeID"] for node in ray.nodes() if node["NodeID"] != here)
-    cluster.shutdown()
+    with ray_cluster(1, 1) as cluster:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", store.address)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        with ray_session(1):
+            here = ray.get_runtime_context().get_node_id()
+            yield next(node["NodeID"] for node in ray.nodes() if node["NodeID"] != here)
 
 
 @pytest.mark.slow
@@ -246,3 +245,29 @@ def test_a_store_that_refuses_ends_a_run_before_it_starts(store, coco_folder):
         train(settings(folder, "s3://no-such-bucket/runs"))
     with store.refusing(), pytest.raises(UserError, match=f"refuses this machine's access to bucket {store.bucket}"):
         train(settings(folder, store.uri))
+
+
+@pytest.mark.slow
+def test_the_full_disk_of_one_machine_is_named_and_the_search_goes_on_when_there_is_room(
+    store, ray_cluster, coco_folder, small_disk, monkeypatch
+):
+    known, search = settings(coco_folder(), store.uri, optim__epochs=10), f"{store.uri}/one"
+
+    def fill():
+        while not list(small_disk.glob("**/last.pth")):
+            time.sleep(0.1)
+        with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(2**20))
+
+    with ray_cluster(1) as cluster:
+        cluster.add_node(num_cpus=1, env_vars={"RAYDETR_CACHE": str(small_disk)})
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        threading.Thread(target=fill, daemon=True).start()
+        with pytest.raises(UserError, match=f"{socket.gethostname()}: the disk of {small_disk}/.* raydetr tune --resume {search}"):
+            tune(known, {"optim.lr": {"loguniform": [1e-5, 1e-2]}}, trials=2, scheduler="none")
+        (small_disk / "filler").unlink()
+        assert [trial.state.name for trial in resume(search).frozen()] == ["COMPLETE"] * 2
+    for name in ("000_default", "001"):
+        (log,) = [each for each in store.names(search) if each.startswith(f"trials/{name}") and each.endswith("/log.txt")]
+        assert log_of(store, f"{search}/{log.removesuffix('/log.txt')}") == list(range(10))
