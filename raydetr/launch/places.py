@@ -48,7 +48,7 @@ def find_places(config: settings.Config, demands: Demands, trials: int) -> Place
     gpus = [node.get("GPU", 0) for node in nodes]
     use_gpu = config.speed.device != "cpu" and sum(gpus) > 0
     if config.speed.device == "cuda" and not use_gpu:
-        raise UserError("speed.device: cuda was asked for and Ray sees no GPU; --speed.device cpu searches without")
+        raise UserError(f"speed.device: cuda was asked for and Ray sees no GPU; --speed.device cpu searches without{AUTOSCALED}")
     if demands.workers > 1 and demands.gpus < 1:
         raise UserError(
             f"a fraction of a GPU ({demands.gpus}) is for trials of one worker; NCCL wants a whole one for each of {demands.workers}"

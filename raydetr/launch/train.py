@@ -216,7 +216,7 @@ def scaling_config(config: settings.Config) -> ray.train.ScalingConfig:
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     use_gpu = config.speed.device != "cpu" and gpus > 0
     if config.speed.device == "cuda" and not gpus:
-        raise UserError("speed.device: cuda was asked for and Ray sees no GPU; --speed.device cpu trains without")
+        raise UserError(f"speed.device: cuda was asked for and Ray sees no GPU; --speed.device cpu trains without{AUTOSCALED}")
     if use_gpu and workers > gpus:
         raise UserError(
             f"run.workers: {workers} asked for, {gpus} GPUs there; one worker takes one GPU (--workers {gpus}, or --speed.device cpu)"
