@@ -119,6 +119,7 @@ def main() -> None:
     epochs, train, val = (2, 8, 2) if chosen.quick else (chosen.epochs, 64, 16)
     print(machine(), "\n")
     with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {**launcher.SPARING, **os.environ}
         ray.init(address="local", num_cpus=2, include_dashboard=False, **RAY)
         turns, share = run_all(Path(folder), epochs, train, val)
         ray.shutdown()

@@ -12,7 +12,7 @@ from raydetr.data.cache import DecodedImages
 class TrainReporter:
     """What ``fit`` is given in a Ray Train worker. The run folder itself holds the checkpoint to go on from."""
 
-    step_interval_s = 0.25  # a terminal shows no more than a few steps a second
+    step_interval_s = 0.5  # the terminal is brought up to date about as often
 
     def __init__(self, mailbox, searched: dict[str, Any] | None = None, images: DecodedImages | None = None):
         context = ray.train.get_context()

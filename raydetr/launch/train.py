@@ -26,9 +26,16 @@ from raydetr.storage import absolute, fetch, join, split, store_environment, wor
 
 DRIVER = "trial_driver"  # the resource that keeps the drivers of inner trainers off the CPUs
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where this process is a submitted job
-SHOW_INTERVAL_S = 0.2  # between two looks at what the workers posted
+SHOW_INTERVAL_S = 0.5  # between two looks at what the workers posted
 RESIZE_INTERVAL_S = 20.0  # between two looks for machines that a run of MIN:MAX workers could use
 RESIZE_PATIENCE_S = 10.0  # how long such a run waits for places that it believed to be there; Ray hears late that a machine is gone
+
+# The environment of a Ray of one's own, which leaves more of the machine to the training.
+SPARING = {
+    "RAY_prestart_worker_first_driver": "0",  # a process less for each CPU, that would not be used
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # and for each run: nobody takes this machine away with notice
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # nobody looks at what Ray's agent counts of the machine
+}
 
 # What may change when a run goes on; anything else would make it another run.
 RESUMABLE = {
@@ -165,9 +172,8 @@ def ray_session(workers: int, drivers: bool = False) -> Iterator[None]:
     # The dashboard's server is what frees the places of an inner trainer whose trial was stopped.
     own = {"address": "local", "num_cpus": max(os.cpu_count() or 1, workers), "include_dashboard": drivers, "resources": {DRIVER: 64}}
     where = {"address": address, **workers_environment()} if address else own
-    if not address:  # a process less for each CPU, and one for each run: none would be used, nobody takes this machine away with notice
-        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    if not address:
+        os.environ |= {**SPARING, **os.environ}
     if address:
         check_listening(f"RAY_ADDRESS {address}", address)
     try:
