@@ -180,7 +180,8 @@ class Search:
     def should_stop(self, number: int) -> bool:
         """Whether a running trial, by what was reported of it, is to be given up; once it is, it stays so.
 
-        Trial 0 never is: it is what the others must beat, and what they are compared with on the way.
+        Trial 0 never is: it is what the others must beat, and what they are compared with on the way. Nor is one after its last epoch,
+        which would save nothing.
         """
         trial = self.frozen()[number]
         if trial.state != TrialState.RUNNING:
@@ -189,7 +190,7 @@ class Search:
             return True
         self.study.pruner = make_pruner(self._plan["pruner"], self._plan["grace"], self.trials)
         live = optuna.Trial(self.study, trial._trial_id)
-        if not live.should_prune() or number == 0:
+        if not live.should_prune() or number == 0 or trial.last_step >= self.config(number).optim.epochs:
             return False
         live.set_user_attr(GIVEN_UP, True)  # a pruner decides at a rung once, and may not be asked again
         return True

@@ -273,6 +273,18 @@ def test_a_trial_that_is_given_up_stays_so(make):
     assert [trial.value for trial in search.ranked()] == pytest.approx([0.8, 0.7, 0.6, 0.5, 0.4])
 
 
+def test_a_trial_after_its_last_epoch_is_not_given_up(make):
+    search = make(trials=12, pruner="asha", grace=2, sampler="random", config=load_config({"optim.epochs": 6}))
+    for number in range(6):
+        search.ask()
+        for epoch in (2, 6):
+            search.report(number, epoch, 0.9 - number / 10)
+    assert not any(map(search.should_stop, range(6)))
+    search.ask()
+    search.report(6, 2, 0.1)
+    assert search.should_stop(6)
+
+
 def test_the_median_rule_spares_the_first_epochs(make):
     search = make(trials=12, pruner="median", grace=3)
     for number in range(10):
