@@ -377,9 +377,11 @@ def ray_cluster():
         lean = {"include_log_monitor": False}
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head, "include_dashboard": False, "no_monitor": True, **lean})
         cluster.add_node = functools.partial(cluster.add_node, **lean)
-        for cpus in others:
-            cluster.add_node(num_cpus=cpus)
-        yield cluster
-        cluster.shutdown()
+        try:
+            for cpus in others:
+                cluster.add_node(num_cpus=cpus)
+            yield cluster
+        finally:
+            cluster.shutdown()
 
     return start
