@@ -27,6 +27,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # No process for each CPU of a Ray that is started, before anything is there to do for it.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).with_name("startup")), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 CATEGORIES = ({"id": 3, "name": "square"}, {"id": 7, "name": "oblong"})  # ids with holes, as they come in the field
 

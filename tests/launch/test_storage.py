@@ -19,9 +19,10 @@ from raydetr.errors import UserError
 from raydetr.fit import LocalReporter, fit
 from raydetr.launch import nodes
 from raydetr.launch.nodes import check_nodes, look
+from raydetr.launch.places import Demands
 from raydetr.launch.scheduling import copy_weights
 from raydetr.launch.train import ray_session, resume_config, train
-from raydetr.launch.tune import bring, keeping, resume, tune
+from raydetr.launch.tune import bring, keeping, resume, summary, tune
 from raydetr.model.checkpoint import read_checkpoint
 from raydetr.predict import predict
 from raydetr.report import report
@@ -126,16 +127,14 @@ def stop_for(store, seconds, sign):
 def test_a_search_goes_on_from_the_store_alone(store, coco_folder, tmp_path, monkeypatch):
     folder, place, space = coco_folder(train=4, val=2), f"{store.uri}/one", tmp_path / "space.yaml"
     space.write_text("optim.lr: {loguniform: [1e-5, 1e-2]}\n")
-    options = ("--space", space, "--trials", 3, "--scheduler", "none", "--concurrent", 2)
+    options = ("--space", space, "--trials", 3, "--scheduler", "none", "--concurrent", 1)
     stopped = start("tune", *options, *flags_of(settings(folder, store.uri, optim__epochs=3)))
     wait_until(lambda: any(name.endswith("last.pth") for name in store.names(place)), stopped)
     kill(stopped)
     monkeypatch.setenv("RAYDETR_CACHE", str(tmp_path / "another machine"))
     begun = {name.split("/")[1] for name in store.names(place) if name.startswith("trials/")}
-    resumed = start("tune", "--resume", place)
-    out, _ = resumed.communicate(timeout=500)
-    assert resumed.returncode == 0, out
-    assert f"raydetr train --config {place}/best.yaml; its weights: {place}/best.pth" in out
+    said = summary(resume(place, demands=Demands(concurrent=1)))
+    assert f"raydetr train --config {place}/best.yaml; its weights: {place}/best.pth" in said
 
     names = set(store.names(place))
     assert {"best.pth", "best.yaml", "config.yaml", "space.yaml", "study.journal", "trials.csv", "trials.parquet"} <= names

@@ -8,9 +8,11 @@ import time
 import pytest
 import ray
 import torch
+import torch.distributed as dist
 
 from raydetr import config
 from raydetr.errors import UserError
+from raydetr.fit import fit
 from raydetr.launch import train as training
 from raydetr.launch.train import resume_config, scaling_config, train
 from raydetr.model.checkpoint import read_checkpoint
@@ -58,24 +60,6 @@ def test_what_takes_long_to_import_is_not_where_everyone_waits(module, late):
 @pytest.fixture(scope="module")
 def photographs(module_coco_folder):
     return module_coco_folder(train=6, val=2)
-
-
-@pytest.fixture(scope="module")
-def whole(cluster, photographs, tmp_path_factory):
-    """A run of two workers that nothing happens to: its folder and last metrics."""
-    storage = tmp_path_factory.mktemp("whole")
-    return storage / "run", train(settings(photographs, storage, optim__epochs=EPOCHS))
-
-
-def test_two_workers_make_a_whole_run_folder(whole):
-    run, metrics = whole
-    assert metrics["epoch"] == EPOCHS
-    assert [line["epoch"] for line in log_of(run)] == list(range(EPOCHS))
-    assert {"config.yaml", "log.txt", "tb", "best.pth", "last.pth"} <= {path.name for path in run.iterdir()}
-    assert config.load_config(config.read_yaml(run / "config.yaml")).run.workers == 2
-    last = read_checkpoint(run / "last.pth")
-    assert last["epoch"] == EPOCHS
-    assert len(last["random"]) == 2
 
 
 ALONE = """
@@ -222,10 +206,10 @@ def stopped(photographs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resumed(cluster, stopped):
-    """The same run at its end: its folder, and what was said on the way."""
+    """The same run at its end: its folder, what was said on the way, and its last metrics."""
     run, ended = stopped
-    train(resume_config(str(run)), resume=True)
-    return run, "".join(said for _, said in ended)
+    metrics = train(resume_config(str(run)), resume=True)
+    return run, "".join(said for _, said in ended), metrics
 
 
 def interrupted(ended, run):
@@ -247,14 +231,28 @@ def test_ctrl_c_says_how_to_go_on(stopped, photographs, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_driver_goes_on_and_ends_in_the_same_weights(whole, resumed):
-    assert [line["epoch"] for line in log_of(resumed[0])] == list(range(EPOCHS))
-    assert same_weights(resumed[0] / "last.pth", whole[0] / "last.pth")
+def test_two_workers_make_a_whole_run_folder(resumed):
+    run, _, metrics = resumed
+    assert metrics["epoch"] == EPOCHS
+    assert [line["epoch"] for line in log_of(run)] == list(range(EPOCHS))
+    assert {"config.yaml", "log.txt", "tb", "best.pth", "last.pth"} <= {path.name for path in run.iterdir()}
+    assert config.load_config(config.read_yaml(run / "config.yaml")).run.workers == 2
+    last = read_checkpoint(run / "last.pth")
+    assert last["epoch"] == EPOCHS
+    assert len(last["random"]) == 2
+
+
+@pytest.mark.slow
+def test_a_killed_driver_goes_on_and_ends_in_the_weights_of_a_run_without_ray(resumed, photographs, tmp_path, run_workers):
+    config.write_yaml(settings(photographs, tmp_path, optim__epochs=EPOCHS), tmp_path / "settings.yaml")
+    ended = run_workers(__file__, "train_without_ray", 2, tmp_path / "settings.yaml")
+    assert [process.returncode for process in ended] == [0, 0], [process.stderr for process in ended]
+    assert same_weights(resumed[0] / "last.pth", tmp_path / "run" / "last.pth")
 
 
 @pytest.mark.slow
 def test_no_secret_is_left_in_a_run(resumed):
-    run, said = resumed
+    run, said, _ = resumed
     left = [path for path in run.rglob("*") if path.is_file()]
     assert {"config.yaml", "log.txt", "best.pth"} <= {path.name for path in left}
     assert any("tfevents" in path.name for path in left)
@@ -282,3 +280,15 @@ def test_ray_that_is_started_here_listens_to_this_machine_only():
     listening = [line.split()[-1] for line in done.stdout.splitlines() if line.startswith("LISTENS")]
     assert len(listening) >= 6, done.stdout  # the driver, gcs_server, raylet, dashboard, its agents, the task's worker
     assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}, done.stdout
+
+
+def train_without_ray(file):
+    """Two plain processes of one run, which nothing happens to."""
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{os.environ['MEETING']}", rank=rank, world_size=count)
+    fit(config.load_config(config.read_yaml(file)))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
