@@ -127,6 +127,12 @@ STEPS = {OURS: our_step, PEER: peer_step, SAME_DROPOUT: functools.partial(peer_s
 INFERENCES = {OURS: our_inference, PEER: peer_inference}
 
 
+def contender(what: str, who: str, size: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    """The ``step`` or ``inference`` of one of the contenders, on images of that size."""
+    images, targets = make_batch(*size, device)
+    return STEPS[who](images, targets, dtype) if what == "step" else INFERENCES[who](images, dtype)
+
+
 def main() -> None:
     """Measure and print."""
     parser = options(__doc__.splitlines()[0], repeats=9)
@@ -140,8 +146,7 @@ def main() -> None:
         sizes = dict.fromkeys(sizes, (1, 64, 96))
     if chosen.serve:
         what, who = chosen.serve
-        images, targets = make_batch(*sizes[what], device)
-        serve(STEPS[who](images, targets, dtype) if what == "step" else INFERENCES[who](images, dtype), gpu)
+        serve(contender(what, who, sizes[what], device, dtype), gpu)
         return
     print(machine(), f", {str(dtype).removeprefix('torch.')}\n", sep="")
     repeats, quick = (1, ["--quick"]) if chosen.quick else (chosen.repeats, [])

@@ -79,7 +79,7 @@ def searched(cluster, module_coco_folder, tmp_path_factory):
     """A search of three trials from Python: its folder, and what it returned."""
     storage = tmp_path_factory.mktemp("searched")
     with spoiled():
-        options = {"trials": 3, "scheduler": "none", "sampler": "random", "seed": 3}
+        options = {"trials": 3, "scheduler": "none", "sampler": "random", "seed": 3, "demands": Demands(concurrent=1)}
         returned = raydetr.tune(settings(module_coco_folder(), storage), SPACE, **options)
     return storage / "search", returned
 
