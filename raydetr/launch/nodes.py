@@ -5,7 +5,8 @@ import importlib
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +23,7 @@ PATIENCE_S = 5  # for an answer from the cluster's address
 SOON_S = 5  # for places to be there that are not worth a word
 TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (~/.ray/auth_token)"
 AUTOSCALED = "; with an autoscaler, --run.wait_for_machines_min says how long to wait for its machines"
+LOSS_PATIENCE_S = 10  # for Ray to hear that a machine is gone, which the workers elsewhere notice at once
 NODE_PATIENCE_S = 120  # for an answer from each machine; the first process on one has to be started
 
 
@@ -176,7 +178,22 @@ def is_of_machine(error: BaseException) -> bool:
     # At first a machine that went without a word is one that cannot be reached; Ray calls those preempted that said they would go.
     if error.preempted or isinstance(error, ray.exceptions.ActorUnavailableError):
         return True
-    return any(node["NodeID"] in str(error) for node in ray.nodes() if not node["Alive"])
+    return any(node in str(error) for node in lost_nodes())
+
+
+def is_one_lost(since: Collection[str]) -> bool:
+    """Whether a machine was lost that is not among ``since``, those that were lost before; Ray is given time to hear of it."""
+    deadline = time.monotonic() + LOSS_PATIENCE_S
+    while len(ray.nodes()) > 1 and time.monotonic() < deadline:
+        if not lost_nodes() <= set(since):
+            return True
+        time.sleep(0.5)
+    return False
+
+
+def lost_nodes() -> set[str]:
+    """The ids of machines that the cluster had and has no more."""
+    return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
 
 
 def alive_nodes() -> dict[str, str]:

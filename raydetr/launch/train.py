@@ -20,13 +20,16 @@ from raydetr.data.check import check
 from raydetr.errors import UserError
 from raydetr.garbage import without_collections
 from raydetr.launch.mailbox import Mailbox
-from raydetr.launch.nodes import AUTOSCALED, TOKEN, awaited_machines, check_listening, check_nodes, is_of_machine
+from raydetr.launch.nodes import AUTOSCALED, TOKEN, awaited_machines, check_listening, check_nodes, is_of_machine, is_one_lost, lost_nodes
 from raydetr.launch.reporter import TrainReporter
 from raydetr.storage import absolute, fetch, join, split, store_environment, working_folder
 
 DRIVER = "trial_driver"  # the resource that keeps the drivers of inner trainers off the CPUs
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where this process is a submitted job
 SHOW_INTERVAL_S = 0.5  # between two looks at what the workers posted
+# Between two questions of Ray Train to its workers. One of them waits with its next epoch's metrics until it was asked for the last
+# one's; with Ray's 2 s no epoch of a small set would take less.
+POLL_INTERVAL_S = 0.2
 RESIZE_INTERVAL_S = 20.0  # between two looks for machines that a run of MIN:MAX workers could use
 RESIZE_PATIENCE_S = 10.0  # how long such a run waits for places that it believed to be there; Ray hears late that a machine is gone
 
@@ -289,13 +292,16 @@ def fit_on_machines(trainer: TorchTrainer, mailbox, config: settings.Config) -> 
 
     Raises UserError where the run failed.
     """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_INTERVAL_S))
     while True:
+        lost_before = lost_nodes()
         try:
             last = trainer.fit().return_value
         except SystemExit:  # Ray Train's answer to Ctrl-C
             raise KeyboardInterrupt from None
         except ray.train.TrainingFailedError as error:
-            if not any(map(is_of_machine, getattr(error, "worker_failures", {}).values())):
+            of_machine = any(map(is_of_machine, getattr(error, "worker_failures", {}).values()))
+            if ray.get(mailbox.failure.remote()) or not (of_machine or is_one_lost(lost_before)):
                 raise failure_of(error, mailbox, config) from error
         else:
             if last is None:

@@ -14,7 +14,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from raydetr import __version__, config
 from raydetr.errors import UserError
 from raydetr.launch import nodes
-from raydetr.launch.nodes import check_listening, check_nodes, is_of_machine, look
+from raydetr.launch.nodes import check_listening, check_nodes, is_of_machine, is_one_lost, look, lost_nodes
 from raydetr.launch.train import train
 
 
@@ -134,3 +134,16 @@ def test_the_loss_of_a_machine_is_told_from_that_of_a_process(two_machines):
     for error, of_machine in ((unreachable, True), (dead, False), (RuntimeError("Connection reset by peer"), False)):
         assert is_of_machine(error) == of_machine
         assert is_of_machine(WorkerHealthCheckFailedError("A worker health check failed.", failure=error)) == of_machine
+
+
+def test_a_machine_that_went_is_lost_once(monkeypatch):
+    def machines(*alive):
+        monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": str(number), "Alive": there} for number, there in enumerate(alive)])
+
+    monkeypatch.setattr(nodes, "LOSS_PATIENCE_S", 0.1)
+    machines(True, True)
+    before = lost_nodes()
+    assert not is_one_lost(before)
+    machines(True, False)
+    assert is_one_lost(before)
+    assert not is_one_lost(lost_nodes())

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import pytest
 import ray
 import torch
 import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from raydetr import config
 from raydetr.errors import UserError
@@ -32,7 +34,7 @@ TINY = {
 }
 
 
-EPOCHS = 12  # of the run that is stopped on its way
+EPOCHS = 30  # of the run that is stopped on its way
 
 
 def settings(folder, storage, **changes):
@@ -240,6 +242,14 @@ def test_two_workers_make_a_whole_run_folder(resumed):
     last = read_checkpoint(run / "last.pth")
     assert last["epoch"] == EPOCHS
     assert len(last["random"]) == 2
+
+
+@pytest.mark.slow
+def test_a_short_epoch_does_not_wait_for_ray_train(resumed):
+    events = EventAccumulator(str(resumed[0] / "tb"))
+    events.Reload()
+    times = [event.wall_time for event in events.Scalars("val/AP")]
+    assert min(later - earlier for earlier, later in itertools.pairwise(times[-6:])) < 1.5  # Ray Train's own pace is 2 s
 
 
 @pytest.mark.slow
