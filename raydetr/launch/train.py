@@ -29,7 +29,7 @@ JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where this process is a submitted job
 SHOW_INTERVAL_S = 0.5  # between two looks at what the workers posted
 # Between two questions of Ray Train to its workers. One of them waits with its next epoch's metrics until it was asked for the last
 # one's; with Ray's 2 s no epoch of a small set would take less.
-POLL_INTERVAL_S = 0.2
+POLL_INTERVAL_S = 0.5
 RESIZE_INTERVAL_S = 20.0  # between two looks for machines that a run of MIN:MAX workers could use
 RESIZE_PATIENCE_S = 10.0  # how long such a run waits for places that it believed to be there; Ray hears late that a machine is gone
 
