@@ -23,7 +23,7 @@ PATIENCE_S = 5  # for an answer from the cluster's address
 SOON_S = 5  # for places to be there that are not worth a word
 TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (~/.ray/auth_token)"
 AUTOSCALED = "; with an autoscaler, --run.wait_for_machines_min says how long to wait for its machines"
-LOSS_PATIENCE_S = 10  # for Ray to hear that a machine is gone, which the workers elsewhere notice at once
+LOSS_PATIENCE_S = 30  # for Ray to hear that a machine is gone (five questions, 3 s apart); the workers elsewhere notice at once
 NODE_PATIENCE_S = 120  # for an answer from each machine; the first process on one has to be started
 
 
