@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from benchmarks.measure import interleaved, machine, options, ratio, spread, table
 from raydetr.evaluation import coco_metrics, stats
-from raydetr.garbage import without_collections
+from raydetr.memory import without_collections
 
 OURS, PEER = "raydetr", "pycocotools"
 TARGET = 10.0

@@ -3,9 +3,11 @@
 Both have random weights, the same images and boxes, the same layers frozen, the same groups of learning rates, losses at all
 decoder layers, and gradients clipped at 0.1. The peer is measured as its configuration comes, without drop-out on the attention
 weights, and once more with the drop-out of the official DETR, which is what raydetr computes. Each lives in a process of its own.
+On a CPU raydetr keeps freed memory (:mod:`raydetr.memory`), which any program can: what the peer gains by it is shown, too.
 """
 
 import argparse
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -16,10 +18,12 @@ from benchmarks.measure import Child, interleaved, machine, options, ratio, serv
 from raydetr.config import Optim, Speed
 from raydetr.engine import Training, choose_device, choose_dtype, loss_names, take_step
 from raydetr.loss.criterion import build_criterion
+from raydetr.memory import kept_memory
 from raydetr.model.detr import build_model
 from raydetr.schedule import build_optimizer, build_scheduler
 
-OURS, PEER, SAME_DROPOUT, COMPILED = "raydetr", "transformers", "transformers, same drop-out", "transformers, compiled"
+OURS, PEER = "raydetr", "transformers"
+SAME_DROPOUT, KEPT, COMPILED = (f"transformers, {how}" for how in ("same drop-out", "freed memory kept", "compiled"))
 CLASSES, BOXES, LR, LR_BACKBONE, CLIP = 91, 7, 1e-4, 1e-5, 0.1
 TARGETS = {
     "cpu": {"step": {PEER: 1.7}, "inference": {PEER: 1.3}, "memory": 0.8},
@@ -123,8 +127,14 @@ def peer_compiled_step(images: Tensor, targets: list[dict[str, Tensor]], dtype: 
     return peer_step(images, targets, dtype, compiled=True)
 
 
-STEPS = {OURS: our_step, PEER: peer_step, SAME_DROPOUT: functools.partial(peer_step, dropout=0.1), COMPILED: peer_compiled_step}
-INFERENCES = {OURS: our_inference, PEER: peer_inference}
+STEPS = {
+    OURS: our_step,
+    PEER: peer_step,
+    SAME_DROPOUT: functools.partial(peer_step, dropout=0.1),
+    KEPT: peer_step,
+    COMPILED: peer_compiled_step,
+}
+INFERENCES = {OURS: our_inference, PEER: peer_inference, KEPT: peer_inference}
 
 
 def contender(what: str, who: str, size: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
@@ -146,11 +156,17 @@ def main() -> None:
         sizes = dict.fromkeys(sizes, (1, 64, 96))
     if chosen.serve:
         what, who = chosen.serve
-        serve(contender(what, who, sizes[what], device, dtype), gpu)
+        with kept_memory(device.type) if who in (OURS, KEPT) else contextlib.nullcontext():
+            serve(contender(what, who, sizes[what], device, dtype), gpu)
         return
     print(machine(), f", {str(dtype).removeprefix('torch.')}\n", sep="")
     repeats, quick = (1, ["--quick"]) if chosen.quick else (chosen.repeats, [])
-    who = {"step": [OURS, PEER, *([] if chosen.quick else [SAME_DROPOUT]), *([COMPILED] if gpu else [])], "inference": [OURS, PEER]}
+    who = {"step": [OURS, PEER], "inference": [OURS, PEER]}
+    if gpu:
+        who["step"] += [COMPILED]
+    if not chosen.quick:
+        who["step"] += [SAME_DROPOUT] if gpu else [SAME_DROPOUT, KEPT]
+        who["inference"] += [] if gpu else [KEPT]
     rows, memory = [], {}
     for what, title in (("step", "training step"), ("inference", "inference")):
         children = {name: Child("benchmarks.step", "--serve", what, name, *quick) for name in who[what]}

@@ -10,7 +10,7 @@ from click.shell_completion import CompletionItem
 
 from raydetr import __version__, config
 from raydetr.errors import UserError
-from raydetr.garbage import without_collections
+from raydetr.memory import without_collections
 from raydetr.storage import check_place, fetched
 
 SHORT_FLAGS = {

@@ -23,7 +23,7 @@ except ImportError:  # slower, the same numbers
     from pycocotools.cocoeval import COCOeval
 
 from raydetr.errors import UserError
-from raydetr.garbage import without_collections
+from raydetr.memory import without_collections
 
 # In the order of pycocotools' ``stats`` and of the official log's ``test_coco_eval_bbox``: what is averaged (precision or recall),
 # IoU threshold (None: all ten), size, most detections per image and category.

@@ -33,6 +33,7 @@ from raydetr.engine import Detections, Training, choose_device, choose_dtype, ev
 from raydetr.errors import DiskFull, UserError, is_disk_full
 from raydetr.evaluation import METRICS, precision_recall, run_coco_eval, summarize
 from raydetr.loss.criterion import build_criterion
+from raydetr.memory import kept_memory
 from raydetr.model.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from raydetr.model.detr import build_model
 from raydetr.schedule import MovingAverage, build_optimizer, build_scheduler
@@ -139,9 +140,9 @@ def fit(config: Config, reporter: Any = None) -> dict[str, Any]:
         raise UserError("run.name is not set: it names the run's folder in run.storage")
     place = join(config.run.storage, config.run.name)
     folder = working_folder(place)
-    with _in_one_line(folder):
+    device = choose_device(config.speed, reporter.local_rank)
+    with _in_one_line(folder), kept_memory(device.type):
         fetch(place)
-        device = choose_device(config.speed, reporter.local_rank)
         start = _start_file(folder, reporter)
         run, metrics = _prepare(config, reporter, place, device, start)
         if not run.finished:

@@ -39,6 +39,7 @@ from raydetr.data.transforms import val_transforms
 from raydetr.engine import choose_device
 from raydetr.errors import UserError
 from raydetr.gallery import GENERATOR, Box, Card, Colour, Column, category_colours, draw_boxes, gallery_page
+from raydetr.memory import kept_memory
 from raydetr.model.checkpoint import load
 from raydetr.model.detr import postprocess
 from raydetr.score import trained_with
@@ -329,7 +330,7 @@ def detect(checkpoint: str | Path, pictures: Sequence[Picture], batch_size: int,
     dataset = Photographs(pictures, val_transforms(config.data))
     loader = DataLoader(dataset, batch_size, collate_fn=_collate, num_workers=workers, pin_memory=place.type == "cuda")
     found, unread = {}, {}
-    with _progress(f"predicting with {title}", len(pictures)) as advance:
+    with kept_memory(place.type), _progress(f"predicting with {title}", len(pictures)) as advance:
         for batch, broken in loader:
             unread |= {pictures[target["index"]].image_id: target["error"] for target in broken}
             if batch is not None:

@@ -12,6 +12,7 @@ from raydetr.engine import Detections, choose_device, evaluate
 from raydetr.errors import UserError
 from raydetr.evaluation import METRICS, coco_metrics
 from raydetr.loss.criterion import build_criterion
+from raydetr.memory import kept_memory
 from raydetr.model.checkpoint import load, located, read_checkpoint
 
 
@@ -29,7 +30,8 @@ def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: 
         dataset, config.optim.batch_size, rank=0, world_size=1, shuffle=False, num_workers=config.data.num_workers, device=device
     )
     criterion = build_criterion(len(model.categories), aux_loss=False)
-    _, detections = evaluate(model.to(device), criterion, _without_truth(loader), device)
+    with kept_memory(device.type):
+        _, detections = evaluate(model.to(device), criterion, _without_truth(loader), device)
     categories = in_data_set(model.categories, dataset.categories)
     unknown = [mine["name"] for mine, its in zip(model.categories, categories, strict=True) if its["id"] is None]
     return {**coco_metrics(dataset.coco, _known(detections, categories)), "unknown_categories": unknown}

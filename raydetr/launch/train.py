@@ -18,10 +18,10 @@ from raydetr import config as settings
 from raydetr.console import Display
 from raydetr.data.check import check
 from raydetr.errors import UserError
-from raydetr.garbage import without_collections
 from raydetr.launch.mailbox import Mailbox
 from raydetr.launch.nodes import AUTOSCALED, TOKEN, awaited_machines, check_listening, check_nodes, is_of_machine, is_one_lost, lost_nodes
 from raydetr.launch.reporter import TrainReporter
+from raydetr.memory import without_collections
 from raydetr.storage import absolute, fetch, join, split, store_environment, working_folder
 
 DRIVER = "trial_driver"  # the resource that keeps the drivers of inner trainers off the CPUs

@@ -14,9 +14,9 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from raydetr import config as settings
 from raydetr.data.cache import DecodedImages
 from raydetr.errors import DiskFull, UserError
-from raydetr.garbage import without_collections
 from raydetr.launch.mailbox import Mailbox
 from raydetr.launch.train import fit_on_machines, run_folder, train_worker
+from raydetr.memory import without_collections
 
 
 class TuneReporter:

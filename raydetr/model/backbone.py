@@ -64,10 +64,10 @@ class FoldedConvolution(torch.autograd.Function):
 
 
 def products_are_faster(grad: Tensor, weight: Tensor, stride: tuple[int, int], *_) -> bool:
-    """Whether :func:`weight_gradient` takes less time than oneDNN, whose kernel for it is slow with AVX2 (but for 1x1) and with strides."""
+    """Whether :func:`weight_gradient` takes less time than oneDNN, whose kernel for it is slow with AVX2 and with strides."""
     if not grad.is_cpu or grad.dtype != weight.dtype:
         return False
-    return stride[0] > 1 or (weight.shape[-1] > 1 and torch.backends.cpu.get_cpu_capability() != "AVX512")
+    return stride[0] > 1 or torch.backends.cpu.get_cpu_capability() != "AVX512"
 
 
 def weight_gradient(

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from raydetr.model.transformer import Dropout, EncoderLayer, Transformer
+from raydetr.model.transformer import Attention, Dropout, EncoderLayer, Transformer
 
 D, HEADS, FEED_FORWARD, B, S, Q = 16, 4, 24, 2, 6, 5
 
@@ -108,11 +108,44 @@ def test_outputs_and_gradients_are_those_of_the_plain_transformer(pre_norm, mask
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_drop_out_stands_where_the_official_model_has_it(pre_norm, monkeypatch):
     """With drop-out replaced by a factor, every place of it shows in the output, attention weights included."""
-    monkeypatch.setattr(Dropout, "forward", lambda self, x: 0.7 * x)
+    monkeypatch.setattr(Dropout, "draw", lambda _self, shape: (torch.ones(shape, dtype=torch.uint8), 0.7))
     transformer = build(pre_norm, dropout=0.1)
     source, position, padded, queries = inputs(masked=True)
     expected = Plain(dict(transformer.named_parameters()), pre_norm, drop=lambda x: 0.7 * x)(source, position, padded, queries)
     torch.testing.assert_close(transformer(source, position, padded, queries, every_layer=True), expected)
+
+
+def test_attention_weights_that_drop_out_are_computed_again_and_not_kept(monkeypatch):
+    drawn, scale = torch.randint(0, 2, (B, HEADS, S, S), dtype=torch.uint8), 1.6
+    monkeypatch.setattr(Dropout, "draw", lambda _self, _shape: (drawn, scale))
+    attention = Attention(D, HEADS, dropout=0.4).double()
+    source, position, padded, _ = inputs(masked=True)
+    place, source = (source + position).requires_grad_(), source.requires_grad_()
+
+    def plain():
+        qkv = zip((place, place, source), attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True)
+        q, k, v = ((x @ weight.T + bias).view(B, S, HEADS, D // HEADS).transpose(1, 2) for x, weight, bias in qkv)
+        similarity = (q @ k.mT / (D // HEADS) ** 0.5).masked_fill(padded[:, None, None], -torch.inf)
+        return attention.out_proj((similarity.softmax(-1) * drawn * scale @ v).transpose(1, 2).flatten(2))
+
+    def ours():
+        return attention(place, place, source, ~padded[:, None, None])
+
+    def keep(x):
+        weights.append(x.shape[-2:] == (S, S) and x.is_floating_point())
+        return x
+
+    outputs, gradients, kept = [], [], []
+    for compute in (ours, plain):
+        weights = []
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            outputs.append(compute())
+        kept.append(any(weights))
+        gradients.append(torch.autograd.grad(outputs[-1].square().sum(), [place, source, *attention.parameters()]))
+    torch.testing.assert_close(*outputs)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+    assert kept == [False, True]
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])

@@ -1,0 +1,70 @@
+import gc
+import platform
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from raydetr.memory import without_collections
+
+
+def test_no_garbage_is_looked_for_within_and_again_afterwards():
+    def make_many():
+        kept = [[number] for number in range(100_000)]
+        return len(seen), len(kept)
+
+    @without_collections()
+    def fail():
+        during.append(make_many())
+        raise ZeroDivisionError
+
+    seen, during = [], []
+    gc.callbacks.append(lambda phase, _info: seen.append(phase))
+    try:
+        with pytest.raises(ZeroDivisionError):
+            fail()
+        assert gc.isenabled()
+        make_many()
+    finally:
+        gc.callbacks.pop()
+    assert during == [(0, 100_000)]
+    assert seen
+
+
+SCRIPT = """
+import contextlib, resource, sys
+from pathlib import Path
+from raydetr.memory import kept_memory
+
+def pages_of_maps():  # that the system gives for ten of 40 MiB, each freed before the next
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        b"1" * (40 * 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+b"1" * (40 * 2**20)
+first = resident()
+with contextlib.suppress(ZeroDivisionError), kept_memory(sys.argv[1]):
+    b"1" * (40 * 2**20)
+    within, kept = pages_of_maps(), resident() - first
+    raise ZeroDivisionError
+print(within, kept, resident() - first)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep what is freed")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_freed_memory_is_kept_within_on_a_cpu_and_given_back_afterwards(device):
+    command, page = [sys.executable, "-c", SCRIPT, device], resource.getpagesize()
+    within, kept, afterwards = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    if device == "cpu":
+        assert within < 100
+        assert kept > 0.9 * 40 * 2**20 // page
+    else:
+        assert within > 0.9 * 400 * 2**20 // page
+        assert kept < 100
+    assert afterwards < 100
