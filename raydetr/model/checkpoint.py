@@ -67,8 +67,10 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
         with written_whole(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
-        # torch's writer covers the disk's error with its own, about a file that ends too early.
+        # torch's writer covers what stopped it, the disk's error or Ctrl-C, with its own about a file that ends too early.
         cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         if not isinstance(cause, OSError):
             raise
         kept = "; the file that was there is untouched" if path.exists() else ""

@@ -1,4 +1,7 @@
 import argparse
+import contextlib
+import functools
+import itertools
 import os
 import pickle
 import re
@@ -11,6 +14,7 @@ import zipfile
 import zlib
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +23,7 @@ import torchvision
 
 from raydetr.config import load_config, to_dict
 from raydetr.errors import UserError
-from raydetr.model import checkpoint
+from raydetr.model import checkpoint, files
 from raydetr.model.checkpoint import load, load_weights, read_checkpoint, save_checkpoint
 from raydetr.model.detr import build_model
 
@@ -716,6 +720,36 @@ def test_disk_that_ends_while_saving_costs_nothing(tmp_path):
 
 
 @pytest.mark.slow
+def test_ctrl_c_while_saving_stays_ctrl_c_and_costs_nothing(tmp_path, monkeypatch):
+    """Wherever between the first byte and the last it comes."""
+    path, content, whole = tmp_path / "last.pth", {"model": {"a": torch.randn(70_000), "b": torch.ones(3)}}, files.written_whole
+    save_checkpoint(path, {"epoch": 1})
+
+    @contextlib.contextmanager
+    def interrupted(path, after):
+        with whole(path) as file:
+            write, writes = file.write, itertools.count()
+
+            def write_until(data):
+                if next(writes) == after:
+                    raise KeyboardInterrupt
+                return write(data)
+
+            yield SimpleNamespace(write=write_until, flush=file.flush, fileno=file.fileno)
+
+    for after in itertools.count():
+        monkeypatch.setattr(checkpoint, "written_whole", functools.partial(interrupted, after=after))
+        try:
+            save_checkpoint(path, content)
+        except KeyboardInterrupt:
+            assert os.listdir(tmp_path) == ["last.pth"]
+            assert read_checkpoint(path) == {"epoch": 1}
+        else:
+            break
+    assert after > 10
+    assert read_checkpoint(path).keys() == {"model"}
+
+
 def test_full_disk_while_saving_costs_nothing(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
