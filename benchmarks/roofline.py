@@ -19,6 +19,7 @@ from benchmarks.measure import interleaved, machine, options, table
 from benchmarks.step import make_batch, our_step
 from raydetr.config import Speed
 from raydetr.engine import choose_device, choose_dtype
+from raydetr.memory import kept_memory
 
 
 class Traffic(TorchDispatchMode):
@@ -68,7 +69,8 @@ def main() -> None:
         "convolution": lambda: F.conv2d(features, kernel, padding=1),
         "addition": lambda: torch.add(long_a, long_b, out=long_c),
     }
-    seconds = interleaved(contenders, 1 if chosen.quick else chosen.repeats, warmup=2)
+    with kept_memory(device.type):
+        seconds = interleaved(contenders, 1 if chosen.quick else chosen.repeats, warmup=2)
     product = 2 * side**3 / min(seconds["product"])
     convolution = 2 * kernel.numel() * features.numel() / 256 / min(seconds["convolution"])
     peak, bandwidth = max(product, convolution), 12 * long_a.numel() / min(seconds["addition"])
