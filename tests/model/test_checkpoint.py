@@ -719,7 +719,6 @@ def test_disk_that_ends_while_saving_costs_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["last.pth"]
 
 
-@pytest.mark.slow
 def test_ctrl_c_while_saving_stays_ctrl_c_and_costs_nothing(tmp_path, monkeypatch):
     """Wherever between the first byte and the last it comes."""
     path, content, whole = tmp_path / "last.pth", {"model": {"a": torch.randn(70_000), "b": torch.ones(3)}}, files.written_whole
@@ -750,6 +749,7 @@ def test_ctrl_c_while_saving_stays_ctrl_c_and_costs_nothing(tmp_path, monkeypatc
     assert read_checkpoint(path).keys() == {"model"}
 
 
+@pytest.mark.slow
 def test_full_disk_while_saving_costs_nothing(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
