@@ -16,9 +16,9 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.measure import machine, options, table
-from raydetr import engine, fit
 from raydetr.config import load_config
 from raydetr.launch import train as launcher
+from raydetr.training import engine, fit
 
 TARGET = 1.05
 STEPS, INPUT, LOGGING = "training steps", "waiting for input", "steps to TensorBoard and terminal"

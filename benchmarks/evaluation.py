@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from benchmarks.measure import interleaved, machine, options, ratio, spread, table
-from raydetr.evaluation import coco_metrics, stats
+from raydetr.evaluate.coco import coco_metrics, stats
 from raydetr.memory import without_collections
 
 OURS, PEER = "raydetr", "pycocotools"

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measure import interleaved, machine, options, table
 from benchmarks.step import make_batch, our_step
 from raydetr.config import Speed
-from raydetr.engine import choose_device, choose_dtype
 from raydetr.memory import kept_memory
+from raydetr.training.engine import choose_device, choose_dtype
 
 
 class Traffic(TorchDispatchMode):

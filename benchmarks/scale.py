@@ -27,9 +27,9 @@ from ray.tune.result import DONE, RESULT_DUPLICATE
 from benchmarks.measure import RAY, machine, table
 from benchmarks.search import SURFACE, make_config, surface_ap
 from raydetr.config import load_config, to_dict
-from raydetr.fit import fit
 from raydetr.launch.places import weights_bytes
 from raydetr.launch.tune import tune
+from raydetr.training.fit import fit
 
 START_S, RESET_S = 4.9, 0.85  # a trial's first process, a process's next trial: benchmarks/README.md, Search
 JITTER = 0.05  # of an epoch's length, either way

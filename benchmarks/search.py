@@ -27,18 +27,18 @@ from optuna.trial import FrozenTrial
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.measure import RAY, machine, table
-from raydetr import tracking
 from raydetr.config import Config, load_config, to_dict
-from raydetr.data import balloons
-from raydetr.data.convert import convert
+from raydetr.data.formats.convert import convert
+from raydetr.demo import balloons
 from raydetr.launch import trial as launched
 from raydetr.launch import tune as launcher
 from raydetr.launch.places import Demands
 from raydetr.launch.scheduling import Hopeless, grace_epochs, trial_folder
 from raydetr.launch.train import DRIVER
 from raydetr.launch.tune import tune
-from raydetr.search import Search, create_search, epochs_of
-from raydetr.space import read_space
+from raydetr.search.space import read_space
+from raydetr.search.study import Search, create_search, epochs_of
+from raydetr.training import tracking
 
 SURFACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "loss.eos_coef": {"loguniform": [0.01, 1.0]}}
 # As one draws who knows little of the network and the pictures.
@@ -164,7 +164,7 @@ def trial_watched(folder: Path, assigned: dict[str, Any], images: Sequence[ray.O
                 epochs.append(watch.restart())
 
     Reporter.report = watch.over(REPORT, Reporter.report)
-    with mock.patch.object(launched, "TuneReporter", Reporter), mock.patch("raydetr.fit.Tracker", Tracker):
+    with mock.patch.object(launched, "TuneReporter", Reporter), mock.patch("raydetr.training.fit.Tracker", Tracker):
         launched.run_trial(assigned, images)
     (folder / f"{assigned['number']}.json").write_text(json.dumps(epochs[2:]))  # not the first epoch, and not what was before it
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.measure import machine, options, spread, table
-from raydetr.data import balloons
-from raydetr.data.convert import convert
+from raydetr.data.formats.convert import convert
+from raydetr.demo import balloons
 
 RAYDETR = [sys.executable, "-m", "raydetr.cli"]
 HELP_TARGET_S, TRAIN_TARGET_S = 0.3, 12.0

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from benchmarks.measure import Child, interleaved, machine, options, ratio, serve, spread, table
 from raydetr.config import Optim, Speed
-from raydetr.engine import Training, choose_device, choose_dtype, loss_names, take_step
 from raydetr.loss.criterion import build_criterion
 from raydetr.memory import kept_memory
 from raydetr.model.detr import build_model
-from raydetr.schedule import build_optimizer, build_scheduler
+from raydetr.training.engine import Training, choose_device, choose_dtype, loss_names, take_step
+from raydetr.training.schedule import build_optimizer, build_scheduler
 
 OURS, PEER = "raydetr", "transformers"
 SAME_DROPOUT, KEPT, COMPILED = (f"transformers, {how}" for how in ("same drop-out", "freed memory kept", "compiled"))

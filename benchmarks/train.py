@@ -27,8 +27,8 @@ from benchmarks.measure import RAY, machine, ratio, spread, table
 from benchmarks.search import make_config
 from benchmarks.turns import Turns, taking_turns
 from raydetr.config import Config, load_config, read_yaml, write_yaml
-from raydetr.fit import LocalReporter, fit
 from raydetr.launch import train as launcher
+from raydetr.training.fit import LocalReporter, fit
 
 TORCH_TRAINER, TORCHRUN, ALONE = "TorchTrainer", "torchrun", "one process"
 WORKERS = {TORCH_TRAINER: 2, TORCHRUN: 2, ALONE: 1}

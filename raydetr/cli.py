@@ -182,7 +182,7 @@ def data_convert(src: Path, dst: Path, source: str, **options) -> None:
 
     Example: raydetr data convert balloon balloon-coco --from via --category balloon
     """
-    from raydetr.data.convert import convert
+    from raydetr.data.formats.convert import convert
 
     click.echo(convert(src, dst, source=source, **options).text())
 
@@ -193,7 +193,7 @@ def data_convert(src: Path, dst: Path, source: str, **options) -> None:
 @settings_options("data", "model")
 def data_check(folder: str | None, quick: bool, **options) -> int:
     """Report what is wrong with the photographs and annotations in DIR; exit code 1 where training would fail or lie."""
-    from raydetr.data.check import check
+    from raydetr.data.check.check import check
 
     settings = config.load_config({"data.path": folder}, *given_settings(options))
     report = check(settings.data, quick=quick, num_queries=settings.model.num_queries)
@@ -212,7 +212,7 @@ def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | N
 
     Example: raydetr evaluate runs/first/best.pth --data photographs
     """
-    from raydetr.score import metrics_table, score_checkpoint, score_predictions, write_metrics
+    from raydetr.predict.score import metrics_table, score_checkpoint, score_predictions, write_metrics
 
     if bool(checkpoint) == bool(predictions):
         raise UserError("evaluate: give either a CHECKPOINT or --predictions FILE")
@@ -329,7 +329,7 @@ def check_submitted(command: Sequence[str]) -> None:
 )
 def report(searches: tuple[str, ...], out: Path | None) -> None:
     """Pictures and tables of a search, or of several beside each other, in one HTML file."""
-    from raydetr.report import report
+    from raydetr.search.report import report
 
     click.echo(f"look at {report(searches, out)}")
 
@@ -352,7 +352,7 @@ def predict(checkpoint: str, sources: tuple[Path, ...], out: Path, **options) ->
 
     Example: raydetr predict runs/first/best.pth holiday/ --out seen
     """
-    from raydetr.predict import predict
+    from raydetr.predict.predict import predict
 
     click.echo(predict(checkpoint, list(sources), out, **options).text())
 
@@ -363,7 +363,7 @@ def predict(checkpoint: str, sources: tuple[Path, ...], out: Path, **options) ->
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 opens it to the network.")
 def tensorboard(runs: tuple[str, ...], port: int, host: str) -> None:
     """Open TensorBoard on runs, or on a folder of runs; also on those at s3:// and gs://."""
-    from raydetr.serve import serve_tensorboard
+    from raydetr.tensorboard import serve_tensorboard
 
     serve_tensorboard(runs, host, port, click.echo)
 
@@ -378,7 +378,7 @@ def tensorboard(runs: tuple[str, ...], port: int, host: str) -> None:
 @click.option("--trials", default=8, show_default=True, type=click.IntRange(0), help="Trials of the search at the end; 0: no search.")
 def demo(out: Path, **options) -> None:
     """See it work in a few minutes: make pictures of balloons, fine-tune a small DETR on them, search for better settings."""
-    from raydetr.demo import demo
+    from raydetr.demo.demo import demo
 
     demo(out, **options)
 

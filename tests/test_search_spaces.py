@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from raydetr.config import flatten, load_config, to_dict
-from raydetr.space import read_space, ready_spaces
+from raydetr.search.space import read_space, ready_spaces
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("learning_rates", "loss", "matcher", "recipe", "tiny")

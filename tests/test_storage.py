@@ -6,10 +6,10 @@ import time
 import pytest
 
 from raydetr import config, storage
-from raydetr.data.check import check
+from raydetr.data.check.check import check
 from raydetr.data.coco import find_split
 from raydetr.errors import UserError
-from raydetr.report import report
+from raydetr.search.report import report
 from raydetr.storage import copy, fetch, fetched, join, push, working_folder
 
 

@@ -9,12 +9,12 @@ import optuna
 
 from raydetr import config as settings
 from raydetr.errors import UserError
-from raydetr.evaluation import METRICS
+from raydetr.evaluate.coco import METRICS
 from raydetr.launch import tune as launcher
 from raydetr.launch.places import Demands
 from raydetr.launch.tune import summary
-from raydetr.search import best_config, best_points, read_points, trials_frame
-from raydetr.space import Space, read_space
+from raydetr.search.space import Space, read_space
+from raydetr.search.study import best_config, best_points, read_points, trials_frame
 
 if TYPE_CHECKING:
     import pandas

@@ -20,11 +20,11 @@ from ray.tune.search import Searcher
 from raydetr import config as settings
 from raydetr.launch.nodes import is_of_machine
 from raydetr.launch.places import Demands, Places, holds
-from raydetr.model.checkpoint import read_checkpoint, save_checkpoint
-from raydetr.model.files import written_whole
-from raydetr.search import Search
+from raydetr.search.study import Search
+from raydetr.search.trials import TrialsDisplay
 from raydetr.storage import LAST, copy, fetch, is_uri, join, push, working_folder
-from raydetr.trials import TrialsDisplay
+from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
+from raydetr.weights.files import written_whole
 
 TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
 TO_GO_ON = ("optimizer", "lr_scheduler", "scaler", "ema", "random")  # what a checkpoint holds for a run that is not finished

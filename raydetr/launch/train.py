@@ -15,14 +15,14 @@ from ray._private import ray_constants
 from ray.train.torch import TorchTrainer
 
 from raydetr import config as settings
-from raydetr.console import Display
-from raydetr.data.check import check
+from raydetr.data.check.check import check
 from raydetr.errors import UserError
 from raydetr.launch.mailbox import Mailbox
 from raydetr.launch.nodes import AUTOSCALED, TOKEN, awaited_machines, check_listening, check_nodes, is_of_machine, is_one_lost, lost_nodes
 from raydetr.launch.reporter import TrainReporter
 from raydetr.memory import without_collections
 from raydetr.storage import absolute, fetch, join, split, store_environment, working_folder
+from raydetr.training.console import Display
 
 DRIVER = "trial_driver"  # the resource that keeps the drivers of inner trainers off the CPUs
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where this process is a submitted job
@@ -258,7 +258,7 @@ def cores_each(cores: list[int], processes: int) -> int | None:
 def _run_here(config: settings.Config) -> dict[str, Any]:
     logging.getLogger("ray.train.v2.api.config").setLevel("WARNING")  # that the mode is local is no news to who runs it here
     with without_collections():
-        from raydetr.fit import fit
+        from raydetr.training.fit import fit
     trainer = TorchTrainer(lambda: fit(config), scaling_config=ray.train.ScalingConfig(num_workers=0))
     try:
         return trainer.fit().return_value
@@ -312,7 +312,7 @@ def fit_on_machines(trainer: TorchTrainer, mailbox, config: settings.Config) -> 
 def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
     """What every Ray Train worker runs: ``fit``. Returns its metrics; None where a user error ended the run before."""
     with without_collections():
-        from raydetr.fit import fit
+        from raydetr.training.fit import fit
 
     mailbox = loop_config["mailbox"]
     if ray.get(mailbox.failure.remote()):

@@ -52,7 +52,7 @@ def run_trial(assigned: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) ->
     Only a lost process makes Ray Tune start a trial once more; it goes on from the last.pth of the trial's folder.
     """
     with without_collections():
-        from raydetr.fit import fit
+        from raydetr.training.fit import fit
 
     config = settings.load_config(assigned["settings"])
     try:

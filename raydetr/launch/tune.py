@@ -32,10 +32,10 @@ from raydetr.launch.scheduling import (
 )
 from raydetr.launch.train import check_data, check_name, nodes_resources, ray_session, run_place, with_absolute_paths
 from raydetr.launch.trial import run_trial
-from raydetr.search import Search, create_search, open_search, top_trials, write_best, write_trials
-from raydetr.space import Space, read_space
+from raydetr.search.space import Space, read_space
+from raydetr.search.study import Search, create_search, open_search, top_trials, write_best, write_trials
+from raydetr.search.trials import TrialsDisplay
 from raydetr.storage import OWNER, absolute, become_owner, fetch, is_uri, join, remove_tokens, split, working_folder
-from raydetr.trials import TrialsDisplay
 
 STORE_SHARE = 0.5  # of Ray's object store, for decoded pictures
 KEEP_INTERVAL_S = 5.0  # between two pushes of a search's own files to a store

@@ -1,1 +1,4 @@
-"""The network: backbone, position encoding, transformer, heads, and its checkpoints."""
+"""The DETR network: backbone, position encodings, transformer and prediction heads.
+
+Imports only torch, torchvision and the settings tree; every other room may use it.
+"""

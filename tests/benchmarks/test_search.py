@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import search
 from benchmarks.search import EPOCH, EVENTS, REPORT, Reached, Watch, surface_ap
-from raydetr.search import open_search
+from raydetr.search.study import open_search
 
 
 def trial(*values):

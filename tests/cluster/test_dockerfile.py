@@ -53,5 +53,5 @@ def test_what_is_copied_makes_the_whole_package(tmp_path):
     inside = set(zipfile.ZipFile(made).namelist())
     wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "raydetr").rglob("*.py")}
     wanted |= {f"raydetr/search_spaces/{path.name}" for path in (ROOT / "search_spaces").glob("*.yaml")}
-    wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "raydetr" / "model").glob("*.pth")}
+    wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "raydetr" / "weights").glob("*.pth")}
     assert wanted <= inside

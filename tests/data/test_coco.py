@@ -13,11 +13,11 @@ from torchvision import tv_tensors
 
 from raydetr.config import load_config
 from raydetr.data.coco import CocoImages, Split, build_loader, collate, find_split, load_coco, read_coco
-from raydetr.data.convert import convert
+from raydetr.data.formats.convert import convert
 from raydetr.data.images import read_image
 from raydetr.data.transforms import train_transforms, val_transforms
 from raydetr.errors import UserError
-from raydetr.evaluation import coco_metrics
+from raydetr.evaluate.coco import coco_metrics
 
 
 def one_line(error) -> str:

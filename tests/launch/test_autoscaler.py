@@ -14,7 +14,7 @@ from raydetr.launch import tune as launcher
 from raydetr.launch.places import Demands
 from raydetr.launch.train import train
 from raydetr.launch.tune import tune
-from raydetr.search import trials_frame
+from raydetr.search.study import trials_frame
 
 SPACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}}
 MACHINES = {

@@ -24,8 +24,8 @@ from raydetr.launch import tune as launcher
 from raydetr.launch.places import Demands
 from raydetr.launch.scheduling import trial_folder
 from raydetr.launch.tune import resume, tune
-from raydetr.model.checkpoint import read_checkpoint
-from raydetr.search import Search, trials_frame
+from raydetr.search.study import Search, trials_frame
+from raydetr.weights.checkpoint import read_checkpoint
 
 TINY = {
     "model.preset": "detr_tiny",

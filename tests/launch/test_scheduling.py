@@ -2,8 +2,8 @@ from raydetr import config
 from raydetr.launch import scheduling
 from raydetr.launch.places import Demands, Places
 from raydetr.launch.scheduling import StudySearcher, grace_epochs
-from raydetr.search import create_search
-from raydetr.space import read_space
+from raydetr.search.space import read_space
+from raydetr.search.study import create_search
 
 SPACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "loss.eos_coef": {"uniform": [0.05, 0.5]}}
 

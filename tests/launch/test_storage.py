@@ -16,20 +16,20 @@ import ray
 
 from raydetr import config, storage
 from raydetr.errors import UserError
-from raydetr.fit import LocalReporter, fit
 from raydetr.launch import nodes
 from raydetr.launch.nodes import check_nodes, look
 from raydetr.launch.places import Demands
 from raydetr.launch.scheduling import copy_weights
 from raydetr.launch.train import ray_session, resume_config, train
 from raydetr.launch.tune import bring, keeping, resume, summary, tune
-from raydetr.model.checkpoint import read_checkpoint
-from raydetr.predict import predict
-from raydetr.report import report
-from raydetr.score import score_checkpoint
-from raydetr.search import Search, create_search, open_search
-from raydetr.space import read_space
+from raydetr.predict.predict import predict
+from raydetr.predict.score import score_checkpoint
+from raydetr.search.report import report
+from raydetr.search.space import read_space
+from raydetr.search.study import Search, create_search, open_search
 from raydetr.storage import become_owner, fetched
+from raydetr.training.fit import LocalReporter, fit
+from raydetr.weights.checkpoint import read_checkpoint
 
 TINY = {
     "model.preset": "detr_tiny",

@@ -14,10 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from raydetr import config
 from raydetr.errors import UserError
-from raydetr.fit import fit
 from raydetr.launch import train as training
 from raydetr.launch.train import resume_config, scaling_config, train
-from raydetr.model.checkpoint import read_checkpoint
+from raydetr.training.fit import fit
+from raydetr.weights.checkpoint import read_checkpoint
 
 TINY = {
     "model.preset": "detr_tiny",

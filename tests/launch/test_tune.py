@@ -14,8 +14,8 @@ import ray
 
 import raydetr
 from raydetr import config
-from raydetr.data import balloons
-from raydetr.data.convert import convert
+from raydetr.data.formats.convert import convert
+from raydetr.demo import balloons
 from raydetr.errors import UserError
 from raydetr.launch import tune as launcher
 from raydetr.launch.command import seconds
@@ -23,9 +23,9 @@ from raydetr.launch.places import Demands
 from raydetr.launch.scheduling import trial_folder
 from raydetr.launch.train import DRIVER
 from raydetr.launch.tune import resume, share_images, summary, tune
-from raydetr.model.checkpoint import read_checkpoint
-from raydetr.search import TAKEN_OVER, Search, open_search
-from raydetr.space import read_space
+from raydetr.search.space import read_space
+from raydetr.search.study import TAKEN_OVER, Search, open_search
+from raydetr.weights.checkpoint import read_checkpoint
 
 TINY = {
     "model.preset": "detr_tiny",

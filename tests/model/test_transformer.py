@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from raydetr.model.transformer import Attention, Dropout, EncoderLayer, Transformer
+from raydetr.model.cpu import Dropout
+from raydetr.model.transformer import Attention, EncoderLayer, Transformer
 
 D, HEADS, FEED_FORWARD, B, S, Q = 16, 4, 24, 2, 6, 5
 

@@ -1,0 +1,306 @@
+"""Makes the weights that ship with `detr_tiny`: trains it on drawn things that are not balloons.
+
+``python -m raydetr.pretrain_tiny`` repeats what was done, in about an hour on one CPU core. The pictures are drawn as the
+training goes on, so that the network never sees the whole of them twice. DETR learns slowly from nothing; three things speed it
+up and leave the architecture as it is. Every place of the encoder's memory is trained to tell class and box of the thing at it,
+by the same heads that read the queries: the decoder then only has to choose among them. The object queries start as positions
+on a grid, and the decoder's attention to the image compares positions from the start. The first phase trains what leads to the
+encoder's memory, on smaller pictures, the second all of it.
+"""
+
+import argparse
+import copy
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim.lr_scheduler import LambdaLR
+from torchvision.ops import box_convert, generalized_box_iou_loss
+from torchvision.transforms.v2.functional import resize
+
+from raydetr.config import load_config, to_dict
+from raydetr.data.transforms import MEAN, STD
+from raydetr.demo.scenes import Scene, place
+from raydetr.demo.things import KINDS
+from raydetr.evaluate.coco import coco_metrics
+from raydetr.loss.criterion import build_criterion
+from raydetr.model.detr import DETR, build_model, postprocess
+from raydetr.model.transformer import Attention
+from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
+from raydetr.weights.official import BUNDLED
+
+WIDTH, HEIGHT = 192, 144  # of the drawn pictures; training sees crops of them
+NAMES = sorted(KINDS)
+ROUND = [NAMES.index(name) for name in ("apple", "ball", "bulb", "button", "egg", "lemon", "pear", "pebble")]
+EMA_DECAY = 0.999
+
+
+def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A picture uint8 [HEIGHT, WIDTH, 3], the boxes float32 [n, 4] (xyxy, relative) of what is seen of its things, labels [n]."""
+    scene = Scene(rng, WIDTH, HEIGHT)
+    count = int(rng.integers(1, 10))
+    # What is round is drawn more often: its edges are the hardest to frame.
+    labels = np.where(rng.random(count) < 0.3, rng.choice(ROUND, count), rng.integers(len(NAMES), size=count))
+    areas = []
+    largest = rng.uniform(0.15, 0.38)
+    for i in range(count):
+        parts = KINDS[NAMES[labels[i]]](rng)
+        size = HEIGHT * np.exp(rng.uniform(np.log(0.05), np.log(largest)))
+        parts = place(parts, rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT), size, rng.normal() * 0.35, rng.uniform(0.8, 1.25))
+        scene.add(parts, i + 1)
+        areas.append((scene.numbers == i + 1).sum())
+    boxes, kept = [], []
+    for i in range(count):
+        rows, columns = np.nonzero(scene.numbers == i + 1)
+        if len(rows) > 0.35 * areas[i] and len(rows) > 60:
+            boxes.append((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+            kept.append(labels[i])
+    height, width = scene.numbers.shape
+    boxes_xyxy = np.array(boxes, dtype=np.float32).reshape(-1, 4) / np.float32([width, height, width, height])
+    return scene.finish(), boxes_xyxy, np.array(kept, dtype=np.int64)
+
+
+class Pool:
+    """The pictures trained on at the moment; the oldest give way to new ones."""
+
+    def __init__(self, seed: int, size: int):
+        self.rng, self.oldest = np.random.default_rng(seed), 0
+        self.pictures = torch.empty(size, 3, HEIGHT, WIDTH, dtype=torch.uint8)
+        self.truth: list[tuple[Tensor, Tensor]] = [None] * size
+        self.renew(size)
+
+    def renew(self, count: int) -> None:
+        """Draw ``count`` new pictures."""
+        for _ in range(count):
+            picture, boxes_xyxy, labels = draw(self.rng)
+            self.pictures[self.oldest] = torch.from_numpy(picture).permute(2, 0, 1)
+            self.truth[self.oldest] = torch.from_numpy(boxes_xyxy), torch.from_numpy(labels)
+            self.oldest = (self.oldest + 1) % len(self.truth)
+
+    def batch(self, count: int, height: int, width: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """Random crops, turned over and tinted at random: images [count, 3, height, width], normalized, and their targets."""
+        rng = self.rng
+        chosen = rng.integers(len(self.truth), size=count)
+        whole = np.array([WIDTH, HEIGHT])
+        extent = np.minimum(rng.uniform(0.55, 1.0, (count, 1)) * np.exp(rng.uniform(-0.12, 0.12, (count, 2))), 1.0)
+        extent = np.round(extent * whole).astype(int)
+        origin = rng.integers(whole - extent + 1)
+        flip = rng.random(count) < 0.5
+        crops = [self.pictures[i, :, y : y + h, x : x + w] for i, (x, y), (w, h) in zip(chosen, origin, extent, strict=True)]
+        images = torch.stack([resize(crop, [height, width], antialias=True) for crop in crops])
+        images[flip] = images[flip].flip(-1)
+        contrast = torch.from_numpy(rng.uniform(0.7, 1.3, (count, 1, 1, 1)).astype(np.float32))
+        tint = torch.from_numpy(rng.uniform(-25, 25, (count, 3, 1, 1)).astype(np.float32))
+        images = ((images - 128.0) * contrast + (128 + tint)).clamp_(0, 255)
+        shares = zip(chosen, np.float32(origin / whole), np.float32(extent / whole), flip, strict=True)
+        return normalized(images), [_cropped(*self.truth[i], *crop) for i, *crop in shares]
+
+
+def normalized(images: Tensor) -> Tensor:
+    """Images [B, 3, h, w] of 0 to 255 as the network takes them."""
+    return images.sub_(255 * torch.tensor(MEAN)[:, None, None]).div_(255 * torch.tensor(STD)[:, None, None])
+
+
+def _cropped(boxes_xyxy: Tensor, labels: Tensor, origin: np.ndarray, extent: np.ndarray, flip: bool) -> dict[str, Tensor]:
+    """The target of a crop; what it leaves less than a third of, or next to nothing, is dropped."""
+    whole = (boxes_xyxy.view(-1, 2, 2) - torch.from_numpy(origin)) / torch.from_numpy(extent)
+    inside = whole.clamp(0, 1)
+    size = inside[:, 1] - inside[:, 0]
+    keep = (size.prod(1) > 0.33 * (whole[:, 1] - whole[:, 0]).prod(1)) & (size.min(1).values > 0.03)
+    centre = inside.mean(1)
+    if flip:
+        centre[:, 0] = 1 - centre[:, 0]
+    return {"boxes": torch.cat((centre, size), 1)[keep], "labels": labels[keep]}
+
+
+def jump_start(model: DETR) -> None:
+    """Queries as positions on a grid; and the decoder's attention to the image compares positions, near ones most."""
+    width, side = model.query_embed.weight.shape[1], math.isqrt(model.query_embed.weight.shape[0])
+    _, position = model.backbone
+    with torch.no_grad():
+        model.query_embed.weight.copy_(position(torch.zeros(1, 1, side, side), None)[0])
+        for layer in model.transformer.decoder.layers:
+            turn = 2 * torch.nn.init.orthogonal_(torch.empty(width, width))
+            attention: Attention = layer.multihead_attn
+            attention.in_proj_weight[:width] = turn
+            attention.in_proj_weight[width : 2 * width] = turn
+
+
+def forward(model: DETR, images: Tensor, decoder: bool = True) -> tuple[dict, dict]:
+    """DETR's outputs (with ``decoder``), and what its heads say of every place of the encoder's memory (S for Q) and its ``shape``.
+
+    As :meth:`DETR.forward`, with the convolutions in bf16, which on a CPU that has it is twice as fast.
+    """
+    body, position = model.backbone
+    with torch.autocast("cpu", torch.bfloat16):
+        features, _ = body(images, None)
+        source = model.input_proj(features)
+    place = position(features, None)
+    memory = model.transformer.encoder(source.float().flatten(2).transpose(1, 2), place, None)
+    everywhere = model.transformer.decoder.norm(memory)
+    dense = {
+        "pred_logits": model.class_embed(everywhere),
+        "pred_boxes": model.bbox_embed(everywhere).sigmoid(),
+        "shape": features.shape[-2:],
+    }
+    if not decoder:
+        return {}, dense
+    states = model.transformer.decoder(model.query_embed.weight[None], memory, memory + place, None, True)
+    layers = [{"pred_logits": model.class_embed(each), "pred_boxes": model.bbox_embed(each).sigmoid()} for each in states]
+    return {**layers[-1], "aux_outputs": layers[:-1]}, dense
+
+
+def dense_loss(dense: dict, targets: list[dict[str, Tensor]], num_classes: int, eos_coef: float) -> Tensor:
+    """The losses of DETR, with every place of the feature map matched by where it lies.
+
+    A place stands for the smallest thing whose middle part (half its width and height) it lies in; each thing also has the
+    place nearest to its centre. Places elsewhere in a box count for nothing, places outside all boxes are no-object.
+    """
+    logits, (rows, columns) = dense["pred_logits"], dense["shape"]
+    y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
+    places = torch.stack((x, y), -1).view(1, -1, 1, 2)
+    nothing = torch.zeros(1, 4)  # so that there is always one to look at
+    true_cxcywh = pad_sequence([torch.cat((target["boxes"], nothing)) for target in targets], batch_first=True)
+    labels = pad_sequence([torch.cat((target["labels"], nothing[0, :1].long())) for target in targets], batch_first=True)
+    real = torch.arange(labels.shape[1]) < torch.tensor([[len(target["labels"])] for target in targets])
+    size = true_cxcywh[:, None, :, 2:]
+    apart = (places - true_cxcywh[:, None, :, :2]).abs()  # [B, S, n, 2]
+    within = (apart <= size / 2).all(-1) & real[:, None]
+    middle = (apart <= size / 4).all(-1)
+    nearest = (apart * torch.tensor([columns, rows])).square().sum(-1).argmin(1, keepdim=True)
+    middle = middle.scatter(1, nearest, True) & real[:, None]
+    there = middle.any(-1)
+    smallest = size.prod(-1).where(middle, torch.inf).argmin(-1)
+    classes = labels.gather(1, smallest).where(there, num_classes)
+    weight = torch.where(there, 1.0, torch.where(within.any(-1), 0.0, eos_coef))
+    entropy = (F.cross_entropy(logits.movedim(-1, 1), classes, reduction="none") * weight).sum() / weight.sum()
+    predicted = box_convert(dense["pred_boxes"][there], "cxcywh", "xyxy")
+    true = true_cxcywh.gather(1, smallest[..., None].expand(-1, -1, 4))[there]
+    count = max(1, len(true))
+    distance = F.l1_loss(dense["pred_boxes"][there], true, reduction="sum") / count
+    giou = generalized_box_iou_loss(predicted, box_convert(true, "cxcywh", "xyxy"), reduction="sum") / count
+    return entropy + 5 * distance + 2 * giou
+
+
+@torch.no_grad()
+def average_precision(model: DETR, pool: Pool, height: int, width: int, decoder: bool) -> dict:
+    """COCO metrics on whole pictures of ``pool``: of the queries, or of the places (each thing is then found many times)."""
+    images = normalized(resize(pool.pictures, [height, width], antialias=True).float())
+    pixels = torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
+    annotations, results = [], []
+    for i, (boxes_xyxy, labels) in enumerate(pool.truth):
+        for box, label in zip(box_convert(boxes_xyxy * pixels, "xyxy", "xywh").tolist(), labels.tolist(), strict=True):
+            annotation = {
+                "id": len(annotations) + 1,
+                "image_id": i,
+                "category_id": label,
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+            }
+            annotations.append(annotation)
+    for start in range(0, len(images), 32):
+        part = images[start : start + 32]
+        for i, found in enumerate(
+            postprocess(forward(model, part, decoder)[not decoder], torch.tensor([[HEIGHT, WIDTH]] * len(part))), start
+        ):
+            boxes_xywh = box_convert(found["boxes"], "xyxy", "xywh").tolist()
+            for box, label, score in zip(boxes_xywh, found["labels"].tolist(), found["scores"].tolist(), strict=True):
+                results.append({"image_id": i, "category_id": label, "bbox": box, "score": score})
+    coco = {
+        "images": [{"id": i, "width": WIDTH, "height": HEIGHT, "file_name": str(i)} for i in range(len(images))],
+        "annotations": annotations,
+        "categories": [{"id": i, "name": name} for i, name in enumerate(NAMES)],
+    }
+    return coco_metrics(coco, results)
+
+
+def save(model: DETR, path: Path, step: int, metrics: dict) -> None:
+    """The weights as a checkpoint, in half precision: loading it gives float32 again."""
+    weights = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(NAMES)]
+    settings = to_dict(load_config({"model.preset": "detr_tiny"}))
+    save_checkpoint(path, {"model": weights, "settings": settings, "categories": categories, "epoch": step, "metrics": metrics})
+
+
+@dataclasses.dataclass
+class Phase:
+    """A stretch of the training with its own warm-up and cosine schedule."""
+
+    steps: int
+    size: tuple[int, int]  # of the images (height, width)
+    lr: float
+    decoder: bool  # False trains what leads to the encoder's memory only, twice as fast
+
+
+PHASES = (
+    Phase(steps=5000, size=(80, 112), lr=1e-3, decoder=False),
+    Phase(steps=12000, size=(96, 128), lr=7e-4, decoder=True),
+)
+
+
+def train(phase: Phase, model: DETR, pool: Pool, held_out: Pool, batch_size: int, out: Path) -> None:
+    """Trains ``model`` for one phase; every thousand steps the moving average of its weights is written to ``out``."""
+    criterion = build_criterion(len(NAMES), dec_layers=model.settings["dec_layers"])
+    average = copy.deepcopy(model).requires_grad_(False).eval()
+    matrices, others = ([p for p in model.parameters() if (p.dim() > 1) == many] for many in (True, False))
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 1e-2}, {"params": others, "weight_decay": 0.0}], lr=phase.lr, fused=True
+    )
+    schedule = LambdaLR(optimizer, lambda step: min(1, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * step / phase.steps)))
+    start, seen = time.process_time(), {}
+    for step in range(1, phase.steps + 1):
+        images, targets = pool.batch(batch_size, *phase.size)
+        outputs, dense = forward(model, images, phase.decoder)
+        losses = {"dense": dense_loss(dense, targets, len(NAMES), criterion.eos_coef)}
+        if phase.decoder:
+            losses |= criterion(outputs, targets)
+        optimizer.zero_grad()
+        (losses["dense"] + criterion.weighted_sum(losses)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        schedule.step()
+        decay = min(EMA_DECAY, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        pool.renew(step % 4 == 0)
+        for name, value in losses.items():
+            seen.setdefault(name, []).append(value.item())
+        if step % 250 == 0 or step == phase.steps:
+            means = "  ".join(f"{name} {np.mean(values):.3f}" for name, values in seen.items() if not name[-1].isdigit())
+            print(f"step {step}  {step * batch_size / (time.process_time() - start):.0f} images/s of CPU time  {means}", flush=True)
+            seen.clear()
+        if step % 1000 == 0 or step == phase.steps:
+            metrics = average_precision(average, held_out, *phase.size, phase.decoder)
+            print(f"step {step}  AP {metrics['AP']:.3f}  AP50 {metrics['AP50']:.3f}  AP75 {metrics['AP75']:.3f}", flush=True)
+            save(average, out, step, {name: metrics[name] for name in ("AP", "AP50", "AP75")})
+
+
+def main() -> None:
+    """The command line; its defaults made the weights in the package."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=BUNDLED, help="checkpoint to write, every thousand steps")
+    parser.add_argument("--phase", type=int, default=0, help="phase to begin with; a later one begins with the weights in OUT")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--pool-size", type=int, default=4000, help="pictures held in memory")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    pool, held_out = Pool(options.seed, options.pool_size), Pool(options.seed + 1, 256)
+    for number, phase in enumerate(PHASES[options.phase :], options.phase):
+        torch.manual_seed(options.seed + number)
+        model = build_model("detr_tiny", len(NAMES))
+        jump_start(model)
+        if number:
+            model.load_state_dict(read_checkpoint(options.out)["model"])
+        print(f"phase {number}: {phase}", flush=True)
+        train(phase, model, pool, held_out, options.batch_size, options.out)
+
+
+if __name__ == "__main__":
+    main()

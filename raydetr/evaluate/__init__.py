@@ -1,0 +1,4 @@
+"""COCO average precision of detections.
+
+Imports neither model nor ray; called by ``training``, ``predict`` and ``demo``.
+"""

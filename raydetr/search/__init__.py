@@ -1,0 +1,4 @@
+"""Hyperparameter search: search spaces, the Optuna study, population-based training, and the report of a search.
+
+Imports neither torch nor ray; ``launch`` runs its trials, the command line shows its results.
+"""

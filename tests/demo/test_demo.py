@@ -1,0 +1,30 @@
+import json
+import os
+
+import pytest
+
+from raydetr.demo.demo import demo
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.timeout(900)
+def test_the_demo_fine_tunes_the_bundled_model_to_half_and_more_and_finds_better_settings(tmp_path, capsys):
+    result = demo(tmp_path / "demo")
+    assert result["before"] < 0.1
+    assert result["after"] >= 0.5
+    out = tmp_path / "demo"
+    assert len((out / "runs" / "balloons" / "log.txt").read_text().splitlines()) == 10
+    shown = json.loads((out / "gallery" / "images.json").read_text())["images"]
+    assert len(shown) == 16
+    page = (out / "gallery" / "index.html").read_text()
+    assert "before" in page.lower()
+    assert "after" in page.lower()
+    said = capsys.readouterr().out
+    assert f"AP {result['before']:.3f} before, {result['after']:.3f} after" in said
+    assert "raydetr train --data DATA" in said
+    assert result["best"] > result["default"]
+    assert len(list((out / "runs" / "search" / "trials").iterdir())) == 8
+    assert (out / "runs" / "search" / "report.html").stat().st_size > 100_000
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    assert result["seconds"] < (360 if alone else 720)  # six minutes of two cores; beside other tests it has one of them

@@ -1,0 +1,241 @@
+import copy
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from raydetr import UserError
+from raydetr.evaluate.coco import METRICS, coco_metrics, precision_recall, run_coco_eval, stats
+
+
+def random_set(seed=0, images=12, categories=(3, 7, 90), crowds=True):
+    random = np.random.default_rng(seed)
+    coco = {"images": [], "annotations": [], "categories": [{"id": each, "name": f"c{each}"} for each in categories]}
+    for image_id in range(100, 100 + images):
+        coco["images"].append({"id": image_id, "width": 640, "height": 480, "file_name": f"{image_id}.jpg"})
+        for _ in range(random.integers(0, 8)):
+            w, h = np.exp(random.uniform(1.5, 5.5, 2)).round(1).tolist()
+            x, y = random.uniform(0, 640 - w), random.uniform(0, 480 - h)
+            crowd = int(crowds and random.random() < 0.15)
+            annotation = {"image_id": image_id, "category_id": int(random.choice(categories)), "bbox": [x, y, w, h], "iscrowd": crowd}
+            coco["annotations"].append({"id": len(coco["annotations"]), "area": w * h * random.uniform(0.4, 1), **annotation})
+    return coco
+
+
+def perfect(coco, crowds=False):
+    return [
+        {"image_id": each["image_id"], "category_id": each["category_id"], "bbox": list(each["bbox"]), "score": 0.9}
+        for each in coco["annotations"]
+        if crowds or not each["iscrowd"]
+    ]
+
+
+def noisy(coco, seed=1):
+    random = np.random.default_rng(seed)
+    results = perfect(coco)
+    for each in results:
+        x, y, w, h = each["bbox"]
+        moved = np.array([x, y, w, h]) + random.uniform(-0.15, 0.15, 4) * [w, h, w, h]
+        each["bbox"] = moved.tolist()
+    wrong = [each | {"category_id": 7, "bbox": [1.0, 2.0, 30.0, 40.0]} for each in results[::3]]
+    return [each | {"score": float(random.random())} for each in results + wrong]
+
+
+def pycocotools_evaluation(coco, results):
+    """As its own documentation uses it, on annotation ids from 1."""
+    coco = copy.deepcopy(coco)
+    for number, each in enumerate(coco["annotations"], 1):
+        each["id"] = number
+    truth = COCO()
+    truth.dataset = coco
+    truth.createIndex()
+    evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    return evaluation
+
+
+def pycocotools_stats(coco, results):
+    evaluation = pycocotools_evaluation(coco, results)
+    evaluation.summarize()
+    return evaluation.stats
+
+
+def many_of_one(seed):
+    """More detections of a category in an image than count, scores that are equal, boxes that are equal, crowds found."""
+    coco = random_set(seed, images=3, categories=(3, 7))
+    coco["annotations"][0]["iscrowd"] = 1
+    coco["annotations"] = [each | {"id": number} for number, each in enumerate(coco["annotations"] + coco["annotations"][::2])]
+    results = [each for number in range(6) for each in noisy(coco, number)] + perfect(coco, crowds=True)
+    return coco, [each | {"score": round(each["score"], 1)} for each in results * 4]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_twelve_numbers_are_those_of_pycocotools(seed):
+    coco = random_set(seed)
+    results = noisy(coco, seed)
+    metrics = coco_metrics(coco, results)
+    assert 0.05 < metrics["AP"] < 0.95
+    np.testing.assert_allclose(stats(metrics), pycocotools_stats(coco, results), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_precision_and_recall_at_every_level_are_those_of_pycocotools(seed):
+    for coco, results in ((random_set(seed), noisy(random_set(seed), seed)), many_of_one(seed)):
+        ours, theirs = run_coco_eval(coco, results), pycocotools_evaluation(coco, results)
+        for name in ("precision", "recall", "scores"):
+            np.testing.assert_allclose(ours.eval[name], theirs.eval[name], rtol=0, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_matches_at_half_are_those_of_pycocotools(seed):
+    for coco, results in ((random_set(seed), noisy(random_set(seed), seed)), many_of_one(seed)):
+        theirs = pycocotools_evaluation(coco, results)
+        curve = precision_recall(run_coco_eval(coco, results))
+        images = [each for each in theirs.evalImgs if each is not None and each["aRng"] == theirs.params.areaRng[0]]
+        counted = [np.logical_not(each["dtIgnore"][0]) for each in images]
+        scores = np.concatenate([np.array(each["dtScores"])[keep] for each, keep in zip(images, counted, strict=True)])
+        hits = np.concatenate([each["dtMatches"][0][keep] > 0 for each, keep in zip(images, counted, strict=True)])
+        for row in (0, 20, 35, 50, 75, 90):
+            above = scores >= curve["threshold"][row]
+            assert curve["true_positives"][row] == hits[above].sum()
+            assert curve["false_positives"][row] == (~hits[above]).sum()
+
+
+def test_each_category_is_what_it_would_be_alone():
+    coco = random_set()
+    results = noisy(coco)
+    metrics = coco_metrics(coco, results)
+    assert list(metrics["per_category"]) == ["c3", "c7", "c90"]
+    for category in coco["categories"]:
+        alone = coco | {
+            "categories": [category],
+            "annotations": [each for each in coco["annotations"] if each["category_id"] == category["id"]],
+        }
+        expected = coco_metrics(alone, [each for each in results if each["category_id"] == category["id"]])
+        expected.pop("per_category")
+        assert metrics["per_category"][category["name"]] == expected
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("crowds", [False, True], ids=["without crowds", "crowds predicted, too"])
+def test_perfect_predictions_score_exactly_one(seed, crowds):
+    coco = random_set(seed)
+    metrics = coco_metrics(coco, perfect(coco, crowds))
+    assert {metrics[name] for name in METRICS if name.startswith("AP")} <= {1.0, None}
+    assert metrics["AP"] == metrics["AP50"] == metrics["AR100"] == 1.0
+
+
+def test_one_object_found_is_exactly_one():
+    # pycocotools alone says 0.9999999999999998
+    coco = random_set(crowds=False)
+    coco["annotations"] = coco["annotations"][:1]
+    assert coco_metrics(coco, perfect(coco))["AP"] == 1.0
+
+
+def test_annotation_ids_do_not_matter():
+    coco = random_set()
+    results = noisy(coco)
+    expected = coco_metrics(coco, results)
+    for each in coco["annotations"]:
+        each["id"] = 0
+    assert coco_metrics(coco, results) == expected
+
+
+def test_more_objects_than_coco_counts_in_an_image():
+    coco = {"images": [{"id": 1}], "categories": [{"id": 1, "name": "seed"}], "annotations": []}
+    for number in range(150):
+        box = [20.0 * (number % 15), 20.0 * (number // 15), 10.0, 10.0]
+        coco["annotations"].append({"id": number + 1, "image_id": 1, "category_id": 1, "bbox": box, "area": 100.0, "iscrowd": 0})
+    metrics = coco_metrics(coco, perfect(coco))
+    assert metrics["AR100"] == pytest.approx(100 / 150)
+    assert metrics["AP"] == pytest.approx(67 / 101)  # 67 of 101 recall levels are at most 2 / 3
+
+
+def test_nothing_found_is_zero_and_nothing_to_find_is_none():
+    coco = random_set()
+    assert coco_metrics(coco, [])["AP"] == 0
+    empty = coco_metrics(coco | {"annotations": []}, noisy(coco))
+    assert {empty[name] for name in METRICS} == {None}
+    assert {empty["per_category"]["c7"][name] for name in METRICS} == {None}
+    assert stats(empty) == [-1] * 12
+    json.dumps(empty, allow_nan=False)
+
+
+def test_a_size_without_objects_is_none():
+    coco = random_set()
+    coco["annotations"] = [each for each in coco["annotations"] if each["area"] < 32**2]
+    metrics = coco_metrics(coco, perfect(coco))
+    assert metrics["AP_small"] == 1
+    assert metrics["AP_large"] is None
+
+
+def test_input_is_left_alone_and_nothing_is_printed(capfd):
+    coco = random_set()
+    results = noisy(coco)
+    before = copy.deepcopy((coco, results))
+    coco_metrics(coco, results)
+    assert (coco, results) == before
+    sys.stdout.flush()
+    assert capfd.readouterr() == ("", "")
+    assert not isinstance(sys.stdout, io.StringIO)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"image_id": 5}, "entry 1 is of image 5"),
+        ({"bbox": [1, 2, 3]}, r"entry 1 \(image 1\d\d\) has bbox \[1, 2, 3\]"),
+        ({"bbox": [1, 2, 3, float("nan")]}, "entry 1"),
+        ({"score": "high"}, "score 'high'"),
+    ],
+)
+def test_bad_results_are_named(change, words):
+    coco = random_set()
+    results = noisy(coco)
+    results[1] |= change
+    with pytest.raises(UserError, match=words):
+        coco_metrics(coco, results)
+
+
+def test_results_that_are_no_list():
+    with pytest.raises(UserError, match="expected a list"):
+        coco_metrics(random_set(), {"annotations": []})
+    with pytest.raises(UserError, match="entry 0 is no detection"):
+        coco_metrics(random_set(), [{"id": 3}])
+
+
+def test_categories_of_one_name_stay_apart():
+    coco = random_set(categories=(3, 7))
+    for category in coco["categories"]:
+        category["name"] = "thing"
+    assert set(coco_metrics(coco, perfect(coco))["per_category"]) == {"thing (3)", "thing (7)"}
+
+
+def test_precision_and_recall_count_every_detection_above_the_threshold():
+    coco = random_set(crowds=False)
+    results = noisy(coco)
+    curve = precision_recall(run_coco_eval(coco, results))
+    objects = len(coco["annotations"])
+    assert curve["recall"][0] == curve["true_positives"][0] / objects
+    assert curve["true_positives"][0] + curve["false_positives"][0] == len(results)
+    for threshold in (0.25, 0.5, 0.9):
+        above = [each for each in results if each["score"] >= threshold]
+        row = round(100 * threshold)
+        hits = curve["true_positives"][row]
+        assert hits + curve["false_positives"][row] == len(above)
+        assert hits + curve["false_negatives"][row] == objects
+        assert hits == 0 or coco_metrics(coco, above)["AR100"] > 0
+    assert curve["recall"][-1] == 0
+    assert curve["precision"][-1] == 1
+
+
+def test_precision_and_recall_without_anything():
+    coco = random_set()
+    curve = precision_recall(run_coco_eval(coco | {"annotations": []}, []))
+    assert curve["recall"].tolist() == [0] * 101
+    assert curve["precision"].tolist() == [1] * 101

@@ -1,0 +1,637 @@
+import importlib.util
+import json
+import math
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import optuna
+import pandas
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from raydetr.config import flatten, load_config, read_yaml, to_dict
+from raydetr.errors import UserError
+from raydetr.search.space import read_space
+from raydetr.search.study import (
+    SAMPLERS,
+    Search,
+    best_points,
+    create_search,
+    importances,
+    open_search,
+    read_points,
+    read_study,
+    top_trials,
+    trials_frame,
+    write_best,
+    write_trials,
+)
+
+SPACE = {
+    "optim.lr": {"loguniform": [1e-5, 1e-3]},
+    "loss.bbox_loss_coef": {"uniform": [2, 8]},
+    "matcher.set_cost_bbox": {"same_as": "loss.bbox_loss_coef"},
+    "optim.schedule": {"choice": ["step", "cosine"]},
+    "optim.lr_drop": {"uniform": [0.4, 0.9], "when": {"optim.schedule": "step"}},
+}
+
+
+@pytest.fixture
+def make(tmp_path):
+    def make(space=SPACE, name="search", config=None, **kwargs) -> Search:
+        return create_search(tmp_path / name, read_space(space), config or load_config(), **{"trials": 8, **kwargs})
+
+    return make
+
+
+def hill(settings: dict) -> float:
+    """An objective with its top of 1 at a rate of 3e-4; nothing else matters."""
+    return 1 - abs(math.log10(settings["optim.lr"]) - math.log10(3e-4)) / 2
+
+
+def run(search: Search, objective=hill, epochs=2) -> Search:
+    """Run every trial that is left, one after the other."""
+    while (asked := search.ask()) is not None:
+        number, settings = asked
+        value = objective({**search.base, **settings})
+        for epoch in range(1, epochs + 1):
+            search.report(number, epoch, value * epoch / epochs)
+        search.tell(number, "complete", value)
+    return search
+
+
+# Trial 0
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_trial_0_has_the_default_settings_wherever_they_lie(make, sampler):
+    """Outside a range, not among the choices, without a logarithm: trial 0 has them, and every sampler lives with it."""
+    space = {
+        "optim.lr": {"loguniform": [1e-3, 1e-2]},
+        "loss.bbox_loss_coef": {"uniform": [6, 9], "step": 0.5},
+        "matcher.set_cost_bbox": {"same_as": "loss.giou_loss_coef"},
+        "loss.giou_loss_coef": {"uniform": [1, 5]},
+        "optim.weight_decay": {"loguniform": [1e-5, 1e-2]},
+        "optim.batch_size": {"choice": [4, 8]},
+        "optim.lr_drop": {"integer": [2, 9], "when": {"optim.batch_size": 4}},
+        "loss.eos_coef": 0.3,
+    }
+    if sampler == "cmaes":
+        pytest.importorskip("cmaes")
+    base = load_config({"optim.weight_decay": 0.0, "optim.warmup": 0.25})
+    search = make(space, config=base, sampler=sampler, trials=9)
+    number, settings = search.ask("first")
+    assert number == 0
+    assert to_dict(load_config(flatten(to_dict(base)), settings)) == to_dict(base)
+    assert search.config(0) == base
+    search.tell(0, "complete", 0.5)
+    run(search, lambda settings: settings["optim.lr"])
+    assert search.study.trials[0].params == {"optim.lr": 1e-4, "loss.bbox_loss_coef": 5.0, "loss.giou_loss_coef": 2.0}
+    for trial in search.study.trials[1:]:
+        assert trial.state == TrialState.COMPLETE
+        assert 1e-3 <= search.settings(trial.number)["optim.lr"] <= 1e-2
+        assert search.settings(trial.number)["loss.eos_coef"] == 0.3
+
+
+def test_trials_really_differ_and_ties_reach_their_settings(make):
+    search = run(make())
+    configs = [search.config(trial.number) for trial in search.frozen()]
+    assert len({config.optim.lr for config in configs}) == 8
+    assert all(config.matcher.set_cost_bbox == config.loss.bbox_loss_coef for config in configs)
+    assert {config.optim.lr_drop for config in configs if config.optim.schedule == "cosine"} == {0.667}  # the base value, not drawn
+    assert any(config.optim.lr_drop != 0.667 for config in configs)
+
+
+# Asking
+
+
+def test_so_many_trials_as_asked_for_are_handed_out(make):
+    search = run(make(trials=5))
+    assert [trial.number for trial in search.frozen()] == [0, 1, 2, 3, 4]
+    assert search.ask("another") is None
+    search.extend(6)
+    assert search.ask("another")[0] == 5
+
+
+def test_the_same_key_gets_the_same_trial(make):
+    search = make()
+    asked = [search.ask(key) for key in ("a", "b", "c")]
+    search.tell(1, "complete", 0.5)
+    assert [search.ask(key) for key in ("a", "b", "c")] == asked
+    assert [search.number(key) for key in ("c", "b", "a", "z")] == [2, 1, 0, None]
+    assert len(search.frozen()) == 3
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes"])
+def test_a_reopened_search_draws_on_as_if_it_had_not_been_interrupted(make, sampler):
+    if sampler == "cmaes":
+        pytest.importorskip("cmaes")
+    through = run(make(name="through", sampler=sampler, trials=16, seed=3))
+    cut = make(name="cut", sampler=sampler, trials=16, seed=3)
+    while (asked := open_search(cut.folder).ask()) is not None:
+        cut = open_search(cut.folder)
+        cut.report(asked[0], 1, hill(asked[1]) / 2)
+        cut.report(asked[0], 2, hill(asked[1]))
+        cut.tell(asked[0], "complete", hill(asked[1]))
+    assert [trial.params for trial in cut.frozen()] == [trial.params for trial in through.frozen()]
+    assert len({trial.params["optim.lr"] for trial in cut.frozen()}) == 16  # and not the same draws over again
+
+
+def test_seeds_decide_the_draws(make):
+    first, same, other = (run(make(name=name, seed=seed)) for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert [trial.params for trial in first.frozen()] == [trial.params for trial in same.frozen()]
+    assert [trial.params for trial in first.frozen()][1:] != [trial.params for trial in other.frozen()][1:]
+
+
+def test_tpe_learns_even_in_a_short_search(make):
+    """Optuna's own ten random draws would leave it no trial to use what it learned."""
+    off = {}
+    for sampler in ("tpe", "random"):
+        late = [
+            trial for seed in range(3) for trial in run(make(name=f"{sampler}{seed}", sampler=sampler, seed=seed, trials=24)).frozen()[12:]
+        ]
+        off[sampler] = sum(1 - trial.value for trial in late) / len(late)
+    assert off["tpe"] < 0.6 * off["random"]
+
+
+def test_draws_that_run_at_the_same_time_are_spread(make):
+    search = make(trials=24, space={"optim.lr": {"loguniform": [1e-5, 1e-3]}})
+    for _ in range(16):
+        number, settings = search.ask()
+        search.tell(number, "complete", hill(settings))
+    rates = sorted(math.log10(search.ask()[1]["optim.lr"]) for _ in range(8))
+    assert rates[-1] - rates[0] > 0.2
+
+
+# Results
+
+
+def test_results_are_taken_once(make):
+    search = make()
+    search.ask("a")
+    search.report(0, 1, 0.2)
+    search.report(0, 1, 0.9)  # trained again after a crash
+    assert search.tell(0, "complete", 0.3, metrics={"AP50": 0.5, "val_loss": math.nan, "note": "x"})
+    assert not search.tell(0, "complete", 0.9)
+    assert not search.tell(0, "failed", reason="too late")
+    search.report(0, 2, 0.9)
+    trial = search.frozen()[0]
+    assert (trial.state, trial.value, trial.intermediate_values) == (TrialState.COMPLETE, 0.3, {1: 0.2})
+    assert trial.user_attrs["metrics"] == {"AP50": 0.5, "note": "x"}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+def test_a_trial_without_a_finite_objective_is_failed_and_never_best(make, value):
+    search = make()
+    search.ask()
+    search.ask()
+    search.report(0, 1, value)
+    search.tell(0, "complete", value)
+    search.tell(1, "complete", 0.1)
+    assert [trial.state for trial in search.frozen()] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert search.frozen()[0].user_attrs["reason"] == f"its AP is {value}"
+    assert search.best().number == 1
+
+
+def test_a_pruned_trial_keeps_its_last_value_and_a_failed_one_its_reason(make):
+    search = make()
+    for _ in range(3):
+        search.ask()
+    search.report(0, 1, 0.2)
+    search.report(0, 2, 0.4)
+    search.tell(0, "pruned")
+    search.tell(1, "failed", reason="out of memory:\n lower optim.batch_size")
+    search.tell(2, "pruned")  # before its first epoch
+    assert [trial.state for trial in search.frozen()] == [TrialState.PRUNED, TrialState.FAIL, TrialState.PRUNED]
+    assert [trial.value for trial in search.frozen()] == [0.4, None, None]
+    assert search.frozen()[1].user_attrs["reason"] == "out of memory: lower optim.batch_size"
+    assert [trial.number for trial in search.ranked()] == [0]
+
+
+def test_of_equals_the_earliest_is_best(make):
+    assert run(make(), lambda settings: 0.5).best().number == 0
+
+
+# Early stopping
+
+
+def test_asha_stops_the_worse_trials_at_its_rungs_and_never_trial_0(make):
+    search = make(trials=30, pruner="asha", grace=2, sampler="random")
+    stopped = {}
+    for number in range(30):
+        search.ask()
+        value = 0.0 if number == 0 else number % 10 / 10
+        for epoch in range(1, 9):
+            search.report(number, epoch, value)
+            if search.should_stop(number):
+                search.tell(number, "pruned")
+                stopped[number] = epoch
+                break
+        else:
+            search.tell(number, "complete", value)
+    assert set(stopped.values()) == {2, 6}  # the grace, and three times that
+    assert 0 not in stopped
+    late = range(10, 30)
+    assert all(number in stopped for number in late if number % 10 < 5)
+    assert not any(number in stopped for number in late if number % 10 == 9)
+
+
+def test_what_asha_knows_survives_a_restart(make):
+    search = make(trials=12, pruner="asha", grace=1, sampler="random")
+    for number in range(9):
+        search.ask()
+        search.report(number, 1, 0.5 + number / 100)
+        search.tell(number, "complete", 0.5 + number / 100) if number == 0 or not search.should_stop(number) else search.tell(
+            number, "pruned"
+        )
+    search = open_search(search.folder)
+    search.ask()
+    search.report(9, 1, 0.1)
+    assert search.should_stop(9)
+
+
+def test_a_trial_that_is_given_up_stays_so(make):
+    """Whoever stops it may ask again, or crash before it tells."""
+    search = make(trials=12, pruner="asha", grace=1, sampler="random")
+    for number in range(6):
+        search.ask(f"key {number}")
+        search.report(number, 1, 0.9 - number / 10)
+    assert [search.should_stop(number) for number in range(6)] == [False, True, True, True, True, True]
+    assert [search.should_stop(number) for number in range(6)] == [False, True, True, True, True, True]
+    search.tell(1, "pruned")
+    assert not search.should_stop(1)
+    search = open_search(search.folder)
+    assert search.reclaim(()) == [0]
+    assert [trial.state for trial in search.frozen()] == [TrialState.RUNNING] + [TrialState.PRUNED] * 5
+    assert [trial.value for trial in search.ranked()] == pytest.approx([0.8, 0.7, 0.6, 0.5, 0.4])
+
+
+def test_a_trial_after_its_last_epoch_is_not_given_up(make):
+    search = make(trials=12, pruner="asha", grace=2, sampler="random", config=load_config({"optim.epochs": 6}))
+    for number in range(6):
+        search.ask()
+        for epoch in (2, 6):
+            search.report(number, epoch, 0.9 - number / 10)
+    assert not any(map(search.should_stop, range(6)))
+    search.ask()
+    search.report(6, 2, 0.1)
+    assert search.should_stop(6)
+
+
+def test_the_median_rule_spares_the_first_epochs(make):
+    search = make(trials=12, pruner="median", grace=3)
+    for number in range(10):
+        search.ask()
+        for epoch in range(1, 9):
+            search.report(number, epoch, 0.5)
+        search.tell(number, "complete", 0.5)
+    search.ask()
+    decisions = []
+    for epoch in range(1, 5):
+        search.report(10, epoch, 0.1)
+        decisions.append(search.should_stop(10))
+    assert decisions == [False, False, True, True]
+
+
+def test_without_a_pruner_nothing_is_stopped(make):
+    search = make(pruner="none")
+    for number in range(8):
+        search.ask()
+        search.report(number, 1, -number)
+        assert not search.should_stop(number)
+
+
+# Crashes
+
+
+def test_trials_that_the_runner_lost_are_handed_out_again_before_new_ones(make):
+    search = make(trials=5)
+    first = [search.ask(key) for key in ("a", "b", "c")]
+    search.tell(0, "complete", 0.5)
+    search.report(2, 1, 0.3)
+    search = open_search(search.folder)
+    assert search.reclaim({"b"}) == [2]
+    assert search.ask("again") == first[2]
+    assert search.number("again") == 2
+    assert search.ask("new")[0] == 3
+    for number in (1, 2, 3):
+        search.tell(number, "complete", 0.1)
+    assert search.ask("last")[0] == 4
+    assert search.ask("none left") is None
+
+
+def test_a_trial_whose_drawing_was_cut_short_is_drawn_to_its_end(make):
+    search = make(trials=3)
+    run_first = search.ask("a")
+    assert run_first[0] == 0
+    cut = search.study.ask()
+    cut.suggest_float("optim.lr", 1e-5, 1e-3, log=True)
+    search = open_search(search.folder)
+    assert len(trials_frame(search)) == 2  # a report in this state works
+    assert search.reclaim({"a"}) == [1]
+    number, settings = search.ask("b")
+    assert number == 1
+    assert settings["optim.lr"] == cut.params["optim.lr"]
+    assert {"loss.bbox_loss_coef", "matcher.set_cost_bbox", "optim.schedule"} <= set(settings)
+
+
+def test_trials_whose_runner_is_gone_can_be_failed(make):
+    search = make()
+    for key in ("a", "b", "c"):
+        search.ask(key)
+    search.tell(0, "complete", 0.5)
+    assert search.fail_unknown({"c"}) == [1]
+    assert [trial.state for trial in search.frozen()] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING]
+
+
+def test_the_lock_of_a_killed_writer_is_not_waited_for(make):
+    search = make()
+    (search.folder / "study.journal.lock").symlink_to(search.folder / "study.journal")
+    started = time.monotonic()
+    open_search(search.folder).ask("a")
+    assert time.monotonic() - started < 20  # Optuna alone waits 30
+
+
+def test_an_unfinished_last_line_is_cut_off(make):
+    search = make()
+    search.ask("a")
+    journal = search.folder / "study.journal"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code":8,"work')
+    assert len(read_study(search.folder).trials) == 1  # readers pass over it
+    search = open_search(search.folder)
+    search.tell(0, "complete", 0.5)
+    assert search.ask("b")[0] == 1
+    assert [trial.value for trial in read_study(search.folder).trials] == [0.5, None]
+
+
+RUNNER = """
+import sys, time
+from raydetr.search import open_search
+search = open_search(sys.argv[1])
+search.reclaim(())
+while (asked := search.ask()) is not None:
+    for epoch in range(1, 4):
+        time.sleep(0.01)
+        search.report(asked[0], epoch, epoch / 10)
+    search.tell(asked[0], "complete", asked[1]["optim.lr"])
+"""
+
+
+@pytest.mark.slow
+def test_a_search_killed_again_and_again_ends_with_every_trial_once(make):
+    """Real processes, killed at seeded moments, while another reads the journal as Optuna's own users do."""
+    search = make(trials=20, sampler="random", seed=7)
+    moments = random.Random(0)
+    kills, seen = 0, 0
+    for _ in range(20):
+        runner = subprocess.Popen([sys.executable, "-c", RUNNER, str(search.folder)])
+        started = time.monotonic()
+        limit = None
+        while runner.poll() is None:
+            storage = JournalStorage(JournalFileBackend(str(search.folder / "study.journal")))
+            count = len(optuna.load_study(study_name=None, storage=storage).trials)
+            assert count >= seen
+            if count > seen and limit is None:
+                limit = time.monotonic() + moments.uniform(0.0, 0.4)
+            seen = count
+            if (limit and time.monotonic() > limit and kills < 6) or time.monotonic() - started > 120:
+                runner.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.01)
+        if runner.wait() == 0:
+            break
+    trials = read_study(search.folder).trials
+    assert kills >= 3
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 20
+    through = run(make(name="through", trials=20, sampler="random", seed=7)).frozen()
+    # Only a trial that was killed in the middle of its drawing may have other values.
+    assert sum(trial.params != other.params for trial, other in zip(trials, through, strict=True)) <= kills
+
+
+# Making, opening
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"trials": 0}, "--trials 0: a search needs at least one trial"),
+        ({"sampler": "tpee"}, "unknown sampler 'tpee'; did you mean 'tpe'?"),
+        ({"sampler": "grid"}, "unknown sampler 'grid'; there are tpe, gp, random, cmaes"),
+        ({"pruner": "ascha"}, "unknown scheduler 'ascha'; did you mean 'asha'?"),
+        ({"pruner": "asha", "grace": 0}, "a grace of 0 epochs"),
+        ({"points": [{"optim.lr": 2e-4}, {"optim.lr": 3e-4}], "trials": 2}, "2 points to start from and trial 0 need 3 trials; 2 were"),
+        ({"points": [{"optim.lr": 2}]}, "out of bounds"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_and_leaves_nothing(make, tmp_path, given, expected):
+    with pytest.raises(UserError) as caught:
+        make(**given)
+    assert expected in str(caught.value)
+    assert not (tmp_path / "search").exists()
+
+
+def test_a_missing_package_is_named(make, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "cmaes" else found(name, *rest))
+    with pytest.raises(UserError, match="pip install cmaes"):
+        make(sampler="cmaes")
+
+
+def test_a_folder_with_a_search_is_not_overwritten(make):
+    search = run(make())
+    with pytest.raises(UserError, match=r"holds a search already; go on with it \(--resume .*search\) or take another name"):
+        make()
+    assert len(read_study(search.folder).trials) == 8
+
+
+def test_a_folder_that_cannot_be_made_is_named(make, tmp_path):
+    (tmp_path / "search").write_text("a file")
+    with pytest.raises(UserError, match="search: cannot write there"):
+        make()
+
+
+def test_a_changed_space_is_refused_with_the_difference(make):
+    search = make()
+    changed = read_space({**SPACE, "optim.lr": {"loguniform": [1e-5, 1e-2]}, "loss.eos_coef": {"uniform": [0, 1]}})
+    with pytest.raises(UserError) as caught:
+        open_search(search.folder, changed)
+    assert "loss.eos_coef is new: {uniform: [0.0, 1.0]}; optim.lr was {loguniform: [1.0e-05, 0.001]}, is" in str(caught.value)
+    assert open_search(search.folder, read_space(SPACE), trials=10).trials == 10
+
+
+def test_a_folder_without_a_whole_search_is_refused(make, tmp_path):
+    with pytest.raises(UserError, match=r"holds no search \(study.journal is missing\)"):
+        open_search(tmp_path)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "study.journal").write_text("no journal\nat all\n")
+    with pytest.raises(UserError, match="not the journal of an Optuna study"):
+        open_search(tmp_path)
+    (tmp_path / "study.journal").write_text('{"some": "json"}\n')
+    with pytest.raises(UserError, match="not the journal of an Optuna study"):
+        open_search(tmp_path)
+    journal = make().folder / "study.journal"
+    lines = [line for line in journal.read_text().splitlines() if '"search"' not in json.dumps(json.loads(line).get("user_attr", {}))]
+    journal.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match="interrupted while it was being made"):
+        open_search(journal.parent)
+
+
+def test_a_search_can_be_sent_to_another_process(make):
+    search = run(make())
+    again = pickle.loads(pickle.dumps(search))
+    assert [trial.params for trial in again.frozen()] == [trial.params for trial in search.frozen()]
+
+
+def test_neither_search_nor_report_needs_ray():
+    code = "import sys, raydetr.search, raydetr.report; sys.exit('ray' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ}).returncode == 0
+
+
+# Points to start from
+
+
+def test_points_are_tried_right_after_the_defaults(make):
+    point = {"optim.lr": 2e-4, "optim.schedule": "step", "optim.lr_drop": 0.5}
+    search = make(points=[point, {"optim.lr": 3e-4}, dict(point)])
+    assert search.ask()[0] == 0
+    first, second, third = (search.ask()[1] for _ in range(3))
+    assert {name: first[name] for name in point} == point
+    assert second["optim.lr"] == 3e-4  # the rest is drawn
+    assert third["optim.lr"] not in (2e-4, 3e-4)  # the same point is not tried twice
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("points.yaml", "- {optim.lr: 2e-4}\n- optim: {lr: 3e-4, schedule: cosine}\n"),
+        ("points.json", '[{"optim.lr": 2e-4},\n {"optim": {"lr": 3e-4, "schedule": "cosine"}}]'),
+    ],
+)
+def test_points_are_read_from_yaml_and_json(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    points = read_points(tmp_path / name, read_space(SPACE), load_config())
+    assert points == [{"optim.lr": 2e-4}, {"optim.lr": 3e-4, "optim.schedule": "cosine"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("optim.lr: 2e-4\n", "expected a list of points"),
+        ("[]\n", "expected a list of points"),
+        ("- {optim.lr: 2e-4}\n- 3\n", "line 2: a point is a mapping"),
+        ("- {optim.lr: 2e-4}\n\n- {optim.lr: 2e-2}\n", "line 3: optim.lr: 0.02 is not in {loguniform"),
+        ("- {optim.lr: [\n", "not a YAML or JSON file"),
+    ],
+)
+def test_faults_in_points_are_told_with_their_line(tmp_path, text, expected):
+    path = tmp_path / "points.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_points(path, read_space(SPACE), load_config())
+    assert str(caught.value).startswith(str(path))
+    assert expected in str(caught.value)
+
+
+def test_a_missing_points_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"none.yaml: No such file"):
+        read_points(tmp_path / "none.yaml", read_space(SPACE), load_config())
+
+
+def test_the_best_points_of_an_earlier_search_that_fit_are_taken(make):
+    earlier = run(make(name="earlier", trials=12, config=load_config({"loss.giou_loss_coef": 3})))
+    narrow = read_space({"optim.lr": {"loguniform": [1e-4, 2e-4]}, "loss.giou_loss_coef": {"uniform": [1, 5]}})
+    points = best_points(earlier.folder, narrow, load_config(), count=2)
+    fitting = [trial.params["optim.lr"] for trial in earlier.ranked() if 1e-4 <= trial.params["optim.lr"] <= 2e-4]
+    assert len(fitting) > 2
+    assert points == [{"optim.lr": rate, "loss.giou_loss_coef": 3.0} for rate in fitting[:2]]  # what it did not draw comes from its base
+    search = make(narrow.to_dict(), points=points)
+    search.ask()
+    assert search.ask()[1]["optim.lr"] == fitting[0]
+
+
+# What comes of it
+
+
+def test_importances_name_the_setting_that_matters(make):
+    found = importances(run(make(trials=40, sampler="random")).study)
+    assert next(iter(found)) == "optim.lr"
+    assert found["optim.lr"] > 0.5
+    assert sum(found.values()) == pytest.approx(1)
+
+
+def test_importances_are_empty_where_nothing_can_be_told(make):
+    assert importances(make().study) == {}
+    assert importances(run(make(name="few", trials=3)).study) == {}
+    assert importances(run(make(name="flat", trials=10), lambda settings: 0.0).study) == {}
+
+
+def test_best_yaml_holds_the_complete_settings_of_the_best_trial(make):
+    search = run(make(config=load_config({"run.name": "first", "optim.epochs": 7, "model.preset": "detr_tiny"}), trials=20))
+    config = load_config(read_yaml(write_best(search.folder)))
+    assert config.optim.lr == search.settings(search.best().number)["optim.lr"] != 5e-4
+    assert config.matcher.set_cost_bbox == config.loss.bbox_loss_coef
+    assert (config.optim.epochs, config.model.preset, config.run.name) == (7, "detr_tiny", None)
+    config.run.name = "first"
+    assert config == search.config(search.best().number)
+
+
+def test_there_is_no_best_before_a_trial_has_ended(make):
+    search = make()
+    search.ask()
+    with pytest.raises(UserError, match="no trial has ended with a value of AP yet"):
+        write_best(search.folder)
+    assert not (search.folder / "best.yaml").exists()
+
+
+def test_trials_are_written_as_csv_and_parquet(make):
+    space = {**SPACE, "data.train_sizes": {"choice": [[480, 512], [640]]}}
+    search = make(space, trials=5)
+    for number in range(4):
+        search.ask()
+        search.report(number, 1, number / 10)
+        search.tell(number, "failed" if number == 2 else "complete", number / 10, reason="boom", metrics={"AP50": 0.5})
+    search.ask()
+    csv, parquet = (read(path) for read, path in zip((pandas.read_csv, pandas.read_parquet), write_trials(search.folder), strict=True))
+    for frame in (csv, parquet):
+        assert frame["trial"].tolist() == [0, 1, 2, 3, 4]
+        assert frame["state"].tolist() == ["complete", "complete", "failed", "complete", "running"]
+        assert frame["AP"].tolist()[:2] == [0.0, 0.1]
+        assert frame["AP50"].tolist()[:4] == [0.5] * 4
+        assert frame["reason"].tolist()[2] == "boom"
+        assert frame["optim.lr"].tolist() == [search.settings(number)["optim.lr"] for number in range(5)]
+        assert set(frame["data.train_sizes"][1:]) <= {"480, 512", "640"}
+        drawn = [search.settings(number)["optim.schedule"] == "step" for number in range(5)]
+        assert frame["optim.lr_drop"].notna().tolist() == drawn
+
+
+def test_the_top_trials_stand_beside_trial_0(make):
+    search = run(make(), lambda settings: -hill(settings))  # the default is far from the worst rate, so others beat it
+    lines = top_trials(search, 2).splitlines()
+    best = search.best()
+    assert lines[0].split()[:3] == ["trial", "state", "AP"]
+    assert lines[1].split()[:2] == [str(best.number), "complete"]
+    assert f"{best.value - search.frozen()[0].value:+.4f}" in lines[1]
+    assert lines[-1].startswith("0 (default)")
+    assert len(lines) == 4
+
+
+def test_trial_names_tell_the_drawn_settings(make):
+    space = {**SPACE, "loss.eos_coef": {"uniform": [0, 1], "step": 0.05}, "model.weights": {"choice": ["coco", "my weights/best.pth"]}}
+    search = make(
+        space, points=[{"optim.lr": 3e-4, "loss.eos_coef": 0.05, "optim.schedule": "cosine", "model.weights": "my weights/best.pth"}]
+    )
+    search.ask()
+    search.ask()
+    assert search.trial_name(0) == "000_default"
+    name = search.trial_name(1)
+    assert name.startswith("001_lr=3e-4_bbox=")
+    assert name.endswith("_schedule=cosine_eos=0.05_weights=my-weights-best.pth")

@@ -1,0 +1,57 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from raydetr.config import load_config
+from raydetr.search import trials
+from raydetr.search.space import read_space
+from raydetr.search.study import create_search
+from raydetr.search.trials import TrialsDisplay
+
+
+@pytest.fixture
+def search(tmp_path):
+    return create_search(tmp_path / "search", read_space({"optim.lr": {"loguniform": [1e-5, 1e-2]}}), load_config({}), trials=4)
+
+
+def end_a_trial(search, value):
+    number, _ = search.ask()
+    search.report(number, 1, value)
+    search.tell(number, "complete", value)
+
+
+def test_every_trial_that_ended_gets_one_line_without_a_terminal(search):
+    out = io.StringIO()
+    with TrialsDisplay(search, Console(file=out)) as display:
+        end_a_trial(search, 0.25)
+        display.refresh()
+        end_a_trial(search, 0.5)
+        display.refresh()  # too soon: told at the end
+        assert [line.split()[0] for line in out.getvalue().splitlines()] == ["1/4"]
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("1/4 000_default complete: AP 0.25 in 1 epochs; best so far 0.25 in trial 0, ")
+    assert lines[1].startswith("2/4 001_lr=")
+    assert "AP 0.5 in 1 epochs; best so far 0.5 in trial 1" in lines[1]
+
+
+def test_the_study_is_looked_at_again_after_the_interval(search, monkeypatch):
+    monkeypatch.setattr(trials, "SHOW_INTERVAL_S", 0.0)
+    out = io.StringIO()
+    with TrialsDisplay(search, Console(file=out)) as display:
+        for value in (0.25, 0.5):
+            end_a_trial(search, value)
+            display.refresh()
+        assert len(out.getvalue().splitlines()) == 2
+
+
+def test_a_terminal_shows_one_table_the_running_trials_first(search):
+    end_a_trial(search, 0.25)
+    number, _ = search.ask()
+    with TrialsDisplay(search, Console(file=io.StringIO(), force_terminal=True, width=120)) as display:
+        display.epoch(number, {"epoch": 1, "AP": 0.5})
+        table = display.table()
+    assert table.title == "1 of 4 trials ended, ? left"
+    assert [list(column.cells)[:2] for column in table.columns[:2]] == [["1", "0"], ["running", "complete"]]
+    assert next(iter(table.columns[3].cells)) == "0.5"

@@ -1,0 +1,261 @@
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata as hparams_metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.util import tensor_util
+
+from raydetr.config import SETTINGS, load_config
+from raydetr.data.coco import CocoImages, find_split
+from raydetr.data.transforms import val_transforms
+from raydetr.training.engine import Detections
+from raydetr.training.fit import LocalReporter, fit
+from raydetr.training.tracking import LOSSES, Pictures, Tracker, custom_scalars, write_log
+
+TINY = {
+    "model.preset": "detr_tiny",
+    "model.weights": "none",
+    "model.num_queries": 9,
+    "model.dec_layers": 2,
+    "data.train_sizes": [48, 64],
+    "data.val_size": 48,
+    "data.crop_resize": [48, 56],
+    "data.crop_min": 32,
+    "data.crop_max": 48,
+    "data.num_workers": 0,
+    "optim.batch_size": 2,
+    "optim.epochs": 3,
+    "run.pictures": 2,
+}
+PER_STEP = {
+    *("train/loss", "train/loss_ce", "train/loss_bbox", "train/loss_giou", "train/class_error", "train/cardinality_error"),
+    *("train/grad_norm", "lr/transformer", "lr/backbone", "speed/images_per_second"),
+}
+PER_EPOCH = {
+    *("val/loss", "val/loss_ce", "val/loss_bbox", "val/loss_giou", "val/class_error", "val/cardinality_error"),
+    *("val/AP", "val/AP50", "val/AP75", "val/AP_small", "val/AR1", "val/AR10", "val/AR100", "val/AR_small"),
+    *("val/AP/square", "val/AP/oblong", "epoch"),
+    *(f"train_epoch/{name}" for name in (*LOSSES, "grad_norm")),
+}
+
+
+def settings(folder, name, **changes):
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    return load_config(TINY, {"data.path": str(folder), "run.storage": str(Path(folder).parent / "runs"), "run.name": name, **changes})
+
+
+class Watcher(LocalReporter):
+    """Keeps the metrics, and stops the run in the first step of epoch ``stop_in`` or when that epoch is reported."""
+
+    def __init__(self, stop_in=None, at="step"):
+        super().__init__()
+        self.metrics, self.stop_in, self.at = [], stop_in, at
+
+    def show(self, event):
+        if event["kind"] == self.at == "step" and event["epoch"] == self.stop_in:
+            raise KeyboardInterrupt
+
+    def report(self, metrics, checkpoint=None):
+        self.metrics.append(metrics)
+        if self.at == "report" and metrics["epoch"] == self.stop_in:
+            raise KeyboardInterrupt
+
+
+def events_of(config):
+    return read(Path(config.run.storage) / config.run.name / "tb")
+
+
+def read(folder):
+    accumulator = EventAccumulator(str(folder), size_guidance=dict.fromkeys(("scalars", "tensors", "images"), 0))
+    accumulator.Reload()
+    return accumulator
+
+
+def points(events, tag):
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+@pytest.fixture(scope="module")
+def finished(module_coco_folder):
+    config = settings(module_coco_folder(train=4, val=3), "whole")
+    watcher = Watcher()
+    fit(config, watcher)
+    return config, events_of(config), watcher.metrics
+
+
+def test_every_tag_is_there_and_no_other(finished):
+    _, events, _ = finished
+    assert set(events.Tags()["scalars"]) == PER_STEP | PER_EPOCH
+    assert {tag.split("/")[0] for tag in events.Tags()["images"]} == {"pictures"}
+
+
+def test_x_is_the_step(finished):
+    _, events, _ = finished
+    for tag in PER_STEP:
+        assert [step for step, _ in points(events, tag)] == [1, 2, 3, 4, 5, 6], tag
+    for tag in PER_EPOCH:
+        assert [step for step, _ in points(events, tag)] == [2, 4, 6], tag
+    assert points(events, "epoch") == [(2, 1), (4, 2), (6, 3)]
+
+
+def test_values_are_those_of_the_run(finished):
+    config, events, metrics = finished
+    for name in ("AP", "AP50", "AR100"):
+        assert [value for _, value in points(events, f"val/{name}")] == pytest.approx([each[name] for each in metrics])
+    for name in LOSSES:
+        assert [value for _, value in points(events, f"val/{name}")] == pytest.approx([each[f"val_{name}"] for each in metrics])
+        assert [value for _, value in points(events, f"train_epoch/{name}")] == pytest.approx([each[f"train_{name}"] for each in metrics])
+        per_step = [value for _, value in points(events, f"train/{name}")]
+        assert np.reshape(per_step, (3, 2)).mean(1) == pytest.approx([each[f"train_{name}"] for each in metrics])
+    # weighted and unweighted: 1 x classes, 5 x L1, 2 x GIoU of the last layer, and the auxiliary ones
+    weighted = [points(events, f"train/{name}")[0][1] for name in ("loss", "loss_ce", "loss_bbox", "loss_giou")]
+    assert weighted[0] > weighted[1] + 5 * weighted[2] + 2 * weighted[3]
+    assert points(events, "lr/transformer")[0][1] == pytest.approx(config.optim.lr)
+    assert all(value > 0 for _, value in points(events, "speed/images_per_second"))
+
+
+def hparams_of(events):
+    content = {tag: HParamsPluginData.FromString(data) for tag, data in events.PluginTagToContent(hparams_metadata.PLUGIN_NAME).items()}
+    return [content[tag] for tag in (hparams_metadata.EXPERIMENT_TAG, hparams_metadata.SESSION_START_INFO_TAG) if tag in content], content
+
+
+def test_hparams_have_every_setting_and_the_metrics(finished):
+    config, events, _ = finished
+    (experiment, start), content = hparams_of(events)
+    assert {info.name for info in experiment.experiment.hparam_infos} == set(SETTINGS)
+    values = start.session_start_info.hparams
+    assert values["optim.lr"].number_value == config.optim.lr
+    assert values["data.train_sizes"].string_value == "48, 64"
+    assert values["model.pre_norm"].string_value == "false"
+    assert values["data.train_images"].string_value == "null"
+    metrics = {info.name.tag for info in experiment.experiment.metric_infos}
+    assert metrics == {"val/AP", "val/AP50", "val/AP75", "val/loss_ce", "val/loss_bbox", "val/loss_giou"}
+    assert metrics <= set(events.Tags()["scalars"])  # in the very run folder, so the page lists the run once
+    assert content[hparams_metadata.SESSION_END_INFO_TAG].session_end_info.status
+
+
+def test_settings_are_there_as_text(finished):
+    _, events, _ = finished
+    (event,) = events.Tensors("settings/text_summary")
+    (text,) = tensor_util.make_ndarray(event.tensor_proto)
+    assert "| optim.lr | 0.0005 | learning rate of the transformer |" in text.decode()
+    assert len(text.decode().splitlines()) == len(SETTINGS) + 2
+
+
+def test_the_curve(finished):
+    _, events, _ = finished
+    curves = events.Tensors("val/precision_recall")
+    assert [curve.step for curve in curves] == [2, 4, 6]
+    data = tensor_util.make_ndarray(curves[-1].tensor_proto)
+    assert data.shape == (6, 101)
+    true_positives, false_positives, _, false_negatives, precision, recall = data
+    assert true_positives[0] + false_positives[0] == 9 * 3
+    assert set(true_positives + false_negatives) == {9}  # three pictures of three boxes
+    np.testing.assert_allclose(recall, true_positives / 9, rtol=1e-6)
+    assert ((precision >= 0) & (precision <= 1)).all()
+
+
+def test_pictures_are_of_the_validation_set(finished):
+    _, events, _ = finished
+    assert set(events.Tags()["images"]) == {"pictures/val_000.jpg", "pictures/val_001.jpg"}
+    drawn = events.Images("pictures/val_000.jpg")
+    assert [image.step for image in drawn] == [2, 4, 6]
+    assert Image.open(io.BytesIO(drawn[0].encoded_image_string)).size == (96, 64)
+
+
+def test_custom_scalars_name_tags_that_are_there(finished):
+    _, events, _ = finished
+    layout = custom_scalars()
+    assert set(layout) == {"AP", "losses"}
+    tags = events.Tags()["scalars"]
+    by_chart = {
+        name: [tag for tag in tags if any(re.match(each, tag) for each in chart[1])]
+        for charts in layout.values()
+        for name, chart in charts.items()
+    }
+    assert set(by_chart["AP"]) == {"val/AP", "val/AP50", "val/AP75"}
+    assert set(by_chart["AP by category"]) == {"val/AP/square", "val/AP/oblong"}
+    assert set(by_chart["loss_ce"]) == {"train/loss_ce", "train_epoch/loss_ce", "val/loss_ce"}
+    assert all(by_chart.values())
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+
+
+@pytest.mark.parametrize(("stop_in", "at"), [(2, "step"), (2, "report"), (1, "step")])
+def test_going_on_writes_nothing_twice_and_loses_nothing(finished, stop_in, at):
+    whole, expected, _ = finished
+    config = settings(whole.data.path, f"stopped-{stop_in}-{at}")
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, Watcher(stop_in, at))
+    fit(config, LocalReporter())
+    events = events_of(config)
+    assert events.Tags()["scalars"] == expected.Tags()["scalars"]
+    for tag in (PER_STEP | PER_EPOCH) - {"speed/images_per_second"}:
+        assert points(events, tag) == points(expected, tag), tag
+    for tag in expected.Tags()["tensors"]:
+        assert [event.step for event in events.Tensors(tag)] == [event.step for event in expected.Tensors(tag)], tag
+    for tag in expected.Tags()["images"]:
+        assert [event.step for event in events.Images(tag)] == [event.step for event in expected.Images(tag)], tag
+    assert set(hparams_of(events)[1]) == set(hparams_of(expected)[1])
+
+
+def test_a_run_is_on_the_hparams_page_while_it_runs(coco_folder):
+    config = settings(coco_folder(), "running")
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, Watcher(stop_in=1, at="step"))
+    (experiment, start), content = hparams_of(events_of(config))
+    assert experiment.experiment.metric_infos
+    assert start.session_start_info.hparams["run.name"].string_value == "running"
+    assert hparams_metadata.SESSION_END_INFO_TAG not in content
+
+
+def test_a_folder_whose_events_were_lost_is_described_again(tmp_path):
+    tracker = Tracker(tmp_path, load_config({}), step=10)
+    tracker.close()
+    assert hparams_of(read(tmp_path))[0]
+    assert "settings/text_summary" in read(tmp_path).Tags()["tensors"]
+
+
+def test_pictures_show_true_and_found_boxes(coco_folder):
+    config = settings(coco_folder(val=5, size=(960, 640)), "a")
+    images = CocoImages(find_split(config.data, "val"), val_transforms(config.data))
+    boxes = np.tile(np.float32([480.0, 320.0, 300.0, 200.0]), (5, 2, 1))
+    scores, labels = np.float32([[0.9, 0.2]] * 5), np.int64([[1, 0]] * 5)
+    drawn = Pictures(images, 2).draw(Detections(np.array(images.image_ids), boxes, scores, labels))
+    assert list(drawn) == ["val_000.jpg", "val_002.jpg"]
+    nothing = Pictures(images, 2).draw(Detections(np.array(images.image_ids), boxes, 0 * scores, labels))
+    picture, without = np.asarray(drawn["val_000.jpg"]), np.asarray(nothing["val_000.jpg"])
+    assert picture.shape == (427, 640, 3)
+    changed = (picture != without).any(-1)
+    assert changed[213:347, 320].mean() > 0.9  # the left edge of the found box, at two thirds of its size
+    assert not changed[:190].any()
+    plain = np.asarray(Image.open(images.split.images / "val_000.jpg").resize((640, 427)))
+    for annotation in images.coco["annotations"]:
+        if annotation["image_id"] == images.image_ids[0]:
+            x, y, _, height = (round(side * 2 / 3) for side in annotation["bbox"])
+            edge = np.abs(without[y + height // 2, x - 2 : x + 3].astype(int) - plain[y + height // 2, x - 2 : x + 3]).max()
+            assert edge > 60
+
+
+def test_more_pictures_than_there_are(coco_folder):
+    config = settings(coco_folder(val=2), "a")
+    images = CocoImages(find_split(config.data, "val"), val_transforms(config.data))
+    nothing = Detections(np.array(images.image_ids), np.zeros((2, 0, 4)), np.zeros((2, 0)), np.zeros((2, 0), int))
+    assert set(Pictures(images, 8).draw(nothing)) == {"val_000.jpg", "val_001.jpg"}
+    assert Pictures(images, 0).draw(nothing) == {}
+
+
+def test_the_log_has_each_epoch_once(tmp_path):
+    log = tmp_path / "log.txt"
+    for epoch, value in ((0, 1.0), (1, 2.0), (2, 3.0), (1, 4.0)):
+        write_log(log, {"epoch": epoch, "train_loss": value})
+    assert [json.loads(line) for line in log.read_text().splitlines()] == [
+        {"epoch": 0, "train_loss": 1.0},
+        {"epoch": 1, "train_loss": 4.0},
+    ]
+    assert list(tmp_path.iterdir()) == [log]
