@@ -164,23 +164,33 @@ def data() -> None:
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option(
-    "--from", "source", type=click.Choice(["via", "voc", "yolo"]), default="via", show_default=True, help="Annotation format of SRC."
+    "--from",
+    "source",
+    type=click.Choice(["via", "voc", "yolo", "coco"]),
+    help="Annotation format of SRC; COCO is for exports of other tools (default: found out).",
 )
-@click.option("--category", metavar="NAME", help="The category of every region that names none itself (VIA).")
+@click.option("--category", metavar="NAME", help="One category for all objects; with --attribute for regions without a value.")
 @click.option("--attribute", metavar="NAME", help="The region attribute that holds the category, where there are several (VIA).")
+@click.option(
+    "--exif",
+    type=click.Choice(["upright", "stored"]),
+    default="upright",
+    show_default=True,
+    help="Which image boxes refer to where an EXIF tag turns it and no size tells.",
+)
 @click.option("--copy", is_flag=True, help="Copy the images instead of linking them.")
 @click.option(
     "--val-fraction",
     type=click.FloatRange(0, 1, True, True),
     default=0.2,
     show_default=True,
-    help="Drawn for validation where SRC has no val.",
+    help="Part of the images drawn for validation where SRC has no validation part.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of that draw.")
-def data_convert(src: Path, dst: Path, source: str, **options) -> None:
-    """Convert annotations in SRC to a COCO folder DST that `raydetr train` takes.
+def data_convert(src: Path, dst: Path, source: str | None, **options) -> None:
+    """Convert annotations in SRC, a folder or an annotation file, to a COCO folder DST that `raydetr train` takes.
 
-    Example: raydetr data convert balloon balloon-coco --from via --category balloon
+    Example: raydetr data convert balloon balloon-coco --category balloon
     """
     from raydetr.data.formats.convert import convert
 

@@ -3,7 +3,7 @@ import json
 import pytest
 from PIL import Image
 
-from raydetr.data.formats.labels import Notes
+from raydetr.data.formats.labels import Notes, Options
 from raydetr.data.formats.via import annotation_file, read_entries, read_via
 from raydetr.errors import UserError
 
@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 def read(folder, category=None, attribute=None):
     notes = Notes()
-    return read_via(folder, category, attribute, notes)["train"], notes
+    return read_via(folder, Options(category, attribute), notes)["train"], notes
 
 
 def objects(pictures):
@@ -85,10 +85,11 @@ def test_several_attributes_need_a_choice(folder):
         read(root, attribute="size")
 
 
-def test_empty_attributes_need_a_category(folder):
+def test_without_any_attribute_the_category_is_object_unless_it_is_named(folder):
     root = folder(entry("a.jpg", [region(), region(kind="")]))
-    with pytest.raises(UserError, match="--category NAME"):
-        read(root)
+    pictures, notes = read(root)
+    assert [category for _, category, _ in objects(pictures)] == ["object", "object"]
+    assert notes["file without a category for any region, all become 'object' (name it with --category NAME)"] == [str(root)]
     assert [category for _, category, _ in objects(read(root, category="balloon")[0])] == ["balloon", "balloon"]
 
 
@@ -107,8 +108,8 @@ def test_shapes_without_area_and_outside_are_left_out_and_counted(folder):
     )
     assert objects(pictures) == [("a.jpg", "cat", [5, 6, 20, 10]), ("b.jpg", "cat", [70, 6, 10, 10])]
     assert notes["shape without area, left out"] == ["a.jpg region 0", "a.jpg region 1", "b.jpg region 2"]
-    assert notes["shape outside the picture, left out"] == ["b.jpg region 1"]
-    assert notes["shape beyond the picture, cut at its edge"] == ["b.jpg region 0"]
+    assert notes["shape outside the image, left out"] == ["b.jpg region 1"]
+    assert notes["shape beyond the image, clipped at its edge"] == ["b.jpg region 0"]
     assert "3 × shape without area, left out: a.jpg region 0, a.jpg region 1, b.jpg region 2" in notes.lines()
 
 
@@ -129,21 +130,21 @@ def test_names_with_spaces_other_letters_and_folders_work(folder):
 
 def test_a_changed_picture_and_one_that_is_not_listed_are_noted(folder):
     _, notes = read(folder(entry("a.jpg", [region(kind="cat")], size=12)))
-    assert notes["picture has changed since it was labelled (other byte size)"] == ["a.jpg"]
-    assert notes["picture is not in the VIA file, left out"] == ["b.jpg"]
+    assert notes["image has changed since it was annotated (other byte size)"] == ["a.jpg"]
+    assert notes["image is not in the VIA file, left out"] == ["b.jpg"]
 
 
 def test_labelled_pictures_that_are_missing_are_an_error_others_a_note(folder):
     root = folder(entry("a.jpg", [region(kind="cat")]), entry("gone.jpg", []))
     pictures, notes = read(root)
     assert [picture.name for picture in pictures] == ["a.jpg"]
-    assert notes["picture without regions is not on disk, left out"] == ["gone.jpg"]
+    assert notes["image without regions is not on disk, left out"] == ["gone.jpg"]
     folder(*(entry(f"gone{number}.jpg", [region(kind="cat")]) for number in range(5)))
-    with pytest.raises(UserError, match=r"5 labelled pictures are not in .*: gone0.jpg, gone1.jpg, gone2.jpg, \.\.\."):
+    with pytest.raises(UserError, match=r"5 annotated images are not in .*: gone0.jpg, gone1.jpg, gone2.jpg, \.\.\."):
         read(root)
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/../../b.jpg", "C:\\b.jpg", ".."])
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/../../c.jpg", "C:\\c.jpg", ".."])
 def test_a_name_that_leaves_the_folder_is_refused(folder, name):
     for regions in ([], [region(kind="cat")]):
         with pytest.raises(UserError, match=r"leads out|is no file name"):
@@ -161,8 +162,9 @@ def test_a_picture_on_its_side_is_taken_as_shown_unless_its_labels_only_fit_as_s
     (tmp_path / "d.jpg").unlink()
     pictures, notes = read(root)
     assert [(picture.width, picture.height) for picture in pictures] == [(60, 80), (80, 60), (60, 80)]
-    assert notes["picture turned by its EXIF tag, labels taken as drawn on it as shown upright"] == ["a.jpg", "c.jpg"]
-    assert notes["picture turned by its EXIF tag, labels taken as drawn on it as stored"] == ["b.jpg"]
+    (upright,) = [names for text, names in notes.items() if "labels taken as drawn on the upright image" in text]
+    assert upright == ["a.jpg", "c.jpg"]
+    assert notes["image is turned by its EXIF tag; sizes and labels show that it was annotated on the stored pixels"] == ["b.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +179,7 @@ def test_a_picture_on_its_side_is_taken_as_shown_unless_its_labels_only_fit_as_s
         ('{"a": {"filename": "a.jpg", "regions": 7}}', "a.jpg region 0 is not a VIA region"),
         ('{"a": {"filename": "a.jpg", "regions": [7]}}', "a.jpg region 0 is not a VIA region"),
         ('{"a": {"filename": "a.jpg", "regions": [{"shape_attributes": [1]}]}}', "a.jpg region 0 is not a VIA region"),
-        ('{"a1": {"filename": "a.jpg", "regions": []}, "a2": {"filename": "a.jpg", "regions": []}}', "a.jpg stands there twice"),
+        ('{"a1": {"filename": "a.jpg", "regions": []}, "a2": {"filename": "a.jpg", "regions": []}}', "a.jpg appears twice"),
     ],
 )
 def test_what_is_no_via_file_is_told_in_one_line(tmp_path, content, complaint):

@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from raydetr.data.formats.labels import Notes
+from raydetr.data.formats.labels import Notes, Options
 from raydetr.data.formats.voc import read_voc
 from raydetr.errors import UserError
 
@@ -38,7 +38,7 @@ def folder(tmp_path):
 
 def read(folder, category=None):
     notes = Notes()
-    return read_voc(folder, category, notes), notes
+    return read_voc(folder, Options(category), notes), notes
 
 
 def boxes(pictures):
@@ -57,7 +57,7 @@ def test_pixels_are_counted_from_one_and_the_last_belongs_to_the_box(folder):
 def test_a_box_counted_from_zero_is_cut_at_the_edge(folder):
     splits, notes = read(folder(a=xml("a.jpg", (80, 60), an_object(box=(0, 0, 9, 9)))))
     assert boxes(splits["train"]) == [("a.jpg", "cat", [0, 0, 9, 9])]
-    assert notes["shape beyond the picture, cut at its edge"] == ["a.jpg object 1"]
+    assert notes["shape beyond the image, clipped at its edge"] == ["a.jpg object 1"]
 
 
 def test_the_lists_make_the_splits_and_what_they_leave_out_is_noted(folder):
@@ -65,7 +65,7 @@ def test_the_lists_make_the_splits_and_what_they_leave_out_is_noted(folder):
     splits, notes = read(folder(lists={"train": ["c", "", "a"], "val": ["b"], "test": ["d"]}, **labels))
     assert [picture.name for picture in splits["train"]] == ["c.jpg", "a.jpg"]
     assert [picture.name for picture in splits["val"]] == ["b.jpg"]
-    assert notes["picture is neither in train.txt nor in val.txt, left out"] == ["d"]
+    assert notes["image is in test.txt, left out"] == ["d"]
 
 
 def test_one_list_alone_is_no_split(folder):
@@ -74,7 +74,7 @@ def test_one_list_alone_is_no_split(folder):
 
 
 def test_a_list_cannot_lead_out_of_the_folder(folder):
-    with pytest.raises(UserError, match="leads out"):
+    with pytest.raises(UserError, match="there is no XML for"):
         read(folder(lists={"train": ["a"], "val": ["../../a"]}, a=xml("a.jpg", (80, 60), an_object())))
 
 
@@ -87,7 +87,7 @@ def test_other_layouts(folder, tmp_path):
     Image.new("RGB", (8, 6)).save(tmp_path / "side" / "valid" / "new.png")
     splits, notes = read(tmp_path / "side")
     assert (boxes(splits["train"])[0][:2], boxes(splits["val"])[0][:2]) == (("a.jpg", "cat"), ("b.jpg", "dog"))
-    assert notes["picture without an XML file, left out"] == ["new.png"]
+    assert notes["image without an XML file, left out"] == ["new.png"]
 
 
 def test_difficult_objects_are_kept_and_noted_and_a_category_goes_for_all(folder):
@@ -96,10 +96,21 @@ def test_difficult_objects_are_kept_and_noted_and_a_category_goes_for_all(folder
     assert notes["object marked difficult, kept"] == ["a.jpg object 1"]
 
 
-def test_the_size_is_that_of_the_file_and_another_in_the_xml_is_noted(folder):
-    splits, notes = read(folder(a=xml("a.jpg", (160, 120), an_object()), b=xml("b.jpg", (0, 0), an_object())))
-    assert [(picture.width, picture.height) for picture in splits["train"]] == [(80, 60), (80, 60)]
-    assert notes == {"picture has another size than its XML says": ["a.jpg"]}
+@pytest.mark.parametrize(("size", "factor"), [((160, 120), 0.5), ((40, 30), 2), ((80, 60), 1), ((0, 0), 1)])
+def test_an_xml_of_another_size_by_a_whole_factor_scales_the_boxes(folder, size, factor):
+    splits, notes = read(folder(a=xml("a.jpg", size, an_object(box=(5, 6, 24, 15)))))
+    (image,) = splits["train"]
+    assert (image.width, image.height) == (80, 60)
+    assert image.objects[0].box == [4 * factor, 5 * factor, 20 * factor, 10 * factor]
+    assert image.objects[0].area == 200 * factor**2
+    text = "image has another size than its annotation says, boxes scaled"
+    assert notes == ({} if factor == 1 else {text: [f"a.jpg ({size[0]} x {size[1]}, is 80 x 60)"]})
+
+
+@pytest.mark.parametrize("size", [(100, 75), (160, 60), (60, 80), (81, 60), (1, 1)])
+def test_an_xml_of_any_other_size_is_an_error(folder, size):
+    with pytest.raises(UserError, match=rf"a\.xml: a\.jpg: the image is 80 x 60 pixels, its annotation says {size[0]} x {size[1]}"):
+        read(folder(a=xml("a.jpg", size, an_object())))
 
 
 def test_a_picture_without_objects_stays(folder):
@@ -137,10 +148,10 @@ def test_a_broken_annotation_is_named(folder, text, complaint):
 
 def test_missing_files_are_named(folder):
     root = folder(lists={"train": ["a", "b"], "val": ["a"]}, a=xml("a.jpg", None, an_object()))
-    with pytest.raises(UserError, match=r"b\.xml: No such file"):
+    with pytest.raises(UserError, match=r"train\.txt, line 2: No such file: there is no XML for 'b'"):
         read(root)
     (root / "Annotations" / "b.xml").write_text(xml("b.jpg"))
-    with pytest.raises(UserError, match=r"b\.jpg: No such file"):
+    with pytest.raises(UserError, match=r"b\.xml: No such file: image 'b\.jpg' is not in"):
         read(root)
 
 
@@ -148,7 +159,7 @@ def test_a_folder_without_annotations_is_told(tmp_path):
     with pytest.raises(UserError, match="no VOC annotation"):
         read(tmp_path)
     (tmp_path / "Annotations").mkdir()
-    with pytest.raises(UserError, match="no folder JPEGImages or images"):
+    with pytest.raises(UserError, match="no images; they belong in the folder JPEGImages or images"):
         read(tmp_path)
 
 
@@ -157,4 +168,4 @@ def test_blood_cells(shared_data):
     assert {split: len(pictures) for split, pictures in splits.items()} == {"train": 205, "val": 87}
     assert {split: len(boxes(pictures)) for split, pictures in splits.items()} == {"train": 2805, "val": 1138}
     assert {category for _, category, _ in boxes(splits["train"])} == {"RBC", "WBC", "Platelets"}
-    assert [(what, len(places)) for what, places in notes.items()] == [("picture is neither in train.txt nor in val.txt, left out", 72)]
+    assert [(what, len(places)) for what, places in notes.items()] == [("image is in test.txt, left out", 72)]
