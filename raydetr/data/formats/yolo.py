@@ -1,7 +1,7 @@
 """Read YOLO annotations: one text file per image, one object per line, in fractions of the image.
 
-A line is ``class cx cy width height`` (a box) or ``class x1 y1 x2 y2 x3 y3 ...`` (an outline). Where the YAML file has ``kpt_shape``, a line
-is a box followed by its keypoints.
+A line is ``class cx cy width height`` (a box) or ``class x1 y1 x2 y2 x3 y3 ...`` (an outline). Where the YAML file has ``kpt_shape``, a
+line is a box followed by its keypoints.
 """
 
 import os
