@@ -166,7 +166,7 @@ def data() -> None:
 @click.option(
     "--from",
     "source",
-    type=click.Choice(["via", "voc", "yolo", "coco"]),
+    type=click.Choice(["via", "voc", "yolo", "coco", "labelme", "createml", "labelstudio", "csv"]),
     help="Annotation format of SRC; COCO is for exports of other tools (default: found out).",
 )
 @click.option("--category", metavar="NAME", help="One category for all objects; with --attribute for regions without a value.")

@@ -1,6 +1,5 @@
 """Read COCO files as annotation tools export them (Roboflow, CVAT, Label Studio, VIA), with habits that training itself does not accept."""
 
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 from raydetr.data.formats import shapes
 from raydetr.data.formats.files import ImageFinder
 from raydetr.data.formats.labels import (
-    VAL_FOLDERS,
     LabeledImage,
     LabeledObject,
     Notes,
@@ -16,14 +14,14 @@ from raydetr.data.formats.labels import (
     find_files,
     find_image,
     note_overhang,
-    note_unused,
+    number_of,
     open_image,
     read_json,
+    read_splits,
+    split_of,
 )
 from raydetr.data.values import is_finite, short, whole_number
 from raydetr.errors import UserError
-
-SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", **dict.fromkeys(VAL_FOLDERS, "val")}
 
 
 def is_coco(content: object) -> bool:
@@ -50,22 +48,15 @@ def read_coco(src: Path, options: Options, notes: Notes) -> dict[str, list[Label
     Raises:
         UserError: Something cannot be read, or it is not clear which file is which split.
     """
-    root = src.parent if src.is_file() else src
-    if src.is_file() and not ImageFinder(root).names:  # annotations/instances_default.json beside images/
-        root = root.parent
-    files = {"train": src} if src.is_file() else _split_files(src, notes)
-    finders: dict[Path, ImageFinder] = {}
-    splits = {}
-    for split, file in files.items():
-        finder = _finder(file, split if len(files) > 1 else None, root, finders)
-        splits[split] = _Reader(file, finder, options, notes).images()
-    used = {image.path for images in splits.values() for image in images}
-    for finder in finders.values():
-        note_unused(finder, {name for name in finder.names if finder.folder / name in used}, "image is in no COCO file, left out", notes)
-    return splits
+    files = [("train", src)] if src.is_file() else _split_files(src, notes)
+
+    def read(file: Path, finder: ImageFinder) -> list[LabeledImage]:
+        return _Reader(file, finder, options, notes).images()
+
+    return read_splits(src, files, read, "image is in no COCO file, left out", notes)
 
 
-def _split_files(src: Path, notes: Notes) -> dict[str, Path]:
+def _split_files(src: Path, notes: Notes) -> list[tuple[str, Path]]:
     found: dict[str, list[Path]] = {}
     for file in find_files(src, ".json"):
         if is_coco(read_json(file)):
@@ -83,30 +74,7 @@ def _split_files(src: Path, notes: Notes) -> dict[str, Path]:
         raise UserError(f"{src}: no COCO annotation file (*.json with images, annotations and categories) in or below it")
     if "val" in found and "train" not in found:
         raise UserError(f"{found['val'][0]}: validation annotations but no training annotations in {src}")
-    return {split: found[split][0] for split in ("train", "val") if split in found}
-
-
-def split_of(path: Path) -> str:
-    """Return the split that a word of the file name, or else of the nearest folder, says; train where none does."""
-    for part in reversed(path.with_suffix("").parts):
-        splits = {SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", part.lower()) if word in SPLIT_WORDS}
-        if len(splits) == 1:
-            return splits.pop()
-    return "train"
-
-
-def _finder(file: Path, split: str | None, root: Path, finders: dict[Path, ImageFinder]) -> ImageFinder:
-    """The images that a file refers to: those of its own folder, else of the folders of its split, else of the whole set."""
-    aliases = {None: (), "train": ("train",), "val": VAL_FOLDERS}[split]
-    of_split = [root / form.format(name) for name in aliases for form in ("{}2017", "{}", "images/{}", "images/{}2017")]
-    folders = [*([file.parent] if file.parent != root else []), *of_split, root]
-    for folder in folders:
-        if folder.is_dir():
-            finder = finders.get(folder) or ImageFinder(folder)
-            if finder.names:
-                finders[folder] = finder
-                return finder
-    raise UserError(f"{root}: no images in or below it")
+    return [(split, found[split][0]) for split in ("train", "val") if split in found]
 
 
 class _Reader:
@@ -163,7 +131,7 @@ class _Reader:
         if image is None or category is None:
             key = "image_id" if image is None else "category_id"
             raise UserError(f"{where}: {key} {short(entry[key])} is not among the file's {'images' if image is None else 'categories'}")
-        crowd = whole_number(_number(entry.get("iscrowd") or 0))
+        crowd = whole_number(number_of(entry.get("iscrowd") or 0))
         if crowd not in (0, 1):
             raise UserError(f"{where}: iscrowd is {short(entry.get('iscrowd'))}, not 0 or 1")
         segmentation = _segmentation(entry.get("segmentation"), image, where)
@@ -172,7 +140,7 @@ class _Reader:
         if box is None or min(box[2:]) <= 0:
             self.notes.add("annotation without area, left out", place)
             return category
-        added = _object(self.options.category or category, box, _number(entry.get("area")), segmentation, image, crowd)
+        added = _object(self.options.category or category, box, number_of(entry.get("area")), segmentation, image, crowd)
         if added is None:
             self.notes.add("shape outside the image, left out", place)
         else:
@@ -183,7 +151,7 @@ class _Reader:
 
 def _id(value: Any, what: str) -> object:
     """An id comparable with others: 7, 7.0 and "7" are one; text that is no number is an id of its own."""
-    number = whole_number(_number(value))
+    number = whole_number(number_of(value))
     if number is not None:
         return number
     if isinstance(value, str) and value.strip():
@@ -191,21 +159,8 @@ def _id(value: Any, what: str) -> object:
     raise UserError(f"{what} is {'missing' if value is None else short(value)}; it must be a whole number or text")
 
 
-def _number(value: Any) -> Any:
-    """Text that is a number as the number; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return int(value)
-    except ValueError:
-        try:
-            return float(value)
-        except ValueError:
-            return value
-
-
 def _side(value: Any) -> int:
-    return whole_number(_number(value)) or 0
+    return whole_number(number_of(value)) or 0
 
 
 def _segmentation(value: Any, image: LabeledImage, where: str) -> list[list[float]] | dict[str, Any]:
@@ -218,7 +173,7 @@ def _segmentation(value: Any, image: LabeledImage, where: str) -> list[list[floa
         value = [value]  # one polygon that is not in a list
     polygons = []
     for polygon in value or []:
-        polygon = [_number(each) for each in polygon] if isinstance(polygon, list) else [None]
+        polygon = [number_of(each) for each in polygon] if isinstance(polygon, list) else [None]
         if len(polygon) % 2 or not all(map(is_finite, polygon)):
             raise UserError(f"{where}: segmentation {short(value)} is not a list of polygons [x1, y1, x2, y2, ...]")
         if len(polygon) >= 6:
@@ -233,7 +188,7 @@ def _box(value: Any, segmentation: list[list[float]] | dict[str, Any], where: st
             return None
         return shapes.from_polygon([corner for polygon in segmentation for corner in _corners(polygon)]).box
     if isinstance(value, list):
-        value = [_number(each) for each in value]
+        value = [number_of(each) for each in value]
     if not isinstance(value, list) or len(value) != 4 or not all(map(is_finite, value)):
         raise UserError(f"{where}: bbox {short(value)} is not a list of four numbers, [x, y, width, height]")
     if min(value[2:]) < 0:

@@ -2,17 +2,19 @@
 
 import dataclasses
 import json
-import os
 import random
-import shutil
-import tempfile
 from collections import Counter
 from pathlib import Path
 
 from raydetr import __version__
 from raydetr.data.formats.coco import read_coco
+from raydetr.data.formats.createml import read_createml
+from raydetr.data.formats.csv_table import read_csv
 from raydetr.data.formats.detect import detect_format, find_formats
+from raydetr.data.formats.labelme import read_labelme
 from raydetr.data.formats.labels import LabeledImage, Notes, Options
+from raydetr.data.formats.labelstudio import read_labelstudio
+from raydetr.data.formats.output import check_new, new_folder, put_image
 from raydetr.data.formats.via import read_via
 from raydetr.data.formats.voc import read_voc
 from raydetr.data.formats.yolo import read_yolo
@@ -20,8 +22,17 @@ from raydetr.data.values import plain
 from raydetr.errors import UserError
 
 SPLITS = ("train", "val")
-READERS = {"via": read_via, "voc": read_voc, "yolo": read_yolo, "coco": read_coco}
-FROM_A_FILE = ("via", "coco")  # formats that may be given as one file instead of a folder
+READERS = {
+    "via": read_via,
+    "voc": read_voc,
+    "yolo": read_yolo,
+    "coco": read_coco,
+    "labelme": read_labelme,
+    "createml": read_createml,
+    "labelstudio": read_labelstudio,
+    "csv": read_csv,
+}
+FROM_A_FILE = ("via", "coco", "createml", "labelstudio", "csv")  # formats that may be given as one file instead of a folder
 
 
 @dataclasses.dataclass
@@ -128,8 +139,7 @@ def _check_paths(src: Path, dst: Path, source: str | None) -> None:
         raise UserError(f"{src}: no such folder")
     if src.is_file() and source is not None and source not in FROM_A_FILE:
         raise UserError(f"{src}: is a file; {source} annotations are read from a folder")
-    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
-        raise UserError(f"{dst}: exists and is not an empty folder; delete it or choose another")
+    check_new(dst)
 
 
 def _read(src: Path, source: str, options: Options, notes: Notes) -> dict[str, list[LabeledImage]]:
@@ -198,37 +208,14 @@ def to_coco(images: list[LabeledImage], categories: dict[str, int], description:
 
 
 def _write(splits: dict[str, list[LabeledImage]], coco: dict[str, dict], dst: Path, copy: bool) -> str:
-    """Fill a hidden folder inside ``dst`` and move its parts out when it is complete, annotations last; return how images are stored."""
-    is_new, stored = not dst.exists(), set()
-    try:
-        dst.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=dst) as partial:
-            for split, images in splits.items():
-                for image in images:
-                    stored.add(put_image(image.path.resolve(), Path(partial, f"{split}2017", image.name), copy))
-            for split, content in coco.items():
-                file = Path(partial, "annotations", f"custom_{split}.json")
-                file.parent.mkdir(exist_ok=True)
-                file.write_text(json.dumps(content, allow_nan=False), encoding="ascii")
-            for name in (*(f"{split}2017" for split in splits), "annotations"):
-                Path(partial, name).replace(dst / name)
-    except OSError as error:
-        raise UserError(f"{dst}: cannot be written: {error.strerror}{f' ({error.filename})' if error.filename else ''}") from None
-    finally:
-        if is_new and dst.is_dir() and not any(dst.iterdir()):
-            dst.rmdir()
+    """Write the folder; return how images are stored."""
+    stored = set()
+    with new_folder(dst) as partial:
+        for split, images in splits.items():
+            for image in images:
+                stored.add(put_image(image.path.resolve(), partial / f"{split}2017" / image.name, copy))
+        for split, content in coco.items():
+            file = partial / "annotations" / f"custom_{split}.json"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps(content, allow_nan=False), encoding="ascii")
     return " and ".join(sorted(stored))
-
-
-def put_image(image: Path, target: Path, copy: bool) -> str:
-    """Put an image file at ``target``, as a link or, with ``copy`` or where there are no links, as a copy; return which of them."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not copy:
-        for link, kind in ((os.link, "hard links"), (os.symlink, "symbolic links")):
-            try:
-                link(image, target)
-                return kind
-            except OSError:  # another file system, or one without such links
-                target.unlink(missing_ok=True)
-    shutil.copyfile(image, target)
-    return "copies"

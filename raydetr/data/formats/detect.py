@@ -4,13 +4,16 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from raydetr.data.formats.coco import is_coco
+from raydetr.data.formats.createml import is_createml
+from raydetr.data.formats.csv_table import is_csv_table
 from raydetr.data.formats.files import IMAGE_SUFFIXES, list_files
+from raydetr.data.formats.labelme import is_labelme
 from raydetr.data.formats.labels import read_json, read_text
+from raydetr.data.formats.labelstudio import is_labelstudio
 from raydetr.data.formats.via import is_via
 from raydetr.errors import UserError
 
 EXAMINED = 20  # files of one suffix that are opened; the formats with a file per image are told by the first ones
-HEADER_COLUMNS = {"xmin", "ymin", "xmax", "ymax"}
 
 
 class Found(NamedTuple):
@@ -51,39 +54,24 @@ def detect_format(src: Path) -> Found:
     raise UserError(f"{src}: no known annotation format, {there}; choose one with --from")
 
 
-def _content(file: Path) -> object:
+def _json_kind(file: Path) -> str | None:
     try:
-        return read_json(file)
+        content = read_json(file)
     except UserError:
         return None
-
-
-def _json_kind(file: Path) -> str | None:
-    content = _content(file)
-    if isinstance(content, dict):
-        if is_coco(content):
-            return "coco"
-        if "shapes" in content and ("imagePath" in content or "imageData" in content):
-            return "labelme"
-        if is_via(content) and (content or file.name.startswith("via")):
-            return "via"
-    if isinstance(content, list) and content and isinstance(content[0], dict):
-        first = content[0]
-        if isinstance(first.get("annotations"), list) and ("image" in first or "imagefilename" in first):
-            return "createml"
-        if "data" in first and ("annotations" in first or "completions" in first or "result" in first):
-            return "labelstudio"
-    return None
+    kinds = {"coco": is_coco, "labelme": is_labelme, "createml": is_createml, "labelstudio": is_labelstudio}
+    if source := next((source for source, is_kind in kinds.items() if is_kind(content)), None):
+        return source
+    return "via" if is_via(content) and (content or file.name.startswith("via")) else None
 
 
 def _csv_kind(file: Path) -> str | None:
+    if is_csv_table(file):
+        return "csv"
     try:
-        columns = {column.strip().strip('"').lower() for column in (read_text(file).splitlines() or [""])[0].replace(";", ",").split(",")}
+        return "via" if "region_shape_attributes" in read_text(file).partition("\n")[0] else None
     except UserError:
         return None
-    if "region_shape_attributes" in columns:
-        return "via"
-    return "csv" if columns >= HEADER_COLUMNS else None
 
 
 def _xml_kind(file: Path) -> str | None:
@@ -109,11 +97,9 @@ def _is_yolo(file: Path) -> bool:
         return False
 
 
-def conversion_hint(folder: Path) -> str:
-    """Return the command that converts the annotations in ``folder``, or that such a command exists where their format is not known."""
+def conversion_hint(folder: Path) -> str | None:
+    """Return the command that converts the annotations in ``folder``; None where they have no or several known formats."""
     found = find_formats(folder) if folder.is_dir() else []
-    if len(found) == 1:
-        return (
-            f"{found[0].file} is in the format {found[0].source}: convert with raydetr data convert {folder} DST --from {found[0].source}"
-        )
-    return "convert with raydetr data convert"
+    if len(found) != 1:
+        return None
+    return f"{found[0].file} is in the format {found[0].source}: raydetr data convert {folder} NEW_FOLDER --from {found[0].source}"

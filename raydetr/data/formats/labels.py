@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from raydetr.data.values import plain
 from raydetr.errors import UserError
 
 VAL_FOLDERS = ("val", "valid", "validation")  # the usual names of the folder of validation images
+SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", **dict.fromkeys(VAL_FOLDERS, "val")}
 DEFAULT_CATEGORY = "object"  # where a format names no category at all
 
 
@@ -237,6 +240,92 @@ def split_folders(src: Path, notes: Notes) -> dict[str, Path]:
         notes.add("image of the test part, left out", f"test/{name}")
     val = next((src / name for name in VAL_FOLDERS if (src / name).is_dir()), None)
     return {"train": src / "train"} | ({"val": val} if val else {})
+
+
+def split_of(path: Path) -> str:
+    """Return the split that a word of the file name, or else of the nearest folder, says; train where none does."""
+    for part in reversed(path.with_suffix("").parts):
+        splits = {SPLIT_WORDS[word] for word in re.split(r"[^a-z]+", part.lower()) if word in SPLIT_WORDS}
+        if len(splits) == 1:
+            return splits.pop()
+    return "train"
+
+
+def split_files(src: Path, suffix: str, is_wanted: Callable[[Path], bool], what: str, notes: Notes) -> list[tuple[str, Path]]:
+    """Return the annotation files in and below ``src``, each with its split (see :func:`split_of`); those of test are left out.
+
+    Args:
+        src: Folder, or an annotation file, which is train.
+        suffix: Of the annotation files.
+        is_wanted: Whether the content of a file is of the format.
+        what: Names the format in the error message.
+        notes: Receives what the user should know.
+
+    Raises:
+        UserError: There is no file of train.
+    """
+    if src.is_file():
+        return [("train", src)]
+    found = [(split_of(file.relative_to(src)), file) for file in find_files(src, suffix) if is_wanted(file)]
+    for split, file in found:
+        if split == "test":
+            notes.add("file of the test part, left out", file.relative_to(src).as_posix())
+    found = [(split, file) for split, file in found if split != "test"]
+    if not any(split == "train" for split, _ in found):
+        raise UserError(f"{src}: no {what} of training images in or below it")
+    return found
+
+
+def read_splits(
+    src: Path, files: list[tuple[str, Path]], read: Callable[[Path, ImageFinder], list[LabeledImage]], unused: str, notes: Notes
+) -> dict[str, list[LabeledImage]]:
+    """Return the images of annotation files that hold many images each, by split.
+
+    Images are looked for in and below the folder of each file, else in the folders of its split, else in ``src`` (or one folder up where
+    ``src`` is a file).
+
+    Args:
+        src: The folder or file that was given.
+        files: Split and annotation file.
+        read: Reads an annotation file whose images are in a folder.
+        unused: Text of the note for images that no file mentions.
+        notes: Receives what the user should know.
+    """
+    root = src.parent if src.is_file() else src
+    if src.is_file() and not list_images(root):  # annotations/instances_default.json beside images/
+        root = root.parent
+    finders: dict[Path, ImageFinder] = {}
+    splits: dict[str, list[LabeledImage]] = {}
+    for split, file in files:
+        folder = _image_folder(file, split if len({split for split, _ in files}) > 1 else None, root)
+        finder = finders.setdefault(folder, ImageFinder(folder))
+        splits.setdefault(split, []).extend(read(file, finder))
+    used = {image.path for images in splits.values() for image in images}
+    for finder in finders.values():
+        note_unused(finder, {name for name in finder.names if finder.folder / name in used}, unused, notes)
+    return splits
+
+
+def _image_folder(file: Path, split: str | None, root: Path) -> Path:
+    aliases = {None: (), "train": ("train",), "val": VAL_FOLDERS}[split]
+    of_split = [root / form.format(name) for name in aliases for form in ("{}2017", "{}", "images/{}", "images/{}2017")]
+    for folder in (*([file.parent] if file.parent != root else []), *of_split, root):
+        if list_images(folder):
+            return folder
+    raise UserError(f"{root}: no images in or below it")
+
+
+def number_of(value: Any) -> Any:
+    """Return text that is a number as the number, anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        try:
+            return float(value)
+        except ValueError:
+            return value
 
 
 def list_images(folder: Path) -> list[str]:

@@ -228,7 +228,10 @@ def test_one_name_twice_is_told(tmp_path):
 def test_wrong_requests_are_told(src, tmp_path):
     for arguments, complaint in (
         ((tmp_path / "gone", tmp_path / "dst"), "gone: no such folder"),
-        ((src, tmp_path / "dst", "pdf"), "unknown annotation format 'pdf'; known are via, voc, yolo, coco"),
+        (
+            (src, tmp_path / "dst", "pdf"),
+            "unknown annotation format 'pdf'; known are via, voc, yolo, coco, labelme, createml, labelstudio, csv",
+        ),
         ((src / "train" / "via_region_data.json", tmp_path / "dst", "voc"), "is a file; voc annotations are read from a folder"),
     ):
         with pytest.raises(UserError, match=complaint):
