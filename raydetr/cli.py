@@ -157,7 +157,7 @@ def train(resume: str | None, **options) -> None:
 
 @cli.group()
 def data() -> None:
-    """Convert and check a folder of photographs."""
+    """Convert, export and check a folder of photographs."""
 
 
 @data.command("convert")
@@ -195,6 +195,21 @@ def data_convert(src: Path, dst: Path, source: str | None, **options) -> None:
     from raydetr.data.formats.convert import convert
 
     click.echo(convert(src, dst, source=source, **options).text())
+
+
+@data.command("export")
+@click.argument("src", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("dst", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--to", "target", type=click.Choice(["coco", "yolo", "voc", "labelme"]), required=True, help="Annotation format of OUT.")
+@click.option("--copy", is_flag=True, help="Copy the images instead of linking them.")
+def data_export(src: Path, dst: Path, target: str, copy: bool) -> None:
+    """Write the COCO folder DIR in the annotation format of another tool; `raydetr data convert` reads it back.
+
+    Example: raydetr data export balloon-coco balloon-yolo --to yolo
+    """
+    from raydetr.data.formats.export import export
+
+    click.echo(export(src, dst, target, copy).text())
 
 
 @data.command("check", cls=SettingsCommand)

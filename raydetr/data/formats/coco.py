@@ -1,6 +1,5 @@
 """Read COCO files as annotation tools export them (Roboflow, CVAT, Label Studio, VIA), with habits that training itself does not accept."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +48,20 @@ def read_coco(src: Path, options: Options, notes: Notes) -> dict[str, list[Label
         UserError: Something cannot be read, or it is not clear which file is which split.
     """
     files = [("train", src)] if src.is_file() else _split_files(src, notes)
+    listed: set[str] = set()
+    annotated: set[str] = set()
 
     def read(file: Path, finder: ImageFinder) -> list[LabeledImage]:
-        return _Reader(file, finder, options, notes).images()
+        reader = _Reader(file, finder, options, notes)
+        images = reader.images()
+        listed.update(reader.categories.values())
+        annotated.update(reader.annotated)
+        return images
 
-    return read_splits(src, files, read, "image is in no COCO file, left out", notes)
+    splits = read_splits(src, files, read, "image is in no COCO file, left out", notes)
+    for name in sorted(listed - annotated) if not options.category else []:
+        notes.add("category without any annotation, left out", name)
+    return splits
 
 
 def _split_files(src: Path, notes: Notes) -> list[tuple[str, Path]]:
@@ -86,6 +94,9 @@ class _Reader:
         if not is_coco(self.content) or not isinstance(self.content.get("annotations", []), list):
             raise UserError(f"{file}: not a COCO annotation file: images, annotations and categories must be lists")
 
+        self.categories = self._categories()
+        self.annotated: set[str] = set()  # names of the categories that annotations have
+
     def images(self) -> list[LabeledImage]:
         by_id: dict[object, LabeledImage] = {}
         for number, entry in enumerate(self._entries("images"), 1):
@@ -96,13 +107,8 @@ class _Reader:
             name = find_image(self.finder, entry.get("file_name") or entry.get("path"), where, self.notes)
             size = (_side(entry.get("width")), _side(entry.get("height")))
             by_id[image_id] = open_image(self.finder, name, self.file, self.options, self.notes, size)
-        categories = self._categories()
-        used = Counter()
         for number, entry in enumerate(self._entries("annotations"), 1):
-            used[self._add(entry, number, by_id, categories)] += 1
-        for name in sorted(set(categories.values()) - set(used)):
-            if not self.options.category:
-                self.notes.add("category without any annotation, left out", name)
+            self._add(entry, number, by_id)
         return list(by_id.values())
 
     def _entries(self, key: str) -> list[dict]:
@@ -122,15 +128,16 @@ class _Reader:
             names[category_id] = str(name).strip()
         return names
 
-    def _add(self, entry: dict, number: int, images: dict[object, LabeledImage], categories: dict[object, str]) -> str:
-        """Add an annotation to its image; return its category."""
+    def _add(self, entry: dict, number: int, images: dict[object, LabeledImage]) -> None:
+        """Add an annotation to its image."""
         which = f"annotation id {short(entry['id'])}" if "id" in entry else f"annotation number {number}"
         where = f"{self.file}: {which}"
         image = images.get(_id(entry.get("image_id"), f"{where}: image_id"))
-        category = categories.get(_id(entry.get("category_id"), f"{where}: category_id"))
+        category = self.categories.get(_id(entry.get("category_id"), f"{where}: category_id"))
         if image is None or category is None:
             key = "image_id" if image is None else "category_id"
             raise UserError(f"{where}: {key} {short(entry[key])} is not among the file's {'images' if image is None else 'categories'}")
+        self.annotated.add(category)
         crowd = whole_number(number_of(entry.get("iscrowd") or 0))
         if crowd not in (0, 1):
             raise UserError(f"{where}: iscrowd is {short(entry.get('iscrowd'))}, not 0 or 1")
@@ -139,14 +146,13 @@ class _Reader:
         place = f"{image.name} {which}"
         if box is None or min(box[2:]) <= 0:
             self.notes.add("annotation without area, left out", place)
-            return category
+            return
         added = _object(self.options.category or category, box, number_of(entry.get("area")), segmentation, image, crowd)
         if added is None:
             self.notes.add("shape outside the image, left out", place)
         else:
             note_overhang(image, tuple(value * image.scale for value in box), place, self.notes)
             image.objects.append(added)
-        return category
 
 
 def _id(value: Any, what: str) -> object:

@@ -134,6 +134,14 @@ def test_a_root_category_that_no_annotation_has_is_left_out(folder, tmp_path, ro
     assert f"1 × category without any annotation, left out: {root_category['name']}" in summary.warnings
 
 
+def test_a_category_of_one_split_only_is_kept(folder):
+    categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    train, val = (content("a.jpg", category_id=number, categories=categories) for number in (1, 2))
+    splits, notes = read(folder(**{"train/c.json": train, "val/c.json": val, "train/a.jpg": None, "val/a.jpg": None}))
+    assert [images[0].objects[0].category for images in splits.values()] == ["cat", "dog"]
+    assert not notes
+
+
 def test_category_zero_with_annotations_is_kept(folder):
     coco = content("a.jpg", category_id=0, categories=[{"id": 0, "name": "cat"}])
     assert boxes(read(folder(**{"coco.json": coco, "a.jpg": None}))[0]["train"]) == [ONE]
