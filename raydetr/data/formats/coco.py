@@ -143,15 +143,15 @@ class _Reader:
             raise UserError(f"{where}: iscrowd is {short(entry.get('iscrowd'))}, not 0 or 1")
         segmentation = _segmentation(entry.get("segmentation"), image, where)
         box = _box(entry.get("bbox"), segmentation, where)
-        place = f"{image.name} {which}"
+        noted_as = f"{image.name} {which}"
         if box is None or min(box[2:]) <= 0:
-            self.notes.add("annotation without area, left out", place)
+            self.notes.add("annotation without area, left out", noted_as)
             return
         added = _object(self.options.category or category, box, number_of(entry.get("area")), segmentation, image, crowd)
         if added is None:
-            self.notes.add("shape outside the image, left out", place)
+            self.notes.add("shape outside the image, left out", noted_as)
         else:
-            note_overhang(image, tuple(value * image.scale for value in box), place, self.notes)
+            note_overhang(image, tuple(value * image.scale for value in box), noted_as, self.notes)
             image.objects.append(added)
 
 

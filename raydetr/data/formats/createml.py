@@ -64,8 +64,7 @@ def _image(file: Path, entry: object, number: int, finder: ImageFinder, options:
     if not isinstance(entry, dict) or not isinstance(entry.get("annotations"), list):
         raise UserError(f"{where} has no list of annotations")
     drawn = [_shape(each, f"{where}: annotation {index}") for index, each in enumerate(entry["annotations"], 1)]
-    ends = [(x + w, y + h) for x, y, w, h in (shape.box for _, shape in drawn)]
-    extent = (max((right for right, _ in ends), default=0), max((bottom for _, bottom in ends), default=0))
+    extent = shapes.extent(shape for _, shape in drawn)
     image = open_image(finder, find_image(finder, _name(entry), where, notes), file, options, notes, extent=extent)
     for index, (label, shape) in enumerate(drawn, 1):
         add_object(image, options.category or label, shape, f"{image.name} annotation {index}", notes, outline=False)
@@ -73,12 +72,11 @@ def _image(file: Path, entry: object, number: int, finder: ImageFinder, options:
 
 
 def _shape(annotation: object, where: str) -> tuple[str, shapes.Shape]:
-    label = annotation.get("label") if isinstance(annotation, dict) else None
-    if not isinstance(label, (str, int)) or not str(label).strip():
+    if not isinstance(annotation, dict) or not isinstance(annotation.get("label"), (str, int)) or not str(annotation["label"]).strip():
         raise UserError(f"{where} has no label")
     coordinates = annotation.get("coordinates")
-    values = [number_of(coordinates.get(key)) if isinstance(coordinates, dict) else None for key in ("x", "y", "width", "height")]
-    if not all(is_finite(value) and abs(value) < 1e9 for value in values) or min(values[2:]) < 0:
+    values = [number_of(coordinates.get(key)) for key in ("x", "y", "width", "height")] if isinstance(coordinates, dict) else []
+    if not values or not all(is_finite(value) and abs(value) < 1e9 for value in values) or min(values[2:]) < 0:
         raise UserError(f"{where}: coordinates {short(coordinates)} are not x, y, width and height in pixels")
     cx, cy, width, height = values
-    return str(label).strip(), shapes.from_box(cx - width / 2, cy - height / 2, width, height)
+    return str(annotation["label"]).strip(), shapes.from_box(cx - width / 2, cy - height / 2, width, height)

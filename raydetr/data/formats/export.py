@@ -86,6 +86,10 @@ def export(src: str | Path, dst: str | Path, target: str, copy: bool = False) ->
     )
 
 
+def _polygons(each: LabeledObject) -> list[list[float]]:
+    return [] if isinstance(each.segmentation, dict) else each.segmentation
+
+
 def _is_kept(each: LabeledObject, image: LabeledImage, notes: Notes) -> bool:
     if each.iscrowd:
         notes.add("crowd region, left out: the format has none", image.name)
@@ -123,9 +127,9 @@ def _write_yolo(splits: dict[str, list[LabeledImage]], names: list[str], folder:
 def _yolo_line(each: LabeledObject, number: int, image: LabeledImage, notes: Notes) -> str:
     x, y, width, height = each.box
     values = [x + width / 2, y + height / 2, width, height]
-    if len(each.segmentation) == 1 and len(each.segmentation[0]) >= 6:
-        values = each.segmentation[0]
-    elif each.segmentation:
+    if len(_polygons(each)) == 1 and len(_polygons(each)[0]) >= 6:
+        values = _polygons(each)[0]
+    elif _polygons(each):
         notes.add("object of several polygons, only its box is written", image.name)
     sides = [image.width, image.height] * (len(values) // 2)
     return " ".join([str(number), *(f"{value / side:.10g}" for value, side in zip(values, sides, strict=True))])
@@ -161,11 +165,11 @@ def _voc_xml(image: LabeledImage, name: str, notes: Notes) -> str:
         _tags(node, name=each.category, difficult=0)
         x, y, width, height = each.box
         _tags(ElementTree.SubElement(node, "bndbox"), xmin=x + 1, ymin=y + 1, xmax=x + width, ymax=y + height)
-        if len(each.segmentation) == 1:
-            polygon, values = ElementTree.SubElement(node, "polygon"), each.segmentation[0]
+        if len(_polygons(each)) == 1:
+            polygon, values = ElementTree.SubElement(node, "polygon"), _polygons(each)[0]
             for index in range(len(values) // 2):
                 _tags(polygon, **{f"x{index + 1}": values[2 * index], f"y{index + 1}": values[2 * index + 1]})
-        elif each.segmentation:
+        elif _polygons(each):
             notes.add("object of several polygons, only its box is written", image.name)
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode") + "\n"
@@ -191,7 +195,7 @@ def _labelme_shapes(image: LabeledImage) -> list[dict]:
     shapes = []
     for number, each in enumerate(image.objects, 1):
         x, y, width, height = each.box
-        outlines = [[list(corner) for corner in zip(flat[::2], flat[1::2], strict=True)] for flat in each.segmentation]
+        outlines = [[list(corner) for corner in zip(flat[::2], flat[1::2], strict=True)] for flat in _polygons(each)]
         kind = "polygon" if outlines else "rectangle"
         for points in outlines or [[[x, y], [x + width, y + height]]]:
             group = number if len(outlines) > 1 else None

@@ -82,16 +82,16 @@ def _image(file: Path, content: dict, finder: ImageFinder, options: Options, not
     return image
 
 
-def _add(image: LabeledImage, entry: object, where: str, place: str, groups: dict[object, int], options: Options, notes: Notes) -> None:
+def _add(image: LabeledImage, entry: object, where: str, noted_as: str, groups: dict[object, int], options: Options, notes: Notes) -> None:
     """Add a shape to the image, or to the object of its group."""
     if not isinstance(entry, dict) or not isinstance(entry.get("label"), (str, int)) or not str(entry["label"]).strip():
         raise UserError(f"{where} has no label")
     kind, category = entry.get("shape_type") or "polygon", options.category or str(entry["label"]).strip()
     shape = _shape(entry, kind, where)
     if kind == "mask":
-        notes.add("mask taken as its box", place)
+        notes.add("mask taken as its box", noted_as)
     before = len(image.objects)
-    add_object(image, category, shape, place, notes, outline=kind not in ("rectangle", "mask"))
+    add_object(image, category, shape, noted_as, notes, outline=kind not in ("rectangle", "mask"))
     group, is_added = entry.get("group_id"), len(image.objects) > before
     if group is None or kind != "polygon" or not is_added:
         return
@@ -104,7 +104,8 @@ def _add(image: LabeledImage, entry: object, where: str, place: str, groups: dic
     left, top = min(x, u), min(y, v)
     whole.box = [left, top, max(x + w, u + width) - left, max(y + h, v + height) - top]
     whole.area += part.area
-    whole.segmentation = [*whole.segmentation, *part.segmentation]
+    if isinstance(whole.segmentation, list) and isinstance(part.segmentation, list):  # as polygons are
+        whole.segmentation = whole.segmentation + part.segmentation
 
 
 def _shape(entry: dict, kind: str, where: str) -> shapes.Shape:

@@ -88,10 +88,10 @@ class Notes(dict[str, list[str]]):
         ]
 
 
-def find_image(finder: ImageFinder, name: str, source: str | Path, notes: Notes) -> str:
+def find_image(finder: ImageFinder, name: object, source: str | Path, notes: Notes) -> str:
     """Return the file that ``name`` means, as :meth:`ImageFinder.find` does, and note where it has another name or folder."""
     found = finder.find(name, source)
-    if not finder.is_exact(name):
+    if not finder.is_exact(str(name)):
         notes.add("image found under another name or folder", f"{name} -> {found}")
     return found
 

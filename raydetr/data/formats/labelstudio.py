@@ -108,20 +108,20 @@ def _results(task: dict, where: str, name: str, notes: Notes) -> list[dict]:
     return results
 
 
-def _add(image: LabeledImage, result: dict, size: tuple[float, float], where: str, place: str, options: Options, notes: Notes) -> None:
+def _add(image: LabeledImage, result: dict, size: tuple[float, float], where: str, noted_as: str, options: Options, notes: Notes) -> None:
     value = result.get("value", result)
     if not isinstance(value, dict):
         raise UserError(f"{where}: value is not an object")
     shape, is_outline = _shape(value, size, where)
     if shape is None:
-        notes.add(f"{result.get('type') or 'result'} is no box, polygon or ellipse, left out", place)
+        notes.add(f"{result.get('type') or 'result'} is no box, polygon or ellipse, left out", noted_as)
         return
     labels = next((value[key] for key in LABEL_KEYS if isinstance(value.get(key), list) and value[key]), [])
     if len(labels) > 1:
         raise UserError(f"{where} has several labels ({', '.join(map(str, labels))}); an object has one category")
     if not labels and not options.category:
         raise UserError(f"{where} has no label; give it one in Label Studio, or name it with --category NAME")
-    add_object(image, options.category or str(labels[0]).strip(), shape, place, notes, outline=is_outline)
+    add_object(image, options.category or str(labels[0]).strip(), shape, noted_as, notes, outline=is_outline)
 
 
 def _shape(value: dict, size: tuple[float, float], where: str) -> tuple[shapes.Shape | None, bool]:

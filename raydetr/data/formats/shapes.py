@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 # Corners of the polygon that approximates a circle or an ellipse; a multiple of 4, so that an upright one touches its exact box.
 ROUND_CORNERS = 64
@@ -85,6 +86,12 @@ def from_via(attributes: dict) -> Shape:
     if name == "point":
         return from_polygon([(_number(attributes, "cx"), _number(attributes, "cy"))])
     raise ValueError(f"unknown shape {name!r}")
+
+
+def extent(shapes: Iterable[Shape]) -> Point:
+    """Return the right and the lower end of all shapes; (0, 0) for none."""
+    ends = [(x + width, y + height) for x, y, width, height in (shape.box for shape in shapes)]
+    return max((right for right, _ in ends), default=0), max((bottom for _, bottom in ends), default=0)
 
 
 def scale(shape: Shape, factor: float) -> Shape:

@@ -298,8 +298,7 @@ def _images(file: Path, entries: list[Entry], prefix: str, categories: _Categori
 
 def _image(file: Path, entry: Entry, finder: ImageFinder, categories: _Categories, options: Options, notes: Notes) -> LabeledImage:
     drawn = [(region, _shape(region, file)) for region in entry.regions]
-    ends = [(x + w, y + h) for x, y, w, h in (shape.box for _, shape in drawn)]
-    extent = (max((right for right, _ in ends), default=0), max((bottom for _, bottom in ends), default=0))
+    extent = shapes.extent(shape for _, shape in drawn)
     name = find_image(finder, entry.filename, file, notes)
     image = open_image(finder, name, file, options, notes, extent=extent)
     if 0 < entry.size != image.path.stat().st_size:

@@ -210,8 +210,7 @@ def _image(file: Path, stem: str, finder: ImageFinder, options: Options, notes: 
     name = _image_name(root, stem, finder, file, notes)
     labeled_size = _labeled_size(root)
     outlines = [_outline(node, file, number) for number, node in enumerate(root.findall("object"), start=1)]
-    ends = [(box[0] + box[2], box[1] + box[3]) for box in (shape.box for shape, _ in outlines)]
-    extent = (max((end[0] for end in ends), default=0), max((end[1] for end in ends), default=0))
+    extent = shapes.extent(shape for shape, _ in outlines)
     image = open_image(finder, name, file, options, notes, labeled_size, extent)
     for number, (node, (shape, is_outline)) in enumerate(zip(root.findall("object"), outlines, strict=True), start=1):
         where = f"{image.name} object {number}"
