@@ -125,6 +125,8 @@ class _Reader:
                 raise UserError(f"{self.file}: category id {short(entry.get('id'))} appears twice; give every category its own")
             if isinstance(name, bool) or not isinstance(name, (str, int, float)) or not str(name).strip():
                 raise UserError(f"{self.file}: category id {short(entry.get('id'))} has no name")
+            if str(name).strip() in names.values():
+                self.notes.add("category whose name several ids have, joined", str(name).strip())
             names[category_id] = str(name).strip()
         return names
 

@@ -51,6 +51,8 @@ def detect_format(src: Path) -> Found:
     names = [src.name] if src.is_file() else list_files(src)
     suffixes = sorted({PurePosixPath(name).suffix.lower() for name in names} - {""})
     there = f"only files {', '.join(suffixes[:8])}" if suffixes else "no files"
+    for name in [name for name in names if name.lower().endswith(".json")][:EXAMINED]:
+        read_json(src if src.is_file() else src / name)  # a broken file has an error of its own
     raise UserError(f"{src}: no known annotation format, {there}; choose one with --from")
 
 

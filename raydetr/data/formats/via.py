@@ -211,7 +211,7 @@ class _Categories:
     """The category of each region, from the attributes of all of them."""
 
     def __init__(self, regions: list[Region], options: Options, src: Path, notes: Notes):
-        self.attribute, self.default, self.presence = options.attribute, options.category, False
+        self.src, self.attribute, self.default, self.presence = src, options.attribute, options.category, False
         if not regions:
             raise UserError(f"{src}: no image has a region; there is nothing to learn from")
         if self.default and not self.attribute:
@@ -239,9 +239,13 @@ class _Categories:
             return _present(region)[0]
         values = _values(region.attributes.get(self.attribute), region.where) if self.attribute else []
         if len(values) > 1:
-            raise UserError(f"{region.where}: {self.attribute!r} has several values ({', '.join(values)}); an object has one category")
+            raise UserError(
+                f"{self.src}: {region.where}: {self.attribute!r} has several values ({', '.join(values)}); an object has one category"
+            )
         if not values and not self.default:
-            raise UserError(f"{region.where}: no value for {self.attribute!r}; give it one in VIA, or name it with --category NAME")
+            raise UserError(
+                f"{self.src}: {region.where}: no value for {self.attribute!r}; give it one in VIA, or name it with --category NAME"
+            )
         return values[0] if values else str(self.default)
 
 

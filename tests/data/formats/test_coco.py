@@ -142,6 +142,13 @@ def test_a_category_of_one_split_only_is_kept(folder):
     assert not notes
 
 
+def test_categories_of_one_name_are_joined_and_noted(folder):
+    coco = content("a.jpg", category_id=2, categories=[{"id": 1, "name": "cat"}, {"id": 2, "name": " cat"}])
+    splits, notes = read(folder(**{"coco.json": coco, "a.jpg": None}))
+    assert boxes(splits["train"]) == [ONE]
+    assert notes == {"category whose name several ids have, joined": ["cat"]}
+
+
 def test_category_zero_with_annotations_is_kept(folder):
     coco = content("a.jpg", category_id=0, categories=[{"id": 0, "name": "cat"}])
     assert boxes(read(folder(**{"coco.json": coco, "a.jpg": None}))[0]["train"]) == [ONE]
