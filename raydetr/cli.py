@@ -157,34 +157,59 @@ def train(resume: str | None, **options) -> None:
 
 @cli.group()
 def data() -> None:
-    """Convert and check a folder of photographs."""
+    """Convert, export and check a folder of photographs."""
 
 
 @data.command("convert")
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option(
-    "--from", "source", type=click.Choice(["via", "voc", "yolo"]), default="via", show_default=True, help="Annotation format of SRC."
+    "--from",
+    "source",
+    type=click.Choice(["via", "voc", "yolo", "coco", "labelme", "createml", "labelstudio", "csv"]),
+    help="Annotation format of SRC; COCO is for exports of other tools (default: found out).",
 )
-@click.option("--category", metavar="NAME", help="The category of every region that names none itself (VIA).")
+@click.option("--category", metavar="NAME", help="One category for all objects; with --attribute for regions without a value.")
 @click.option("--attribute", metavar="NAME", help="The region attribute that holds the category, where there are several (VIA).")
+@click.option(
+    "--exif",
+    type=click.Choice(["upright", "stored"]),
+    default="upright",
+    show_default=True,
+    help="Which image boxes refer to where an EXIF tag turns it and no size tells.",
+)
 @click.option("--copy", is_flag=True, help="Copy the images instead of linking them.")
 @click.option(
     "--val-fraction",
     type=click.FloatRange(0, 1, True, True),
     default=0.2,
     show_default=True,
-    help="Drawn for validation where SRC has no val.",
+    help="Part of the images drawn for validation where SRC has no validation part.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of that draw.")
-def data_convert(src: Path, dst: Path, source: str, **options) -> None:
-    """Convert annotations in SRC to a COCO folder DST that `raydetr train` takes.
+def data_convert(src: Path, dst: Path, source: str | None, **options) -> None:
+    """Convert annotations in SRC, a folder or an annotation file, to a COCO folder DST that `raydetr train` takes.
 
-    Example: raydetr data convert balloon balloon-coco --from via --category balloon
+    Example: raydetr data convert balloon balloon-coco --category balloon
     """
     from raydetr.data.formats.convert import convert
 
     click.echo(convert(src, dst, source=source, **options).text())
+
+
+@data.command("export")
+@click.argument("src", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("dst", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--to", "target", type=click.Choice(["coco", "yolo", "voc", "labelme"]), required=True, help="Annotation format of OUT.")
+@click.option("--copy", is_flag=True, help="Copy the images instead of linking them.")
+def data_export(src: Path, dst: Path, target: str, copy: bool) -> None:
+    """Write the COCO folder DIR in the annotation format of another tool; `raydetr data convert` reads it back.
+
+    Example: raydetr data export balloon-coco balloon-yolo --to yolo
+    """
+    from raydetr.data.formats.export import export
+
+    click.echo(export(src, dst, target, copy).text())
 
 
 @data.command("check", cls=SettingsCommand)

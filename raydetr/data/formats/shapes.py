@@ -1,9 +1,10 @@
-"""What a labelled region encloses: outline, box and area of the shapes that people draw, in pixels of the picture."""
+"""Outline, box and area of the shapes that people draw around objects, in pixels of the image."""
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
-# Corners of the polygon that stands for a circle or an ellipse; a multiple of 4, so that an upright one touches its exact box.
+# Corners of the polygon that approximates a circle or an ellipse; a multiple of 4, so that an upright one touches its exact box.
 ROUND_CORNERS = 64
 
 Point = tuple[float, float]
@@ -13,7 +14,10 @@ Point = tuple[float, float]
 class Shape:
     """An outline and what it encloses.
 
-    ``polygon``: corners (x, y), the last joined to the first. ``box``: xywh. ``area``: square pixels, 0 where nothing is enclosed.
+    Attributes:
+        polygon: Corners (x, y); the last is joined to the first.
+        box: xywh.
+        area: Square pixels; 0 where nothing is enclosed.
     """
 
     polygon: list[Point]
@@ -22,25 +26,28 @@ class Shape:
 
 
 def from_polygon(polygon: list[Point]) -> Shape:
-    """The shape of a closed polygon: area by the shoelace formula, box from its extremes. No corner at all gives an empty shape."""
+    """Return the shape of a closed polygon: its area by the shoelace formula, its box from the extremes.
+
+    A polygon without corners gives an empty shape.
+    """
     if not polygon:
         return Shape([], (0.0, 0.0, 0.0, 0.0), 0.0)
     xs, ys = zip(*polygon, strict=True)
     x, y = min(xs), min(ys)
-    # Taken about a corner: far from the origin the products would otherwise lose their last digits.
-    steps = zip(polygon, polygon[1:] + polygon[:1], strict=True)
-    doubled = sum((x0 - x) * (y1 - y) - (x1 - x) * (y0 - y) for (x0, y0), (x1, y1) in steps)
+    # Relative to a corner: far from the origin the products would otherwise lose their last digits.
+    edges = zip(polygon, polygon[1:] + polygon[:1], strict=True)
+    doubled = sum((x0 - x) * (y1 - y) - (x1 - x) * (y0 - y) for (x0, y0), (x1, y1) in edges)
     return Shape(polygon, (x, y, max(xs) - x, max(ys) - y), abs(doubled) / 2)
 
 
 def from_box(x: float, y: float, width: float, height: float) -> Shape:
-    """The shape of a rectangle given as xywh."""
+    """Return the shape of a rectangle given as xywh."""
     polygon = [(x, y), (x + width, y), (x + width, y + height), (x, y + height)]
     return Shape(polygon, (x, y, width, height), width * height)
 
 
 def from_ellipse(cx: float, cy: float, rx: float, ry: float, theta: float = 0.0) -> Shape:
-    """The shape of an ellipse turned by ``theta`` radians. Box and area are the ellipse's own, not those of its polygon."""
+    """Return the shape of an ellipse rotated by ``theta`` radians; box and area are the ellipse's own, not those of its polygon."""
     cos, sin = math.cos(theta), math.sin(theta)
     angles = [2 * math.pi * corner / ROUND_CORNERS for corner in range(ROUND_CORNERS)]
     rim = [(rx * math.cos(angle), ry * math.sin(angle)) for angle in angles]
@@ -49,13 +56,21 @@ def from_ellipse(cx: float, cy: float, rx: float, ry: float, theta: float = 0.0)
     return Shape(polygon, (cx - half_width, cy - half_height, 2 * half_width, 2 * half_height), math.pi * rx * ry)
 
 
-def from_via(attributes: dict) -> Shape:
-    """The shape that a VIA region's ``shape_attributes`` describe, version 1 or 2; a point is a shape without area.
+def from_rotated_box(x: float, y: float, width: float, height: float, theta: float) -> Shape:
+    """Return the shape of a rectangle given as xywh that is rotated clockwise by ``theta`` radians about (x, y)."""
+    cos, sin = math.cos(theta), math.sin(theta)
+    corners = [(0.0, 0.0), (width, 0.0), (width, height), (0.0, height)]
+    return from_polygon([(x + u * cos - v * sin, y + u * sin + v * cos) for u, v in corners])
 
-    Raises ValueError saying what is wrong: an unknown shape, a missing value, something that is no number, a negative size.
+
+def from_via(attributes: dict) -> Shape:
+    """Return the shape that the ``shape_attributes`` of a VIA region describe, version 1 or 2; a point is a shape without area.
+
+    Raises:
+        ValueError: Unknown shape, missing value, no number, or a negative size.
     """
     name = attributes.get("name")
-    if name in ("polygon", "polyline"):  # a polyline outlines its object without the last stroke
+    if name in ("polygon", "polyline"):  # a polyline outlines its object but for the last edge
         xs, ys = (_numbers(attributes, key) for key in ("all_points_x", "all_points_y"))
         if len(xs) != len(ys):
             raise ValueError(f"{len(xs)} x but {len(ys)} y coordinates")
@@ -66,16 +81,33 @@ def from_via(attributes: dict) -> Shape:
     if name in ("circle", "ellipse"):
         cx, cy = (_number(attributes, key) for key in ("cx", "cy"))
         rx, ry = (_length(attributes, key) for key in (("r", "r") if name == "circle" else ("rx", "ry")))
-        theta = _number(attributes, "theta") if name == "ellipse" and "theta" in attributes else 0.0  # new in version 2
+        theta = _number(attributes, "theta") if name == "ellipse" and "theta" in attributes else 0.0  # since version 2
         return from_ellipse(cx, cy, rx, ry, theta)
     if name == "point":
         return from_polygon([(_number(attributes, "cx"), _number(attributes, "cy"))])
     raise ValueError(f"unknown shape {name!r}")
 
 
+def extent(shapes: Iterable[Shape]) -> Point:
+    """Return the right and the lower end of all shapes; (0, 0) for none."""
+    ends = [(x + width, y + height) for x, y, width, height in (shape.box for shape in shapes)]
+    return max((right for right, _ in ends), default=0), max((bottom for _, bottom in ends), default=0)
+
+
+def scale(shape: Shape, factor: float) -> Shape:
+    """Return the shape with all coordinates multiplied by ``factor``."""
+    if factor == 1:
+        return shape
+    x, y, width, height = (value * factor for value in shape.box)
+    return Shape([(u * factor, v * factor) for u, v in shape.polygon], (x, y, width, height), shape.area * factor**2)
+
+
 def clip(shape: Shape, width: int, height: int) -> Shape:
-    """What of ``shape`` lies inside a picture of that size: the shape itself where all of it does, else its outline cut
-    at the edges (Sutherland and Hodgman, 1974), with the box and shoelace area of what is left."""
+    """Return the part of ``shape`` inside an image of that size.
+
+    A shape that is inside already is returned unchanged. The outline of another is clipped at the edges (Sutherland and Hodgman, 1974); box
+    and shoelace area are those of what is left.
+    """
     x, y, w, h = shape.box
     if x >= 0 and y >= 0 and x + w <= width and y + h <= height:
         return shape
@@ -119,6 +151,10 @@ def _numbers(attributes: dict, key: str) -> list[float]:
 
 
 def _as_number(value, key: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:  # NaN is not less than anything
+    try:
+        number = float(value) if isinstance(value, str) else value  # some scripts write numbers as text
+    except ValueError:
+        number = None
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) < 1e9:  # false for NaN
         raise ValueError(f"{key} has {value!r} where a number of pixels belongs")
-    return value
+    return number

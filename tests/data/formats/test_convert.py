@@ -6,7 +6,7 @@ import os
 import shutil
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -14,6 +14,7 @@ from raydetr.config import Data
 from raydetr.data.check.check import check
 from raydetr.data.coco import find_split, load_coco
 from raydetr.data.formats.convert import convert
+from raydetr.data.images import read_image
 from raydetr.errors import UserError
 
 POLYGON = {"name": "polygon", "all_points_x": [10, 50, 50, 10], "all_points_y": [10, 10, 40, 40]}
@@ -151,7 +152,7 @@ def test_a_folder_without_val_is_split_by_seed(tmp_path):
         train, val = ([each["file_name"] for each in read(dst, split)["images"]] for split in ("train", "val"))
         assert sorted(train + val) == [f"{number:02d}.jpg" for number in range(20)]
         assert len(val) == 4
-        assert summary.warnings == [line for line in summary.warnings if line.startswith("4 × picture drawn for validation")] != []
+        assert summary.warnings == [line for line in summary.warnings if line.startswith("4 × image drawn for validation")] != []
         assert drawn.setdefault(seed, val) == val
     assert drawn[0] != drawn[1]
     convert(tmp_path / "src", tmp_path / "half", val_fraction=0.5)
@@ -164,6 +165,8 @@ def test_a_single_json_file_can_be_named(tmp_path):
     write_via(tmp_path / "src", {"a.jpg": [(CIRCLE, "cat")], "b.jpg": [(CIRCLE, "cat")]})
     (tmp_path / "src" / "via_region_data.json").rename(tmp_path / "src" / "mine.json")
     (tmp_path / "src" / "package.json").write_text("{}")
+    assert convert(tmp_path / "src", tmp_path / "first").images == {"train": 1, "val": 1}  # the other is none of VIA's
+    shutil.copy(tmp_path / "src" / "mine.json", tmp_path / "src" / "other.json")
     with pytest.raises(UserError, match="which is the VIA file"):
         convert(tmp_path / "src", tmp_path / "dst")
     assert convert(tmp_path / "src" / "mine.json", tmp_path / "dst").images == {"train": 1, "val": 1}
@@ -182,7 +185,7 @@ def test_a_failure_leaves_nothing_behind(src, tmp_path, monkeypatch):
         convert(src, tmp_path / "empty", copy=True)
     assert list((tmp_path / "empty").iterdir()) == []
     (src / "val" / "sub" / "d e.jpg").unlink()
-    with pytest.raises(UserError, match=r"via_region_data.json: 1 labelled picture.*: sub/d e.jpg"):
+    with pytest.raises(UserError, match=r"via_region_data.json: 1 annotated image.*: sub/d e.jpg"):
         convert(src, tmp_path / "dst")
     assert not (tmp_path / "dst").exists()
 
@@ -196,10 +199,10 @@ def test_a_place_that_cannot_be_written_is_told(src, tmp_path):
 @pytest.mark.parametrize(
     ("pictures", "complaint"),
     [
-        ({}, "no picture has a region"),
-        ({"a.jpg": []}, "no picture has a region"),
-        ({"a.jpg": [(CIRCLE, "cat")]}, "only 1 picture in all"),
-        ({"a.jpg": [({"name": "point", "cx": 1, "cy": 1}, "cat")], "b.jpg": []}, "not one object is labelled"),
+        ({}, "no image has a region"),
+        ({"a.jpg": []}, "no image has a region"),
+        ({"a.jpg": [(CIRCLE, "cat")]}, "only 1 image in all"),
+        ({"a.jpg": [({"name": "point", "cx": 1, "cy": 1}, "cat")], "b.jpg": []}, "no object is annotated"),
     ],
 )
 def test_a_set_with_nothing_to_learn_from_is_told(tmp_path, pictures, complaint):
@@ -212,25 +215,28 @@ def test_a_set_with_nothing_to_learn_from_is_told(tmp_path, pictures, complaint)
 def test_an_empty_split_is_told(tmp_path):
     write_via(tmp_path / "src" / "train", {"a.jpg": [(CIRCLE, "cat")]})
     write_via(tmp_path / "src" / "val", {})
-    with pytest.raises(UserError, match="no picture in the val part"):
+    with pytest.raises(UserError, match="no image in the val part"):
         convert(tmp_path / "src", tmp_path / "dst")
 
 
 def test_one_name_twice_is_told(tmp_path):
     write_via(tmp_path / "src", {"a.jpg": [(CIRCLE, "cat")], "./a.jpg": [(CIRCLE, "cat")], "b.jpg": []})
-    with pytest.raises(UserError, match=r"a\.jpg stands twice"):
+    with pytest.raises(UserError, match=r"a\.jpg appears twice"):
         convert(tmp_path / "src", tmp_path / "dst", val_fraction=0.1)
 
 
 def test_wrong_requests_are_told(src, tmp_path):
     for arguments, complaint in (
         ((tmp_path / "gone", tmp_path / "dst"), "gone: no such folder"),
-        ((src, tmp_path / "dst", "csv"), "unknown annotation format 'csv'; it takes via, voc or yolo"),
-        ((src / "train" / "via_region_data.json", tmp_path / "dst", "voc"), "is a file; voc labels are read from a folder"),
+        (
+            (src, tmp_path / "dst", "pdf"),
+            "unknown annotation format 'pdf'; known are via, voc, yolo, coco, labelme, createml, labelstudio, csv",
+        ),
+        ((src / "train" / "via_region_data.json", tmp_path / "dst", "voc"), "is a file; voc annotations are read from a folder"),
     ):
         with pytest.raises(UserError, match=complaint):
             convert(*arguments)
-    with pytest.raises(UserError, match="--attribute kind speaks of VIA regions"):
+    with pytest.raises(UserError, match="--attribute kind refers to VIA regions"):
         convert(src, tmp_path / "dst", "voc", attribute="kind")
 
 
@@ -263,8 +269,10 @@ def test_yolo_and_voc_go_the_same_way(tmp_path):
 
 
 def test_balloons(shared_data, tmp_path):
-    with pytest.raises(UserError, match="--category"):
-        convert(shared_data("balloon"), tmp_path / "dst")
+    summary = convert(shared_data("balloon"), tmp_path / "unnamed")
+    assert summary.objects == {"object": {"train": 255, "val": 50}}
+    assert any("--category NAME" in line for line in summary.warnings)
+    assert summary.text().startswith("Found via annotations (train/via_region_data.json).")
     summary = convert(shared_data("balloon"), tmp_path / "dst", category="balloon")
     assert summary.images == {"train": 61, "val": 13}
     assert summary.objects == {"balloon": {"train": 255, "val": 50}}
@@ -290,3 +298,144 @@ def test_perfect_detections_of_balloons_score_one(shared_data, tmp_path):
         evaluation.accumulate()
         evaluation.summarize()
     assert evaluation.stats[0] == pytest.approx(1.0, abs=1e-12)
+
+
+# --------------------------------------------------------------------------------------------------- what format it is
+
+
+def save(path, size=(80, 60), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (len(path.name) * 20 % 255, 90, 120)).save(path, **options)
+
+
+def write_voc(root):
+    for stem in "ab":
+        save(root / "JPEGImages" / f"{stem}.jpg")
+        box = "<bndbox><xmin>5</xmin><ymin>6</ymin><xmax>24</xmax><ymax>15</ymax></bndbox>"
+        (root / "Annotations").mkdir(exist_ok=True)
+        (root / "Annotations" / f"{stem}.xml").write_text(f"<annotation><object><name>cat</name>{box}</object></annotation>")
+
+
+def write_yolo(root):
+    for stem in "ab":
+        save(root / "images" / f"{stem}.jpg")
+        (root / "labels").mkdir(exist_ok=True)
+        (root / "labels" / f"{stem}.txt").write_text("0 0.5 0.5 0.25 0.5\n")
+    (root / "classes.txt").write_text("cat\n")
+
+
+def write_coco(root):
+    for stem in "ab":
+        save(root / "images" / f"{stem}.jpg")
+    coco = {
+        "images": [{"id": number, "file_name": f"{stem}.jpg", "width": 80, "height": 60} for number, stem in enumerate("ab", 1)],
+        "annotations": [{"id": number, "image_id": number, "category_id": 1, "bbox": [4, 5, 20, 10]} for number in (1, 2)],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    (root / "result.json").write_text(json.dumps(coco))
+
+
+WRITERS = {
+    "via": lambda root: write_via(root, {"a.jpg": [(CIRCLE, "cat")], "b.jpg": [(CIRCLE, "cat")]}),
+    **{"voc": write_voc, "yolo": write_yolo, "coco": write_coco},
+}
+
+
+@pytest.mark.parametrize("source", WRITERS)
+def test_the_format_is_found_out_and_said(tmp_path, source):
+    WRITERS[source](tmp_path / "src")
+    summary = convert(tmp_path / "src", tmp_path / "dst")
+    assert summary.source == source
+    assert summary.text().startswith(f"Found {source} annotations ({summary.found_in}).")
+    assert (tmp_path / "src" / summary.found_in).is_file()
+    assert summary.objects == {"cat": {"train": 1, "val": 1}}
+    assert "Found" not in convert(tmp_path / "src", tmp_path / "named", source).text()
+
+
+def test_several_formats_need_a_choice(tmp_path):
+    write_voc(tmp_path / "src")
+    write_yolo(tmp_path / "src")
+    with pytest.raises(UserError, match=r"several formats: voc \(Annotations/a.xml\), yolo \(labels/a.txt\); choose one with --from"):
+        convert(tmp_path / "src", tmp_path / "dst")
+    assert convert(tmp_path / "src", tmp_path / "dst", "voc").objects == {"cat": {"train": 1, "val": 1}}
+
+
+def test_an_unknown_format_says_what_is_there(tmp_path):
+    save(tmp_path / "src" / "a.jpg")
+    (tmp_path / "src" / "labels.doc").write_text("")
+    with pytest.raises(UserError, match=r"no known annotation format, only files \.doc, \.jpg; choose one with --from"):
+        convert(tmp_path / "src", tmp_path / "dst")
+
+
+@pytest.mark.parametrize(("written", "asked"), [("coco", "via"), ("coco", "voc"), ("via", "coco"), ("voc", "yolo"), ("via", "yolo")])
+def test_the_wrong_format_names_the_right_one(tmp_path, written, asked):
+    WRITERS[written](tmp_path / "src")
+    with pytest.raises(UserError, match=f"--from {written}"):
+        convert(tmp_path / "src", tmp_path / "dst", asked)
+
+
+def test_categories_that_differ_by_case_are_kept_and_noted(tmp_path):
+    write_via(tmp_path / "src", {"a.jpg": [(CIRCLE, "Cat")], "b.jpg": [(CIRCLE, "cat")]})
+    summary = convert(tmp_path / "src", tmp_path / "dst")
+    assert set(summary.objects) == {"Cat", "cat"}
+    assert "2 × category whose name differs from another's by upper and lower case only, kept apart: Cat, cat" in summary.warnings
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+@pytest.mark.parametrize("size", [(80, 60), (60, 60)])
+@pytest.mark.parametrize("source", ["via", "coco"])
+def test_boxes_on_the_upright_image_fit_what_training_reads(tmp_path, orientation, size, source):
+    """The upright image has a red box at (10, 8)-(50, 38); the file is stored so that its EXIF tag turns it to that."""
+    upright = Image.new("RGB", size, "grey")
+    upright.paste((230, 20, 20), (10, 8, 50, 38))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    probe = Image.new("RGB", size)
+    back = next(
+        way
+        for way in Image.Transpose
+        if ImageOps.exif_transpose(with_orientation(upright.transpose(way), orientation)).tobytes() == upright.tobytes()
+        and probe.transpose(way).size == (size if orientation < 5 else size[::-1])
+    )
+    (tmp_path / "src").mkdir()
+    for name in ("a.png", "b.png"):
+        upright.transpose(back).save(tmp_path / "src" / name, exif=exif)
+    if source == "via":
+        rect = {"shape_attributes": {"name": "rect", "x": 10, "y": 8, "width": 40, "height": 30}, "region_attributes": {"kind": "cat"}}
+        content = {name: {"filename": name, "size": -1, "regions": [rect]} for name in ("a.png", "b.png")}
+    else:
+        content = {
+            "images": [{"id": n, "file_name": name, "width": size[0], "height": size[1]} for n, name in enumerate(("a.png", "b.png"))],
+            "annotations": [{"id": n, "image_id": n, "category_id": 1, "bbox": [10, 8, 40, 30]} for n in (0, 1)],
+            "categories": [{"id": 1, "name": "cat"}],
+        }
+    (tmp_path / "src" / "labels.json").write_text(json.dumps(content))
+    summary = convert(tmp_path / "src", tmp_path / "dst", source)
+    assert sum("EXIF" in line for line in summary.warnings) == 1
+    coco = read(tmp_path / "dst", "train")
+    (image,) = coco["images"]
+    assert (image["width"], image["height"]) == size
+    if orientation >= 5 and size[0] != size[1]:  # elsewhere the size cannot tell, and data.exif decides
+        pixels = read_image(tmp_path / "dst" / "train2017" / image["file_name"], size)
+        assert pixels[:, 9:37, 11:49].float().mean((1, 2)).tolist() == [230, 20, 20]
+
+
+def with_orientation(image, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = io.BytesIO()
+    image.save(stored, "png", exif=exif)
+    return Image.open(stored)
+
+
+def test_boxes_on_the_stored_pixels_can_be_said(tmp_path):
+    write_via(tmp_path / "src", {"a.jpg": [(CIRCLE, "cat")], "b.jpg": [(CIRCLE, "cat")]})
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a.jpg", "b.jpg"):
+        save(tmp_path / "src" / name, exif=exif)
+    sizes = {}
+    for way in ("upright", "stored"):
+        convert(tmp_path / "src", tmp_path / way, exif=way)
+        sizes[way] = [(image["width"], image["height"]) for image in read(tmp_path / way, "train")["images"]]
+    assert sizes == {"upright": [(60, 80)], "stored": [(80, 60)]}

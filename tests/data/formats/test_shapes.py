@@ -84,7 +84,8 @@ def test_a_point_is_a_shape_without_area():
         ({"name": "rect", "x": float("nan"), "y": 1, "width": 5, "height": 2}, "x has nan"),
         ({"name": "rect", "x": 10**400, "y": 1, "width": 5, "height": 2}, "x has 1"),
         ({"name": "circle", "cx": 1, "cy": True, "r": 5}, "cy has True"),
-        ({"name": "circle", "cx": 1, "cy": 1, "r": "5"}, "r has '5'"),
+        ({"name": "circle", "cx": 1, "cy": 1, "r": "wide"}, "r has 'wide'"),
+        ({"name": "circle", "cx": 1, "cy": "nan", "r": 5}, "cy has 'nan'"),
         ({"name": "ellipse", "cx": 1, "cy": 1, "rx": 5, "ry": 2, "theta": None}, "theta has None"),
         ({"name": "polygon", "all_points_x": [1, 2], "all_points_y": [1]}, "2 x but 1 y coordinates"),
         ({"name": "polygon", "all_points_x": [1, 2, None], "all_points_y": [1, 2, 3]}, "all_points_x has None"),
@@ -128,3 +129,18 @@ def test_what_is_cut_has_the_area_that_is_seen(seed):
     assert min(x, y) >= 0
     assert x + width <= 100
     assert y + height <= 80
+
+
+def test_numbers_may_be_text():
+    assert shapes.from_via({"name": "rect", "x": "3", "y": "4.5", "width": "10", "height": "20"}).box == (3, 4.5, 10, 20)
+
+
+def test_scaling_scales_lengths_once_and_areas_twice():
+    shape = shapes.scale(shapes.from_polygon([(2, 2), (6, 2), (6, 10)]), 0.5)
+    assert (shape.polygon, shape.box, shape.area) == ([(1, 1), (3, 1), (3, 5)], (1, 1, 2, 4), 4)
+
+
+def test_a_rotated_box_turns_clockwise_about_its_corner():
+    shape = shapes.from_rotated_box(10, 20, 4, 2, math.pi / 2)  # y points down: the upper edge becomes the right one
+    assert shape.box == pytest.approx((8, 20, 2, 4))
+    assert shape.area == pytest.approx(8)

@@ -1,9 +1,10 @@
+import csv
 import json
 
 import pytest
 from PIL import Image
 
-from raydetr.data.formats.labels import Notes
+from raydetr.data.formats.labels import Notes, Options
 from raydetr.data.formats.via import annotation_file, read_entries, read_via
 from raydetr.errors import UserError
 
@@ -37,7 +38,7 @@ def folder(tmp_path):
 
 def read(folder, category=None, attribute=None):
     notes = Notes()
-    return read_via(folder, category, attribute, notes)["train"], notes
+    return read_via(folder, Options(category, attribute), notes)["train"], notes
 
 
 def objects(pictures):
@@ -85,10 +86,11 @@ def test_several_attributes_need_a_choice(folder):
         read(root, attribute="size")
 
 
-def test_empty_attributes_need_a_category(folder):
+def test_without_any_attribute_the_category_is_object_unless_it_is_named(folder):
     root = folder(entry("a.jpg", [region(), region(kind="")]))
-    with pytest.raises(UserError, match="--category NAME"):
-        read(root)
+    pictures, notes = read(root)
+    assert [category for _, category, _ in objects(pictures)] == ["object", "object"]
+    assert notes["file without a category for any region, all become 'object' (name it with --category NAME)"] == [str(root)]
     assert [category for _, category, _ in objects(read(root, category="balloon")[0])] == ["balloon", "balloon"]
 
 
@@ -107,8 +109,8 @@ def test_shapes_without_area_and_outside_are_left_out_and_counted(folder):
     )
     assert objects(pictures) == [("a.jpg", "cat", [5, 6, 20, 10]), ("b.jpg", "cat", [70, 6, 10, 10])]
     assert notes["shape without area, left out"] == ["a.jpg region 0", "a.jpg region 1", "b.jpg region 2"]
-    assert notes["shape outside the picture, left out"] == ["b.jpg region 1"]
-    assert notes["shape beyond the picture, cut at its edge"] == ["b.jpg region 0"]
+    assert notes["shape outside the image, left out"] == ["b.jpg region 1"]
+    assert notes["shape beyond the image, clipped at its edge"] == ["b.jpg region 0"]
     assert "3 × shape without area, left out: a.jpg region 0, a.jpg region 1, b.jpg region 2" in notes.lines()
 
 
@@ -129,21 +131,21 @@ def test_names_with_spaces_other_letters_and_folders_work(folder):
 
 def test_a_changed_picture_and_one_that_is_not_listed_are_noted(folder):
     _, notes = read(folder(entry("a.jpg", [region(kind="cat")], size=12)))
-    assert notes["picture has changed since it was labelled (other byte size)"] == ["a.jpg"]
-    assert notes["picture is not in the VIA file, left out"] == ["b.jpg"]
+    assert notes["image has changed since it was annotated (other byte size)"] == ["a.jpg"]
+    assert notes["image is not in the VIA file, left out"] == ["b.jpg"]
 
 
 def test_labelled_pictures_that_are_missing_are_an_error_others_a_note(folder):
     root = folder(entry("a.jpg", [region(kind="cat")]), entry("gone.jpg", []))
     pictures, notes = read(root)
     assert [picture.name for picture in pictures] == ["a.jpg"]
-    assert notes["picture without regions is not on disk, left out"] == ["gone.jpg"]
+    assert notes["image without regions is not on disk, left out"] == ["gone.jpg"]
     folder(*(entry(f"gone{number}.jpg", [region(kind="cat")]) for number in range(5)))
-    with pytest.raises(UserError, match=r"5 labelled pictures are not in .*: gone0.jpg, gone1.jpg, gone2.jpg, \.\.\."):
+    with pytest.raises(UserError, match=r"5 annotated images are not in .*: gone0.jpg, gone1.jpg, gone2.jpg, \.\.\."):
         read(root)
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/../../b.jpg", "C:\\b.jpg", ".."])
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "a/../../c.jpg", "C:\\c.jpg", ".."])
 def test_a_name_that_leaves_the_folder_is_refused(folder, name):
     for regions in ([], [region(kind="cat")]):
         with pytest.raises(UserError, match=r"leads out|is no file name"):
@@ -161,8 +163,9 @@ def test_a_picture_on_its_side_is_taken_as_shown_unless_its_labels_only_fit_as_s
     (tmp_path / "d.jpg").unlink()
     pictures, notes = read(root)
     assert [(picture.width, picture.height) for picture in pictures] == [(60, 80), (80, 60), (60, 80)]
-    assert notes["picture turned by its EXIF tag, labels taken as drawn on it as shown upright"] == ["a.jpg", "c.jpg"]
-    assert notes["picture turned by its EXIF tag, labels taken as drawn on it as stored"] == ["b.jpg"]
+    (upright,) = [names for text, names in notes.items() if "labels taken as drawn on the upright image" in text]
+    assert upright == ["a.jpg", "c.jpg"]
+    assert notes["image is turned by its EXIF tag; sizes and labels show that it was annotated on the stored pixels"] == ["b.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +180,7 @@ def test_a_picture_on_its_side_is_taken_as_shown_unless_its_labels_only_fit_as_s
         ('{"a": {"filename": "a.jpg", "regions": 7}}', "a.jpg region 0 is not a VIA region"),
         ('{"a": {"filename": "a.jpg", "regions": [7]}}', "a.jpg region 0 is not a VIA region"),
         ('{"a": {"filename": "a.jpg", "regions": [{"shape_attributes": [1]}]}}', "a.jpg region 0 is not a VIA region"),
-        ('{"a1": {"filename": "a.jpg", "regions": []}, "a2": {"filename": "a.jpg", "regions": []}}', "a.jpg stands there twice"),
+        ('{"a1": {"filename": "a.jpg", "regions": []}, "a2": {"filename": "a.jpg", "regions": []}}', "a.jpg appears twice"),
     ],
 )
 def test_what_is_no_via_file_is_told_in_one_line(tmp_path, content, complaint):
@@ -218,3 +221,120 @@ def test_the_annotation_file_is_found_or_asked_for(tmp_path):
     (tmp_path / "via_2.json").write_text("{}")
     with pytest.raises(UserError, match=r"which is the VIA file, via_2.json, via_export.json\?"):
         annotation_file(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- one attribute per category
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"red": "red"}, {"blue": "blue"}),
+        ({"red": "1"}, {"blue": "1"}),
+        ({"red": "true"}, {"blue": "Yes"}),
+        ({"red": True, "blue": False}, {"red": False, "blue": True}),
+        ({"red": "yes", "blue": "no"}, {"red": "0", "blue": "x"}),
+        ({"red": 1, "blue": ""}, {"blue": "1", "red": None}),
+        ({"red": ""}, {"blue": ""}),
+        ({"red": {"red": True}}, {"blue": {"blue": True}}),
+    ],
+)
+def test_attributes_whose_presence_is_the_category(folder, first, second):
+    pictures, notes = read(folder(entry("a.jpg", [region(**first), region(**second)])))
+    assert [category for _, category, _ in objects(pictures)] == ["red", "blue"]
+    text = "attribute taken as a category, as its values only say that it applies (else choose one with --attribute)"
+    assert notes[text] == ["blue", "red"]
+
+
+@pytest.mark.parametrize("value", ["1", "yes", True, "balloon", "Balloon"])
+def test_a_single_attribute_that_only_says_yes_is_the_category(folder, value):
+    pictures, _ = read(folder(entry("a.jpg", [region(balloon=value), region(balloon=value)])))
+    assert {category for _, category, _ in objects(pictures)} == {"balloon"}
+
+
+@pytest.mark.parametrize("values", [(0, 1), ("1", "2"), ("red", "1"), ("cat", "dog")])
+def test_numbers_and_names_of_a_single_attribute_are_the_categories(folder, values):
+    pictures, notes = read(folder(entry("a.jpg", [region(kind=value) for value in values])))
+    assert [category for _, category, _ in objects(pictures)] == list(map(str, values))
+    assert list(notes) == ["image is not in the VIA file, left out"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [({"red": "1", "blue": "1"}, {"blue": "1"}), ({"red": "1"}, {"blue": "dark"}), ({"red": "1", "blue": "0"}, {"red": "0", "blue": "0"})],
+)
+def test_attributes_that_do_not_exclude_each_other_need_a_choice(folder, first, second):
+    with pytest.raises(UserError, match="which region attribute is the category"):
+        read(folder(entry("a.jpg", [region(**first), region(**second)])))
+
+
+# ------------------------------------------------------------------------------------------------ files and their names
+
+
+@pytest.mark.parametrize(
+    "form", ["https://example.org/x/{}?size=1", "C:\\photos\\{}", "/home/x/{}", "x\\{}", "../up/{}", "A.JPG", "./{}", "a.png"]
+)
+def test_an_image_is_found_by_its_name_whatever_its_path(folder, form):
+    name = form.format("a.jpg")
+    pictures, notes = read(folder(entry(name, [region(kind="cat")])))
+    assert [image.name for image in pictures] == ["a.jpg"]
+    assert notes.get("image found under another name or folder") == (None if form == "./{}" else [f"{name} -> a.jpg"])
+
+
+def test_two_images_of_one_name_in_different_folders(tmp_path, folder):
+    names = ("x/a.jpg", "y/a.jpg")
+    root = folder(*(entry(name, [region(kind="cat")]) for name in names), pictures=names)
+    assert [image.name for image in read(root)[0]] == list(names)
+    folder(entry("a.jpg", [region(kind="cat")]), pictures=names)
+    with pytest.raises(UserError, match=r"image 'a\.jpg' is ambiguous in .*: x/a\.jpg, y/a\.jpg; keep one"):
+        read(root)
+    folder(entry("D:/set/y/a.jpg", [region(kind="cat")]), pictures=names)
+    assert [image.name for image in read(root)[0]] == ["y/a.jpg"]
+
+
+def test_subfolders_with_files_of_their_own_are_one_set(tmp_path, folder):
+    for part in ("one", "two"):
+        folder(entry("a.jpg", [region(kind=part)]), name=f"{part}.json", pictures=(f"{part}/a.jpg",))
+        (tmp_path / f"{part}.json").rename(tmp_path / part / "labels.json")
+    assert objects(read(tmp_path)[0]) == [("one/a.jpg", "one", [5, 6, 20, 10]), ("two/a.jpg", "two", [5, 6, 20, 10])]
+
+
+def test_the_test_part_is_said(tmp_path, folder):
+    for part in ("train", "test"):
+        folder(entry("a.jpg", [region(kind="cat")]), name=f"{part}.json", pictures=(f"{part}/a.jpg",))
+        (tmp_path / f"{part}.json").rename(tmp_path / part / "via.json")
+    assert read(tmp_path)[1] == {"image of the test part, left out": ["test/a.jpg"]}
+
+
+def test_a_csv_export(tmp_path, folder):
+    folder(entry("a.jpg", [region(kind="cat"), region({"name": "circle", "cx": 40, "cy": 30, "r": 10}, kind="dog")]), entry("b.jpg", []))
+    as_json = read(tmp_path)[0]
+    (tmp_path / "via_region_data.json").unlink()
+    rows = [
+        ["filename", "file_size", "file_attributes", "region_count", "region_id", "region_shape_attributes", "region_attributes"],
+        ["a.jpg", "", "{}", 2, 0, json.dumps(RECT), json.dumps({"kind": "cat"})],
+        ["a.jpg", "", "{}", 2, 1, json.dumps({"name": "circle", "cx": 40, "cy": 30, "r": 10}), json.dumps({"kind": "dog"})],
+        ["b.jpg", "", "{}", 0, 0, "{}", "{}"],
+    ]
+    with (tmp_path / "via_export_csv.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    assert read(tmp_path)[0] == as_json
+    (tmp_path / "via_export_csv.csv").write_text("a.jpg,1,2\n")
+    with pytest.raises(UserError, match=r"not a CSV export of VIA: a header with"):
+        read(tmp_path)
+    (tmp_path / "via_export_csv.csv").write_text("filename,region_shape_attributes,region_attributes\na.jpg,{,{}\n")
+    with pytest.raises(UserError, match=r"via_export_csv\.csv, line 2: not valid JSON in a region"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ('{"images": [], "annotations": [], "categories": []}', "it is a COCO file; convert it with --from coco"),
+        ('{"project": {}, "config": {}, "file": {}, "metadata": {}}', "it is a project of VIA 3"),
+    ],
+)
+def test_what_it_is_instead_is_said(tmp_path, content, complaint):
+    (tmp_path / "via.json").write_text(content)
+    with pytest.raises(UserError, match=complaint):
+        read_entries(tmp_path / "via.json")
