@@ -46,6 +46,8 @@ RESUMABLE = {
     "optim.patience",
     "data.num_workers",
     "data.cache_gb",
+    "data.batch_timeout_s",
+    "data.max_megapixels",
     "run.max_failures",
     "run.wait_for_machines_min",
     "run.workers",

@@ -168,7 +168,8 @@ def with_box(**changes):
         (small(annotations=[]), "none of the 2 images has a box"),
         (small(annotations=[small()["annotations"][0] | {"iscrowd": 1}]), "none of the 2 images has a box"),
         (with_image(id=1), "image id 1 stands twice"),
-        (with_image(id="2"), "id of image number 2 is '2'; it must be a whole number"),
+        (with_image(id="a2"), "id of image number 2 is 'a2'; it must be a whole number"),
+        (with_image(id="1"), "image id 1 stands twice"),
         (with_image(id=2.5), "id of image number 2 is 2.5"),
         (with_image(id=None), "id of image number 2 is missing"),
         (with_image(id=True), "id of image number 2 is True"),
@@ -178,22 +179,22 @@ def with_box(**changes):
         (with_image(file_name=None), "image id 2: file name None is no file name"),
         (small(categories=[{"id": 5}]), "category id 5 has no name"),
         (small(categories=[{"id": 5, "name": " "}]), "category id 5 has no name"),
-        (small(categories=[{"id": 5, "name": 3}]), "category id 5 has no name"),
+        (small(categories=[{"id": 5, "name": True}]), "category id 5 has no name"),
         (small(categories=[{"name": "thing"}]), "id of category number 1 is missing"),
-        (small(categories=[{"id": "5", "name": "thing"}]), "id of category number 1 is '5'"),
+        (small(categories=[{"id": "5.5", "name": "thing"}]), "id of category number 1 is '5.5'"),
         (small(categories=[{"id": 5, "name": "a"}, {"id": 5, "name": "b"}]), "category id 5 stands twice"),
         (with_box(image_id=99), "annotation id 12: image id 99 is not among"),
-        (with_box(image_id="1"), "annotation id 12: image_id is '1'"),
+        (with_box(image_id="one"), "annotation id 12: image_id is 'one'"),
         (with_box(image_id=[1]), "annotation id 12: image_id is"),
         (with_box(category_id=6), "annotation id 12: category id 6 is not among"),
         (with_box(category_id=None), "annotation id 12: category_id is missing"),
         (with_box(bbox=None), r"annotation id 12: bbox None is not a list of four numbers"),
         (with_box(bbox=[1, 2, 3]), r"annotation id 12: bbox \[1, 2, 3\] is not a list of four numbers"),
         (with_box(bbox="1234"), "annotation id 12: bbox '1234' is not"),
-        (with_box(bbox=[1, 2, "3", 4]), "annotation id 12: bbox .* is not"),
+        (with_box(bbox=[1, 2, "wide", 4]), "annotation id 12: bbox .* is not"),
         (with_box(bbox=[1, 2, None, 4]), "annotation id 12: bbox .* is not"),
         (with_box(iscrowd=2), "annotation id 12: iscrowd is 2"),
-        (with_box(iscrowd="0"), "annotation id 12: iscrowd is '0'"),
+        (with_box(iscrowd="no"), "annotation id 12: iscrowd is 'no'"),
         (small(annotations=[{"image_id": 1, "category_id": 5}]), r"annotation number 1 \(without id\): bbox None"),
     ],
 )
@@ -319,7 +320,7 @@ def test_a_picture_of_another_size_than_annotated_is_named(coco_folder):
     rewrite(root, lambda coco: coco["images"][1].update(width=640, height=480))
     val = dataset(root)
     val[0]
-    with pytest.raises(UserError, match=r"val_001.jpg: the picture is 96 x 64 pixels, its annotation says 640 x 480") as error:
+    with pytest.raises(UserError, match=r"val_001.jpg: the image is 96 x 64 pixels, its annotation says 640 x 480") as error:
         val[1]
     assert one_line(error)
 
