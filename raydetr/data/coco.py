@@ -180,7 +180,7 @@ def _clean_images(entries: list[dict], path: str | Path) -> dict[int, dict]:
     for number, entry in enumerate(entries, 1):
         image_id = _id(entry.get("id"), f"{path}: id of image number {number}")
         if image_id in cleaned:
-            raise UserError(f"{path}: image id {image_id} stands twice; give every image its own")
+            raise UserError(f"{path}: image id {image_id} is used twice; give every image its own")
         try:
             image_path(Path(), entry.get("file_name"))
         except UserError as error:
@@ -229,7 +229,7 @@ def _clean_categories(entries: list[dict], path: str | Path, warnings: list[str]
     for number, entry in enumerate(entries, 1):
         category_id, name = _id(entry.get("id"), f"{path}: id of category number {number}"), category_name(entry)
         if category_id in cleaned:
-            raise UserError(f"{path}: category id {category_id} stands twice; give every category its own")
+            raise UserError(f"{path}: category id {category_id} is used twice; give every category its own")
         if name is None:
             raise UserError(f"{path}: category id {category_id} has no name")
         cleaned[category_id] = {"id": category_id, "name": name}
@@ -541,14 +541,20 @@ def build_loader(
 
 def largest_batch(dataset: CocoImages, batch_size: int) -> int:
     """Return an upper bound for the bytes of a batch: its images float32, padded to the largest, and its padding mask."""
-    from raydetr.data.transforms import ResizeShortSide  # torchvision, see _pack
+    from torchvision.transforms import v2
 
-    sides = [dataset.files[index][1] for index in range(len(dataset))]
-    longest, aspect = max(map(max, sides)), max(max(size) / min(size) for size in sides)
-    for resize in getattr(dataset.transforms, "transforms", ()):
-        if isinstance(resize, ResizeShortSide):
-            # A random crop can be longer in proportion than its image, and an upright one be padded beside a wide one.
-            longest = min(resize.max_size or math.inf, max(resize.sizes) * max(aspect, 2.0))
+    from raydetr.data.transforms import RandomSizeCrop, ResizeShortSide  # torchvision, see _pack
+
+    sizes = [size for _, size in dataset.files]
+    longest, aspect = max(map(max, sizes)), max(max(size) / min(size) for size in sizes)
+    for transform in getattr(dataset.transforms, "transforms", ()):
+        for each in transform.transforms if isinstance(transform, v2.RandomApply) else (transform,):
+            if isinstance(each, RandomSizeCrop):
+                aspect = max(aspect, each.max_size / each.min_size)
+            elif isinstance(each, ResizeShortSide):
+                limit = math.inf if each.max_size is None else each.max_size + aspect  # rounding can exceed it, see resized_size
+                longest = min(limit, max(each.sizes) * aspect)
+    # An upright image can be padded beside a wide one: the square of the longest side.
     return int(batch_size * longest**2 * (3 * torch.float32.itemsize + torch.bool.itemsize))
 
 
