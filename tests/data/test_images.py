@@ -244,6 +244,21 @@ def test_a_file_that_is_no_image_is_named_for_what_it_is(tmp_path, monkeypatch, 
         assert one_line(error).startswith(f"{tmp_path / 'a.jpg'}: ")
 
 
+def test_heic_is_read_where_the_extra_is_installed(tmp_path):
+    pytest.importorskip("pillow_heif")
+    noise = np.random.default_rng(0).integers(0, 255, (8, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((96, 64))
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    for name, options in (("a.heic", {}), ("turned.heic", {"exif": exif.tobytes()})):
+        image.save(tmp_path / name, quality=95, **options)
+        header = read_header(tmp_path / name)
+        decoded = pixels_of(read_image(tmp_path / name)).astype(int)
+        expected = np.array(image if name == "a.heic" else image.transpose(Image.Transpose.ROTATE_270)).astype(int)
+        assert header.upright == expected.shape[1::-1]
+        assert abs(decoded - expected).mean() < 6
+
+
 def test_no_program_is_run_on_a_picture(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
     with pytest.raises(UserError, match="EPS is no photograph"):

@@ -187,7 +187,9 @@ def _check_annotation(
     if category_id not in labels:
         what = f"{where}: category id {short(entry.get('category_id'))}"
         report.error(split, "annotation has an unknown category", what, "add the category or correct the id")
-    if any(isinstance(entry.get(key), str) for key in ("image_id", "category_id")):
+    if any(
+        isinstance(entry.get(key), str) and number is not None for key, number in (("image_id", image_id), ("category_id", category_id))
+    ):
         report.warn(split, "image id or category id of an annotation is text", where, "read as a number; other tools do not", MINOR)
     if crowd not in (0, 1, None):
         report.error(split, "iscrowd is neither 0 nor 1", f"{where}: {short(crowd)}", "correct it")
