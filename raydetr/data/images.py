@@ -186,7 +186,11 @@ def _kind_of_file(path: Path) -> str:
     with path.open("rb") as file:
         start = file.read(64)
     if start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS:
-        return "a HEIC image; install what reads it: pip install 'raydetr[heic]' (or convert it to JPEG)"
+        return (
+            "broken HEIC image"
+            if "HEIF" in Image.OPEN
+            else "a HEIC image; install what reads it: pip install 'raydetr[heic]' (or convert it to JPEG)"
+        )
     if not start:
         return "not an image file that can be read: it is empty"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):

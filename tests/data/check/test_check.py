@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raydetr.config import Data
+from raydetr.config import Data, load_config
 from raydetr.data import coco
 from raydetr.data.check.check import check
 from raydetr.data.coco import find_split, load_coco
@@ -532,6 +532,20 @@ def test_the_summary_counts_the_warnings_and_shows_the_worst_first(broken):
     (line,) = others  # what has no effect on a training is counted only
     assert line.startswith("warning: train: box is one pixel wide or high, or less")
     assert "\n" not in line
+
+
+def test_a_training_shows_the_number_of_warnings_and_the_worst(broken, capsys):
+    from raydetr.launch.train import check_data
+
+    def change(coco, _):
+        for each in coco["annotations"]:
+            x, y, w, h = each["bbox"]
+            each["bbox"] = [x / 96, y / 64, w / 96, h / 64]
+
+    check_data(load_config({"data.path": str(broken(change))}))
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first.startswith("data: ")
+    assert second.startswith("warning: train: these boxes look like fractions of the image")
 
 
 def test_nothing_to_warn_of_has_no_summary(shared_data, tmp_path):
