@@ -91,7 +91,7 @@ def _check_image(entry: dict, label: str, split: Split, located: Located, name: 
         advice = f"put it into {split.images} (mind upper and lower case), or take it out of the annotations"
         report.error(name, "image is missing", f"{label}{hint and ': '}{hint}", advice)
         return unusable
-    if file_name in located.respelled:
+    if located.found[file_name] != file_name:
         what = f"{label} is {plain(located.found[file_name])}"
         report.warn(name, "file name is spelled in another way in the image folder", what, "taken; other tools will not find it", MINOR)
     path = image_path(split.images, located.found[file_name])
