@@ -140,14 +140,14 @@ from raydetr.data.transforms import train_transforms
 settings = {"data.train_sizes": [800], "data.crop": 0.0}
 data = load_config({"data.path": sys.argv[1], **settings}).data
 train = CocoImages(find_split(data, "train"), train_transforms(data))
-loader = build_loader(train, 2, shuffle=True, num_workers=2, timeout_s=120)
+loader = build_loader(train, 4, shuffle=True, num_workers=2, timeout_s=120)
 print(sum(len(targets) for _, _, targets in loader), *train.warnings)
 """
 
 
 @pytest.mark.slow
 def test_an_epoch_goes_through_64_mb_of_shared_memory(coco_folder):
-    """As in a container of Docker or Kubernetes: batches of 20 MB are lost there without an error."""
+    """As in a container of Docker or Kubernetes: batches of 40 MB are lost there without an error."""
     mount = ["unshare", "-m", "bash", "-c", 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$0" "$@"']
     if not shutil.which("unshare") or subprocess.run([*mount, "true"], capture_output=True).returncode:
         pytest.skip("mounting a small /dev/shm is not permitted here")
