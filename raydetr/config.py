@@ -121,7 +121,16 @@ class Data:
     group_sizes: bool = setting(
         False, "training batches of images that came out of their transforms alike in size: less is filled up, and they are less random"
     )
+    exif: str = setting(
+        "upright",
+        "the image that boxes were drawn on, where its EXIF rotation keeps its size: turned upright, or the stored pixels",
+        choices=["upright", "stored"],
+    )
+    max_megapixels: int = setting(178, "largest image that is decoded (millions of pixels)", low=1, high=10000)
     num_workers: int = setting(2, "processes that load images, per training worker", low=0, high=64)
+    batch_timeout_s: float = setting(
+        600.0, "longest wait for a batch from the processes that load images (seconds); 0 waits for ever", low=0.0, high=86400.0
+    )
     cache_gb: float | None = setting(
         None, "memory for decoded pictures on a machine (GB): a quarter of what it has when not given; 0 decodes them every time", low=0.0
     )

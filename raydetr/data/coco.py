@@ -1,8 +1,10 @@
-"""The data set: where it lies, what its COCO files say, and how its photographs become batches."""
+"""Load a COCO data set: find its files, clean its annotations, and turn images and boxes into batches."""
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,27 +13,44 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
 from raydetr.config import Data
-from raydetr.data.images import image_path, read_header, read_image
-from raydetr.data.values import is_finite, is_number, short, whole_number
+from raydetr.data.categories import fold_name, match_categories, twin_names
+from raydetr.data.file_names import locate_files
+from raydetr.data.images import MAX_MEGAPIXELS, image_path, read_header, read_image
+from raydetr.data.shared_memory import as_arrays, as_tensors, fits_shared_memory, free_shared_memory
+from raydetr.data.values import as_number, counted, is_finite, is_number, listed, plain, short, whole_number
 from raydetr.errors import UserError
 from raydetr.storage import fetched
 
 ANNOTATION_FILES = ("custom_{split}.json", "instances_{split}2017.json")  # under annotations/, the first that exists is taken
+PREFETCH = 2  # batches that each loading process prepares in advance: the default of torch's DataLoader
 
 
 class Split(NamedTuple):
-    """One part of a data set: the folder of its images and its COCO file."""
+    """One part of a data set: the folder of its images, its COCO file, and how its images are read."""
 
     images: Path
     annotations: Path
+    exif: str = "upright"  # data.exif
+    max_megapixels: int = MAX_MEGAPIXELS  # data.max_megapixels
+
+    def read(self, path: Path, size: tuple[int, int] | None) -> torch.Tensor:
+        """Return :func:`raydetr.data.images.read_image` of a file with the annotated (width, height)."""
+        return read_image(path, size, self.exif, self.max_megapixels)
 
 
 def find_split(data: Data, split: str) -> Split:
-    """Where the ``split`` ("train" or "val") of the settings ``data.*`` lies.
+    """Return where one part of the data set is.
 
-    ``data.<split>_images`` and ``data.<split>_annotations`` come first; what they leave open is looked for in ``data.path``:
-    <split>2017/ and annotations/custom_<split>.json or annotations/instances_<split>2017.json. Raises UserError, saying what
-    was looked for, where one is missing. What lies in an object store is fetched to this machine, once for all its processes.
+    ``data.<split>_images`` and ``data.<split>_annotations`` come first. What they leave open is looked for in the folder ``data.path``:
+    ``<split>2017/``, and ``annotations/custom_<split>.json`` or ``annotations/instances_<split>2017.json``. Files of an object store
+    are fetched to this machine, once for all its processes.
+
+    Args:
+        data: The settings ``data.*``.
+        split: ``train`` or ``val``.
+
+    Raises:
+        UserError: If the images or the annotations are missing; it says where they were looked for.
     """
     images, annotations = getattr(data, f"{split}_images"), getattr(data, f"{split}_annotations")
     if data.path is None and not (images and annotations):
@@ -46,19 +65,36 @@ def find_split(data: Data, split: str) -> Split:
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         looked = " and ".join(map(str, candidates))
-        raise UserError(f"no {split} annotations: looked for {looked}; set data.{split}_annotations or convert with raydetr data convert")
+        advice = _advice_for_export(root) or f"set data.{split}_annotations or convert with raydetr data convert"
+        raise UserError(f"no {split} annotations: looked for {looked}; {advice}")
     if not folder.is_dir():
-        raise UserError(f"no {split} images: looked for the folder {folder}; set data.{split}_images if they lie elsewhere")
-    return Split(folder, file)
+        advice = _advice_for_export(root) or f"set data.{split}_images if they are elsewhere"
+        raise UserError(f"no {split} images: looked for the folder {folder}; {advice}")
+    return Split(folder, file, data.exif, data.max_megapixels)
+
+
+def _advice_for_export(root: Path) -> str | None:
+    """What to do with a folder that an annotation tool exported as COCO, where it can be told by its files."""
+    tools = {
+        "Roboflow": [f"{split}/_annotations.coco.json" for split in ("train", "valid", "val", "test", ".")],
+        "CVAT": ["annotations/instances_default.json"],
+        "Label Studio": ["result.json", "result_coco.json"],
+    }
+    for tool, files in tools.items():
+        found = next((file for file in files if (root / file).is_file()), None)
+        if found:
+            return f"this looks like a COCO export of {tool} ({found}): raydetr data convert {root} NEW_FOLDER --from coco"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------- the annotation file
 
 
 def read_coco(path: str | Path) -> dict[str, Any]:
-    """The COCO file as it stands: a dict whose "images", "annotations" and "categories" are lists of dicts.
+    """Return the content of a COCO file: a dict whose ``images``, ``annotations`` and ``categories`` are lists of dicts.
 
-    Raises UserError where it cannot be read, is no JSON, or no COCO annotation file.
+    Raises:
+        UserError: If the file cannot be read, is not JSON, or is not a COCO annotation file.
     """
     try:
         coco = json.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -83,24 +119,43 @@ def read_coco(path: str | Path) -> dict[str, Any]:
     return coco
 
 
-def load_coco(annotations: str | Path, images: Path | None = None) -> tuple[dict[str, list[dict]], list[str]]:
-    """The COCO file made sound, and warnings (one line each) about what was left out or filled in.
+def load_coco(
+    annotations: str | Path,
+    images: Path | None = None,
+    exif: str = "upright",
+    max_megapixels: int = MAX_MEGAPIXELS,
+    must_exist: bool = True,
+) -> tuple[dict[str, list[dict]], list[str]]:
+    """Return the cleaned content of a COCO file, and warnings.
 
-    Images, annotations and categories keep only the fields of object detection. Categories are sorted by id, annotations are
-    numbered from 1 whatever the file says (pycocotools reads a matched annotation id 0 as unmatched), ``iscrowd`` and ``area``
-    (else width x height) are filled in. Boxes that no prediction can find are left out and counted: a side that is zero, negative
-    or not finite, or no pixel of the image covered. With the folder ``images`` every image must be there, and missing sizes
-    are read from the files.
+    Images, annotations and categories keep only the fields of object detection. Images and categories are sorted by id. Annotations are
+    numbered from 1 whatever the file says (pycocotools reads a matched annotation id 0 as unmatched). Missing ``iscrowd`` and ``area``
+    (width x height of the box) are filled in. Numbers written as text are read as numbers. Boxes that no prediction can find are left
+    out: those with a side that is zero, negative or not finite, and those outside the image.
 
-    Raises UserError, naming file and image or annotation id, for what would make training fail or lie: ids that are missing, no
-    whole numbers, unknown or given twice, names that lead out of the folder, boxes that are not four numbers, a set without
-    images or without any box.
+    Args:
+        annotations: The COCO file.
+        images: The image folder. If given, every image must be in it, file names that are spelled in another way there are corrected
+            (:func:`raydetr.data.file_names.locate_files`), and missing sizes are read from the files.
+        exif: ``upright`` or ``stored``, the value of ``data.exif``: which size an image without one has.
+        max_megapixels: The largest image, in millions of pixels (``data.max_megapixels``).
+        must_exist: Whether an image that is missing in the folder is an error; if not, its size may be None.
+
+    Returns:
+        The content, and one line for each kind of thing that was left out, filled in or corrected.
+
+    Raises:
+        UserError: For what would make training fail or its results wrong, naming the file and the image or annotation id: ids that are
+            missing, not whole numbers, unknown or given twice, names that lead out of the folder, boxes that are not four numbers, a
+            set without images or without any box.
     """
     file = read_coco(annotations)
     warnings: list[str] = []
     cleaned = _clean_images(file["images"], annotations)
     if images is not None:
-        _find_images(cleaned, images, annotations, warnings)
+        _find_images(cleaned, images, annotations, warnings, must_exist)
+        if must_exist:
+            _fill_sizes(cleaned, images, exif, max_megapixels, annotations, warnings)
     categories = _clean_categories(file["categories"], annotations, warnings)
     boxes = _clean_annotations(file["annotations"], cleaned, categories, annotations)
     boxes = _with_area(boxes, cleaned, annotations, warnings)
@@ -111,67 +166,83 @@ def load_coco(annotations: str | Path, images: Path | None = None) -> tuple[dict
     return {"images": list(cleaned.values()), "annotations": boxes, "categories": list(categories.values())}, warnings
 
 
+def annotated_size(entry: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the width and height of an image entry of a COCO file; None where it does not say them."""
+    sides = [as_number(entry.get(side)) for side in ("width", "height")]
+    return (int(sides[0]), int(sides[1])) if all(is_finite(side) and side >= 1 for side in sides) else None
+
+
 def _clean_images(entries: list[dict], path: str | Path) -> dict[int, dict]:
-    """By image id, in order of the ids; width and height are None where the file does not say them."""
+    """Return the images by id, in order of the ids; width and height are None where the file does not say them."""
     if not entries:
         raise UserError(f"{path}: there are no images in it")
     cleaned: dict[int, dict] = {}
     for number, entry in enumerate(entries, 1):
         image_id = _id(entry.get("id"), f"{path}: id of image number {number}")
         if image_id in cleaned:
-            raise UserError(f"{path}: image id {image_id} stands twice; give every image its own")
+            raise UserError(f"{path}: image id {image_id} is used twice; give every image its own")
         try:
             image_path(Path(), entry.get("file_name"))
         except UserError as error:
             raise UserError(f"{path}: image id {image_id}: {error}") from None
-        size = (entry.get("width"), entry.get("height"))
-        width, height = map(int, size) if all(is_finite(side) and side >= 1 for side in size) else (None, None)
+        width, height = annotated_size(entry) or (None, None)
         cleaned[image_id] = {"id": image_id, "file_name": entry["file_name"], "width": width, "height": height}
     return dict(sorted(cleaned.items()))
 
 
-def _find_images(images: dict[int, dict], folder: Path, path: str | Path, warnings: list[str]) -> None:
-    """Raises UserError where files are missing; fills in sizes that are."""
-    listings: dict[Path, set[str]] = {}  # one listing of a folder is quicker than a question for each of 100 000 files
-    missing = []
-    for image in images.values():
-        file = image_path(folder, image["file_name"])
-        if file.parent not in listings:
-            listings[file.parent] = {each.name for each in file.parent.iterdir()} if file.parent.is_dir() else set()
-        if file.name not in listings[file.parent] and not file.is_file():  # the second where upper and lower case are one
-            missing.append(image)
-    if missing:
-        first = f"{short(missing[0]['file_name'])} (image id {missing[0]['id']})"
+def _find_images(images: dict[int, dict], folder: Path, path: str | Path, warnings: list[str], must_exist: bool) -> None:
+    """Correct the file names that are spelled in another way in the folder; raise UserError where files are missing."""
+    located = locate_files(folder, [image["file_name"] for image in images.values()])
+    if located.missing and must_exist:
+        missing = [image for image in images.values() if image["file_name"] in located.missing]
+        hint = located.missing[missing[0]["file_name"]]
+        first = f"{short(missing[0]['file_name'])} (image id {missing[0]['id']}){hint and '; '}{hint}"
         raise UserError(f"{path}: {len(missing)} of {len(images)} images are not in {folder}, the first is {first}")
+    for image in images.values():
+        image["file_name"] = located.found.get(image["file_name"], image["file_name"])
+    if located.respelled:
+        name, file = next(iter(located.respelled.items()))
+        number = counted(len(located.respelled), "file name")
+        warnings.append(f"{path}: {number} spelled in another way in {folder}: taken (the first: {short(name)} is {plain(file)})")
+
+
+def _fill_sizes(images: dict[int, dict], folder: Path, exif: str, max_megapixels: int, path: str | Path, warnings: list[str]) -> None:
     unsized = [image for image in images.values() if image["width"] is None]
     for image in unsized:
-        image["width"], image["height"] = read_header(image_path(folder, image["file_name"]))[:2]
+        image["width"], image["height"] = read_header(image_path(folder, image["file_name"]), max_megapixels).size(exif)
     if unsized:
         warnings.append(f"{path}: {_counted(unsized, 'image')} without width and height: read from the files")
 
 
+def category_name(entry: Mapping[str, Any]) -> str | None:
+    """Return the name of a category entry of a COCO file, also where it is a number; None where it has none."""
+    name = entry.get("name")
+    name = str(name) if is_number(name) else name
+    return name if isinstance(name, str) and name.strip() else None
+
+
 def _clean_categories(entries: list[dict], path: str | Path, warnings: list[str]) -> dict[int, dict]:
-    """By category id, in order of the ids."""
+    """Return the categories by id, in order of the ids."""
     if not entries:
         raise UserError(f"{path}: there are no categories in it")
     cleaned: dict[int, dict] = {}
     for number, entry in enumerate(entries, 1):
-        category_id = _id(entry.get("id"), f"{path}: id of category number {number}")
-        name = entry.get("name")
+        category_id, name = _id(entry.get("id"), f"{path}: id of category number {number}"), category_name(entry)
         if category_id in cleaned:
-            raise UserError(f"{path}: category id {category_id} stands twice; give every category its own")
-        if not isinstance(name, str) or not name.strip():
+            raise UserError(f"{path}: category id {category_id} is used twice; give every category its own")
+        if name is None:
             raise UserError(f"{path}: category id {category_id} has no name")
         cleaned[category_id] = {"id": category_id, "name": name}
-    names = [each["name"] for each in cleaned.values()]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        warnings.append(f"{path}: several categories are named {', '.join(map(short, twice))}; they are told apart by their ids only")
+    for twins in twin_names(each["name"] for each in cleaned.values()):
+        if len(set(twins)) < len(twins):
+            warnings.append(f"{path}: several categories are named {short(twins[0])}; they are told apart by their ids only")
+        else:
+            warnings.append(f"{path}: the names of categories {' and '.join(map(short, twins))} differ by case or spaces only")
     return dict(sorted(cleaned.items()))
 
 
 def _clean_annotations(entries: list[dict], images: dict[int, dict], categories: dict[int, dict], path: str | Path) -> list[dict]:
-    """Every annotation with what detection needs of it; ``area`` is None where the file does not say it. Ids are the file's."""
+    """Return what detection needs of every annotation; ``area`` is None where the file does not say it. Ids are the file's."""
     cleaned = []
     for number, entry in enumerate(entries, 1):
         try:
@@ -188,19 +259,30 @@ def _clean_annotation(entry: dict, images: dict[int, dict], categories: dict[int
         raise UserError(f"image id {image_id} is not among the file's images")
     if category_id not in categories:
         raise UserError(f"category id {category_id} is not among the file's categories")
-    xywh = entry.get("bbox")
-    if not isinstance(xywh, list) or len(xywh) != 4 or not all(map(is_number, xywh)):
-        raise UserError(f"bbox {short(xywh)} is not a list of four numbers, [x, y, width, height]")
-    crowd = entry.get("iscrowd") or 0
+    xywh = box_of(entry)
+    if xywh is None:
+        raise UserError(f"bbox {short(entry.get('bbox'))} is not a list of four numbers, [x, y, width, height]")
+    crowd = as_number(entry.get("iscrowd")) or 0
     if crowd not in (0, 1):
         raise UserError(f"iscrowd is {short(crowd)}, not 0 or 1")
-    area = entry.get("area")
+    area = as_number(entry.get("area"))
     area = area if is_finite(area) and area > 0 else None
     return {"id": entry.get("id"), "image_id": image_id, "category_id": category_id, "bbox": xywh, "area": area, "iscrowd": int(crowd)}
 
 
+def box_of(entry: Mapping[str, Any]) -> list[float] | None:
+    """Return the ``bbox`` of an annotation of a COCO file, four numbers (maybe not finite); None where it is anything else."""
+    box = entry.get("bbox")
+    if not isinstance(box, list) or len(box) != 4:
+        return None
+    if all(map(is_number, box)):
+        return box
+    numbers = [as_number(value) for value in box]
+    return numbers if all(map(is_number, numbers)) else None
+
+
 def _with_area(annotations: list[dict], images: dict[int, dict], path: str | Path, warnings: list[str]) -> list[dict]:
-    """The annotations whose boxes can be found, with their ``area``; the others are counted in ``warnings``."""
+    """Return the annotations whose boxes can be found, with their ``area``; count the others in ``warnings``."""
     kept, empty, outside = [], [], []
     for annotation in annotations:
         x, y, width, height = annotation["bbox"]
@@ -219,46 +301,55 @@ def _with_area(annotations: list[dict], images: dict[int, dict], path: str | Pat
 
 def _id(value: Any, what: str) -> int:
     number = whole_number(value)
-    if number is None or abs(number) >= 2**63:
+    if number is None:
         raise UserError(f"{what} is {'missing' if value is None else short(value)}; it must be a whole number")
     return number
 
 
 def _counted(found: list[dict], noun: str) -> str:
-    return f"{len(found)} {noun}{'s' if len(found) > 1 else ''} (first: {noun} id {short(found[0]['id'])})"
+    return f"{counted(len(found), noun)} (first: {noun} id {short(found[0]['id'])})"
 
 
 # ------------------------------------------------------------------------------------------------------------ the data set
 
 
 class CocoImages(Dataset):
-    """The photographs of one split with their boxes.
+    """The images of one split with their boxes.
 
-    ``dataset[i]`` is ``image, target``: the image float32 [3, h, w], resized and normalized by ``transforms``; of the target
-    ``boxes`` float32 [n, 4] cxcywh normalized by the image's new size, ``labels`` int64 [n] in 0..K-1, ``area`` float32 [n] in
-    pixels of the photograph, ``iscrowd`` int64 [n] (0: crowd regions are nobody's box to learn), ``image_id`` int64 [1],
-    ``orig_size`` and ``size`` int64 [2], height and width of the photograph and of the image. ``dataset[epoch, i]`` is the same
-    as after ``set_epoch(epoch)``.
+    ``dataset[i]`` is ``image, target``, drawn for the epoch of the last :meth:`set_epoch`; ``dataset[epoch, i]`` is drawn for ``epoch``.
+    ``image`` is float32 [3, h, w], resized and normalized by the transforms. ``target`` is a dict with, for n boxes:
 
-    ``categories`` fixes the label order (a trained model's, or the training set's for validation): the file's categories are then
-    found in it by name, and ``coco`` carries its ids. Without it labels follow the file's ascending category ids.
+    - ``boxes``: float32 [n, 4], cxcywh, normalized by the size of ``image``
+    - ``labels``: int64 [n] in 0..K-1
+    - ``area``: float32 [n], in pixels of the image file
+    - ``iscrowd``: int64 [n], always 0 (crowd regions are not learned)
+    - ``image_id``: int64 [1]
+    - ``orig_size`` and ``size``: int64 [2], height and width of the image file and of ``image``
 
-    Attributes: ``categories`` [{"id", "name"}] in label order, ``coco`` the cleaned file (see :func:`load_coco`), ``image_ids``,
-    ``files`` [(path, (width, height))], ``warnings`` one line each, and ``images(path, size)``, which reads a picture as
-    :func:`raydetr.data.images.read_image` does and may be exchanged for what reads faster. Raises UserError like :func:`load_coco`,
-    and at a picture that cannot be read.
+    Args:
+        split: Where the data set is, see :func:`find_split`.
+        transforms: What happens to an image and its boxes, see :mod:`raydetr.data.transforms`.
+        seed: What random transforms follow from, beside epoch and index.
+        categories: The categories in label order, of a trained model or of the training set. The file's categories are found among them
+            (:func:`raydetr.data.categories.match_categories`), and ``coco`` carries their ids. Without it, labels follow the ascending
+            category ids of the file.
+
+    Attributes:
+        coco: The content of the COCO file, see :func:`load_coco`.
+        warnings: What was left out, filled in or corrected; one line each.
+        categories: ``{"id", "name"}`` of each label, in label order.
+        image_ids: The image ids, in the order of the indices.
+        files: (path, annotated (width, height)) of each image.
+        images: What decodes a file of ``files``; assign, for example, a :class:`raydetr.data.cache.DecodedImages`.
+
+    Raises:
+        UserError: See :func:`load_coco`; also if a category with boxes is not among ``categories``.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        transforms: Callable,
-        seed: int = 0,
-        categories: list[dict] | None = None,
-    ):
+    def __init__(self, split: Split, transforms: Callable, seed: int = 0, categories: Sequence[Mapping[str, Any]] | None = None):
         self.split, self.transforms, self.seed = split, transforms, seed
-        self.images: Callable[[Path, tuple[int, int]], torch.Tensor] = read_image
-        self.coco, self.warnings = load_coco(split.annotations, split.images)
+        self.images: Callable[[Path, tuple[int, int]], torch.Tensor] = split.read
+        self.coco, self.warnings = load_coco(split.annotations, split.images, split.exif, split.max_megapixels)
         self.categories = self.coco["categories"]
         if categories is not None:
             self.categories = [{"id": each["id"], "name": each["name"]} for each in categories]
@@ -268,9 +359,9 @@ class CocoImages(Dataset):
         self._pack()
 
     def _pack(self) -> None:
-        from torchvision.ops import box_convert  # as long to import as torch, and who only reads annotations shall not wait for it
+        from torchvision.ops import box_convert  # takes as long to import as torch: not for those who only read annotations
 
-        # Whole tensors instead of a million small objects: those, merely looked at, would be copied into every loading process.
+        # Whole tensors instead of a million small objects: reading those copies them into every loading process (reference counts).
         label_of = {category["id"]: label for label, category in enumerate(self.categories)}
         rows = {image_id: row for row, image_id in enumerate(self.image_ids)}
         boxes = [annotation for annotation in self.coco["annotations"] if not annotation["iscrowd"]]
@@ -289,17 +380,17 @@ class CocoImages(Dataset):
         return len(self.image_ids)
 
     def set_epoch(self, epoch: int) -> None:
-        """From now on random transforms, and the order of a training loader, are those of ``epoch``."""
+        """Draw random transforms, and the order of a training loader, for ``epoch`` (from 0) from now on."""
         self.epoch = epoch
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         from torchvision.ops import box_convert
 
         epoch, index = index if isinstance(index, tuple) else (self.epoch, index)
-        photograph = self.images(*self.files[index])
-        orig_size = photograph.shape[-2:]
+        pixels = self.images(*self.files[index])
+        orig_size = pixels.shape[-2:]
         mine = slice(self._starts[index], self._starts[index + 1])
-        image, boxes = self._transformed(photograph, epoch, index)
+        image, boxes = self._transformed(pixels, epoch, index)
         image, xyxy = image.as_subclass(torch.Tensor), boxes.as_subclass(torch.Tensor)
         keep = (xyxy[:, 2:] > xyxy[:, :2]).all(1)  # a crop leaves boxes without area
         height, width = image.shape[-2:]
@@ -314,18 +405,18 @@ class CocoImages(Dataset):
         }
         return image, target
 
-    def _transformed(self, photograph: torch.Tensor, epoch: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _transformed(self, pixels: torch.Tensor, epoch: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         from torchvision import tv_tensors
 
         from raydetr.data.transforms import drawn_from
 
-        size = photograph.shape[-2:]
+        size = pixels.shape[-2:]
         xyxy = _clip(self._xyxy[self._starts[index] : self._starts[index + 1]], size)
         with drawn_from(self.seed, epoch, index):
-            return self.transforms(tv_tensors.Image(photograph), tv_tensors.BoundingBoxes(xyxy, format="XYXY", canvas_size=tuple(size)))
+            return self.transforms(tv_tensors.Image(pixels), tv_tensors.BoundingBoxes(xyxy, format="XYXY", canvas_size=tuple(size)))
 
     def size_of(self, epoch: int, index: int) -> tuple[int, int]:
-        """Height and width of the image that ``dataset[epoch, index]`` has; no picture is read for it."""
+        """Return the height and width of the image of ``dataset[epoch, index]`` without reading its file."""
         width, height = self.files[index][1]
         image, _ = self._transformed(torch.empty(3, height, width, dtype=torch.uint8, device="meta"), epoch, index)
         return tuple(image.shape[-2:])
@@ -337,48 +428,55 @@ def _clip(xyxy: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _use_categories(coco: dict[str, list[dict]], categories: list[dict], path: str | Path) -> list[str]:
-    """Gives ``coco`` the ids of ``categories``, found by name (and id, where names repeat); returns warnings.
+    """Give the categories of ``coco`` the ids that the same ones have in ``categories``; return warnings.
 
-    Raises UserError where an annotation's category is not among them.
+    Raises:
+        UserError: If an annotation's category is not among them, or may be several of them.
     """
-    known = {_spelling(each["name"]): each["id"] for each in reversed(categories)}
-    exact = {(each["id"], _spelling(each["name"])) for each in categories}
-    new_ids, names = {}, {}
-    for each in coco["categories"]:
-        name = _spelling(each["name"])
-        new_ids[each["id"]] = each["id"] if (each["id"], name) in exact else known.get(name)
-        names[each["id"]] = each["name"]
+    positions = match_categories(coco["categories"], categories)
+    new_ids = {
+        each["id"]: None if position is None else categories[position]["id"]
+        for each, position in zip(coco["categories"], positions, strict=True)
+    }
+    names = {each["id"]: each["name"] for each in coco["categories"]}
     for annotation in coco["annotations"]:
         old = annotation["category_id"]
         if new_ids[old] is None:
-            raise UserError(
-                f"{path}: category {short(names[old])} (id {old}, image id {annotation['image_id']}) is not among those of the "
-                f"training: {short([each['name'] for each in categories])}"
-            )
+            known = [each["name"] for each in categories]
+            alike = [short(name) for name in known if fold_name(name) == fold_name(names[old])]
+            why = f"cannot be told from {listed(alike)}" if alike else f"is not among those of the training: {short(known)}"
+            raise UserError(f"{path}: category {short(names[old])} (id {old}, image id {annotation['image_id']}) {why}")
         annotation["category_id"] = new_ids[old]
     coco["categories"] = [dict(each) for each in categories]
     moved = sum(new is not None and new != old for old, new in new_ids.items())
     return [f"{path}: {moved} categories have other ids than in training; they were found by name"] if moved else []
 
 
-def _spelling(name: str) -> str:
-    return name.strip().casefold()
-
-
 # ------------------------------------------------------------------------------------------------------------- the batches
 
 
 def collate(batch: list[tuple[torch.Tensor, dict]]) -> tuple[torch.Tensor, torch.Tensor | None, list[dict]]:
-    """Images [B, 3, H, W], filled up with 0 at the right and the bottom to the largest, mask bool [B, H, W] (True where filled up;
-    None where nothing is), and the targets."""
+    """Pad the images of a batch to the largest height and width, with 0 at the right and the bottom.
+
+    Args:
+        batch: Images float32 [3, h, w] with their targets, as :class:`CocoImages` returns them.
+
+    Returns:
+        The images float32 [B, 3, H, W]; the padding mask bool [B, H, W], True where padded, or None where nothing is; the targets.
+    """
     images, targets = zip(*batch, strict=True)
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     padded = images[0].new_zeros(len(images), 3, height, width)
     mask = torch.ones(len(images), height, width, dtype=torch.bool)
-    for image, into, filled in zip(images, padded, mask, strict=True):
-        into[:, : image.shape[1], : image.shape[2]] = image
-        filled[: image.shape[1], : image.shape[2]] = False
+    for image, target_image, target_mask in zip(images, padded, mask, strict=True):
+        target_image[:, : image.shape[1], : image.shape[2]] = image
+        target_mask[: image.shape[1], : image.shape[2]] = False
     return padded, mask if mask.any() else None, list(targets)
+
+
+def collate_arrays(batch: list[tuple[torch.Tensor, dict]]) -> tuple[np.ndarray, np.ndarray | None, list[dict]]:
+    """Return :func:`collate` of a batch as NumPy arrays, which processes hand over without shared memory."""
+    return as_arrays(collate(batch))
 
 
 def build_loader(
@@ -391,29 +489,73 @@ def build_loader(
     seed: int = 0,
     device: str | torch.device = "cpu",
     group_sizes: bool = False,
+    timeout_s: float = 0.0,
 ) -> DataLoader:
-    """Batches of :func:`collate` for worker ``rank`` of ``world_size``, loaded by ``num_workers`` processes.
+    """Return a loader of the batches of one worker.
 
-    With ``shuffle`` (training) every worker gets as many batches of ``batch_size``, in an order that follows from ``seed`` and the
-    epoch of ``dataset.set_epoch``, which is all that has to be called before an epoch; what does not fill a batch is left out as in
-    the official code, unless it is all there is; ``group_sizes`` makes the batches as :class:`LikeSizes` does. Without ``shuffle``
-    (evaluation) the workers share the batches out, each image once, and only photographs of one size come together: nothing is then
-    filled up, so that what the network says of a photograph depends neither on ``batch_size`` nor on ``world_size``.
+    With ``shuffle`` (training) every worker gets the same number of batches of ``batch_size``, in an order that follows from ``seed``
+    and the epoch of ``dataset.set_epoch``, the only call needed before an epoch. Images that do not fill a batch are left out as in the
+    official code, unless there are no others. Without ``shuffle`` (evaluation) the workers share the batches, each image is loaded once,
+    and a batch holds only image files of one size: nothing is padded, so that predictions depend neither on ``batch_size`` nor on
+    ``world_size``.
+
+    If the batches of the loading processes do not fit into shared memory, they are sent through pipes, and ``dataset.warnings`` says so.
+
+    Args:
+        dataset: The images.
+        batch_size: Images per batch.
+        rank: The number of this worker, from 0.
+        world_size: The number of workers.
+        shuffle: True for training, False for evaluation.
+        num_workers: Processes that load images; with 0 this process does.
+        seed: What the order of the images follows from.
+        device: Where the batches will be used; those for a GPU are put into pinned memory.
+        group_sizes: Whether training batches are made of images of similar size, see :class:`LikeSizes`.
+        timeout_s: The longest wait for a batch of the loading processes, in seconds; 0 waits for ever. A batch that takes longer raises
+            UserError while iterating.
     """
     if shuffle:
         sampler = EpochSampler(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
         batches = (LikeSizes if group_sizes else BatchSampler)(sampler, batch_size, drop_last=len(sampler) >= batch_size)
     else:
         batches = _batches_of_one_size(dataset, batch_size)[rank::world_size]
+    in_flight = num_workers * PREFETCH * largest_batch(dataset, batch_size)
+    fits = fits_shared_memory(in_flight * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # which Ray Train and torchrun set
+    if num_workers and not fits:
+        dataset.warnings.append(
+            f"/dev/shm has {(free_shared_memory() or 0) / 1e6:.0f} MB free, and batches on their way may need {in_flight / 1e6:.0f} MB: "
+            "they are sent through pipes, which is slower; give the container more (docker run --shm-size=2g), or set data.num_workers 0"
+        )
     return Loader(
         dataset,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=collate if fits else collate_arrays,
         num_workers=num_workers,
+        prefetch_factor=PREFETCH if num_workers else None,
         persistent_workers=num_workers > 0,
         pin_memory=torch.device(device).type == "cuda",
+        timeout=timeout_s if num_workers else 0,
         generator=torch.Generator().manual_seed(seed),  # else every epoch would take a number from the process's own
     )
+
+
+def largest_batch(dataset: CocoImages, batch_size: int) -> int:
+    """Return an upper bound for the bytes of a batch: its images float32, padded to the largest, and its padding mask."""
+    from torchvision.transforms import v2
+
+    from raydetr.data.transforms import RandomSizeCrop, ResizeShortSide  # torchvision, see _pack
+
+    sizes = [size for _, size in dataset.files]
+    longest, aspect = max(map(max, sizes)), max(max(size) / min(size) for size in sizes)
+    for transform in getattr(dataset.transforms, "transforms", ()):
+        for each in transform.transforms if isinstance(transform, v2.RandomApply) else (transform,):
+            if isinstance(each, RandomSizeCrop):
+                aspect = max(aspect, each.max_size / each.min_size)
+            elif isinstance(each, ResizeShortSide):
+                limit = math.inf if each.max_size is None else each.max_size + aspect  # rounding can exceed it, see resized_size
+                longest = min(limit, max(each.sizes) * aspect)
+    # An upright image can be padded beside a wide one: the square of the longest side.
+    return int(batch_size * longest**2 * (3 * torch.float32.itemsize + torch.bool.itemsize))
 
 
 def _batches_of_one_size(dataset: CocoImages, batch_size: int) -> list[list[int]]:
@@ -424,7 +566,7 @@ def _batches_of_one_size(dataset: CocoImages, batch_size: int) -> list[list[int]
 
 
 class EpochSampler(DistributedSampler):
-    """Yields (epoch, index): so the epoch reaches loading processes, which keep the copy of the data set they began with."""
+    """Yield (epoch, index), by which the epoch reaches loading processes: those keep the copy of the data set they started with."""
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.dataset.epoch
@@ -433,10 +575,10 @@ class EpochSampler(DistributedSampler):
 
 
 class LikeSizes(BatchSampler):
-    """The batches of an :class:`EpochSampler`'s images, made of images alike in shape and size as the transforms leave them.
+    """Make the batches of an :class:`EpochSampler` of images that have a similar shape and size after their transforms.
 
-    Every ``window`` batches are put together anew and shuffled: which images an epoch has, and what it leaves out, stays as drawn. The
-    workers of a run shuffle alike, so that they have about as large images in the same step.
+    The images of every ``window`` batches are sorted by size, divided into batches again, and the batches shuffled: which images an epoch
+    has, and which it leaves out, stays as drawn. The workers of a run shuffle alike, so that their images of one step are of similar size.
     """
 
     window = 64
@@ -456,14 +598,23 @@ def _likeness(size: tuple[int, int]) -> tuple[bool, int, int]:
 
 
 class Loader(DataLoader):
-    """A DataLoader whose processes' UserErrors arrive as the one line that they are, not as a traceback in a message."""
+    """A DataLoader that yields tensors also for :func:`collate_arrays`, and whose errors are one line for the user.
+
+    A UserError of a loading process is raised as that line, not as a traceback in a message. A batch that does not arrive within the
+    loader's ``timeout`` raises UserError, which says what to do.
+    """
 
     def __iter__(self) -> Iterator:
-        return _one_line_errors(super().__iter__())
-
-
-def _one_line_errors(batches: Iterator) -> Iterator:
-    try:
-        yield from batches
-    except UserError as error:
-        raise UserError(str(error).rstrip().rsplit(f"{UserError.__module__}.{UserError.__qualname__}: ", 1)[-1]) from None
+        try:
+            yield from map(as_tensors, super().__iter__()) if self.collate_fn is collate_arrays else super().__iter__()
+        except UserError as error:
+            raise UserError(str(error).rstrip().rsplit(f"{UserError.__module__}.{UserError.__qualname__}: ", 1)[-1]) from None
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+            free = free_shared_memory()
+            memory = "" if free is None else f" (/dev/shm has {free / 1e6:.0f} MB free)"
+            raise UserError(
+                f"no batch came from the processes that load images within {self.timeout:g} s: shared memory is full{memory}, or the "
+                "images' disk does not answer; set data.num_workers 0, give more shared memory, or raise data.batch_timeout_s"
+            ) from error

@@ -1,11 +1,15 @@
-"""From an image file to pixels: every kind of file becomes RGB, and what cannot be read is named.
+"""Decode image files to RGB pixels, and name those that cannot be decoded.
 
-EXIF orientation. Boxes are given in the pixels of the picture that the annotator saw, and the annotation's width and height
-say which that was. A picture is turned as its EXIF tag demands where that, and not the stored picture, has the annotation's
-size; else it stays as it is stored, which is also what the official DETR sees. Where nothing is annotated (prediction), it is
-turned upright.
+EXIF orientation. Cameras store an image as the sensor saw it, with a tag that says how to turn it upright. Boxes are given in the
+pixels of the image that the annotator saw, which today's browsers and annotation tools show upright. The annotated width and height
+tell which one it was where the tag swaps the sides: the image is turned if the upright image, and not the stored one, has the
+annotated size. Where the sides are equal either way (orientations 2, 3, 4, and all on square images) or not annotated, the setting
+``data.exif`` decides: ``upright`` (the default) or ``stored``, which is what the official DETR reads. An image without annotations
+(prediction) is turned upright.
 """
 
+import contextlib
+import re
 import struct
 import zlib
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -18,27 +22,57 @@ from PIL import ExifTags, Image, ImageOps
 from raydetr.data.values import short
 from raydetr.errors import UserError
 
+with contextlib.suppress(ImportError):  # the extra "heic"
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
+MAX_MEGAPIXELS = 178  # Pillow's own limit
 # What Pillow raises on broken files, beside OSError.
 _BROKEN = (SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError)
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}  # ISO/IEC 23008-12, annex B
 
 
 class Header(NamedTuple):
-    """What a file says of its picture before it is decoded."""
+    """Size and orientation of an image file, read without decoding it."""
 
     width: int  # pixels, as stored
     height: int
     orientation: int  # EXIF: 1 is upright, 5 to 8 swap width and height
 
     @property
+    def stored(self) -> tuple[int, int]:
+        """Width and height of the stored pixels."""
+        return self.width, self.height
+
+    @property
     def upright(self) -> tuple[int, int]:
         """Width and height once turned as the EXIF tag demands."""
         return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
+    def size(self, exif: str) -> tuple[int, int]:
+        """Return width and height for the value of ``data.exif``, where no annotation says them."""
+        return self.upright if exif == "upright" else self.stored
+
+    def is_turned(self, size: tuple[int, int] | None, exif: str) -> bool:
+        """Return whether the annotated image is the upright one and differs from the stored one.
+
+        Args:
+            size: The annotated width and height; None if there is no annotation.
+            exif: ``upright`` or ``stored``; counts where ``size`` cannot tell.
+        """
+        if self.orientation == 1:
+            return False
+        return exif == "upright" if size is None or self.stored == self.upright else size == self.upright
+
 
 def image_path(folder: Path, file_name: object) -> Path:
-    """``folder / file_name`` for a file name out of an annotation file; raises UserError where it would leave the folder.
+    """Return ``folder / file_name`` for a file name read from an annotation file.
 
-    Only the name is judged (no "..", no absolute path, on any system); links inside the folder are the user's own.
+    Only the name is checked (no "..", no absolute path, on any operating system). Links inside the folder are followed.
+
+    Raises:
+        UserError: If the name would leave the folder, or is not a file name.
     """
     if not isinstance(file_name, str) or not PurePosixPath(file_name).name or any(ord(letter) < 32 for letter in file_name):
         raise UserError(f"file name {short(file_name)} is no file name")
@@ -48,71 +82,119 @@ def image_path(folder: Path, file_name: object) -> Path:
     return Path(folder) / file_name
 
 
-def read_header(path: str | Path) -> Header:
-    """Size and orientation of an image file, without decoding it; raises UserError naming the file."""
-    try:
-        with Image.open(path) as image:
-            return _header(image)
-    except (OSError, *_BROKEN) as error:
-        raise _unreadable(path, error) from None
+def read_header(path: str | Path, max_megapixels: int = MAX_MEGAPIXELS) -> Header:
+    """Return the size and orientation of an image file without decoding it.
 
-
-def read_image(path: str | Path, size: tuple[int, int] | None = None) -> torch.Tensor:
-    """The picture as RGB: uint8 [3, height, width] (strides of channels-last memory).
-
-    ``size`` is the annotation's (width, height); without one the picture is turned upright. Grey and palette pictures become
-    RGB, CMYK is converted, 16 bits become the upper 8, of several frames the first is taken, and an alpha channel is dropped.
-    Raises UserError, naming the file, where it is missing, truncated, broken or not of that size.
+    Raises:
+        UserError: If the file is missing, is not an image, or has more than ``max_megapixels``.
     """
     try:
-        with Image.open(path) as image:
+        with _open(path, max_megapixels) as image:
+            return _header(image)
+    except (OSError, *_BROKEN) as error:
+        raise _unreadable(path, error, max_megapixels) from None
+
+
+def read_image(
+    path: str | Path, size: tuple[int, int] | None = None, exif: str = "upright", max_megapixels: int = MAX_MEGAPIXELS
+) -> torch.Tensor:
+    """Decode an image file to RGB.
+
+    Grayscale and palette images become RGB, CMYK is converted, 16 bits become the upper 8, of several frames the first is taken, and an
+    alpha channel is dropped.
+
+    Args:
+        path: The image file.
+        size: The annotated (width, height) in pixels; None for an image without annotations.
+        exif: ``upright`` or ``stored``, the value of ``data.exif``: which image to return where ``size`` cannot tell.
+        max_megapixels: The largest image to decode, in millions of pixels (``data.max_megapixels``).
+
+    Returns:
+        uint8 [3, height, width], with the strides of channels-last memory.
+
+    Raises:
+        UserError: If the file is missing, truncated, broken, too large, or not of the annotated size.
+    """
+    try:
+        with _open(path, max_megapixels) as image:
             header = _header(image)
             if image.format == "EPS":  # decoding it would run a program on it
                 raise UserError(f"{path}: EPS is no photograph; convert it to JPEG or PNG")
-            if size is not None and size not in (header[:2], header.upright):
+            if size is not None and size not in (header.stored, header.upright):
                 raise UserError(
-                    f"{path}: the picture is {header.width} x {header.height} pixels, its annotation says {size[0]} x {size[1]}; "
-                    "correct the annotation or put the annotated picture there"
+                    f"{path}: the image is {header.width} x {header.height} pixels, its annotation says {size[0]} x {size[1]}; "
+                    "correct the annotation or put the annotated image there"
                 )
             image.load()
-            if header.orientation != 1 and (size is None or size != header[:2]):
-                image = ImageOps.exif_transpose(image)
-            pixels = _rgb(image, path)
+            pixels = _rgb(ImageOps.exif_transpose(image) if header.is_turned(size, exif) else image, path)
     except (OSError, *_BROKEN) as error:
-        raise _unreadable(path, error) from None
+        raise _unreadable(path, error, max_megapixels) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _open(path: str | Path, max_megapixels: int) -> Image.Image:
+    if max_megapixels > MAX_MEGAPIXELS and Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_megapixels * 1_000_000)  # Pillow's limit would come before ours
+    image = Image.open(path)
+    if image.width * image.height > max_megapixels * 1_000_000:
+        image.close()
+        raise Image.DecompressionBombError(f"({image.width * image.height} pixels)")
+    return image
 
 
 def _header(image: Image.Image) -> Header:
     orientation = 1
-    # TIFF and AVIF come turned already. Asking a PNG whose head holds no tag would decode it.
+    # Pillow turns TIFF and AVIF itself. Reading the tags of a PNG that has none in its head would decode it.
     if "exif" in image.info and image.format not in ("TIFF", "AVIF"):
         try:
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         except (OSError, *_BROKEN):
-            orientation = 1  # a broken tag says nothing; the pixels may be whole
+            orientation = 1  # the pixels can be whole where the tag is broken
     return Header(*image.size, orientation if orientation in range(1, 9) else 1)
 
 
 def _rgb(image: Image.Image, path: str | Path) -> np.ndarray:
-    """The pixels as uint8 [height, width, 3]."""
+    """Return the pixels as uint8 [height, width, 3]."""
     if image.mode == "RGB":
         return np.array(image)
     if image.mode == "F":
-        raise UserError(f"{path}: floating-point pixels have no known range; convert the picture to 8 bits")
+        raise UserError(f"{path}: floating-point pixels have no known range; convert the image to 8 bits")
     if image.mode.startswith("I"):
-        grey = np.array(image)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise UserError(f"{path}: pixel values outside 0 to 65535; convert the picture to 8 bits")
-        return np.repeat((grey.astype(np.uint16) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        gray = np.array(image)
+        if gray.min() < 0 or gray.max() > 65535:
+            raise UserError(f"{path}: pixel values outside 0 to 65535; convert the image to 8 bits")
+        return np.repeat((gray.astype(np.uint16) >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the same colours; Pillow warns of the direct way
+        image = image.convert("RGBA")  # the same colors; Pillow warns of the direct conversion
     return np.array(image.convert("RGB"))
 
 
-def _unreadable(path: str | Path, error: Exception) -> UserError:
+def _unreadable(path: str | Path, error: Exception, max_megapixels: int) -> UserError:
     if isinstance(error, OSError) and error.strerror:  # the system's: no such file, permission denied, ...
         return UserError(f"{path}: {error.strerror}")
+    if isinstance(error, Image.DecompressionBombError):
+        pixels = re.search(r"\((\d+) pixels\)", str(error))
+        size = f"{int(pixels[1]) / 1e6:.0f} megapixels" if pixels else "the image"
+        return UserError(f"{path}: too large: {size}, more than data.max_megapixels ({max_megapixels}); raise it, or scale the image down")
     if isinstance(error, Image.UnidentifiedImageError):
-        return UserError(f"{path}: not an image file that can be read")
+        return UserError(f"{path}: {_kind_of_file(Path(path))}")
     return UserError(f"{path}: broken or truncated image ({' '.join(str(error).split()) or type(error).__name__})")
+
+
+def _kind_of_file(path: Path) -> str:
+    """Say what a file is that Pillow does not know, as far as its first bytes tell."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS:
+        return (
+            "broken HEIC image"
+            if "HEIF" in Image.OPEN
+            else "a HEIC image; install what reads it: pip install 'raydetr[heic]' (or convert it to JPEG)"
+        )
+    if not start:
+        return "not an image file that can be read: it is empty"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "not an image file that can be read: it is a web page, as failed downloads leave them"
+    if start.startswith(b"version https://git-lfs"):
+        return "not an image file that can be read: it is a Git LFS pointer; fetch the image with git lfs pull"
+    return "not an image file that can be read"

@@ -1,8 +1,8 @@
-"""What happens to a photograph and its boxes on the way into the network: the official DETR's transforms, on tensors.
+"""The official DETR's transforms of an image and its boxes, on tensors.
 
-All of them take and give ``image, boxes``: a ``tv_tensors.Image`` uint8 [3, height, width] and ``tv_tensors.BoundingBoxes``
-XYXY in pixels [n, 4]. Pictures stay uint8 until their last size. Everything random is drawn from torch's CPU generator, which
-:func:`drawn_from` sets for one picture.
+All of them take and return ``image, boxes``: a ``tv_tensors.Image`` uint8 [3, height, width] and ``tv_tensors.BoundingBoxes`` XYXY in
+pixels [n, 4]. Images stay uint8 until their last size. Everything random is drawn from torch's CPU generator, which
+:func:`drawn_from` sets for one image.
 """
 
 import contextlib
@@ -16,16 +16,20 @@ from torchvision.transforms.v2 import functional
 
 from raydetr.config import Data
 
+LEAST_SIDE = 32  # pixels: the stride of the backbones. A shorter side has no cell of the feature map of its own
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, per RGB channel of 0 to 1
 
 
 def train_transforms(data: Data) -> v2.Transform:
-    """Multi-scale resize, before it with probability ``data.crop`` a crop of random size out of the resized picture, and flip.
+    """Return the training transforms: with probability ``data.crop`` a resize and a random crop, then a random resize and a random flip.
 
-    The distribution of ``make_coco_transforms("train")`` in the official datasets/coco.py. The flip comes last instead of first:
-    it commutes with the others, and there the picture is small. A crop can leave boxes without area, [x, y, x, y]: drop them.
+    The distribution is that of ``make_coco_transforms("train")`` in the official datasets/coco.py. The flip comes last instead of
+    first: it commutes with the others, and the image is smaller then. A crop can leave boxes without area, [x, y, x, y]: drop them.
+
+    Args:
+        data: The settings ``data.*``.
     """
-    # The official code has no limit here: a strip of a picture, 1 x 5000 pixels, would become gigabytes.
+    # The official code has no limit here: a strip of an image, 1 x 5000 pixels, would become gigabytes.
     crop = [ResizeShortSide(data.crop_resize, 10 * data.max_size), RandomSizeCrop(data.crop_min, data.crop_max)]
     return v2.Compose(
         [
@@ -38,29 +42,38 @@ def train_transforms(data: Data) -> v2.Transform:
 
 
 def val_transforms(data: Data) -> v2.Transform:
-    """Resize to ``data.val_size`` and normalize; nothing random."""
+    """Return the transforms of evaluation and prediction: resize to ``data.val_size`` and normalize, nothing random."""
     return v2.Compose([ResizeShortSide([data.val_size], data.max_size), *_normalize()])
 
 
 def _normalize() -> list[v2.Transform]:
-    # Mean and deviation are those of 0 to 255: dividing by 255 would be one more pass over the picture.
+    # Mean and deviation are those of 0 to 255: dividing by 255 would be one more pass over the image.
     mean, std = [255 * each for each in MEAN], [255 * each for each in STD]
     return [v2.Lambda(_float_planes, tv_tensors.Image), v2.Normalize(mean, std, inplace=True)]
 
 
 def _float_planes(image: tv_tensors.Image) -> tv_tensors.Image:
-    # Decoding and resizing work on interleaved pixels, the network on planes: changed in the pass that makes them float.
+    # Decoding and resizing work on interleaved pixels, the network on planes: converted in the pass that makes them float.
     return tv_tensors.wrap(image.to(torch.float32, memory_format=torch.contiguous_format), like=image)
 
 
 def resized_size(height: int, width: int, short_side: int, max_size: int | None = None) -> tuple[int, int]:
-    """Height and width once the short side is ``short_side``, smaller where the long one would exceed ``max_size``.
+    """Return the height and width of an image once its short side is ``short_side``, or less where the long one would exceed ``max_size``.
 
-    Rounds as ``get_size_with_aspect_ratio`` in the official datasets/transforms.py does, so that sizes are its own; unlike there,
-    no side gets shorter than a pixel.
+    The rounding is that of ``get_size_with_aspect_ratio`` in the official datasets/transforms.py, so that sizes are the official ones.
+    Unlike there, an image so elongated that its short side would get shorter than ``LEAST_SIDE`` is stretched to that side: the networks
+    take no image of a few pixels.
+
+    Args:
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+        short_side: The wanted length of the shorter side, in pixels.
+        max_size: The largest length of the longer side, in pixels; None for no limit.
     """
     if max_size is not None and max(height, width) / min(height, width) * short_side > max_size:
-        short_side = max(1, round(max_size * min(height, width) / max(height, width)))
+        least, short_side = min(short_side, LEAST_SIDE), round(max_size * min(height, width) / max(height, width))
+        if short_side < least:
+            return (least, max_size) if height < width else (max_size, least)
     if min(height, width) == short_side:
         return height, width
     if width < height:
@@ -69,24 +82,24 @@ def resized_size(height: int, width: int, short_side: int, max_size: int | None 
 
 
 class ResizeShortSide(v2.Transform):
-    """Resizes to a short side drawn from ``sizes``, the long one limited by ``max_size`` (all in pixels)."""
+    """Resize to a short side drawn from ``sizes``, the long side limited by ``max_size`` (all in pixels)."""
 
     def __init__(self, sizes: list[int], max_size: int | None = None):
         super().__init__()
         self.sizes, self.max_size = sizes, max_size
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """The one size for picture and boxes."""
+        """Draw the size that the image and its boxes share."""
         short_side = self.sizes[_draw(0, len(self.sizes) - 1)] if len(self.sizes) > 1 else self.sizes[0]
         return {"size": resized_size(*functional.get_size(flat_inputs[0]), short_side, self.max_size)}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Bilinear with antialiasing, which is Pillow's and the official one."""
+        """Resize by bilinear interpolation with antialiasing, as Pillow and the official code do."""
         return functional.resize(inpt, list(params["size"]), antialias=True)
 
 
 class RandomSizeCrop(v2.Transform):
-    """Crops to a width and a height drawn from ``min_size`` to ``max_size`` (pixels, both inclusive), anywhere in the picture.
+    """Crop to a width and a height drawn from ``min_size`` to ``max_size`` (pixels, both inclusive), anywhere in the image.
 
     A side that is shorter than ``min_size`` is kept whole. Boxes are clipped to the crop; those outside end up without area.
     """
@@ -96,7 +109,7 @@ class RandomSizeCrop(v2.Transform):
         self.min_size, self.max_size = min_size, max_size
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """The one crop for picture and boxes."""
+        """Draw the crop that the image and its boxes share."""
         height, width = functional.get_size(flat_inputs[0])
         crop_width = _draw(min(self.min_size, width), min(width, self.max_size))
         crop_height = _draw(min(self.min_size, height), min(height, self.max_size))
@@ -104,18 +117,18 @@ class RandomSizeCrop(v2.Transform):
         return {"top": top, "left": left, "height": crop_height, "width": crop_width}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """The crop."""
+        """Crop the image or its boxes."""
         return functional.crop(inpt, **params)
 
 
 def _draw(low: int, high: int) -> int:
-    """A whole number from low to high, both inclusive."""
+    # A whole number from low to high, both inclusive.
     return int(torch.randint(low, high + 1, ()))
 
 
 @contextlib.contextmanager
 def drawn_from(*numbers: int):
-    """Within it torch's CPU generator follows from ``numbers`` alone; afterwards it goes on as if nothing had been drawn."""
+    """Seed torch's CPU generator from ``numbers`` within the ``with`` block, and restore its state afterwards."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     with torch.random.fork_rng(devices=[]):
         # The CPU's generator only: torch.manual_seed would set those of the GPUs as well, which fork_rng leaves alone here.

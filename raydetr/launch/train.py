@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -46,6 +47,8 @@ RESUMABLE = {
     "optim.patience",
     "data.num_workers",
     "data.cache_gb",
+    "data.batch_timeout_s",
+    "data.max_megapixels",
     "run.max_failures",
     "run.wait_for_machines_min",
     "run.workers",
@@ -155,6 +158,8 @@ def way_on(config: settings.Config) -> str:
 def check_data(config: settings.Config) -> None:
     """The quick part of the data check; raises UserError with the first error, so that nothing starts that would fail or lie."""
     report = check(config.data, quick=True, num_queries=config.model.num_queries)
+    for line in report.summary() if report.ok else ():
+        print(line, file=sys.stderr)
     if not report.ok:
         more = f" (and {len(report.errors) - 1} more)" if len(report.errors) > 1 else ""
         raise UserError(f"{report.errors[0]}{more}; `raydetr data check` tells all")

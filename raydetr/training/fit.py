@@ -312,8 +312,8 @@ def _loaders(config: Config, reporter: Any, device: torch.device, content: dict[
     train = CocoImages(find_split(data, "train"), train_transforms(data), config.run.seed, known)
     val = CocoImages(find_split(data, "val"), val_transforms(data), config.run.seed, train.categories)
     limit = cache_limit(data) // reporter.world_size  # as if all workers were on one machine
-    train.images = val.images = reporter.images or DecodedImages(train.files + val.files, limit)
-    common = {"num_workers": data.num_workers, "seed": config.run.seed, "device": device}
+    train.images = val.images = reporter.images or DecodedImages(train.files + val.files, limit, train.split.read)
+    common = {"num_workers": data.num_workers, "seed": config.run.seed, "device": device, "timeout_s": data.batch_timeout_s}
     share = (batch_size, reporter.rank, reporter.world_size)
     return build_loader(train, *share, shuffle=True, group_sizes=data.group_sizes, **common), build_loader(val, *share, **common)
 

@@ -56,7 +56,7 @@ def test_a_filled_cache_travels_and_a_half_filled_one_does_not(dataset):
     images = DecodedImages(dataset.files, 10 * PICTURE)
     true = images(*dataset.files[0])
     half = pickle.loads(pickle.dumps(images))
-    assert not half.places
+    assert not half.slots
     assert torch.equal(half(*dataset.files[0]), true)
     images.fill()
     whole = pickle.loads(pickle.dumps(images))
@@ -74,7 +74,7 @@ def test_filling_names_a_broken_picture(dataset):
 def test_nothing_is_kept_without_memory_for_it(dataset):
     images = DecodedImages(dataset.files, cache_limit(load_config({"data.cache_gb": 0}).data))
     images.fill()
-    assert not images.places
+    assert not images.slots
     assert torch.equal(images(*dataset.files[0]), read_image(*dataset.files[0]))
 
 

@@ -167,8 +167,9 @@ def with_box(**changes):
         (small(categories=[]), "there are no categories"),
         (small(annotations=[]), "none of the 2 images has a box"),
         (small(annotations=[small()["annotations"][0] | {"iscrowd": 1}]), "none of the 2 images has a box"),
-        (with_image(id=1), "image id 1 stands twice"),
-        (with_image(id="2"), "id of image number 2 is '2'; it must be a whole number"),
+        (with_image(id=1), "image id 1 is used twice"),
+        (with_image(id="a2"), "id of image number 2 is 'a2'; it must be a whole number"),
+        (with_image(id="1"), "image id 1 is used twice"),
         (with_image(id=2.5), "id of image number 2 is 2.5"),
         (with_image(id=None), "id of image number 2 is missing"),
         (with_image(id=True), "id of image number 2 is True"),
@@ -178,22 +179,22 @@ def with_box(**changes):
         (with_image(file_name=None), "image id 2: file name None is no file name"),
         (small(categories=[{"id": 5}]), "category id 5 has no name"),
         (small(categories=[{"id": 5, "name": " "}]), "category id 5 has no name"),
-        (small(categories=[{"id": 5, "name": 3}]), "category id 5 has no name"),
+        (small(categories=[{"id": 5, "name": True}]), "category id 5 has no name"),
         (small(categories=[{"name": "thing"}]), "id of category number 1 is missing"),
-        (small(categories=[{"id": "5", "name": "thing"}]), "id of category number 1 is '5'"),
-        (small(categories=[{"id": 5, "name": "a"}, {"id": 5, "name": "b"}]), "category id 5 stands twice"),
+        (small(categories=[{"id": "5.5", "name": "thing"}]), "id of category number 1 is '5.5'"),
+        (small(categories=[{"id": 5, "name": "a"}, {"id": 5, "name": "b"}]), "category id 5 is used twice"),
         (with_box(image_id=99), "annotation id 12: image id 99 is not among"),
-        (with_box(image_id="1"), "annotation id 12: image_id is '1'"),
+        (with_box(image_id="one"), "annotation id 12: image_id is 'one'"),
         (with_box(image_id=[1]), "annotation id 12: image_id is"),
         (with_box(category_id=6), "annotation id 12: category id 6 is not among"),
         (with_box(category_id=None), "annotation id 12: category_id is missing"),
         (with_box(bbox=None), r"annotation id 12: bbox None is not a list of four numbers"),
         (with_box(bbox=[1, 2, 3]), r"annotation id 12: bbox \[1, 2, 3\] is not a list of four numbers"),
         (with_box(bbox="1234"), "annotation id 12: bbox '1234' is not"),
-        (with_box(bbox=[1, 2, "3", 4]), "annotation id 12: bbox .* is not"),
+        (with_box(bbox=[1, 2, "wide", 4]), "annotation id 12: bbox .* is not"),
         (with_box(bbox=[1, 2, None, 4]), "annotation id 12: bbox .* is not"),
         (with_box(iscrowd=2), "annotation id 12: iscrowd is 2"),
-        (with_box(iscrowd="0"), "annotation id 12: iscrowd is '0'"),
+        (with_box(iscrowd="no"), "annotation id 12: iscrowd is 'no'"),
         (small(annotations=[{"image_id": 1, "category_id": 5}]), r"annotation number 1 \(without id\): bbox None"),
     ],
 )
@@ -271,6 +272,59 @@ def test_float_ids_of_whole_numbers_are_taken(write):
 # ------------------------------------------------------------------------------------------------- the file and the folder
 
 
+def test_numbers_written_as_text_are_taken(write):
+    coco = small()
+    for image in coco["images"]:
+        image.update(id=str(image["id"]), width="64", height="48.0")
+    for box in coco["annotations"]:
+        box.update(image_id=f" {box['image_id']}", category_id="5", bbox=["8", "8", "16", "12.5"], area="100", iscrowd="0")
+    coco["categories"] = [{"id": "5", "name": 7}]
+    loaded, warnings = load_coco(write(coco))
+    assert not warnings
+    assert [(image["id"], image["width"], image["height"]) for image in loaded["images"]] == [(1, 64, 48), (2, 64, 48)]
+    expected = {"image_id": 1, "category_id": 5, "bbox": [8, 8, 16, 12.5], "area": 100, "iscrowd": 0}
+    assert loaded["annotations"][0] == expected | {"id": 1}
+    assert loaded["categories"] == [{"id": 5, "name": "7"}]
+
+
+@pytest.mark.parametrize("text", ["x", "", "1_0", "0x5", "1e999", "nan", "5.5", "١"])
+def test_text_that_is_no_whole_number_is_no_id(write, text):
+    with pytest.raises(UserError, match="id of image number 2 is"):
+        load_coco(write(with_image(id=text)))
+
+
+def test_names_that_are_spelled_in_another_way_are_corrected_and_told(coco_folder):
+    root = coco_folder()
+
+    def change(coco):
+        for image in coco["images"]:
+            image["file_name"] = f"val2017\\{image['file_name'].upper()}"
+
+    rewrite(root, change)
+    val = dataset(root)
+    assert [image["file_name"] for image in val.coco["images"]] == ["val_000.jpg", "val_001.jpg"]
+    (warning,) = val.warnings
+    assert "2 file names spelled in another way" in warning
+    assert warning.endswith(r"(the first: 'val2017\\VAL_000.JPG' is val_000.jpg)")
+    val[0]
+
+
+def test_the_nearest_name_is_told_where_an_image_is_missing(coco_folder):
+    root = coco_folder()
+    rewrite(root, lambda coco: coco["images"][1].update(file_name="val_01.jpg"))
+    with pytest.raises(UserError, match=r"the first is 'val_01.jpg' \(image id 11\); the nearest name there is val_001.jpg") as error:
+        dataset(root)
+    assert one_line(error)
+
+
+def test_what_is_missing_can_be_left_to_the_reader(coco_folder):
+    root = coco_folder()
+    rewrite(root, lambda coco: coco["images"][0].update(file_name="VAL_000.jpg"))
+    file = rewrite(root, lambda coco: coco["images"][1].update(file_name="gone.jpg"))
+    coco, _ = load_coco(file, root / "val2017", must_exist=False)
+    assert [image["file_name"] for image in coco["images"]] == ["val_000.jpg", "gone.jpg"]
+
+
 def test_missing_pictures_are_counted_and_the_first_named(coco_folder):
     root = coco_folder(val=4)
     (root / "val2017" / "val_001.jpg").unlink()
@@ -319,7 +373,7 @@ def test_a_picture_of_another_size_than_annotated_is_named(coco_folder):
     rewrite(root, lambda coco: coco["images"][1].update(width=640, height=480))
     val = dataset(root)
     val[0]
-    with pytest.raises(UserError, match=r"val_001.jpg: the picture is 96 x 64 pixels, its annotation says 640 x 480") as error:
+    with pytest.raises(UserError, match=r"val_001.jpg: the image is 96 x 64 pixels, its annotation says 640 x 480") as error:
         val[1]
     assert one_line(error)
 
@@ -335,6 +389,35 @@ def test_boxes_of_a_turned_picture(coco_folder):
     image, target = dataset(root)[0]
     assert target["orig_size"].tolist() == [96, 64]
     assert image.shape[1] > image.shape[2]
+
+
+@pytest.mark.parametrize("annotated", [True, False])
+@pytest.mark.parametrize(("size", "orientation"), [((96, 64), 3), ((64, 64), 6)])
+def test_a_rotation_that_no_size_tells_is_undone_unless_the_setting_says_stored(coco_folder, size, orientation, annotated):
+    root = coco_folder(val=1, size=size)
+    path = root / "val2017" / "val_000.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(path).copy().save(path, exif=exif, quality=95)
+    stored = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+    turned = stored.rot90(2, (1, 2)) if orientation == 3 else stored.rot90(-1, (1, 2))
+    if not annotated:
+        rewrite(root, lambda coco: coco["images"][0].update(width=None, height=None))
+    for exif_setting, expected in (("upright", turned), ("stored", stored)):
+        val = CocoImages(find_split(settings(root, exif=exif_setting), "val"), lambda *pair: pair)
+        assert torch.equal(val.images(*val.files[0]), expected)
+
+
+@pytest.mark.parametrize(("exif", "size"), [("upright", [96, 64]), ("stored", [64, 96])])
+def test_an_image_without_an_annotated_size_has_that_of_the_setting(coco_folder, exif, size):
+    root = coco_folder(val=1, size=(96, 64))
+    path = root / "val2017" / "val_000.jpg"
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    Image.open(path).copy().save(path, exif=tag)
+    rewrite(root, lambda coco: coco["images"][0].update(width=None, height=None))
+    val = CocoImages(find_split(settings(root, exif=exif), "val"), val_transforms(settings(root)))
+    assert val[0][1]["orig_size"].tolist() == size
 
 
 # ------------------------------------------------------------------------------------------------------------ the data set
@@ -502,6 +585,28 @@ def test_swapped_ids_are_not_mistaken(known):
     """The file's id 3 is the training's id 7 and the other way round: names decide."""
     val = dataset(known, categories=[{"id": 3, "name": "oblong"}, {"id": 7, "name": "square"}])
     assert val[1][1]["labels"].tolist() == [0, 1, 1]
+
+
+def test_twins_keep_their_labels_whatever_their_ids_and_order(coco_folder):
+    root = coco_folder(categories=({"id": 1, "name": "Box"}, {"id": 2, "name": "box"}))
+    before = dataset(root)._labels.tolist()
+    assert len(set(before)) == 2
+
+    def swap(coco):
+        coco["categories"] = [{"id": 1, "name": "box"}, {"id": 2, "name": "Box"}]
+        for each in coco["annotations"]:
+            each["category_id"] = 3 - each["category_id"]
+
+    rewrite(root, swap)
+    assert dataset(root, categories=[{"id": 1, "name": "Box"}, {"id": 2, "name": "box"}])._labels.tolist() == before
+
+
+def test_a_category_that_resembles_two_trained_ones_is_refused(coco_folder):
+    root = coco_folder(categories=({"id": 7, "name": "BOX"}, {"id": 8, "name": "other"}))
+    trained = [{"id": 1, "name": "Box"}, {"id": 2, "name": "box"}, {"id": 3, "name": "other"}]
+    with pytest.raises(UserError, match=r"category 'BOX' \(id 7, image id \d+\) cannot be told from 'Box', 'box'") as error:
+        dataset(root, categories=trained)
+    assert one_line(error)
 
 
 def test_a_category_that_was_not_trained(known):

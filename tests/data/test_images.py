@@ -206,6 +206,60 @@ def test_a_picture_made_to_fill_the_memory_is_refused(tmp_path, monkeypatch):
     assert one_line(error).startswith(f"{path}: ")
 
 
+def test_the_largest_image_is_a_setting_that_the_error_names(tmp_path):
+    path = tmp_path / "a.png"
+    Image.new("1", (1500, 1000)).save(path)
+    assert read_image(path, max_megapixels=2).shape == (3, 1000, 1500)
+    for read in (read_image, read_header):
+        with pytest.raises(UserError, match=r"too large: 2 megapixels, more than data.max_megapixels \(1\)") as error:
+            read(path, max_megapixels=1)
+        assert one_line(error).startswith(f"{path}: ")
+
+
+def test_an_image_beyond_pillows_own_limit_is_read_where_the_setting_allows_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    path = tmp_path / "a.png"
+    Image.new("1", (14000, 13500)).save(path)
+    with pytest.raises(UserError, match=r"too large: 189 megapixels, more than data.max_megapixels \(178\)"):
+        read_header(path)
+    assert read_header(path, max_megapixels=190).stored == (14000, 13500)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200), r"HEIC image; install .* pip install 'raydetr\[heic\]'"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(200), "HEIC image"),
+        (b"", "it is empty"),
+        (b"<!DOCTYPE html><html>404</html>", "it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+    ],
+)
+def test_a_file_that_is_no_image_is_named_for_what_it_is(tmp_path, monkeypatch, content, what):
+    monkeypatch.setattr(Image, "OPEN", {name: each for name, each in Image.OPEN.items() if name != "HEIF"})  # as without the extra
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
+    (tmp_path / "a.jpg").write_bytes(content)
+    for read in (read_image, read_header):
+        with pytest.raises(UserError, match=what) as error:
+            read(tmp_path / "a.jpg")
+        assert one_line(error).startswith(f"{tmp_path / 'a.jpg'}: ")
+
+
+def test_heic_is_read_where_the_extra_is_installed(tmp_path):
+    pytest.importorskip("pillow_heif")
+    noise = np.random.default_rng(0).integers(0, 255, (8, 12, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((96, 64))
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    for name, options in (("a.heic", {}), ("turned.heic", {"exif": exif.tobytes()})):
+        image.save(tmp_path / name, quality=95, **options)
+        header = read_header(tmp_path / name)
+        decoded = pixels_of(read_image(tmp_path / name)).astype(int)
+        expected = np.array(image if name == "a.heic" else image.transpose(Image.Transpose.ROTATE_270)).astype(int)
+        assert header.upright == expected.shape[1::-1]
+        assert abs(decoded - expected).mean() < 6
+
+
 def test_no_program_is_run_on_a_picture(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
     with pytest.raises(UserError, match="EPS is no photograph"):
@@ -235,14 +289,31 @@ def test_without_annotation_a_picture_is_turned_upright(tmp_path, orientation):
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_the_annotations_size_says_which_picture_was_annotated(tmp_path, orientation):
+@pytest.mark.parametrize("exif", ["upright", "stored"])
+def test_the_annotated_size_says_which_image_was_annotated_where_it_can(tmp_path, orientation, exif):
     path = save(tmp_path / "a.png", gradient(), orientation)
-    assert np.array_equal(pixels_of(read_image(path, (10, 6))), gradient())
     if orientation >= 5:
-        assert np.array_equal(pixels_of(read_image(path, (6, 10))), UPRIGHT[orientation](gradient()))
+        assert np.array_equal(pixels_of(read_image(path, (10, 6), exif)), gradient())
+        assert np.array_equal(pixels_of(read_image(path, (6, 10), exif)), UPRIGHT[orientation](gradient()))
     else:
         with pytest.raises(UserError, match="6 x 10"):
-            read_image(path, (6, 10))
+            read_image(path, (6, 10), exif)
+
+
+@pytest.mark.parametrize(("height", "width", "orientations"), [(6, 10, (1, 2, 3, 4)), (8, 8, tuple(UPRIGHT))])
+def test_where_the_size_cannot_tell_the_image_is_turned_upright_unless_the_setting_says_stored(tmp_path, height, width, orientations):
+    for orientation in orientations:
+        path = save(tmp_path / "a.png", gradient(height, width), orientation)
+        turned = UPRIGHT[orientation](gradient(height, width))
+        assert np.array_equal(pixels_of(read_image(path, (width, height))), turned)
+        assert np.array_equal(pixels_of(read_image(path, (width, height), "upright")), turned)
+        assert np.array_equal(pixels_of(read_image(path, (width, height), "stored")), gradient(height, width))
+        assert read_header(path).is_turned((width, height), "upright") == (orientation != 1)
+
+
+def test_without_an_annotated_size_the_setting_says_which_size_an_image_has(tmp_path):
+    header = read_header(save(tmp_path / "a.png", gradient(), 6))
+    assert (header.size("upright"), header.size("stored")) == ((6, 10), (10, 6))
 
 
 def test_a_jpegs_orientation(tmp_path):

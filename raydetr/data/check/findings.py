@@ -1,36 +1,45 @@
-"""What a check found, gathered by kind and told to a person."""
+"""The findings of a data check, grouped by kind, and the report that a person reads."""
 
 import dataclasses
 import shutil
 import textwrap
 
-from raydetr.data.values import plain
+from raydetr.data.values import counted, listed, plain
 
-SHOWN = 3  # places named of each finding; the rest is counted
+SHOWN = 3  # occurrences named of each finding, and findings in a summary; the rest is counted
+MINOR, NORMAL, GRAVE = range(3)  # weights of warnings: without effect on a training, worth a look, results are likely to be wrong
 
 
 @dataclasses.dataclass
 class Finding:
-    """One kind of fault in one split: what it is, every place that has it, what to do about it."""
+    """One kind of fault in one split.
+
+    Attributes:
+        split: ``train``, ``val``, or ``both``.
+        what: The fault.
+        advice: What to do about it.
+        occurrences: Everything that has the fault, such as ``a.jpg (image id 1)``; empty where the fault is the split's.
+        weight: ``MINOR``, ``NORMAL`` or ``GRAVE``.
+    """
 
     split: str
     what: str
     advice: str
-    places: list[str] = dataclasses.field(default_factory=list)
+    occurrences: list[str] = dataclasses.field(default_factory=list)
+    weight: int = NORMAL
 
     def __str__(self) -> str:
-        """One line: ``train: 2 x image is missing: a.jpg (image id 1), b.jpg (image id 2); put it there``."""
+        """Return one line: ``train: 2 × image is missing: a.jpg (image id 1), b.jpg (image id 2); put it there``."""
         return f"{self.split}: {self._head()}; {self.advice}"
 
     def _head(self) -> str:
-        if not self.places:
+        if not self.occurrences:
             return self.what
-        more = f" and {len(self.places) - SHOWN} more" if len(self.places) > SHOWN else ""
-        times = f"{len(self.places)} × " if len(self.places) > 1 else ""
-        return f"{times}{self.what}: {', '.join(self.places[:SHOWN])}{more}"
+        times = f"{len(self.occurrences)} × " if len(self.occurrences) > 1 else ""
+        return f"{times}{self.what}: {listed(self.occurrences, SHOWN)}"
 
     def lines(self, width: int) -> list[str]:
-        """The finding as a wrapped paragraph: the fault, below it what to do."""
+        """Return the finding as a paragraph of at most ``width`` columns: the fault, and below it what to do."""
         head = textwrap.wrap(self._head(), width - 8, break_long_words=False, break_on_hyphens=False)
         advice = textwrap.wrap(f"-> {self.advice}", width - 8, subsequent_indent="   ", break_long_words=False, break_on_hyphens=False)
         return [f"  {self.split:<6}{head[0]}", *(f"        {line}" for line in head[1:] + advice)]
@@ -38,33 +47,42 @@ class Finding:
 
 @dataclasses.dataclass
 class Report:
-    """What :func:`raydetr.data.check.check` found.
+    """What :func:`raydetr.data.check.check.check` found.
 
-    ``errors``: training would fail, or its numbers would lie. ``warnings``: worth knowing. ``stats``: by split, ``images``, ``boxes``,
-    ``crowds``, ``without_boxes``, ``most_boxes`` (in one image), ``categories`` (name to its ``images`` and ``boxes``) and ``sizes``
-    (``small``, ``medium``, ``large`` as COCO counts them: by area, below 32 x 32, below 96 x 96, above).
+    Attributes:
+        errors: Findings with which training would fail, or its results would be wrong.
+        warnings: Findings that are worth knowing, the gravest first.
+        stats: By split, ``images``, ``boxes``, ``crowds``, ``without_boxes``, ``most_boxes`` (in one image), ``categories`` (name to its
+            ``images`` and ``boxes``) and ``sizes`` (``small``, ``medium``, ``large`` as COCO counts them: by area, below 32 x 32 pixels,
+            below 96 x 96, above).
+        quick: Whether the check decoded no image.
     """
 
     errors: list[Finding] = dataclasses.field(default_factory=list)
-    warnings: list[Finding] = dataclasses.field(default_factory=list)
     stats: dict[str, dict] = dataclasses.field(default_factory=dict)
     quick: bool = False
+    _warnings: list[Finding] = dataclasses.field(default_factory=list)
+
+    @property
+    def warnings(self) -> list[Finding]:
+        """The warnings, the gravest first."""
+        return sorted(self._warnings, key=lambda finding: -finding.weight)
 
     @property
     def ok(self) -> bool:
         """Whether training can start."""
         return not self.errors
 
-    def error(self, split: str, what: str, place: str | None, advice: str) -> None:
-        """Add a place to an error, or the error itself where it has none."""
-        _add(self.errors, split, what, place, advice)
+    def error(self, split: str, what: str, where: str | None, advice: str) -> None:
+        """Add an error, or another occurrence of one: ``where`` it is, or None if the error is the whole split's."""
+        _add(self.errors, split, what, where, advice, NORMAL)
 
-    def warn(self, split: str, what: str, place: str | None, advice: str) -> None:
-        """Add a place to a warning, or the warning itself where it has none."""
-        _add(self.warnings, split, what, place, advice)
+    def warn(self, split: str, what: str, where: str | None, advice: str, weight: int = NORMAL) -> None:
+        """Add a warning, or another occurrence of one: ``where`` it is, or None if the warning is the whole split's."""
+        _add(self._warnings, split, what, where, advice, weight)
 
     def text(self, width: int | None = None) -> str:
-        """The report for a terminal of ``width`` columns (None: this one's), ending with the verdict."""
+        """Return the report for a terminal of ``width`` columns (None: those of this terminal), ending with the verdict."""
         width = max(60, min(width or shutil.get_terminal_size((120, 24)).columns, 140))
         lines = [*_overview(self.stats), *_balance(self.stats)]
         for title, findings in (("Errors: training would fail or its numbers would lie", self.errors), ("Warnings", self.warnings)):
@@ -73,25 +91,28 @@ class Report:
         return "\n".join([*lines, "", self.verdict()]).lstrip("\n")
 
     def verdict(self) -> str:
-        """The last line."""
-        left = " (quick check: no picture was decoded)" if self.quick else ""
-        warnings = f", {_plural(len(self.warnings), 'warning')}" if self.warnings else ""
+        """Return the last line of the report."""
+        left = " (quick check: no image was decoded)" if self.quick else ""
+        warnings = f", {counted(len(self._warnings), 'warning')}" if self._warnings else ""
         if self.errors:
-            return f"NOT ready to train: {_plural(len(self.errors), 'error')}{warnings}{left}"
+            return f"NOT ready to train: {counted(len(self.errors), 'error')}{warnings}{left}"
         return f"Ready to train{warnings or ', nothing to complain of'}{left}"
 
+    def summary(self) -> list[str]:
+        """Return what a training should show of the warnings: their number and the gravest ones, one line each; [] without warnings."""
+        if not self._warnings:
+            return []
+        worst = [str(finding) for finding in self.warnings if finding.weight > MINOR][:SHOWN]
+        return [f"data: {counted(len(self._warnings), 'warning')}; `raydetr data check` tells all", *(f"warning: {line}" for line in worst)]
 
-def _add(findings: list[Finding], split: str, what: str, place: str | None, advice: str) -> None:
-    # Looked for from the end: the places of one finding come in a row, more or less, and kinds are few.
+
+def _add(findings: list[Finding], split: str, what: str, where: str | None, advice: str, weight: int) -> None:
+    # Searched from the end: the occurrences of one finding follow each other, more or less, and kinds are few.
     finding = next((each for each in reversed(findings) if (each.split, each.what) == (split, what)), None)
     if finding is None:
-        findings.append(finding := Finding(split, what, advice))
-    if place is not None:
-        finding.places.append(place)
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+        findings.append(finding := Finding(split, what, advice, weight=weight))
+    if where is not None:
+        finding.occurrences.append(where)
 
 
 def _overview(stats: dict[str, dict]) -> list[str]:

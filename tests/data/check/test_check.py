@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raydetr.config import Data
-from raydetr.data.check import pictures
+from raydetr.config import Data, load_config
+from raydetr.data import coco
 from raydetr.data.check.check import check
 from raydetr.data.coco import find_split, load_coco
 from raydetr.data.formats.convert import convert
@@ -31,7 +31,7 @@ def broken(coco_folder):
 
 
 def found(findings):
-    return {(finding.split, finding.what): finding.places for finding in findings}
+    return {(finding.split, finding.what): finding.occurrences for finding in findings}
 
 
 def whats(findings):
@@ -77,14 +77,14 @@ ERRORS = {
     "name too long": (lambda c, d: c["images"][1].update(file_name="a" * 5000), "image is missing", ["image id 11"]),
     "image id twice": (
         lambda c, d: c["images"][1].update(id=10),
-        "image id stands twice",
+        "image id is used twice",
         ["train_001.jpg (image id 10) and train_000.jpg (image id 10)"],
     ),
     "image id text": (lambda c, d: c["images"][1].update(id="x"), "image id is no whole number", ["'x'", "image number 2"]),
     "image id missing": (lambda c, d: c["images"][1].pop("id"), "image id is no whole number", ["train_001.jpg"]),
     "image id huge": (lambda c, d: c["images"][1].update(id=2**63), "image id is no whole number", ["train_001.jpg"]),
     "no images": (lambda c, d: c.update(images=[]), "there are no images", []),
-    "category id twice": (lambda c, d: c["categories"][1].update(id=3), "category id stands twice", ["3"]),
+    "category id twice": (lambda c, d: c["categories"][1].update(id=3), "category id is used twice", ["3"]),
     "category id missing": (lambda c, d: c["categories"][1].pop("id"), "category id is no whole number", ["category number 2"]),
     "category without name": (lambda c, d: c["categories"][1].pop("name"), "category has no name", ["category id 7"]),
     "category with an empty name": (lambda c, d: c["categories"][1].update(name=" "), "category has no name", ["category id 7"]),
@@ -105,7 +105,7 @@ ERRORS = {
         "annotation belongs to an image that is not in the file",
         ["annotation id 3", "None"],
     ),
-    "annotation id twice": (lambda c, d: c["annotations"][2].update(id=1), "annotation id stands twice", ["annotation id 1"]),
+    "annotation id twice": (lambda c, d: c["annotations"][2].update(id=1), "annotation id is used twice", ["annotation id 1"]),
     "negative box": (
         lambda c, d: c["annotations"][2].update(bbox=[10, 10, -5, 0]),
         "box has a negative width or height",
@@ -129,7 +129,7 @@ ERRORS = {
     ),
     "outside above": (lambda c, d: c["annotations"][2].update(bbox=[9, -10, 5, 10]), "box is outside its image", ["annotation id 3"]),
     "box of three": (lambda c, d: c["annotations"][2].update(bbox=[1, 2, 3]), "box is not four numbers", ["annotation id 3", "[1, 2, 3]"]),
-    "box of text": (lambda c, d: c["annotations"][2].update(bbox=["1", 2, 3, 4]), "box is not four numbers", ["annotation id 3"]),
+    "box of text": (lambda c, d: c["annotations"][2].update(bbox=["one", 2, 3, 4]), "box is not four numbers", ["annotation id 3"]),
     "box missing": (lambda c, d: c["annotations"][2].pop("bbox"), "box is not four numbers", ["annotation id 3", "None"]),
     "box a dict": (lambda c, d: c["annotations"][2].update(bbox={"x": 1}), "box is not four numbers", ["annotation id 3"]),
     "crowd of text": (lambda c, d: c["annotations"][2].update(iscrowd="no"), "iscrowd is neither 0 nor 1", ["annotation id 3", "'no'"]),
@@ -185,7 +185,7 @@ WARNINGS = {
     "size missing": (lambda c, d: c["images"][1].pop("width"), "image has no width and height", ["train_001.jpg"]),
     "size none": (lambda c, d: c["images"][1].update(height=0), "image has no width and height", ["train_001.jpg"]),
     "crowd": (lambda c, d: c["annotations"][2].update(iscrowd=1), "crowd region", ["annotation id 3"]),
-    "category name twice": (lambda c, d: c["categories"][1].update(name="square"), "category name stands twice", ["'square'"]),
+    "category name twice": (lambda c, d: c["categories"][1].update(name="square"), "category name is used twice", ["'square'"]),
     "file twice": (
         lambda c, d: c["images"].append(c["images"][1] | {"id": 99}),
         "file is listed as several images",
@@ -193,7 +193,7 @@ WARNINGS = {
     ),
     "box twice": (
         lambda c, d: c["annotations"].append(c["annotations"][2] | {"id": 99}),
-        "box stands twice",
+        "box is there twice",
         ["annotation id 99 in train_000.jpg"],
     ),
 }
@@ -304,8 +304,8 @@ def test_a_truncated_picture_is_found_by_the_full_check_alone(broken):
     report = check(root)
     (place,) = found(report.errors)[("train", "image is broken or truncated")]
     assert "train_001.jpg (image id 11): broken or truncated image" in place
-    assert "no picture was decoded" in check(root, quick=True).text()
-    assert "no picture was decoded" not in report.text()
+    assert "no image was decoded" in check(root, quick=True).text()
+    assert "no image was decoded" not in report.text()
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "I;16", "RGBA", "LA", "1"])
@@ -320,7 +320,7 @@ def test_pictures_of_every_kind_pass(broken, mode):
 
 
 @pytest.mark.parametrize(
-    ("annotated", "seen"), [((96, 64), "as stored"), ((64, 96), "turned upright"), ((None, None), "as stored"), ((80, 80), None)]
+    ("annotated", "seen"), [((96, 64), "as stored"), ((64, 96), "turned upright"), ((None, None), "turned upright"), ((80, 80), None)]
 )
 def test_a_picture_with_an_exif_rotation(broken, annotated, seen):
     def change(coco, folder):
@@ -337,7 +337,220 @@ def test_a_picture_with_an_exif_rotation(broken, annotated, seen):
     assert report.ok
     (finding,) = (each for each in report.warnings if "EXIF" in each.what)
     assert finding.what.endswith(seen)
-    assert finding.places == ["train_001.jpg (image id 11), orientation 6"]
+    assert finding.occurrences == ["train_001.jpg (image id 11), orientation 6"]
+
+
+@pytest.mark.parametrize(("exif", "seen", "other"), [("upright", "turned upright", "stored"), ("stored", "as stored", "upright")])
+@pytest.mark.parametrize(("size", "orientation"), [((96, 64), 3), ((96, 64), 2), ((64, 64), 6)])
+def test_where_the_size_cannot_tell_a_rotation_the_check_says_so_and_names_the_setting(broken, size, orientation, exif, seen, other):
+    def change(coco, folder):
+        tag = Image.Exif()
+        tag[0x0112] = orientation
+        noise(0, size).save(folder / "train_001.jpg", exif=tag)
+        coco["images"][1].update(width=size[0], height=size[1])
+        coco["annotations"] = [each for each in coco["annotations"] if each["image_id"] != 11]
+
+    report = check(Data(path=str(broken(change)), exif=exif))
+    (finding,) = (each for each in report.warnings if "EXIF" in each.what)
+    assert "its size is the same either way" in finding.what
+    assert finding.what.endswith(seen)
+    assert finding.advice.endswith(f"set data.exif: {other}")
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "occurrence"),
+    [
+        (
+            "sub\\train_001.jpg",
+            "file name is spelled in another way in the image folder",
+            "sub\\train_001.jpg (image id 11) is train_001.jpg",
+        ),
+        ("train_01.jpg", "image is missing", "train_01.jpg (image id 11): the nearest name there is train_001.jpg"),
+        ("unlike.png", "image is missing", "unlike.png (image id 11)"),
+    ],
+)
+def test_a_name_that_is_not_there_is_found_or_its_nearest_is_named(broken, name, what, occurrence):
+    report = check(broken(lambda coco, _: coco["images"][1].update(file_name=name)))
+    assert found([*report.errors, *report.warnings])[("train", what)] == [occurrence]
+
+
+def test_an_image_that_is_too_large_is_an_error_that_names_the_setting(broken):
+    def change(coco, folder):
+        Image.new("1", (1200, 1000)).save(folder / "large.png")
+        coco["images"][1].update(file_name="large.png", width=1200, height=1000)
+
+    root = broken(change)
+    assert check(root).ok
+    (place,) = found(check(Data(path=str(root), max_megapixels=1)).errors)[("train", "image cannot be read")]
+    assert "data.max_megapixels (1)" in place
+
+
+# ---------------------------------------------------------------------------------------------------------- box formats
+
+
+def as_corners(x, y, w, h, *_):
+    return [x, y, x + w, y + h]
+
+
+def as_fractions(x, y, w, h, *_):
+    return [x / 96, y / 64, w / 96, h / 64]
+
+
+def as_fractions_of_corners(x, y, w, h, *_):
+    return as_fractions(*as_corners(x, y, w, h))
+
+
+def as_centers(x, y, w, h, *_):
+    return [x + w / 2, y + h / 2, w, h]
+
+
+CORNERS, FRACTIONS, CENTERS = "[x1, y1, x2, y2]", "fractions of the image", "[center x, center y"
+
+
+@pytest.mark.parametrize("areas", [True, False])
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [(as_corners, CORNERS), (as_fractions, FRACTIONS), (as_fractions_of_corners, FRACTIONS), (as_centers, CENTERS)],
+)
+def test_boxes_in_another_format_are_recognized_and_the_first_warning(broken, written, told, areas):
+    def change(coco, _):
+        for number, each in enumerate(coco["annotations"]):
+            box = [60 - number, 30, 30 + number, 30] if number % 2 else [8, 6, 20, 30]
+            each.update(bbox=written(*box), area=box[2] * box[3])
+            if not areas:
+                each.pop("area")
+
+    report = check(broken(change, train=5, boxes=3), quick=True)
+    assert told in report.warnings[0].what
+    assert report.warnings[0].split == "train"
+    assert [each for each in report.warnings if "look like" in each.what] == report.warnings[:1]  # of val: nothing
+    assert "look like" in report.summary()[1]
+
+
+def test_percentages_are_recognized(coco_folder):
+    root = coco_folder(train=4, val=1, boxes=3, size=(400, 300))
+    file = root / "annotations" / "custom_train.json"
+    content = json.loads(file.read_text())
+    for number, each in enumerate(content["annotations"]):
+        each["bbox"] = [10 + 5 * number, 5 + 5 * number, 20.5, 30]
+    file.write_text(json.dumps(content))
+    assert "percentages of the image" in check(root, quick=True).warnings[0].what
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [[10, 10, 60, 40], [20, 5, 70, 50], [0, 0, 96, 64]],  # could be corners, but nothing is impossible as they stand
+        [[0, 0, 1, 1], [0, 0, 1, 1]],  # specks of a pixel are no fractions
+        [[10, 10, 20, 20], [80, 50, 30, 30], [20, 20, 10, 10], [30, 30, 5, 9]],  # one slip is no format
+        [[8, 6, 20, 30]],
+    ],
+)
+def test_sound_boxes_are_not_taken_for_another_format(broken, boxes):
+    def change(coco, _):
+        coco["annotations"] = [
+            {"id": number, "image_id": 10, "category_id": 3, "bbox": box, "area": box[2] * box[3]} for number, box in enumerate(boxes, 1)
+        ]
+
+    assert not [each for each in check(broken(change)).warnings if "look like" in each.what]
+
+
+# ----------------------------------------------------------------------------------------------------- twins and exports
+
+
+@pytest.mark.parametrize(
+    ("names", "what", "occurrence"),
+    [
+        (("Box", "box"), "category names differ by case or spaces only", "'Box' and 'box'"),
+        (("STRASSE", "Straße"), "category names differ by case or spaces only", "'STRASSE' and 'Straße'"),
+        (("box", "box "), "category names differ by case or spaces only", "'box' and 'box '"),
+        (("box", "box"), "category name is used twice", "'box'"),
+    ],
+)
+def test_twins_are_warned_of_and_counted_apart(coco_folder, names, what, occurrence):
+    root = coco_folder(train=2, val=2)
+    for split in ("train", "val"):
+        relabel(root, split, list(enumerate(names, 1)), [1, 2])
+    report = check(root)
+    assert report.ok
+    assert found(report.warnings) == {("train", what): [occurrence], ("val", what): [occurrence]}
+    assert [each["boxes"] for each in report.stats["train"]["categories"].values()] == [3, 3]
+
+
+def test_a_category_that_two_of_train_resemble_is_not_merged_with_either(coco_folder):
+    root = coco_folder(train=2, val=2)
+    relabel(root, "train", [(1, "Box"), (2, "box")], [1, 2])
+    relabel(root, "val", [(7, "BOX")], [7])
+    assert found(check(root).errors) == {("val", "category is not in the training file"): ["'BOX' (it cannot be told from 'Box', 'box')"]}
+
+
+@pytest.mark.parametrize(
+    ("file", "tool"),
+    [
+        ("train/_annotations.coco.json", "Roboflow"),
+        ("_annotations.coco.json", "Roboflow"),
+        ("annotations/instances_default.json", "CVAT"),
+        ("result.json", "Label Studio"),
+    ],
+)
+def test_a_coco_export_is_recognized_and_the_command_that_converts_it_named(tmp_path, file, tool):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(UserError, match=f"COCO export of {tool} .* raydetr data convert .* --from coco") as error:
+        check(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------------------- summary
+
+
+def test_numbers_written_as_text_are_a_minor_warning(broken):
+    def change(coco, _):
+        for each in coco["images"]:
+            each.update(id=str(each["id"]), width=str(each["width"]))
+        for each in coco["annotations"]:
+            each.update(
+                image_id=str(each["image_id"]), category_id=str(each["category_id"]), bbox=list(map(str, each["bbox"])), iscrowd="0"
+            )
+
+    report = check(broken(change))
+    assert report.ok
+    assert {finding.what for finding in report.warnings if finding.split == "train"} >= {
+        "image id is text",
+        "image id or category id of an annotation is text",
+    }
+    assert report.summary() == [f"data: {len(report.warnings)} warnings; `raydetr data check` tells all"]
+
+
+def test_the_summary_counts_the_warnings_and_shows_the_worst_first(broken):
+    def change(coco, _):
+        coco["annotations"][0].update(bbox=[5, 5, 0.5, 9], area=4.5)
+        coco["images"][1].pop("width")
+
+    first, *others = check(broken(change), quick=True).summary()
+    assert first == "data: 4 warnings; `raydetr data check` tells all"
+    (line,) = others  # what has no effect on a training is counted only
+    assert line.startswith("warning: train: box is one pixel wide or high, or less")
+    assert "\n" not in line
+
+
+def test_a_training_shows_the_number_of_warnings_and_the_worst(broken, capsys):
+    from raydetr.launch.train import check_data
+
+    def change(coco, _):
+        for each in coco["annotations"]:
+            x, y, w, h = each["bbox"]
+            each["bbox"] = [x / 96, y / 64, w / 96, h / 64]
+
+    check_data(load_config({"data.path": str(broken(change))}))
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first.startswith("data: ")
+    assert second.startswith("warning: train: these boxes look like fractions of the image")
+
+
+def test_nothing_to_warn_of_has_no_summary(shared_data, tmp_path):
+    convert(shared_data("balloon"), tmp_path / "dst", category="balloon")
+    assert check(tmp_path / "dst", quick=True).summary() == []
 
 
 def test_one_file_in_both_sets_is_an_error_of_the_full_check(coco_folder):
@@ -364,7 +577,7 @@ def test_one_picture_saved_anew_in_both_sets_is_a_warning(coco_folder, how):
     file.write_text(json.dumps(coco))
     report = check(root)
     assert report.ok
-    places = found(report.warnings)[("both", "picture looks the same in train and val")]
+    places = found(report.warnings)[("both", "image looks the same in train and val")]
     assert places == ["train_002.jpg (image id 12) ~ val_001.jpg (image id 11)"]
 
 
@@ -383,17 +596,17 @@ def test_progress_is_told(coco_folder):
 
 def test_an_interrupt_does_not_wait_for_the_rest(coco_folder, monkeypatch):
     decoded = []
-    read_image = pictures.read_image
+    read_image = coco.read_image
 
-    def slow(path, size):
+    def slow(path, *options):
         decoded.append(path)
         time.sleep(0.01)
-        return read_image(path, size)
+        return read_image(path, *options)
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pictures, "read_image", slow)
+    monkeypatch.setattr(coco, "read_image", slow)
     root = coco_folder(train=10 * os.cpu_count(), val=1)
     with pytest.raises(KeyboardInterrupt):
         check(root, progress=interrupt)
@@ -500,7 +713,7 @@ def test_the_text_names_a_few_counts_all_and_fits_the_terminal(broken, monkeypat
     assert "-> put it into" in words
     assert text.index("Errors") < text.index("Warnings") < text.index("NOT ready to train: 1 error, 2 warnings")
     (error,) = report.errors
-    assert len(error.places) == 30
+    assert len(error.occurrences) == 30
     assert "\n" not in str(error)
 
 
@@ -531,5 +744,5 @@ def test_blood_cells(shared_data, tmp_path):
     speck = "box is one pixel wide or high, or less"
     assert {key: len(places) for key, places in found(report.warnings).items()} == {
         **{("train", speck): 1, ("val", speck): 1},
-        ("both", "picture looks the same in train and val"): 1,  # one field under the microscope, in two focuses
+        ("both", "image looks the same in train and val"): 1,  # one field under the microscope, in two focuses
     }
