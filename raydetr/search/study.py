@@ -27,7 +27,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from raydetr.config import Config, flatten, load_config, read_yaml, to_dict, write_yaml
+from raydetr.config import Config, by_name, read_config, with_settings, write_yaml
 from raydetr.errors import UserError
 from raydetr.search.population import better_trial, check_population, moved
 from raydetr.search.space import Space, as_drawn, draw, read_space
@@ -57,7 +57,8 @@ class Search:
         self.place, self.folder = str(place), working_folder(place)
         self.study = read_study(self.folder)
         self.space = read_space(self.folder / SPACE_FILE)
-        self.base = self.space.ground(read_yaml(self.folder / CONFIG_FILE))
+        self.base_config = read_config(self.folder / CONFIG_FILE)
+        self.base = by_name(self.base_config)
         self.owner = ""  # of the place, in the process that runs the search; others push what they were asked to
         self._again: list[int] = []
         self._numbers: dict[str, int] = {}  # by key, which a trial keeps while this process runs the search
@@ -146,8 +147,12 @@ class Search:
         return self.space.suggest(optuna.trial.FixedTrial(changes[-1]["settings"]) if changes else trial, self.base)
 
     def config(self, number: int) -> Config:
-        """The complete settings of a trial."""
-        return load_config(self.base, self.settings(number))
+        """Return the complete settings of a trial that was handed out."""
+        return self.complete(self.settings(number))
+
+    def complete(self, settings: Mapping[str, Any]) -> Config:
+        """Return the base settings with those that :meth:`ask` drew; a trial that was just asked for is not drawn again."""
+        return with_settings(self.base_config, settings)
 
     def better_trial(self, number: int, epoch: int) -> int | None:
         """Whose weights a trial at ``epoch`` goes on from in population-based training; None where it keeps its own.
@@ -275,7 +280,7 @@ def create_search(
     unknown sampler or pruner, and where ``trials`` are too few.
     """
     folder = working_folder(place)
-    base = flatten(to_dict(config))
+    base = by_name(config)
     make_sampler(sampler, seed, _trial_count(trials))
     make_pruner(pruner, grace, trials)
     if pruner == "pbt":
@@ -426,7 +431,7 @@ def read_points(path: str | Path, space: Space, config: Config) -> list[dict[str
         if not isinstance(point, dict):
             raise UserError(f"{where}: a point is a mapping from settings to values, not {point!r}")
         try:
-            points.append(space.check_point(point, flatten(to_dict(config))))
+            points.append(space.check_point(point, by_name(config)))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     return points
@@ -441,8 +446,8 @@ def best_points(folder: str | Path, space: Space, config: Config, count: int = 3
     earlier = Search(fetched(folder, recursive=False))
     points: list[dict[str, Any]] = []
     for trial in earlier.ranked():
-        point = space.drawn(space.ground(flatten(to_dict(earlier.config(trial.number)))))
-        if point and space.contains(point, flatten(to_dict(config))):
+        point = space.drawn(space.ground(by_name(earlier.config(trial.number))))
+        if point and space.contains(point, by_name(config)):
             points = _without_repeats([*points, point])
     return points[:count]
 
@@ -477,7 +482,7 @@ def best_config(search: Search) -> Config:
     if best is None:
         raise UserError(f"{search.folder}: no trial has ended with a value of {search.metric} yet")
     # The search's own name would collide with it.
-    return load_config(flatten(to_dict(search.config(best.number))), {"run.name": None})
+    return with_settings(search.config(best.number), {"run.name": None})
 
 
 def write_best(folder: str | Path, out: str | Path | None = None) -> Path:
