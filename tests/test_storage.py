@@ -196,7 +196,7 @@ def test_what_the_store_refuses_is_said_at_once(store, monkeypatch):
     with store.refusing():
         for action in (fetch, fetched, push):
             began = time.monotonic()
-            with pytest.raises(UserError, match=rf"the store refuses access to bucket {store.bucket} \(.*\); give") as caught:
+            with pytest.raises(UserError, match=rf"the store refuses access to bucket {store.bucket} \(.*\); allow") as caught:
                 action(f"{store.uri}/run")
             assert time.monotonic() - began < 10
             assert "\n" not in str(caught.value)

@@ -255,7 +255,7 @@ def test_resources_as_rays_own_commands_take_them():
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["evaluate", "best.pth"], "is no job for a cluster"),
+        (["evaluate", "best.pth"], "cannot run as a job"),
         (["train", "--data", "photographs", "--storage", "/runs"], "--data photographs: .* absolute path"),
         (["train", "--data", "/photographs"], "--storage"),
         (["tune", "--resume", "runs/search"], "--resume runs/search: .* absolute path"),
