@@ -96,3 +96,9 @@ def test_the_shell_can_complete_settings_and_choices():
     completion = BashComplete(cli, {}, "raydetr", "_RAYDETR_COMPLETE")
     assert "--optim.lr_backbone" in [item.value for item in completion.get_completions(["train"], "--optim.lr")]
     assert [item.value for item in completion.get_completions(["train", "--preset"], "detr_t")] == ["detr_tiny"]
+
+
+def test_a_run_whose_settings_are_gone_says_so(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("")
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert f"{tmp_path}/config.yaml: is empty, and it should hold the settings of the run" in capsys.readouterr().err
