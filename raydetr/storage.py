@@ -53,9 +53,9 @@ REFUSED = re.compile(
 )
 
 
-def is_uri(place: str | Path) -> bool:
+def is_uri(path: str | Path) -> bool:
     """Return whether a path is a URI in an object store."""
-    return str(place).startswith(SCHEMES)
+    return str(path).startswith(SCHEMES)
 
 
 def store_environment() -> dict[str, str]:
@@ -63,34 +63,34 @@ def store_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
 
 
-def check_place(name: str, place: str) -> None:
+def check_place(name: str, path: str) -> None:
     """Check a path or URI given as the setting or flag ``name``.
 
     Raises:
         UserError: It is a URI of another kind, or has a key in it.
     """
-    if is_uri(place):
+    if is_uri(path):
         with _named(name):
-            _path_of(place)
-    elif "://" in place:
+            _path_of(path)
+    elif "://" in path:
         raise UserError(
-            f"{name}: {place.split('://')[0]}:// is not known here; it takes a folder, s3://bucket/folder or gs://bucket/folder"
+            f"{name}: {path.split('://')[0]}:// is not known here; it takes a folder, s3://bucket/folder or gs://bucket/folder"
         )
 
 
-def absolute(place: str | Path) -> str:
+def absolute(path: str | Path) -> str:
     """Return a path or URI that is valid in any working directory."""
-    return str(place) if is_uri(place) else str(Path(place).expanduser().absolute())
+    return str(path) if is_uri(path) else str(Path(path).expanduser().absolute())
 
 
-def join(place: str | Path, *names: str) -> str:
+def join(path: str | Path, *names: str) -> str:
     """Return a path or URI below another."""
-    return "/".join([str(place).rstrip("/"), *names]) if is_uri(place) else str(Path(place, *names))
+    return "/".join([str(path).rstrip("/"), *names]) if is_uri(path) else str(Path(path, *names))
 
 
-def split(place: str | Path) -> tuple[str, str]:
+def split(path: str | Path) -> tuple[str, str]:
     """Return the parent of a path or URI, and its name there."""
-    around, _, name = str(place).rstrip("/").rpartition("/")
+    around, _, name = str(path).rstrip("/").rpartition("/")
     return around, name
 
 
@@ -100,16 +100,16 @@ def cache_folder() -> Path:
     return Path(given or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "raydetr")).expanduser().absolute()
 
 
-def working_folder(place: str | Path) -> Path:
+def working_folder(path: str | Path) -> Path:
     """Return the local folder that a run writes: the path itself, or the working copy of a URI in its current state."""
-    return _copy("work", place) if is_uri(place) else Path(place).expanduser()
+    return _copy("work", path) if is_uri(path) else Path(path).expanduser()
 
 
-def fetch(place: str | Path, *, only: str = "*", recursive: bool = True) -> Path:
+def fetch(path: str | Path, *, only: str = "*", recursive: bool = True) -> Path:
     """Update the working copy of a folder to what the store holds, and return it. Files that the store does not hold are deleted.
 
     Args:
-        place: Path or URI of the folder.
+        path: Path or URI of the folder.
         only: A pattern for the names of the files to fetch, relative to the folder.
         recursive: Whether to include subfolders.
 
@@ -120,17 +120,17 @@ def fetch(place: str | Path, *, only: str = "*", recursive: bool = True) -> Path
         UserError: The store refuses, or does not answer for ``PATIENCE_S``.
         OSError: The local disk fails.
     """
-    folder = working_folder(place)
-    if is_uri(place):
-        _bring(str(place), folder, only, recursive)
+    folder = working_folder(path)
+    if is_uri(path):
+        _bring(str(path), folder, only, recursive)
     return folder
 
 
-def fetched(place: str | Path, *, only: str = "*", recursive: bool = True) -> Path:
+def fetched(path: str | Path, *, only: str = "*", recursive: bool = True) -> Path:
     """Update the reading copy of a folder or a file, and return it.
 
     Args:
-        place: Path or URI of the folder or file.
+        path: Path or URI of the folder or file.
         only: As for :func:`fetch`.
         recursive: As for :func:`fetch`.
 
@@ -141,9 +141,9 @@ def fetched(place: str | Path, *, only: str = "*", recursive: bool = True) -> Pa
         UserError: There is nothing at the URI, or as for :func:`fetch`.
         OSError: The local disk fails.
     """
-    if not is_uri(place):
-        return Path(place).expanduser()
-    uri, copy = str(place).rstrip("/"), _copy("read", place)
+    if not is_uri(path):
+        return Path(path).expanduser()
+    uri, copy = str(path).rstrip("/"), _copy("read", path)
     info = _ask(uri, lambda: _file_system(uri).get_file_info(_path_of(uri)))
     if info.is_file:
         around, name = split(uri)
@@ -158,11 +158,11 @@ def fetched(place: str | Path, *, only: str = "*", recursive: bool = True) -> Pa
     return copy
 
 
-def push(place: str | Path, *, only: str = "*", recursive: bool = True, patience_s: float = PATIENCE_S) -> None:
+def push(path: str | Path, *, only: str = "*", recursive: bool = True, patience_s: float = PATIENCE_S) -> None:
     """Push the changed files of a working copy to its store, retrying for ``patience_s``; otherwise as :func:`fetch`."""
-    if not is_uri(place):
+    if not is_uri(path):
         return
-    uri, folder = str(place), working_folder(place)
+    uri, folder = str(path), working_folder(path)
     with _exclusive(folder):
         there = _objects(uri, recursive, patience_s)
         here = [name for name in _files(folder, recursive) if fnmatch.fnmatch(name, only)]
@@ -184,59 +184,59 @@ def copy(source: str, target: str) -> None:
         _ask(target, lambda: system.copy_file(_path_of(source), _path_of(target)))
 
 
-def exists(place: str, patience_s: float = PATIENCE_S) -> bool:
+def exists(path: str, patience_s: float = PATIENCE_S) -> bool:
     """Return whether there is a file or folder. Raises a UserError if the store refuses or does not answer."""
-    if is_uri(place):
-        return _ask(place, lambda: _file_system(place).get_file_info(_path_of(place)), patience_s).type.name != "NotFound"
-    return Path(place).exists()
+    if is_uri(path):
+        return _ask(path, lambda: _file_system(path).get_file_info(_path_of(path)), patience_s).type.name != "NotFound"
+    return Path(path).exists()
 
 
-def write_token(place: str, name: str, token: str, patience_s: float = PATIENCE_S) -> None:
+def write_token(path: str, name: str, token: str, patience_s: float = PATIENCE_S) -> None:
     """Write a small file with a token in a folder. Raises a UserError about a store and an OSError about a disk."""
-    if is_uri(place):
-        _ask(place, lambda: _write(join(place, name), token.encode()), patience_s)
+    if is_uri(path):
+        _ask(path, lambda: _write(join(path, name), token.encode()), patience_s)
     else:
-        Path(place).expanduser().mkdir(parents=True, exist_ok=True)
-        Path(place, name).expanduser().write_text(token)
+        Path(path).expanduser().mkdir(parents=True, exist_ok=True)
+        Path(path, name).expanduser().write_text(token)
 
 
-def read_token(place: str, name: str, patience_s: float = PATIENCE_S) -> str | None:
+def read_token(path: str, name: str, patience_s: float = PATIENCE_S) -> str | None:
     """Return the content of such a file, None if there is none. Raises as :func:`write_token`."""
     with contextlib.suppress(FileNotFoundError):
-        if is_uri(place):
-            return _ask(place, lambda: _read(join(place, name)).decode(), patience_s)
-        return Path(place, name).expanduser().read_text()
+        if is_uri(path):
+            return _ask(path, lambda: _read(join(path, name)).decode(errors="replace"), patience_s)
+        return Path(path, name).expanduser().read_text(errors="replace")
     return None
 
 
-def remove_tokens(place: str, beginning: str, patience_s: float = PATIENCE_S) -> list[str]:
+def remove_tokens(path: str, beginning: str, patience_s: float = PATIENCE_S) -> list[str]:
     """Delete the files whose names begin with ``beginning``, and return their names. Raises as :func:`write_token`."""
-    if not is_uri(place):
-        files = list(Path(place).expanduser().glob(f"{beginning}*"))
+    if not is_uri(path):
+        files = list(Path(path).expanduser().glob(f"{beginning}*"))
         for file in files:
             file.unlink(missing_ok=True)
         return [file.name for file in files]
-    names = [name for name in _objects(place, recursive=False, patience_s=patience_s, hidden=True) if name.startswith(beginning)]
+    names = [name for name in _objects(path, recursive=False, patience_s=patience_s, hidden=True) if name.startswith(beginning)]
     for name in names:
-        _ask(place, functools.partial(_file_system(place).delete_file, _path_of(join(place, name))), patience_s)
+        _ask(path, functools.partial(_file_system(path).delete_file, _path_of(join(path, name))), patience_s)
     return names
 
 
-def become_owner(place: str | Path) -> str:
+def become_owner(path: str | Path) -> str:
     """Make this process the one that writes a run, whichever did before, and return its token for :func:`check_owner`."""
     token = secrets.token_hex(16)
-    write_token(str(place), OWNER, token)
+    write_token(str(path), OWNER, token)
     return token
 
 
-def check_owner(place: str | Path, token: str, patience_s: float = PATIENCE_S) -> None:
+def check_owner(path: str | Path, token: str, patience_s: float = PATIENCE_S) -> None:
     """Check that this process is still the one that writes a run.
 
     Only another process's token means that it is not. If the token is missing, because somebody deleted it, it is written again. If
     the store answers anything else, the store is asked again.
 
     Args:
-        place: Path or URI of the run.
+        path: Path or URI of the run.
         token: What :func:`become_owner` returned.
         patience_s: How long to retry, in seconds.
 
@@ -245,15 +245,15 @@ def check_owner(place: str | Path, token: str, patience_s: float = PATIENCE_S) -
             does not answer properly for ``patience_s``.
     """
     end, pause, was_missing, wrote = time.monotonic() + patience_s, 1.0, False, False
-    while (found := read_token(str(place), OWNER, patience_s)) != token:
+    while (found := read_token(str(path), OWNER, patience_s)) != token:
         if found is not None and TOKEN.fullmatch(found):
-            raise UserError(f"another process has taken over {place}; this one stops")
+            raise UserError(f"another process has taken over {path}; this one stops")
         if found is None and was_missing and not wrote:  # twice in a row, so that it is not just a wrong answer
-            write_token(str(place), OWNER, token, patience_s)
+            write_token(str(path), OWNER, token, patience_s)
             wrote = True
         elif (found is not None or wrote) and time.monotonic() + pause > end:
             answer = " ".join((found or "").split())[:60]
-            raise UserError(f"{join(place, OWNER)}: reads {answer!r} instead of a token; is the store, or a proxy before it, in order?")
+            raise UserError(f"{join(path, OWNER)}: reads {answer!r} instead of a token; is the store, or a proxy before it, in order?")
         was_missing = found is None
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -262,9 +262,9 @@ def check_owner(place: str | Path, token: str, patience_s: float = PATIENCE_S) -
 # ------------------------------------------------------------------------------------------------------------------- local copies
 
 
-def _copy(kind: str, place: str | Path) -> Path:
-    scheme = str(place).partition("://")[0]
-    return cache_folder() / kind / scheme / _path_of(str(place))
+def _copy(kind: str, path: str | Path) -> Path:
+    scheme = str(path).partition("://")[0]
+    return cache_folder() / kind / scheme / _path_of(str(path))
 
 
 def _exclusive(folder: Path) -> contextlib.AbstractContextManager[None]:

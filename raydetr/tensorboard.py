@@ -14,24 +14,24 @@ EVENTS_FOLDER = "tb"  # in a run's folder
 LOOK_INTERVAL_S = 5.0  # between two searches for new runs
 
 
-def serve_tensorboard(places: Sequence[str | Path], host: str, port: int, tell: Callable[[str], None]) -> None:
+def serve_tensorboard(paths: Sequence[str | Path], host: str, port: int, tell: Callable[[str], None]) -> None:
     """Serve TensorBoard until Ctrl-C. Runs in an object store are fetched again every few seconds.
 
     Args:
-        places: Paths or URIs of runs or of folders of runs.
+        paths: Paths or URIs of runs or of folders of runs.
         host: The address to listen on.
         port: The port to listen on; 0 takes any free one.
         tell: Called with a line that contains the address.
 
     Raises:
-        UserError: There is no run in ``places``, or the port is taken.
+        UserError: There is no run in ``paths``, or the port is taken.
     """
     from tensorboard import program
 
-    folders = [fetched(place, only=EVENTS) for place in places]
+    folders = [fetched(path, only=EVENTS) for path in paths]
     with tempfile.TemporaryDirectory(prefix="raydetr-tensorboard-") as logdir:
         if not link_runs(folders, Path(logdir)):
-            raise UserError(f"there is no run with TensorBoard events in {', '.join(map(str, places))}")
+            raise UserError(f"there is no run with TensorBoard events in {', '.join(map(str, paths))}")
         board = program.TensorBoard()
         board.configure(argv=["tensorboard", "--logdir", logdir, "--host", host, "--port", str(port), "--reload_interval", "5"])
         try:
@@ -42,8 +42,8 @@ def serve_tensorboard(places: Sequence[str | Path], host: str, port: int, tell: 
         with contextlib.suppress(KeyboardInterrupt):
             while not threading.Event().wait(LOOK_INTERVAL_S):
                 with contextlib.suppress(UserError):  # what was fetched before is still shown; fetching is retried
-                    for place in places:
-                        fetched(place, only=EVENTS)
+                    for path in paths:
+                        fetched(path, only=EVENTS)
                 link_runs(folders, Path(logdir))
 
 
