@@ -227,7 +227,8 @@ def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | N
     if bool(checkpoint) == bool(predictions):
         raise UserError("evaluate: give either a CHECKPOINT or --predictions FILE")
     given = given_settings(options)
-    if predictions:
+    if checkpoint is None:
+        assert predictions is not None  # one of the two is given
         metrics = score_predictions(predictions, config.with_settings(config.Config(), *given).data, split)
     else:
         metrics = score_checkpoint(checkpoint, *given, split=split)

@@ -73,9 +73,7 @@ def check_place(name: str, path: str) -> None:
         with _named(name):
             _path_of(path)
     elif "://" in path:
-        raise UserError(
-            f"{name}: {path.split('://')[0]}:// is not known here; it takes a folder, s3://bucket/folder or gs://bucket/folder"
-        )
+        raise UserError(f"{name}: {path.split('://')[0]}:// is not known here; it takes a folder, s3://bucket/folder or gs://bucket/folder")
 
 
 def absolute(path: str | Path) -> str:
@@ -276,7 +274,7 @@ def _files(folder: Path, recursive: bool) -> Iterator[str]:
     """Yield the names, relative to ``folder``, of the files in it that belong in the store."""
     for file in folder.rglob("*") if recursive else folder.glob("*"):
         name = file.relative_to(folder)
-        if file.is_file() and not file.is_symlink() and not _is_hidden(name) and name.parts[0] not in STAYS_HERE:
+        if file.is_file() and not file.is_symlink() and not _is_hidden(PurePosixPath(name)) and name.parts[0] not in STAYS_HERE:
             yield name.as_posix()
 
 
