@@ -133,7 +133,7 @@ def _best_beside_default(search: Search) -> dict[str, Any] | None:
 def _all_trials(search: Search) -> dict[str, Any]:
     frame = trials_frame(search)
     best = search.best()
-    hidden = [name for name in frame.columns if name in ("started", "ended", "name", "reason", *WHERE) or frame[name].isna().all()]
+    hidden = [name for name in frame.columns if name in ("started", "ended", "name", "reason", *WHERE) or bool(frame[name].isna().all())]
     frame = frame.drop(columns=[name for name in hidden if name != search.metric])
     rows = []
     for row in frame.astype(object).where(frame.notna(), None).to_numpy().tolist():
