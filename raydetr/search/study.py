@@ -311,7 +311,7 @@ class Search:
         if number == 0:
             return "000_default"
         drawn = self.frozen()[number].params
-        parts = (f"{_short(name)}={_compact(drawn[name])}" for name in self.space.names if name in drawn)
+        parts = (f"{_short(name)}={compact(drawn[name])}" for name in self.space.names if name in drawn)
         return re.sub(r"[^\w=.+-]+", "-", "_".join([f"{number:03d}", *parts]))[:100]
 
 
@@ -696,7 +696,7 @@ def top_trials(search: Search, count: int = 5) -> str:
         settings = search.settings(trial.number) if _is_drawn(search, trial) else {}
         cells = ["0 (default)" if trial.number == 0 else str(trial.number), STATE_NAMES[trial.state]]
         cells += ["-" if trial.value is None else f"{trial.value:.4f}", gain, str(epochs_of(trial))]
-        table.add_row(*cells, *(_compact(settings[name]) if name in settings else "-" for name in varied))
+        table.add_row(*cells, *(compact(settings[name]) if name in settings else "-" for name in varied))
     console = Console(width=40 + 30 * len(varied), color_system=None)
     with console.capture() as capture:
         console.print(table)
@@ -725,7 +725,7 @@ def _short(name: str) -> str:
     return name.split(".")[1].removesuffix("_coef").removesuffix("_loss")
 
 
-def _compact(value: Any) -> str:
+def compact(value: Any) -> str:
     """Return a value in few characters: ``0.05``, ``3.2e-4``, ``cosine``."""
     if not isinstance(value, float):
         return str(as_drawn(value))
