@@ -400,6 +400,18 @@ def runs(storage: str, sort: str, as_json: bool) -> None:
         click.echo(runs_table(rows) if rows else f"there is no run in {storage}")
 
 
+@cli.command(short_help="Show how a search goes.")
+@click.argument("search", type=click.Path())
+def status(search: str) -> None:
+    """Show the trials of SEARCH by state, the running ones and the best. Works from any computer that sees its folder or store.
+
+    Example: raydetr status runs/search
+    """
+    from raydetr.search.runs import search_status
+
+    click.echo(search_status(search))
+
+
 @cli.command(short_help="Predict on images and draw the boxes.")
 @click.argument("checkpoint", type=click.Path())
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE_OR_FOLDER...")

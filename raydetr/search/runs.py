@@ -1,4 +1,4 @@
-"""The runs and searches below a folder or in an object store, as a table."""
+"""What there is and how it goes: the runs and searches below a folder or in an object store, and the status of a search."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,13 +6,15 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from optuna.trial import TrialState
 from rich.console import Console
 from rich.table import Table
 
 from raydetr.config import by_name, read_config
 from raydetr.errors import UserError
-from raydetr.search.study import CONFIG_FILE, STUDY_FILE, Search, compact, epochs_of
+from raydetr.search.study import CONFIG_FILE, STATE_NAMES, STUDY_FILE, Search, compact, epochs_of, top_trials
 from raydetr.storage import OWNER, fetched, file_sizes
+from raydetr.text import count
 from raydetr.training.metrics import METRICS
 
 LOG_FILE = "log.txt"
@@ -86,6 +88,30 @@ def _search_row(folder: Path) -> dict[str, Any]:
         "best": best.value if best else None,
         "when": _time_of(folder / STUDY_FILE),
     }
+
+
+def search_status(path: str) -> str:
+    """Return how a search goes, in a few lines: its trials by state, the running ones, and the best.
+
+    Args:
+        path: Path or URI of the search, which any process may be running.
+
+    Raises:
+        UserError: There is no search.
+    """
+    search = Search(fetched(path, recursive=False))
+    trials, best = search.frozen(), search.best()
+    states = [f"{number} {name}" for state, name in STATE_NAMES.items() if (number := sum(trial.state == state for trial in trials))]
+    lines = [f"{', '.join(states)}; {count(search.trials, 'trial')} requested; last change {_time_of(search.folder / STUDY_FILE)}"]
+    lines.append(
+        f"best {search.metric}: {best.value:.4f} in trial {best.number}" if best else f"no trial has a value of {search.metric} yet"
+    )
+    for trial in trials:
+        if trial.state == TrialState.RUNNING:
+            value = max(trial.intermediate_values.values(), default=None)
+            so_far = "" if value is None else f", best {search.metric} {value:.4f}"
+            lines.append(f"running: {search.trial_name(trial.number)}, {count(epochs_of(trial), 'epoch')}{so_far}")
+    return "\n".join([*lines, top_trials(search)] if best else lines)
 
 
 def _time_of(file: Path) -> str:

@@ -8,7 +8,7 @@ from raydetr.config import load_config, write_yaml
 from raydetr.errors import UserError
 from raydetr.search.runs import list_runs, sort_runs
 from raydetr.search.space import read_space
-from raydetr.search.study import create_search
+from raydetr.search.study import Search, create_search
 
 
 def write_run(folder, scores, *, owned=False, **settings):
@@ -66,6 +66,26 @@ def test_the_command_prints_a_table_or_json(storage, capsys):
     assert [row["best"] for row in json.loads(capsys.readouterr().out)] == [0.75, 0.5, 0.25]
     assert main(["runs", str(storage / "absent")]) == 2
     assert capsys.readouterr().err == f"raydetr: {storage}/absent: there is no such folder\n"
+
+
+def test_the_status_of_a_search_names_running_and_best_trials(storage, capsys):
+    search = Search(storage / "search")
+    number, _ = search.ask()
+    search.report(number, 1, 0.5)
+    assert main(["status", str(storage / "search")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1 complete, 1 running; 2 trials requested; last change 2")
+    assert lines[1] == "best AP: 0.7500 in trial 0"
+    assert lines[2] == f"running: {search.trial_name(1)}, 1 epoch, best AP 0.5000"
+    assert lines[-1].split()[:3] == ["0", "(default)", "complete"]
+    assert main(["status", str(storage / "first")]) == 2
+    assert "first: holds no search" in capsys.readouterr().err
+
+
+def test_the_status_before_any_trial_ended(tmp_path, capsys):
+    create_search(tmp_path / "search", read_space("loss"), load_config(), trials=2)
+    assert main(["status", str(tmp_path / "search")]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["no trial has a value of AP yet"]
 
 
 def test_runs_in_an_object_store_are_listed(storage, store):
