@@ -13,7 +13,6 @@ from typing import Any
 import ray
 import ray.tune
 from ray.tune.experiment import Trial
-from ray.tune.result import DEFAULT_RESULT_KEYS
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
@@ -23,6 +22,7 @@ from raydetr.launch.places import Demands, Places, holds
 from raydetr.search.study import Search
 from raydetr.search.trials import TrialsDisplay
 from raydetr.storage import LAST, copy, fetch, is_uri, join, push, working_folder
+from raydetr.training.metrics import REPORTED, WHERE
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
 from raydetr.weights.files import written_whole
 
@@ -264,8 +264,8 @@ def best_so_far(search: Search, number: int, result: Mapping[str, Any]) -> float
 
 
 def metrics_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """An epoch's metrics without what Ray Tune adds to them."""
-    return {name: value for name, value in result.items() if name not in DEFAULT_RESULT_KEYS and not isinstance(value, (dict, bool))}
+    """Return the metrics that ``fit`` reported, and where the trial ran, from a result with keys of Ray Tune's own."""
+    return {name: result[name] for name in (*REPORTED, *WHERE) if name in result}
 
 
 def copy_weights(source: str, target: str) -> None:

@@ -130,7 +130,7 @@ def resume_config(run: str, *layers: Mapping[str, Any]) -> settings.Config:
     file = fetch(place, only="config.yaml") / "config.yaml"
     if not file.is_file():
         raise UserError(f"--resume: there is no run in {place} (no config.yaml)")
-    before = settings.read_yaml(file)
+    before = settings.by_name(settings.read_config(file))
     after = {name: value for layer in layers for name, value in settings.flatten(layer).items()}
     for name, value in after.items():
         value = after[name] = settings.find_setting(name).parse(value)

@@ -28,9 +28,9 @@ from raydetr.data.images import image_path
 from raydetr.draw import Box, category_colours, draw_boxes
 from raydetr.evaluate.coco import METRICS, stats
 from raydetr.training.engine import Detections
+from raydetr.training.metrics import LOSSES
 from raydetr.weights.files import written_whole
 
-LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
 STEP_TAGS = {
     **{name: f"train/{name}" for name in (*LOSSES, "grad_norm")},
     "lr_transformer": "lr/transformer",
