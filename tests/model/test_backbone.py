@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torchvision.ops import FrozenBatchNorm2d
 
-from raydetr.model.backbone import Backbone, FrozenBatchNorm, ResNet, folded_conv, weight_gradient
+from raydetr.model.backbone import Backbone, Convolution, FrozenBatchNorm, ResNet, folded_conv
 
 
 def randomize(state: dict) -> dict:
@@ -71,20 +71,10 @@ def test_gradients_lie_in_memory_as_their_weights_do():
         assert parameter.grad is None or parameter.grad.stride() == parameter.stride(), name
 
 
-@pytest.mark.parametrize(("size", "stride", "padding", "dilation"), [(3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 2, 2), (1, 2, 0, 1), (1, 1, 0, 1)])
-def test_the_weights_gradient_by_products_is_autograds(size, stride, padding, dilation):
-    x = torch.randn(2, 5, 9, 12, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(7, 5, size, size, dtype=torch.float64, requires_grad=True)
-    y = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation)
-    slope = torch.randn_like(y)
-    (expected,) = torch.autograd.grad((y * slope).sum(), weight)
-    torch.testing.assert_close(weight_gradient(slope, x, size, *((each, each) for each in (stride, padding, dilation))), expected)
-
-
 def test_gradients_under_autocast_are_those_of_separate_layers():
     """The fold's own backward pass, in half precision and with weights and image in float32."""
     x = torch.randn(2, 8, 6, 6, requires_grad=True)
-    conv, norm = torch.nn.Conv2d(8, 8, 3, padding=1, bias=False), FrozenBatchNorm(8)
+    conv, norm = Convolution(8, 8, 3), FrozenBatchNorm(8)
     norm.load_state_dict(randomize(norm.state_dict()))
     reference = FrozenBatchNorm2d(8)
     reference.load_state_dict(norm.state_dict())

@@ -169,32 +169,6 @@ def test_what_is_padded_does_not_count():
     torch.testing.assert_close(alone, states[:, 1:])
 
 
-@pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_drop_out_zeroes_its_share_and_keeps_the_mean(rate):
-    torch.manual_seed(0)
-    dropout = Dropout(rate)
-    x = torch.ones(301, 1001, requires_grad=True)
-    y = dropout(x)
-    assert sorted(set(y.unique().tolist())) == pytest.approx([0, 1 / (1 - rate)], rel=1e-4)
-    deviation = (rate * (1 - rate) / x.numel()) ** 0.5
-    assert (y == 0).float().mean().item() == pytest.approx(rate, abs=5 * deviation)
-    # Neighbours share one draw: they must be independent all the same.
-    dropped = (y == 0).float()
-    for distance in (1, 2, 3, 4):
-        assert (dropped[:, distance:] * dropped[:, :-distance]).mean().item() == pytest.approx(rate**2, abs=0.004)
-    y.sum().backward()
-    assert torch.equal(x.grad, y.detach())
-    torch.manual_seed(0)
-    assert torch.equal(dropout(x), y), "the same seed drops the same"
-    assert not torch.equal(dropout(x), y)
-
-
-def test_drop_out_of_zero_elements_and_of_halves():
-    dropout = Dropout(0.1)
-    assert dropout(torch.ones(0, 3)).shape == (0, 3)
-    assert dropout(torch.ones(8, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
-
-
 def test_nothing_drops_out_in_evaluation():
     transformer = build(pre_norm=False, dropout=0.5)
     source, position, padded, queries = inputs(masked=True)
