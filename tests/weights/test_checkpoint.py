@@ -285,7 +285,7 @@ def test_folder_in_the_way_of_saving(tmp_path):
 def test_folder_of_hugging_face_is_named(tmp_path, name):
     (tmp_path / "config.json").write_text('{"model_type": "detr"}')
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(UserError, match="a model folder of Hugging Face transformers, not a checkpoint; .*use model.weights coco"):
+    with pytest.raises(UserError, match=r"a model folder of Hugging Face transformers, not a checkpoint; .*use model.weights coco"):
         read_checkpoint(tmp_path)
 
 

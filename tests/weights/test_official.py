@@ -169,5 +169,7 @@ def test_own_checkpoint_is_read_without_a_word(tmp_path):
 def test_weights_of_hugging_face_are_named(tmp_path, name):
     path = saved(tmp_path / "pytorch_model.bin", {name: torch.ones(2), "model.encoder.layers.0.fc1.weight": torch.ones(2)})
     for read in (load, lambda path: load_weights(small_model(1), path, categories("balloon"))):
-        with pytest.raises(UserError, match=r"pytorch_model\.bin: weights of Hugging Face transformers, with a tensor .*use model\.weights coco"):
+        with pytest.raises(
+            UserError, match=r"pytorch_model\.bin: weights of Hugging Face transformers, with a tensor .*model\.weights coco"
+        ):
             read(path)
