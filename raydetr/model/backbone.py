@@ -264,6 +264,7 @@ class TinyNet(nn.Module):
     """
 
     num_channels = 128
+    SMALLEST = 4  # pixels, a cell of the first block
     FREQUENCIES = (0.5, 1, 2, 4)  # of the waves that encode a position, in half-waves across the image
 
     def __init__(self):
@@ -282,6 +283,9 @@ class TinyNet(nn.Module):
         Returns:
             Float [B, 128, H / 16, W / 16].
         """
+        height, width = images.shape[-2:]
+        if min(height, width) < self.SMALLEST:  # a scan line, made smaller: the first kernel needs more than that
+            images = F.pad(images, (0, max(0, self.SMALLEST - width), 0, max(0, self.SMALLEST - height)))
         features = self.layers(images.contiguous())
         if mask is None:
             inside = features.new_ones(1, *features.shape[-2:], dtype=torch.float32)

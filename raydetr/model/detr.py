@@ -51,7 +51,7 @@ class DETR(nn.Module):
     Attributes:
         settings: The arguments of :func:`build_model` that build this network again.
         categories: Categories in label order, ``[{"id", "name"}, ...]``; empty unless :func:`raydetr.load` set them.
-        has_category_names: Whether the checkpoint names its categories.
+        category_names: Where the names are from: ``"file"``, ``"coco"`` (told by the size of the head), or ``"unknown"``.
         notes: Lines for the user about how the checkpoint was read.
 
     Raises:
@@ -67,7 +67,7 @@ class DETR(nn.Module):
         width = settings.hidden_dim
         self.settings: dict[str, Any] = {"num_classes": num_classes, **_without_weights(settings)}
         self.categories: list[dict[str, Any]] = []
-        self.has_category_names = False
+        self.category_names = "unknown"
         self.notes: list[str] = []
         self.aux_loss = settings.aux_loss
         # The order of the modules is the official one, because the optimizer's state lists the parameters in it.

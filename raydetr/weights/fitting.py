@@ -41,9 +41,9 @@ def load(path: str | Path) -> DETR:
         path: Path or URL of a checkpoint: raydetr's own, the official DETR's, detectron2's DETR, or a bare state dict of one.
 
     Returns:
-        The model. Besides ``settings`` it has ``categories`` (``[{"id", "name"}, ...]`` in label order), ``has_category_names`` (False if
-        the file does not tell the categories; they are then called ``class 0``, ``class 1``, ...), and ``notes``, a list of lines for the
-        user about how the file was read.
+        The model. Besides ``settings`` it has ``categories`` (``[{"id", "name"}, ...]`` in label order), ``category_names`` (where their
+        names are from: ``"file"``, ``"coco"``, or ``"unknown"``, when they are called ``class 0``, ``class 1``, ...), and ``notes``, a list
+        of lines for the user about how the file was read.
 
     Raises:
         UserError: The file cannot be read, or does not hold a complete DETR.
@@ -64,7 +64,7 @@ def load(path: str | Path) -> DETR:
     _check_complete(model, state, path)
     _copy_into(model, {name: state[name] for name in model.state_dict()}, path)
     known = _known_categories(content, rows, path)
-    model.has_category_names = known is not None
+    model.category_names = "unknown" if known is None else "coco" if known in (COCO_CATEGORIES, COCO_CATEGORIES_IN_USE) else "file"
     model.categories = [dict(each) for each in known or [{"id": i, "name": f"class {i}"} for i in range(rows - 1)]]
     model.notes = [f"{path}: {note}"] if note else []
     return model.eval()

@@ -142,3 +142,16 @@ def test_the_tiny_network_counts_places_in_what_is_not_padded():
         alone, _ = backbone(torch.zeros_like(small), None)
         inside, _ = backbone(torch.zeros_like(padded), mask)
     torch.testing.assert_close(place(inside)[..., :4], place(alone))
+
+
+@pytest.mark.parametrize("name", ["tiny", "resnet50"])
+@pytest.mark.parametrize("size", [(2, 300), (300, 1), (1, 1), (3, 5)])
+def test_an_image_may_be_a_line_or_a_pixel(name, size):
+    """Very narrow images are that small once their long side has its length."""
+    backbone = Backbone(name, dilation=False).eval()
+    stride = {"tiny": 16, "resnet50": 32}[name]
+    with torch.no_grad():
+        features, mask = backbone(torch.randn(1, 3, *size), torch.zeros(1, *size, dtype=torch.bool))
+    assert features.isfinite().all()
+    assert mask.shape[-2:] == features.shape[-2:]
+    assert all(abs(cells - side / stride) <= 1 for cells, side in zip(features.shape[-2:], size, strict=True))

@@ -35,12 +35,12 @@ def test_the_page_counts_what_is_found_and_true():
     cards = [_card("a.jpg", boxes, true=[Box((0, 0, 9, 9), "balloon")]), _card("b.jpg", boxes[:1], true=[])]
     page = _Page(gallery_page({"found": "run/best.pth"}, cards, 0.7, category_colours(["balloon", "face", "kite"]), ["c.jpg: broken"]))
     text = " ".join(" ".join(page.text).split())
-    assert "found by run/best.pth 2 pictures" in text
+    assert "found by run/best.pth 2 images" in text
     assert "2 balloon, 1 face" in text
     assert "true no box" in text
     assert "balloon 3 1 face 1 0 true box" in text, "the legend's rows: category, found, true"
     assert "kite" not in text, "the legend has only what is to be seen"
-    assert "1 picture left out" in text
+    assert "1 image left out" in text
     assert "c.jpg: broken" in text
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(images) == 2

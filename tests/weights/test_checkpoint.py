@@ -23,7 +23,6 @@ from raydetr.config import load_config
 from raydetr.errors import UserError
 from raydetr.model.detr import build_model
 from raydetr.weights import checkpoint, files
-from raydetr.weights import official as official_files
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
 from raydetr.weights.fitting import load, load_weights
 from tests.weights.states import categories, own_content, saved
