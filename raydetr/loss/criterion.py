@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from raydetr.config import SETTINGS, Loss, Matcher, find_setting, load_config
+from raydetr.config import SETTINGS, Loss, Matcher, Model, find_setting, load_config
 from raydetr.loss.boxes import generalized_iou
 from raydetr.loss.matcher import match
 
@@ -51,20 +51,20 @@ class Criterion(nn.Module):
         num_classes: Number of classes K, without no-object.
         loss: Weights of the losses, already checked; :func:`build_criterion` makes them from keyword arguments.
         matcher: Weights of the matching cost.
-        auxiliary_layers: Number of decoder layers before the last whose losses count.
+        model: Settings of the network: with ``aux_loss``, the losses of all its decoder layers count, otherwise only the last one's.
 
     Attributes:
         weight_dict: Weight of each loss by its name, with the suffixes ``_0``, ``_1``, ... of the auxiliary layers.
     """
 
-    def __init__(self, num_classes: int, loss: Loss, matcher: Matcher, auxiliary_layers: int = 0):
+    def __init__(self, num_classes: int, loss: Loss, matcher: Matcher, model: Model):
         super().__init__()
         self.num_classes = num_classes
         self.eos_coef = loss.eos_coef
         self.costs = (matcher.set_cost_class, matcher.set_cost_bbox, matcher.set_cost_giou)
         weights = {"loss_ce": loss.cls_loss_coef, "loss_bbox": loss.bbox_loss_coef, "loss_giou": loss.giou_loss_coef}
-        auxiliary = {f"{name}_{i}": weight for i in range(auxiliary_layers) for name, weight in weights.items()}
-        self.weight_dict: dict[str, float] = {**weights, **auxiliary}
+        layers = range(model.dec_layers - 1 if model.aux_loss else 0)
+        self.weight_dict: dict[str, float] = {**weights, **{f"{name}_{i}": weight for i in layers for name, weight in weights.items()}}
 
     def forward(self, outputs: dict[str, Any], targets: Targets, normalizers: Normalizers | None = None) -> dict[str, Tensor]:
         """Compute the unweighted losses under their official names.
@@ -225,7 +225,7 @@ def build_criterion(num_classes: int, **settings: Any) -> Criterion:
         UserError: A setting is unknown or out of bounds.
     """
     config = load_config({_dotted(name): value for name, value in settings.items()})
-    return Criterion(num_classes, config.loss, config.matcher, config.model.dec_layers - 1 if config.model.aux_loss else 0)
+    return Criterion(num_classes, config.loss, config.matcher, config.model)
 
 
 def _dotted(leaf: str) -> str:

@@ -1,11 +1,16 @@
+import copy
 import itertools
+import pickle
+from collections import Counter
 
 import pytest
 import torch
 import torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import FrozenBatchNorm2d
 
 from raydetr.model.backbone import Backbone, Convolution, FrozenBatchNorm, ResNet, folded_conv
+from raydetr.model.detr import build_model
 
 
 def randomize(state: dict) -> dict:
@@ -111,6 +116,70 @@ def test_changed_weights_count_at_once():
         seen.append(network(images))
     for before, after in itertools.pairwise(seen):
         assert not torch.allclose(before, after)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the kernels of a pass (views have none) by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func._schema.name != "aten::_unsafe_view":
+            self.counts[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_constants_are_computed_once_and_frozen_layers_are_folded_once():
+    """On any device but a CPU, where a kernel costs its launch; the meta device stands for one."""
+    with torch.device("meta"):
+        network, images = ResNet("resnet50", dilation=False), torch.empty(2, 3, 64, 96)
+        with Calls() as first:
+            network(images)
+        with Calls() as second:
+            network(images)
+    norms, frozen = 53, 11
+    assert first.counts["aten::rsqrt"] == norms
+    assert second.counts["aten::rsqrt"] == 0
+    assert second.counts["aten::mul"] == norms - frozen, "the weights that train are scaled at every step"
+    assert second.counts.total() < first.counts.total() - 5 * norms
+
+
+def test_the_forward_pass_of_detr_has_few_kernels(monkeypatch):
+    # The meta device has no fused attention; on a GPU it is one kernel.
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *_, **__: torch.empty_like(q))
+    with torch.device("meta"):
+        model = build_model("detr_resnet50").train()
+        images, mask = torch.empty(2, 3, 64, 96), torch.zeros(2, 64, 96, dtype=torch.bool)
+        model(images, mask)
+        with Calls() as calls:
+            model(images, mask)
+    print(calls.counts)
+    assert calls.counts.total() < 800
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_constants_made_in_inference_serve_training(device):
+    with torch.device(device):
+        network, images = ResNet("resnet50", dilation=False), torch.zeros(1, 3, 32, 32)
+    with torch.inference_mode():
+        network(images)
+    network(images).sum().backward()
+    assert all(each.grad is not None for each in network.layer4.parameters())
+
+
+def test_a_copy_and_another_device_or_type_have_constants_of_their_own():
+    norm = FrozenBatchNorm(4)
+    scale, _ = norm.scale_and_shift()
+    assert norm.scale_and_shift()[0] is scale, "computed once"
+    copied = copy.deepcopy(norm)
+    copied.weight.mul_(3)
+    torch.testing.assert_close(copied.scale_and_shift()[0], 3 * scale)
+    torch.testing.assert_close(norm.scale_and_shift()[0], scale)
+    assert norm.to("meta").scale_and_shift()[0].device.type == "meta"
+    assert copied.double().scale_and_shift()[0].dtype == torch.float64
+    assert pickle.loads(pickle.dumps(copied)).scale_and_shift()[0].dtype == torch.float64
 
 
 def test_the_mask_shrinks_with_the_map():
