@@ -204,7 +204,9 @@ def data_check(folder: str | None, quick: bool, **options) -> int:
 @cli.command(cls=SettingsCommand)
 @click.argument("checkpoint", required=False, type=click.Path())
 @click.option("--json", "json_file", metavar="FILE", type=click.Path(dir_okay=False), help="Write the numbers to FILE as JSON.")
-@click.option("--predictions", metavar="FILE", type=click.Path(dir_okay=False), help="Evaluate a COCO results file instead of a checkpoint.")
+@click.option(
+    "--predictions", metavar="FILE", type=click.Path(dir_okay=False), help="Evaluate a COCO results file instead of a checkpoint."
+)
 @click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="The images to evaluate on.")
 @settings_options("data", "optim", "speed")
 def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | None, split: str, **options) -> None:
@@ -340,13 +342,14 @@ def report(searches: tuple[str, ...], out: Path | None) -> None:
 @click.argument("checkpoint", type=click.Path())
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE_OR_FOLDER...")
 @click.option(
-    "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for annotated images, predictions.json, and index.html."
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for annotated images, predictions.json, and index.html.",
 )
 @click.option("--threshold", type=click.FloatRange(0, 1), default=0.7, show_default=True, help="Lowest score of a box that is drawn.")
 @click.option("--compare", metavar="OTHER_CHECKPOINT", type=click.Path(), help="Show another checkpoint's predictions beside these.")
-@click.option(
-    "--annotations", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="COCO file with true boxes to draw."
-)
+@click.option("--annotations", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="COCO file with true boxes to draw.")
 @click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Images that are predicted at a time.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Device to compute on.")
 def predict(checkpoint: str, sources: tuple[Path, ...], out: Path, **options) -> None:
