@@ -250,7 +250,7 @@ def detect(
     Raises:
         UserError: The outputs are not finite.
     """
-    config = load_config(trained_with(checkpoint), {"speed.device": device})
+    config = load_config(trained_with(checkpoint, model), {"speed.device": device})
     target_device = choose_device(config.speed)
     dtype = choose_dtype(config.speed, target_device)
     on_gpu = target_device.type == "cuda"

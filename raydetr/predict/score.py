@@ -1,6 +1,7 @@
 """COCO average precision of a checkpoint, or of a results file, on labeled images."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, coco_metrics
 from raydetr.loss.criterion import build_criterion
 from raydetr.memory import kept_memory
+from raydetr.model.detr import DETR
 from raydetr.predict.categories import find_categories
 from raydetr.training.engine import choose_device, choose_dtype, evaluate
 from raydetr.weights.checkpoint import read_checkpoint
@@ -41,7 +43,7 @@ def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: 
         UserError: The checkpoint or the data set cannot be read, or nothing tells which classes are which categories.
     """
     model = load(checkpoint)
-    config = settings.load_config(trained_with(checkpoint), *layers)
+    config = settings.load_config(trained_with(checkpoint, model), *layers)
     device = choose_device(config.speed)
     dataset = CocoImages(find_split(config.data, split), val_transforms(config.data))
     found, notes = find_categories(model, dataset.categories)
@@ -64,12 +66,17 @@ def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: 
     return {**coco_metrics(dataset.coco, results), "unknown_categories": unknown, "notes": [*model.notes, *notes]}
 
 
-def trained_with(checkpoint: str | Path) -> dict[str, Any]:
-    """Return the model and image settings that a checkpoint was trained with, by dotted name; empty for an official checkpoint.
+def trained_with(checkpoint: str | Path, model: DETR) -> dict[str, Any]:
+    """Return the model and image settings that a checkpoint was trained with, by dotted name.
 
-    On a GPU they include the precision, so that a score is that of the training; CPUs compute in float32 unless told otherwise.
+    On a GPU they include the precision, so that a score is that of the training; CPUs compute in float32 unless told otherwise. For a
+    checkpoint without settings (an official one, a bare state dict) they are those of the preset that its tensors fit.
+
+    Args:
+        checkpoint: Path or URL of the checkpoint.
+        model: Its model, of :func:`raydetr.load`.
     """
-    values = settings.flatten(read_checkpoint(located(checkpoint)).get("settings", {}))
+    values = settings.flatten(read_checkpoint(located(checkpoint)).get("settings", {"model.preset": model.settings["preset"]}))
     kept = ("model.", "data.", "optim.batch_size", *(["speed.precision"] if torch.cuda.is_available() else []))
     return {
         name: value for name, value in values.items() if name in settings.SETTINGS and name.startswith(kept) and name not in settings.PLACES
@@ -91,7 +98,7 @@ def score_predictions(predictions: str | Path, data: settings.Data, split: str =
         split: ``"train"`` or ``"val"``.
 
     Returns:
-        The numbers of :func:`raydetr.evaluate.coco.coco_metrics`.
+        The numbers of :func:`raydetr.evaluate.coco.coco_metrics`, and ``notes`` (lines for the user).
 
     Raises:
         UserError: The file cannot be read, or has an entry that is no detection in an image of the data set.
@@ -104,9 +111,14 @@ def score_predictions(predictions: str | Path, data: settings.Data, split: str =
         raise UserError(f"{predictions}: not a JSON list of detections ({error})") from None
     dataset = CocoImages(find_split(data, split), val_transforms(data))
     try:
-        return coco_metrics(dataset.coco, results)
+        metrics = coco_metrics(dataset.coco, results)
     except UserError as error:
         raise UserError(f"{predictions}: {error}") from None
+    known = {category["id"] for category in dataset.coco["categories"]}
+    foreign = Counter(result["category_id"] for result in results if result["category_id"] not in known)
+    ids = ", ".join(map(str, list(foreign)[:5])) + (", ..." if len(foreign) > 5 else "")
+    note = f"{foreign.total()} of {len(results)} detections have a category id that the data set lacks ({ids}) and do not count"
+    return {**metrics, "notes": [note] if foreign else []}
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:

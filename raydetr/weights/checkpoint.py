@@ -12,7 +12,7 @@ import re
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a file of ``torch.save`` to the CPU without running code that it contains (``weights_only=True``).
 
     ``argparse.Namespace``, which official training checkpoints contain, is allowed by name, and so are NumPy's numbers, which become
-    Python's.
+    Python's, and paths, which become text.
 
     Args:
         path: File to read.
@@ -185,8 +185,14 @@ def _numpy_scalar(dtype: _NumpyDtype, raw: bytes) -> bool | int | float:
     return number.item()
 
 
+def _path_text(*parts: str) -> str:
+    """Stand-in for a ``pathlib`` path, which trainers keep among their arguments."""
+    return str(PurePosixPath(*parts))
+
+
 _ALLOWED = [
     argparse.Namespace,
+    *((_path_text, f"pathlib.{module}{kind}") for module in ("", "_local.") for kind in ("PosixPath", "WindowsPath")),
     (_NumpyDtype, "numpy.dtype"),
     (_numpy_scalar, "numpy.core.multiarray.scalar"),
     (_numpy_scalar, "numpy._core.multiarray.scalar"),

@@ -11,6 +11,7 @@ from raydetr.errors import UserError
 from raydetr.model.detr import build_model
 from raydetr.predict.score import metrics_table, score_checkpoint, score_predictions, trained_with, write_metrics
 from raydetr.weights.checkpoint import save_checkpoint
+from raydetr.weights.fitting import load
 
 CATEGORIES = [{"id": 3, "name": "square"}, {"id": 7, "name": "oblong"}]
 
@@ -136,11 +137,31 @@ def test_classes_that_nothing_tells_apart_are_an_error(data, tmp_path):
 
 def test_the_network_itself_is_evaluated_as_it_was_trained(data, detector):
     """A random network scores next to nothing, and its image size is the checkpoint's, its data set the one that is named."""
-    assert trained_with(detector)["data.val_size"] == 64
-    assert "data.path" not in trained_with(detector)
+    trained = trained_with(detector, load(detector))
+    assert trained["data.val_size"] == 64
+    assert "data.path" not in trained
     metrics = score_checkpoint(detector, layers(data))
     assert metrics["AP"] < 0.1
     assert set(metrics["per_category"]) == {"square", "oblong"}
+
+
+def test_weights_alone_are_evaluated_at_the_image_size_of_their_preset(data, tmp_path):
+    torch.manual_seed(0)
+    model, settings = build_model("detr_tiny", 2), to_dict(load_config({"model.preset": "detr_tiny"}))
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    save_checkpoint(tmp_path / "best.pth", {"model": model.state_dict(), "settings": settings, "categories": CATEGORIES})
+    assert trained_with(tmp_path / "bare.pth", load(tmp_path / "bare.pth")) == {"model.preset": "detr_tiny"}
+    bare, own = (score_checkpoint(tmp_path / name, layers(data)) for name in ("bare.pth", "best.pth"))
+    assert bare["per_category"] == own["per_category"]
+
+
+def test_detections_of_categories_that_the_data_set_lacks_are_counted(data, perfect, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps([*perfect, {**perfect[0], "category_id": 77}]))
+    metrics = score_predictions(tmp_path / "results.json", Data(path=str(data)))
+    assert metrics["AP"] == 1
+    assert metrics_table(metrics).endswith(
+        f"1 of {len(perfect) + 1} detections have a category id that the data set lacks (77) and do not count."
+    )
 
 
 def test_perfect_predictions_score_one_with_a_byte_order_mark_too(data, perfect, tmp_path):

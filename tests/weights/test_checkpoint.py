@@ -165,6 +165,12 @@ def test_numbers_of_numpy_become_pythons(tmp_path):
     assert read_checkpoint(path) == {"f": 2.5}
 
 
+def test_paths_become_text(tmp_path):
+    """Trainers keep them among their arguments."""
+    path = saved(tmp_path / "args.pth", {"args": argparse.Namespace(output_dir=Path("runs/a"), resume=Path("/x"))})
+    assert vars(read_checkpoint(path)["args"]) == {"output_dir": "runs/a", "resume": "/x"}
+
+
 def test_arrays_of_numpy_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"contains code \(numpy\._?core\.multiarray\._reconstruct\)"):
         read_checkpoint(saved(tmp_path / "arrays.pth", {"model": {"weight": np.ones(3)}}))
