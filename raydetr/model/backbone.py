@@ -203,6 +203,7 @@ class ResNet(nn.Module):
     """
 
     num_channels = 2048
+    fpn_channels = (1024, 512, 256)  # of the feature maps before the last, from the coarsest to the finest
 
     def __init__(self, name: str, dilation: bool):
         super().__init__()
@@ -220,10 +221,19 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map images [B, 3, H, W] to features [B, 2048, H / stride, W / stride]; the mask is ignored."""
+        return self.layer4(self.layer3(self.layer2(self.layer1(self._stem(images)))))
+
+    def pyramid(self, images: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        """Return the feature maps of the four stages, from the finest (stride 4) to the last; the mask is ignored."""
+        maps = [self.layer1(self._stem(images))]
+        for stage in (self.layer2, self.layer3, self.layer4):
+            maps.append(stage(maps[-1]))
+        return maps
+
+    def _stem(self, images: Tensor) -> Tensor:
         # Convolutions run fastest in channels-last memory, on CPUs and GPUs alike.
         x = folded_conv(images.contiguous(memory_format=torch.channels_last), self.conv1, self.bn1).relu_()
-        x = F.max_pool2d(x, 3, 2, 1)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return F.max_pool2d(x, 3, 2, 1)
 
 
 def _stage(inputs: int, width: int, blocks: int, stride: int, dilation: int = 1) -> nn.Sequential:
@@ -264,6 +274,7 @@ class TinyNet(nn.Module):
     """
 
     num_channels = 128
+    fpn_channels = (128, 64, 32)  # of the feature maps before the last, from the coarsest to the finest
     SMALLEST = 4  # pixels, a cell of the first block
     FREQUENCIES = (0.5, 1, 2, 4)  # of the waves that encode a position, in half-waves across the image
 
@@ -283,10 +294,22 @@ class TinyNet(nn.Module):
         Returns:
             Float [B, 128, H / 16, W / 16].
         """
+        return self._with_position(self.layers(self._input(images)), mask)
+
+    def pyramid(self, images: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        """Return the feature maps of the three blocks (strides 4, 8, and 16), and the last once more with its position added."""
+        maps = [self._input(images)]
+        for block in self.layers:
+            maps.append(block(maps[-1]))
+        return [*maps[1:], self._with_position(maps[-1], mask)]
+
+    def _input(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
         if min(height, width) < self.SMALLEST:  # a scan line, made smaller: the first kernel needs more than that
             images = F.pad(images, (0, max(0, self.SMALLEST - width), 0, max(0, self.SMALLEST - height)))
-        features = self.layers(images.contiguous())
+        return images.contiguous()
+
+    def _with_position(self, features: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:
             inside = features.new_ones(1, *features.shape[-2:], dtype=torch.float32)
         else:
@@ -333,6 +356,13 @@ class Backbone(nn.Module):
             Features, float [B, C, h, w], and their padding mask, bool [B, h, w] or None.
         """
         features = self.body(images, mask)
-        if mask is not None:
-            mask = F.interpolate(mask[:, None].float(), size=features.shape[-2:])[:, 0].bool()
-        return features, mask
+        return features, _shrink_mask(mask, features)
+
+    def pyramid(self, images: Tensor, mask: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        """Return the feature maps of all stages, from the finest to the last, and the padding mask of the last; see :meth:`forward`."""
+        maps = self.body.pyramid(images, mask)
+        return maps, _shrink_mask(mask, maps[-1])
+
+
+def _shrink_mask(mask: Tensor | None, features: Tensor) -> Tensor | None:
+    return None if mask is None else F.interpolate(mask[:, None].float(), size=features.shape[-2:])[:, 0].bool()

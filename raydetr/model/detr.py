@@ -94,11 +94,28 @@ class DETR(nn.Module):
             unpadded image), in float32, or float64 for a float64 network. With the setting ``aux_loss`` it also has ``aux_outputs``,
             a list of such dicts, one for each decoder layer but the last.
         """
-        body, position = self.backbone
-        features, mask = body(images, mask)
-        source = self.input_proj(features).flatten(2).transpose(1, 2)
+        _, states, _ = self.transform(*self.backbone[0](images, mask))
+        return self.predict(states)
+
+    def transform(self, features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the transformer on a feature map.
+
+        Args:
+            features: Feature map of the backbone, float [B, C, h, w].
+            mask: Its padding mask, bool [B, h, w], True where padded; None if nothing is.
+
+        Returns:
+            The projected feature map, float [B, D, h, w]; the states of the object queries, float [layers, B, Q, D], of the last decoder
+            layer only unless ``aux_loss`` is set; and the memory, the output of the encoder, float [B, h * w, D].
+        """
+        projected = self.input_proj(features)
+        source = projected.flatten(2).transpose(1, 2)
         padded = None if mask is None else mask.flatten(1)
-        states = self.transformer(source, position(features, mask), padded, self.query_embed.weight, self.aux_loss)
+        states, memory = self.transformer(source, self.backbone[1](features, mask), padded, self.query_embed.weight, self.aux_loss)
+        return projected, states, memory
+
+    def predict(self, states: Tensor) -> dict[str, Any]:
+        """Apply the heads to states of the object queries, float [layers, B, Q, D]; return the outputs of :meth:`forward`."""
         logits, boxes_cxcywh = self.class_embed(states), self.bbox_embed(states)
         # Under autocast the heads are the last layers that run in half precision.
         logits, boxes_cxcywh = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (logits, boxes_cxcywh))

@@ -249,8 +249,8 @@ class Transformer(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, source: Tensor, position: Tensor, padded: Tensor | None, queries: Tensor, every_layer: bool) -> Tensor:
-        """Return the states of the object queries, float [layers, B, Q, D]; without ``every_layer`` [1, B, Q, D].
+    def forward(self, source: Tensor, position: Tensor, padded: Tensor | None, queries: Tensor, every_layer: bool) -> tuple[Tensor, Tensor]:
+        """Encode a feature map and decode the object queries.
 
         Args:
             source: Projected feature map, float [B, S, D].
@@ -258,7 +258,11 @@ class Transformer(nn.Module):
             padded: Padding mask, bool [B, S], True where padded; None if nothing is.
             queries: Learned query embeddings, float [Q, D].
             every_layer: Return the states after every decoder layer instead of only the last.
+
+        Returns:
+            The states of the object queries, float [layers, B, Q, D] ([1, B, Q, D] without ``every_layer``), and the memory (the output of
+            the encoder), float [B, S, D].
         """
         attend = None if padded is None else ~padded[:, None, None, :]
         memory = self.encoder(source, position, attend)
-        return self.decoder(queries[None], memory, memory + position, attend, every_layer)
+        return self.decoder(queries[None], memory, memory + position, attend, every_layer), memory

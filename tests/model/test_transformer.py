@@ -93,7 +93,7 @@ class Plain:
 def test_outputs_and_gradients_are_those_of_the_plain_transformer(pre_norm, masked):
     transformer = build(pre_norm)
     source, position, padded, queries = inputs(masked)
-    states = transformer(source, position, padded, queries, every_layer=True)
+    states = transformer(source, position, padded, queries, every_layer=True)[0]
     slope = torch.randn_like(states)
     ours = torch.autograd.grad((states * slope).sum(), list(transformer.parameters()))
     parameters = dict(transformer.named_parameters())
@@ -102,7 +102,7 @@ def test_outputs_and_gradients_are_those_of_the_plain_transformer(pre_norm, mask
     theirs = torch.autograd.grad((expected * slope).sum(), list(parameters.values()))
     for name, one, other in zip(parameters, ours, theirs, strict=True):
         torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
-    last = transformer(source, position, padded, queries, every_layer=False)
+    last = transformer(source, position, padded, queries, every_layer=False)[0]
     torch.testing.assert_close(last, states[-1:])
 
 
@@ -113,7 +113,7 @@ def test_drop_out_stands_where_the_official_model_has_it(pre_norm, monkeypatch):
     transformer = build(pre_norm, dropout=0.1)
     source, position, padded, queries = inputs(masked=True)
     expected = Plain(dict(transformer.named_parameters()), pre_norm, drop=lambda x: 0.7 * x)(source, position, padded, queries)
-    torch.testing.assert_close(transformer(source, position, padded, queries, every_layer=True), expected)
+    torch.testing.assert_close(transformer(source, position, padded, queries, every_layer=True)[0], expected)
 
 
 def test_attention_weights_that_drop_out_are_computed_again_and_not_kept(monkeypatch):
@@ -162,19 +162,19 @@ def test_a_layer_without_positions_is_torchs_own(pre_norm):
 def test_what_is_padded_does_not_count():
     transformer = build(pre_norm=False)
     source, position, padded, queries = inputs(masked=True)
-    states = transformer(source, position, padded, queries, every_layer=True)
+    states = transformer(source, position, padded, queries, every_layer=True)[0]
     source[padded] = 100.0
-    torch.testing.assert_close(transformer(source, position, padded, queries, every_layer=True), states)
-    alone = transformer(source[1:, :4], position[1:, :4], None, queries, every_layer=True)
+    torch.testing.assert_close(transformer(source, position, padded, queries, every_layer=True)[0], states)
+    alone = transformer(source[1:, :4], position[1:, :4], None, queries, every_layer=True)[0]
     torch.testing.assert_close(alone, states[:, 1:])
 
 
 def test_nothing_drops_out_in_evaluation():
     transformer = build(pre_norm=False, dropout=0.5)
     source, position, padded, queries = inputs(masked=True)
-    still = [transformer.eval()(source, position, padded, queries, every_layer=True) for _ in range(2)]
+    still = [transformer.eval()(source, position, padded, queries, every_layer=True)[0] for _ in range(2)]
     assert torch.equal(*still)
-    moving = [transformer.train()(source, position, padded, queries, every_layer=True) for _ in range(2)]
+    moving = [transformer.train()(source, position, padded, queries, every_layer=True)[0] for _ in range(2)]
     assert not torch.allclose(*moving)
     assert not torch.allclose(moving[0], still[0])
 
