@@ -5,6 +5,7 @@ import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -178,12 +179,16 @@ def _writable(text: str, height: int) -> tuple[str, ImageFont.FreeTypeFont]:
 
 
 def _has(font: ImageFont.FreeTypeFont, letter: str) -> bool:
-    return letter == " " or bytes(font.getmask(letter)) != bytes(font.getmask("\uffff"))  # the glyph for missing characters
+    return letter == " " or _glyph(font, letter) != _glyph(font, "\uffff")  # the glyph for missing characters
+
+
+def _glyph(font: ImageFont.FreeTypeFont, letter: str) -> bytes:
+    return bytes(font.getmask(letter))  # pyright: ignore[reportArgumentType]
 
 
 @functools.lru_cache(maxsize=64)
 def _fonts(height: int) -> list[ImageFont.FreeTypeFont]:
-    fonts = [ImageFont.load_default(height)]
+    fonts = [cast(ImageFont.FreeTypeFont, ImageFont.load_default(height))]  # with a size it is one
     for name in FONTS:
         try:
             fonts.append(ImageFont.truetype(name, height))

@@ -93,7 +93,8 @@ class Criterion(nn.Module):
 
     def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
         """Return the scalar that training minimizes: the weighted sum of the losses that have a weight."""
-        return sum(losses[name] * weight for name, weight in self.weight_dict.items() if name in losses)
+        weighted = [losses[name] * weight for name, weight in self.weight_dict.items() if name in losses]
+        return sum(weighted[1:], weighted[0])
 
     def normalizers(self, batches: list[Targets], num_queries: int) -> Normalizers:
         """Return the divisors of the losses of one optimizer step.
@@ -145,7 +146,7 @@ class Criterion(nn.Module):
         total = {name: float(value) for name, value in sums.items()}
         matched = total["matched"]
         whole = Normalizers(max(total["num_boxes"], 1.0), total["class_weight"] or 1.0, int(matched), int(total["images"]))
-        losses = {name: value / whole.divisor(_without_suffix(name)) for name, value in total.items() if name.startswith("loss_")}
+        losses = {name: value / float(whole.divisor(_without_suffix(name))) for name, value in total.items() if name.startswith("loss_")}
         losses["class_error"] = 100 * (1 - total["correct"] / matched) if matched else 100.0
         losses["cardinality_error"] = total["cardinality"] / max(whole.images, 1)
         return losses

@@ -9,45 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raydetr.model.caching import Cached
 from raydetr.model.cpu import products_are_faster, weight_gradient
 
 RESNET_BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
-
-
-class Folded:
-    """A tensor derived from fixed tensors, recomputed only when one of them is replaced or written to.
-
-    A change is recognized by identity and version counter, so ``load_state_dict``, ``Module.to`` and in-place operations count at
-    once. Tensors without a version counter (made under ``torch.inference_mode``) and traced ones are never cached.
-    """
-
-    def __init__(self):
-        self._sources: tuple[tuple[Tensor, int], ...] = ()
-        self._key, self._value = None, None
-
-    def get(self, compute, *sources: Tensor, key: object = None):
-        """Return ``compute()``, from the cache if neither ``sources`` nor ``key`` has changed since it was computed."""
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or any(_is_uncacheable(each) for each in sources):
-            return compute()
-        known = len(self._sources) == len(sources) and all(
-            old is new and version == new._version for (old, version), new in zip(self._sources, sources, strict=True)
-        )
-        if not known or key != self._key:
-            with torch.inference_mode(False), torch.no_grad():  # a value that inference has cached must serve training as well
-                self._value = compute()
-            self._sources, self._key = tuple((each, each._version) for each in sources), key
-        return self._value
-
-    def __getstate__(self) -> dict:
-        return {}  # a copy of the module computes its own
-
-    def __setstate__(self, _: dict) -> None:
-        self.__init__()
-
-
-def _is_uncacheable(tensor: Tensor) -> bool:
-    return type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference()
 
 
 class FrozenBatchNorm(nn.Module):
@@ -61,6 +27,10 @@ class FrozenBatchNorm(nn.Module):
     """
 
     EPS = 1e-5
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int):
         super().__init__()
@@ -68,7 +38,7 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("bias", torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
-        self._folded = Folded()
+        self._folded = Cached()
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """Return the affine map that the normalization amounts to: the scale [channels, 1, 1, 1] and the shift [channels]."""
@@ -132,8 +102,10 @@ class Convolution(nn.Conv2d):
     """
 
     def __init__(self, inputs: int, outputs: int, size: int, stride: int = 1, dilation: int = 1):
-        super().__init__(inputs, outputs, size, stride, padding=dilation * (size // 2), dilation=dilation, bias=False)
-        self.folded = Folded()
+        padding = dilation * (size // 2)
+        super().__init__(inputs, outputs, size, stride, padding, dilation, bias=False)
+        self.geometry: Geometry = ((stride, stride), (padding, padding), (dilation, dilation))
+        self.folded = Cached()
 
 
 def folded_conv(x: Tensor, conv: Convolution, norm: FrozenBatchNorm) -> Tensor:
@@ -148,16 +120,15 @@ def folded_conv(x: Tensor, conv: Convolution, norm: FrozenBatchNorm) -> Tensor:
         Float [B, outputs, h, w].
     """
     scale, shift = norm.scale_and_shift()
-    geometry = (conv.stride, conv.padding, conv.dilation)
     # The compiler decides by itself what is worth keeping for the backward pass.
     if torch.is_grad_enabled() and conv.weight.requires_grad and not torch.compiler.is_compiling():
-        return FoldedConvolution.apply(x, conv.weight, scale, shift, geometry)
+        return FoldedConvolution.apply(x, conv.weight, scale, shift, conv.geometry)
     if x.is_cpu or conv.weight.requires_grad:
-        return F.conv2d(x, conv.weight * scale, shift, *geometry)
+        return F.conv2d(x, conv.weight * scale, shift, *conv.geometry)
     # Off the CPU the launches of small kernels cost time: the folded weight of a frozen layer is kept, in the convolution's dtype.
     dtype = torch.get_autocast_dtype(x.device.type) if _is_autocast(x.device.type) else conv.weight.dtype
     weight, shift = conv.folded.get(lambda: ((conv.weight * scale).to(dtype), shift.to(dtype)), conv.weight, scale, shift, key=dtype)
-    return F.conv2d(x, weight, shift, *geometry)
+    return F.conv2d(x, weight, shift, *conv.geometry)
 
 
 def _is_autocast(device_type: str) -> bool:
@@ -188,7 +159,7 @@ class Bottleneck(nn.Module):
         y = folded_conv(x, self.conv1, self.bn1).relu_()
         y = folded_conv(y, self.conv2, self.bn2).relu_()
         y = folded_conv(y, self.conv3, self.bn3)
-        shortcut = x if self.downsample is None else folded_conv(x, *self.downsample)
+        shortcut = x if self.downsample is None else folded_conv(x, *self.downsample)  # pyright: ignore[reportArgumentType]
         return y.add_(shortcut).relu_()
 
 
@@ -343,7 +314,7 @@ class Backbone(nn.Module):
     def __init__(self, name: str, dilation: bool):
         super().__init__()
         self.body = TinyNet() if name == "tiny" else ResNet(name, dilation)
-        self.num_channels = self.body.num_channels
+        self.num_channels, self.fpn_channels = self.body.num_channels, self.body.fpn_channels
 
     def forward(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the feature map of a batch and its padding mask.

@@ -9,13 +9,14 @@ Shapes in this module: B images, Q object queries, D channels (``hidden_dim``), 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raydetr.config import Model
+from raydetr.model.backbone import Backbone
 from raydetr.model.detr import DETR
 
 # What chooses queries: outputs of the box model to the positions of M images in the batch, int64 [M], and their queries, int64 [M].
@@ -81,7 +82,7 @@ class MaskHeadSmallConv(nn.Module):
             nn.Conv2d(inputs, outputs, 1) for inputs, outputs in zip(fpn_dims, widths[1:4], strict=True)
         )
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.kaiming_uniform_(module.weight, a=1)
                 nn.init.zeros_(module.bias)
 
@@ -128,7 +129,7 @@ class MaskDETR(nn.Module):
         super().__init__()
         self.detr = DETR(settings, num_classes)
         self.bbox_attention = MHAttentionMap(settings.hidden_dim, settings.nheads)
-        self.mask_head = MaskHeadSmallConv(settings.hidden_dim, settings.nheads, self.detr.backbone[0].body.fpn_channels)
+        self.mask_head = MaskHeadSmallConv(settings.hidden_dim, settings.nheads, self._backbone().fpn_channels)
 
     def forward(self, images: Tensor, mask: Tensor | None = None, choose: Choose | None = None) -> dict[str, Any]:
         """Predict the class and box of every object query, and the masks of all or of chosen queries.
@@ -142,7 +143,7 @@ class MaskDETR(nn.Module):
             The outputs of :class:`raydetr.model.detr.DETR` and ``pred_masks``, logits in float32 at a quarter of the images' resolution:
             [B, Q, H / 4, W / 4], or [M, H / 4, W / 4] of the chosen queries.
         """
-        (*fpns, last), padded = self.detr.backbone[0].pyramid(images, mask)
+        (*fpns, last), padded = self._backbone().pyramid(images, mask)
         projected, states, memory = self.detr.transform(last, padded)
         outputs = self.detr.predict(states)
         batch, queries = outputs["pred_logits"].shape[:2]
@@ -155,6 +156,9 @@ class MaskDETR(nn.Module):
         masks = self.mask_head(projected, attention, image, fpns[::-1])
         masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
         return {**outputs, "pred_masks": masks.unflatten(0, (batch, queries)) if choose is None else masks}
+
+    def _backbone(self) -> Backbone:
+        return cast(Backbone, self.detr.backbone[0])
 
 
 def postprocess_masks(pred_masks: Tensor, padded_size: tuple[int, int], image_sizes: Tensor, sizes: Tensor) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raydetr.errors import UserError
+from raydetr.model.caching import is_traced
 
 TEMPERATURE = 10000
 EPS = 1e-6
@@ -42,9 +43,7 @@ class SinePosition(nn.Module):
         """
         if mask is not None:
             return _sines(mask, self.hidden_dim)
-        # A traced tensor holds no numbers that a cache could keep.
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(features) is not Tensor
-        compute = _unpadded_sines.__wrapped__ if traced else _unpadded_sines
+        compute = _unpadded_sines.__wrapped__ if is_traced(features) else _unpadded_sines
         return compute(*features.shape[-2:], self.hidden_dim, features.device)
 
 

@@ -442,13 +442,14 @@ def _draw(each: InputImage, stem: str, out: Path, columns: Sequence[Predictions]
         small_boxes, small_true = ([_scaled(box, scale) for box in some] for some in (boxes, true))
         letters = THUMBNAIL_LETTERS / max(small.size)
         draw_boxes(small, small_boxes, small_true, style.colours, letters, style.name_true).save(thumbnail, quality=85)
-        paths = (path.relative_to(out).as_posix() for path in (large, thumbnail))
-        card.columns.append(Column(*paths, boxes, prediction.scores[0]))
+        shown, small_shown = (path.relative_to(out).as_posix() for path in (large, thumbnail))
+        card.columns.append(Column(shown, small_shown, boxes, prediction.scores[0]))
     return card
 
 
 def _scaled(box: Box, scale: float) -> Box:
-    return dataclasses.replace(box, xyxy=tuple(scale * corner for corner in box.xyxy))
+    x0, y0, x1, y1 = (scale * corner for corner in box.xyxy)
+    return dataclasses.replace(box, xyxy=(x0, y0, x1, y1))
 
 
 def _stems(inputs: Sequence[InputImage]) -> list[str]:
