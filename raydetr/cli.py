@@ -237,14 +237,16 @@ def data_check(folder: str | None, quick: bool, **options) -> int:
 
 @cli.command(cls=SettingsCommand, short_help="Compute the COCO AP of a checkpoint.")
 @click.argument("checkpoint", required=False, type=click.Path())
-@click.option("--json", "json_file", metavar="FILE", type=click.Path(dir_okay=False), help="Also write the metrics to FILE.")
+@click.option("--json", "json_file", metavar="FILE", type=click.Path(dir_okay=False), help="Write the numbers to FILE as JSON.")
 @click.option(
     "--predictions", metavar="FILE", type=click.Path(dir_okay=False), help="Evaluate a COCO results file instead of a checkpoint."
 )
-@click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="Which split to evaluate.")
+@click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="The images to evaluate on.")
 @settings_options("data", "optim", "speed")
 def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | None, split: str, **options) -> None:
-    """Compute the COCO AP of a checkpoint, or of a results file, on a data set.
+    """Evaluate a checkpoint, or a results file, on labeled images: the twelve COCO numbers, and those of each category.
+
+    Image sizes and batch size are those of the checkpoint's training unless they are given.
 
     Example: raydetr evaluate runs/first/best.pth --data photographs
     """

@@ -1,15 +1,18 @@
-"""Boxes and labels drawn on images: for TensorBoard, the gallery and reports."""
+"""Draw boxes and labels on images, for TensorBoard, the gallery, and reports."""
 
 import colorsys
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
+Pixels = tuple[int, int, int, int]  # the first and the last column and row of a rectangle: (x0, y0, x1, y1)
 
-# Asked in this order for letters that Pillow's own font lacks: it knows little more than ASCII.
+# Fonts that are tried in this order for characters that Pillow's own font lacks; it has little more than ASCII.
 FONTS = (
     *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial.ttf", "arial.ttf"),
     *("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "Arial Unicode.ttf", "msyh.ttc", "malgun.ttf"),
@@ -18,7 +21,13 @@ FONTS = (
 
 @dataclass(frozen=True)
 class Box:
-    """A box to draw: corners (x0, y0, x1, y1) in pixels, the category's name, and the score; a true box has none."""
+    """A box to draw.
+
+    Attributes:
+        xyxy: Corners (x0, y0, x1, y1) in pixels of the image.
+        name: Name of the category.
+        score: Score of a predicted box; None for a true box.
+    """
 
     xyxy: tuple[float, float, float, float]
     name: str
@@ -26,55 +35,87 @@ class Box:
 
 
 def category_colours(names: Iterable[str]) -> dict[str, Colour]:
-    """An RGB colour per category name, in the order given: hues apart by the golden angle, every seven in another shade."""
+    """Return an RGB color for each category name; it depends on the name's position only.
+
+    Hues are spaced by the golden angle, and every seven names the shade changes.
+    """
     colours: dict[str, Colour] = {}
     shades = ((0.95, 1.0), (0.5, 1.0), (0.9, 0.65))  # saturation and value
     for turn, name in enumerate(dict.fromkeys(names)):
-        rgb = colorsys.hsv_to_rgb((0.42 + 0.381966 * turn) % 1, *shades[turn // 7 % len(shades)])
-        colours[name] = tuple(round(255 * part) for part in rgb)
+        red, green, blue = colorsys.hsv_to_rgb((0.42 + 0.381966 * turn) % 1, *shades[turn // 7 % len(shades)])
+        colours[name] = (round(255 * red), round(255 * green), round(255 * blue))
     return colours
 
 
 def draw_boxes(
     image: Image.Image, boxes: Sequence[Box], true: Sequence[Box], colours: dict[str, Colour], letters: float, name_true: bool
 ) -> Image.Image:
-    """A copy of the RGB ``image``: predicted boxes in their category's colour with name and score, true ones dashed in white.
+    """Draw boxes on a copy of an image: predicted ones in their category's color with name and score, true ones dashed in white.
 
-    Lines and letters grow with the picture; ``letters`` is the letters' height as a part of the longest side. ``name_true`` writes
-    the names of true boxes, too.
+    Any box can be drawn: corners are rounded to whole pixels and moved into the image, and a box whose corners are not numbers (NaN) is
+    left out. Lines and letters grow with the image.
+
+    Args:
+        image: RGB image; it is not changed.
+        boxes: Predicted boxes.
+        true: True boxes.
+        colours: Color of each category by its name.
+        letters: Height of the letters as a fraction of the image's longest side.
+        name_true: Label the true boxes with their category, too.
+
+    Returns:
+        The annotated image, of the same size.
     """
     image = image.copy()
     draw = ImageDraw.Draw(image)
     longest = max(image.size)
     width, height = max(2, round(longest / 300)), max(11, round(longest * letters))
-    boxes = sorted(boxes, key=lambda box: box.score, reverse=True)
-    for box in reversed(boxes):  # the surest on top
-        draw.rectangle(_drawable(box.xyxy, image.size), outline=colours[box.name], width=width)
-    for box in true:
-        _dashed_rectangle(draw, _drawable(box.xyxy, image.size), max(1, round(width / 2)), dash=height // 2)
-    labels = [(box, colours[box.name]) for box in boxes]
-    labels += [(box, (255, 255, 255)) for box in true if name_true]
+    found = [(box, pixels) for box in boxes if (pixels := _pixels(box.xyxy, image.size))]
+    truth = [(box, pixels) for box in true if (pixels := _pixels(box.xyxy, image.size))]
+    found.sort(key=lambda each: _order(each[0].score), reverse=True)
+    for box, pixels in reversed(found):  # the highest score on top
+        _rectangle(draw, pixels, colours[box.name], width)
+    for _, pixels in truth:
+        _dashed_rectangle(draw, pixels, max(1, round(width / 2)), dash=height // 2)
+    labels = [(box, pixels, colours[box.name]) for box, pixels in found]
+    labels += [(box, pixels, (255, 255, 255)) for box, pixels in truth if name_true]
     _write_labels(draw, labels, height, image.size)
     return image
 
 
-def _write_labels(draw: ImageDraw.ImageDraw, labels: Sequence[tuple[Box, Colour]], height: int, size: tuple[int, int]) -> None:
-    """A label for each box, on that background; the first ones get the better places and lie on top."""
+def _order(score: float | None) -> float:
+    return -math.inf if score is None or math.isnan(score) else score
+
+
+def _pixels(xyxy: Sequence[float], size: tuple[int, int]) -> Pixels | None:
+    """Return the rectangle that stands for a box on an image of ``size`` (width, height); None where a corner is not a number."""
+    if any(math.isnan(corner) for corner in xyxy):
+        return None
+    # Clamped before they are rounded, since infinity has no integer.
+    (x0, x1), (y0, y1) = (
+        sorted(round(min(max(corner, 0), side - 1)) for corner in corners)
+        for corners, side in zip((xyxy[::2], xyxy[1::2]), size, strict=True)
+    )
+    return x0, y0, x1, y1
+
+
+def _write_labels(draw: ImageDraw.ImageDraw, labels: Sequence[tuple[Box, Pixels, Colour]], height: int, size: tuple[int, int]) -> None:
+    # The first labels get the best positions and are drawn on top.
     pad, full = max(1, height // 6), height * 4 // 3
-    placed: list[tuple[int, ...]] = []
-    for box, _ in labels:
+    placed: list[Pixels] = []
+    for box, pixels, _ in labels:
         width = round(sum(draw.textlength(text, font=font) for text, font in _pieces(box, height))) + 2 * pad
-        placed.append(_free_place(_drawable(box.xyxy, size), (width, full), size, placed, below=box.score is None))
-    for (box, background), (x0, y0, x1, y1) in reversed(list(zip(labels, placed, strict=True))):
+        placed.append(_free_position(pixels, (width, full), size, placed, below=box.score is None))
+    for (box, _, background), (x0, y0, x1, y1) in reversed(list(zip(labels, placed, strict=True))):
         draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=background)
-        x = x0 + pad
+        x: float = x0 + pad
         for text, font in _pieces(box, height):
             draw.text((x, (y0 + y1) / 2), text, font=font, fill=_ink(background), anchor="lm")
             x += draw.textlength(text, font=font)
 
 
 def _pieces(box: Box, height: int) -> list[tuple[str, ImageFont.FreeTypeFont]]:
-    """What a label says, name and score, each with its font: the one that has the name's letters may lack digits."""
+    """Return the parts of a label, name and score, each with its font: a font that has the name's characters may lack digits."""
     name = " ".join(box.name.split())
     name, font = _writable(name if len(name) <= 30 else name[:28] + "...", height)
     if box.score is None:
@@ -82,50 +123,54 @@ def _pieces(box: Box, height: int) -> list[tuple[str, ImageFont.FreeTypeFont]]:
     return [(name, font), (f" {box.score:.2f}" if name else f"{box.score:.2f}", _fonts(height)[0])]
 
 
-def _free_place(xyxy: tuple, label: tuple[int, int], size: tuple[int, int], taken: Sequence[tuple], below: bool) -> tuple[int, ...]:
-    """Where a label (width, height) goes: to a corner of its box, in the picture, over no other label if one of the corners allows."""
-    x0, y0, x1, y1 = (round(corner) for corner in xyxy)
+def _free_position(box: Pixels, label: tuple[int, int], size: tuple[int, int], taken: Sequence[Pixels], below: bool) -> Pixels:
+    """Return where a label of (width, height) goes: at a corner of its box, inside the image, over no other label if a corner allows it."""
+    x0, y0, x1, y1 = box
     rows = [y1 + 1, y0 - label[1], y0] if below else [y0 - label[1], y1 + 1, y0]
-    places = []
+    positions = []
     for x, y in ((x, y) for y in rows for x in (x0, x1 + 1 - label[0])):
         x, y = max(0, min(x, size[0] - label[0])), max(0, min(y, size[1] - label[1]))
-        places.append((x, y, x + label[0], y + label[1]))
-    free = (p for p in places if not any(p[0] < t[2] and t[0] < p[2] and p[1] < t[3] and t[1] < p[3] for t in taken))
-    return next(free, places[0])
+        positions.append((x, y, x + label[0], y + label[1]))
+    free = (p for p in positions if not any(p[0] < t[2] and t[0] < p[2] and p[1] < t[3] and t[1] < p[3] for t in taken))
+    return next(free, positions[0])
 
 
-def _drawable(xyxy: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The box's corners as pixels of a picture of ``size`` (width, height); the corner is at least the first one's pixel."""
-    x0, x1 = (min(max(x, 0), size[0] - 1) for x in xyxy[::2])
-    y0, y1 = (min(max(y, 0), size[1] - 1) for y in xyxy[1::2])
-    return x0, y0, max(x0, x1), max(y0, y1)
+def _rectangle(draw: ImageDraw.ImageDraw, pixels: Pixels, colour: Colour, width: int) -> None:
+    # Four filled strips, because Pillow's outlines leave rectangles that are thinner than their lines.
+    x0, y0, x1, y1 = pixels
+    draw.rectangle((x0, y0, x1, min(y0 + width - 1, y1)), fill=colour)
+    draw.rectangle((x0, max(y1 - width + 1, y0), x1, y1), fill=colour)
+    draw.rectangle((x0, y0, min(x0 + width - 1, x1), y1), fill=colour)
+    draw.rectangle((max(x1 - width + 1, x0), y0, x1, y1), fill=colour)
 
 
-def _dashed_rectangle(draw: ImageDraw.ImageDraw, xyxy: tuple, width: int, dash: int) -> None:
-    """White dashes on a black line, which stand out from any background."""
-    draw.rectangle(xyxy, outline=(0, 0, 0), width=width)
-    x0, y0, x1, y1 = xyxy
+def _dashed_rectangle(draw: ImageDraw.ImageDraw, pixels: Pixels, width: int, dash: int) -> None:
+    # White dashes on a black line stand out from any background.
+    _rectangle(draw, pixels, (0, 0, 0), width)
+    x0, y0, x1, y1 = pixels
     dash = max(4, dash)
-    for start in range(0, int(x1 - x0) + 1, 2 * dash):
-        left, right = x0 + start, min(x0 + start + dash, x1)
+    for left in range(x0, x1 + 1, 2 * dash):
+        right = min(left + dash, x1)
         draw.rectangle((left, y0, right, min(y0 + width - 1, y1)), fill=(255, 255, 255))
         draw.rectangle((left, max(y1 - width + 1, y0), right, y1), fill=(255, 255, 255))
-    for start in range(0, int(y1 - y0) + 1, 2 * dash):
-        top, bottom = y0 + start, min(y0 + start + dash, y1)
+    for top in range(y0, y1 + 1, 2 * dash):
+        bottom = min(top + dash, y1)
         draw.rectangle((x0, top, min(x0 + width - 1, x1), bottom), fill=(255, 255, 255))
         draw.rectangle((max(x1 - width + 1, x0), top, x1, bottom), fill=(255, 255, 255))
 
 
 def _ink(background: Colour) -> Colour:
-    """Black or white, whichever can be read better on ``background`` (luma of BT.601)."""
+    """Return black or white, whichever is easier to read on ``background`` (luma of BT.601)."""
     red, green, blue = background
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 130 else (255, 255, 255)
 
 
 @functools.lru_cache(maxsize=4096)
 def _writable(text: str, height: int) -> tuple[str, ImageFont.FreeTypeFont]:
-    """``text`` and the first font that has all its letters: Pillow's own, or one installed. Without such a font, what is left of
-    the text in Pillow's own."""
+    """Return ``text`` and the first font that has all its characters, Pillow's own or an installed one.
+
+    Without such a font, return the characters that Pillow's own font has.
+    """
     for font in _fonts(height):
         if all(_has(font, letter) for letter in text):
             return text, font
@@ -134,15 +179,19 @@ def _writable(text: str, height: int) -> tuple[str, ImageFont.FreeTypeFont]:
 
 
 def _has(font: ImageFont.FreeTypeFont, letter: str) -> bool:
-    return letter == " " or bytes(font.getmask(letter)) != bytes(font.getmask("\uffff"))  # what is drawn for letters it lacks
+    return letter == " " or _glyph(font, letter) != _glyph(font, "\uffff")  # the glyph for missing characters
+
+
+def _glyph(font: ImageFont.FreeTypeFont, letter: str) -> bytes:
+    return bytes(font.getmask(letter))  # pyright: ignore[reportArgumentType]
 
 
 @functools.lru_cache(maxsize=64)
 def _fonts(height: int) -> list[ImageFont.FreeTypeFont]:
-    fonts = [ImageFont.load_default(height)]
+    fonts = [cast(ImageFont.FreeTypeFont, ImageFont.load_default(height))]  # with a size it is one
     for name in FONTS:
         try:
             fonts.append(ImageFont.truetype(name, height))
-        except OSError:  # not on this machine
+        except OSError:  # not installed
             continue
     return fonts

@@ -1,4 +1,4 @@
-"""The set-prediction loss: Hungarian matching, the criterion and box operations.
+"""DETR's losses: matching cost, Hungarian matching, criterion.
 
-Imports only torch, scipy and the settings tree; called by ``training`` and ``predict``.
+It knows torch and the settings tree, not the network; ``training`` and ``predict`` call it.
 """

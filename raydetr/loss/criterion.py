@@ -1,4 +1,7 @@
-"""DETR's losses (Carion et al. 2020, section 3.1), of all decoder layers in one batched computation."""
+"""DETR's losses (Carion et al. 2020, section 3.1), computed for all decoder layers at once.
+
+They follow ``SetCriterion`` in ``models/detr.py`` of the official DETR.
+"""
 
 import dataclasses
 from typing import Any
@@ -9,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from raydetr.config import SETTINGS, find_setting, load_config
+from raydetr.config import SETTINGS, Loss, Matcher, Model, find_setting, load_config
 from raydetr.loss.boxes import generalized_iou
 from raydetr.loss.matcher import match
 
@@ -18,41 +21,67 @@ Targets = list[dict[str, Tensor]]
 
 @dataclasses.dataclass(frozen=True)
 class Normalizers:
-    """What the sums over a step's images are divided by; known before the forward pass."""
+    """The divisors of the losses of one optimizer step; they depend on the targets only and are known before the forward pass.
 
-    num_boxes: float | Tensor  # true boxes of the step, averaged over the workers, at least 1
-    class_weight: float  # sum of the classification loss's weights over this worker's queries
-    matched: int  # true boxes of this worker that get a query
-    images: int  # images of this worker
+    Attributes:
+        num_boxes: True boxes of the step, averaged over the workers, at least 1.
+        class_weight: Sum of the classification loss's weights over this worker's queries.
+        matched: True boxes of this worker that are matched with a query.
+        images: Images of this worker.
+    """
+
+    num_boxes: float | Tensor
+    class_weight: float
+    matched: int
+    images: int
 
     def divisor(self, loss: str) -> float | Tensor:
-        """What the numerator of ``loss`` (its name without a layer's suffix) is divided by."""
+        """Return the divisor of ``loss``, a loss's name without the suffix of a decoder layer."""
         return {"loss_ce": self.class_weight, "cardinality_error": self.images}.get(loss, self.num_boxes)
 
 
 class Criterion(nn.Module):
-    """Matches queries with true boxes and computes the losses. Build it with :func:`build_criterion`.
+    """Match queries with true boxes and compute the losses.
 
-    It has no parameters and no buffers, and computes on the outputs' device, in float32 under autocast as well (of float64 outputs
-    in float64). Targets are a list of dicts, one per image, with ``labels`` int64 [n] in 0..K-1 and ``boxes`` [n, 4] (cxcywh,
-    relative to the image); n may be 0.
+    The criterion has no parameters and no buffers and computes on the outputs' device: in float32, under autocast as well, or in
+    float64 for float64 outputs. Targets are a list of dicts, one for each image, with ``labels`` int64 [n] from 0 to K - 1 and
+    ``boxes`` float [n, 4] (cxcywh, relative to the image); n may be 0.
+
+    Args:
+        num_classes: Number of classes K, without no-object.
+        loss: Weights of the losses, already checked; :func:`build_criterion` makes them from keyword arguments.
+        matcher: Weights of the matching cost.
+        model: Settings of the network: with ``aux_loss``, the losses of all its decoder layers count, otherwise only the last one's.
+
+    Attributes:
+        weight_dict: Weight of each loss by its name, with the suffixes ``_0``, ``_1``, ... of the auxiliary layers.
     """
 
-    def __init__(self, num_classes: int, eos_coef: float, costs: tuple[float, float, float], weight_dict: dict[str, float]):
+    def __init__(self, num_classes: int, loss: Loss, matcher: Matcher, model: Model):
         super().__init__()
         self.num_classes = num_classes
-        self.eos_coef = eos_coef
-        self.costs = costs
-        self.weight_dict = weight_dict
+        self.eos_coef = loss.eos_coef
+        self.costs = (matcher.set_cost_class, matcher.set_cost_bbox, matcher.set_cost_giou)
+        weights = {"loss_ce": loss.cls_loss_coef, "loss_bbox": loss.bbox_loss_coef, "loss_giou": loss.giou_loss_coef}
+        layers = range(model.dec_layers - 1 if model.aux_loss else 0)
+        self.weight_dict: dict[str, float] = {**weights, **{f"{name}_{i}": weight for i in layers for name, weight in weights.items()}}
 
     def forward(self, outputs: dict[str, Any], targets: Targets, normalizers: Normalizers | None = None) -> dict[str, Tensor]:
-        """Unweighted losses under the official names, each a scalar.
+        """Compute the unweighted losses under their official names.
 
-        ``loss_ce``, ``loss_bbox``, ``loss_giou``, ``cardinality_error`` of the last decoder layer and, with a suffix ``_0``, ``_1``,
-        ..., of the earlier ones; ``class_error`` (per cent) of the last. Raises NonFiniteCost where the outputs are not finite.
+        Args:
+            outputs: Outputs of :class:`raydetr.model.detr.DETR`.
+            targets: True boxes of each image.
+            normalizers: Divisors of the losses. If several micro-batches make one optimizer step, pass :meth:`normalizers` of all of
+                them: the losses then add up to those of the one big batch. By default they are those of ``targets``, and all workers
+                must call this method together.
 
-        Without ``normalizers`` they are those of ``targets``, and all workers must call it together. For several micro-batches
-        that make one step pass :meth:`normalizers` of all of them: the losses then add up to those of the one big batch.
+        Returns:
+            Scalars: ``loss_ce``, ``loss_bbox``, ``loss_giou``, and ``cardinality_error`` of the last decoder layer and, with the suffixes
+            ``_0``, ``_1``, ..., of the earlier ones; ``class_error`` (per cent) of the last layer.
+
+        Raises:
+            NonFiniteCost: The outputs are not finite.
         """
         if normalizers is None:
             normalizers = self.normalizers([targets], outputs["pred_logits"].shape[1])
@@ -63,53 +92,74 @@ class Criterion(nn.Module):
         return {**losses, "class_error": 100 * share}
 
     def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
-        """The scalar that training minimizes: the losses that have a weight, weighted."""
-        return sum(losses[name] * weight for name, weight in self.weight_dict.items() if name in losses)
+        """Return the scalar that training minimizes: the weighted sum of the losses that have a weight."""
+        weighted = [losses[name] * weight for name, weight in self.weight_dict.items() if name in losses]
+        return sum(weighted[1:], weighted[0])
 
     def normalizers(self, batches: list[Targets], num_queries: int) -> Normalizers:
-        """Of all micro-batches of one step. Workers average their number of boxes: all of them must call it together."""
+        """Return the divisors of the losses of one optimizer step.
+
+        Workers average their number of boxes, so all of them must call this method together.
+
+        Args:
+            batches: Targets of all micro-batches of the step.
+            num_queries: Number of object queries.
+        """
         boxes, class_weight, matched, images = self._count(batches, num_queries)
         return Normalizers(_averaged_over_workers(boxes), class_weight or 1.0, matched, images)
 
     @torch.no_grad()
     def sums(self, outputs: dict[str, Any], targets: Targets) -> dict[str, Tensor]:
-        """For evaluation: local sums (float64 scalars, no communication) to add up over batches and workers; :meth:`means` divides.
+        """Compute the sums of a batch for evaluation, to be added up over batches and workers and divided by :meth:`means`.
 
-        The numerators of ``loss_ce``, ``loss_bbox``, ``loss_giou`` and their copies with a layer's suffix, and ``num_boxes``,
-        ``class_weight``, ``matched``, ``correct`` (matched with the right class), ``cardinality`` (sum of the absolute differences)
-        and ``images``.
+        Nothing is communicated, and nothing but the matching waits for the device.
+
+        Args:
+            outputs: Outputs of :class:`raydetr.model.detr.DETR`.
+            targets: True boxes of each image.
+
+        Returns:
+            Float64 scalars: the numerators of ``loss_ce``, ``loss_bbox``, and ``loss_giou`` (and those with a layer's suffix),
+            ``num_boxes``, ``class_weight``, ``matched``, ``correct`` (matched with the right class), ``cardinality`` (sum of the absolute
+            differences), and ``images``.
+
+        Raises:
+            NonFiniteCost: The outputs are not finite.
         """
-        boxes, class_weight, matched, images = self._count([targets], outputs["pred_logits"].shape[1])
         numerators, wrong = self._numerators(outputs, targets)
         cardinality = numerators.pop("cardinality_error")[-1]
-        counts = {"num_boxes": boxes, "class_weight": class_weight, "matched": matched, "images": images}
-        sums = {name: wrong.new_tensor(value, dtype=torch.float64) for name, value in counts.items()}
+        counts = torch.tensor(self._count([targets], outputs["pred_logits"].shape[1]), dtype=torch.float64)
+        boxes, class_weight, matched, images = counts.to(wrong.device, non_blocking=True).unbind()
         return {
             **{name: each.double() for name, each in _by_layer(numerators).items()},
             "correct": matched - wrong.double(),
             "cardinality": cardinality.double(),
-            **sums,
+            **{"num_boxes": boxes, "class_weight": class_weight, "matched": matched, "images": images},
         }
 
     def means(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """The losses that sums (of :meth:`sums`, added up) amount to; the same however the images were spread over batches."""
+        """Return the losses that sums amount to; they do not depend on how the images were spread over batches and workers.
+
+        Args:
+            sums: Sums of :meth:`sums`, added up.
+        """
         total = {name: float(value) for name, value in sums.items()}
         matched = total["matched"]
         whole = Normalizers(max(total["num_boxes"], 1.0), total["class_weight"] or 1.0, int(matched), int(total["images"]))
-        losses = {name: value / whole.divisor(_without_suffix(name)) for name, value in total.items() if name.startswith("loss_")}
+        losses = {name: value / float(whole.divisor(_without_suffix(name))) for name, value in total.items() if name.startswith("loss_")}
         losses["class_error"] = 100 * (1 - total["correct"] / matched) if matched else 100.0
         losses["cardinality_error"] = total["cardinality"] / max(whole.images, 1)
         return losses
 
     def _count(self, batches: list[Targets], num_queries: int) -> tuple[int, float, int, int]:
-        """True boxes, the classification loss's weight, matched boxes, images."""
+        # True boxes, sum of the classification loss's weights, matched boxes, images.
         counts = [len(target["labels"]) for targets in batches for target in targets]
         matched = sum(min(count, num_queries) for count in counts)
         return sum(counts), matched + self.eos_coef * (len(counts) * num_queries - matched), matched, len(counts)
 
     def _numerators(self, outputs: dict[str, Any], targets: Targets) -> tuple[dict[str, Tensor], Tensor]:
-        """Sums over images and queries [layers] by the name of their loss, and how many matched queries of the last layer
-        have the wrong class (a scalar). The last entry of [layers] is the last decoder layer.
+        """Return the sums over images and queries, [layers] by the name of their loss, the last decoder layer last, and the number of
+        matched queries of the last layer with the wrong class (a scalar).
         """
         layers = [*outputs.get("aux_outputs", []), outputs]
         with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
@@ -128,20 +178,19 @@ class Criterion(nn.Module):
             weight = torch.where(classes == self.num_classes, self.eos_coef, 1.0)
             giou = generalized_iou(box_convert(matched_cxcywh, "cxcywh", "xyxy"), box_convert(true_cxcywh, "cxcywh", "xyxy"))
             best = logits.detach().argmax(-1)
-            counts = torch.tensor([len(target["labels"]) for target in targets], device=logits.device)
             predicted = (best != self.num_classes).sum(-1)
             numerators = {
                 "loss_ce": (entropy * weight).sum((1, 2)),
                 "loss_bbox": (matched_cxcywh - true_cxcywh).abs().sum((1, 2)),
                 "loss_giou": (1 - giou).sum(1),
-                "cardinality_error": (predicted - counts).abs().sum(1).to(dtype),
+                "cardinality_error": (predicted - pairs.boxes).abs().sum(1).to(dtype),
             }
             wrong = (best[-1, pairs.image, pairs.query[-1]] != labels[-1]).sum().to(dtype)
         return numerators, wrong
 
 
 def _by_layer(losses: dict[str, Tensor]) -> dict[str, Tensor]:
-    """[layers] under one name to scalars, the earlier layers' with their number as a suffix."""
+    # [layers] under one name become scalars: the last layer's under the name, the earlier ones' with their number as a suffix.
     last = {name: values[-1] for name, values in losses.items()}
     earlier = {f"{name}_{i}": value for name, values in losses.items() for i, value in enumerate(values[:-1].unbind())}
     return {**last, **earlier}
@@ -155,26 +204,29 @@ def _without_suffix(name: str) -> str:
 def _averaged_over_workers(boxes: int) -> float | Tensor:
     if not (dist.is_available() and dist.is_initialized()):
         return max(float(boxes), 1.0)
-    # NCCL can only reduce what lies on the GPU; nobody waits for the result on the host.
+    # NCCL reduces tensors on the GPU only. torch.full fills there, torch.tensor would copy and wait for the device first.
     device = "cuda" if "nccl" in dist.get_backend() else "cpu"
-    total = torch.tensor(float(boxes), device=device)
+    total = torch.full((), float(boxes), device=device)
     dist.all_reduce(total)
     return (total / dist.get_world_size()).clamp(min=1)
 
 
 def build_criterion(num_classes: int, **settings: Any) -> Criterion:
-    """The losses of a DETR with that many classes (no-object not counted).
+    """Build the losses of a DETR.
 
-    ``settings`` are the leaf names of the sections ``loss`` and ``matcher`` (``eos_coef=0.2``), and ``aux_loss`` and ``dec_layers``
-    of ``model``. Raises UserError for an unknown name or a value out of bounds.
+    Args:
+        num_classes: Number of classes, without no-object.
+        **settings: Settings of the sections ``loss`` and ``matcher`` by their last name, such as ``eos_coef=0.2``, and ``aux_loss`` and
+            ``dec_layers`` of ``model``.
+
+    Returns:
+        The criterion.
+
+    Raises:
+        UserError: A setting is unknown or out of bounds.
     """
     config = load_config({_dotted(name): value for name, value in settings.items()})
-    loss, matcher = config.loss, config.matcher
-    weights = {"loss_ce": loss.cls_loss_coef, "loss_bbox": loss.bbox_loss_coef, "loss_giou": loss.giou_loss_coef}
-    auxiliary = range(config.model.dec_layers - 1 if config.model.aux_loss else 0)
-    weight_dict = {**weights, **{f"{name}_{i}": weight for i in auxiliary for name, weight in weights.items()}}
-    costs = (matcher.set_cost_class, matcher.set_cost_bbox, matcher.set_cost_giou)
-    return Criterion(num_classes, loss.eos_coef, costs, weight_dict)
+    return Criterion(num_classes, config.loss, config.matcher, config.model)
 
 
 def _dotted(leaf: str) -> str:

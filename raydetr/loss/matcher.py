@@ -1,4 +1,7 @@
-"""The matching of object queries with true boxes (Carion et al. 2020, section 3.1), for all decoder layers at once."""
+"""Bipartite matching of object queries with true boxes (Carion et al. 2020, section 3.1), for all decoder layers at once.
+
+It follows ``models/matcher.py`` of the official DETR.
+"""
 
 import dataclasses
 
@@ -13,7 +16,11 @@ from raydetr.loss.boxes import generalized_iou
 
 
 class NonFiniteCost(FloatingPointError):
-    """The network gave NaN or infinite logits or boxes (or a true box has no area); ``images`` are their places in the batch."""
+    """The network's logits or boxes are NaN or infinite, or a true box has no area.
+
+    Args:
+        images: Positions in the batch of the images that are affected.
+    """
 
     def __init__(self, images: list[int]):
         super().__init__(f"non-finite matching cost for the images at {images} of the batch")
@@ -22,46 +29,69 @@ class NonFiniteCost(FloatingPointError):
 
 @dataclasses.dataclass(frozen=True)
 class Matching:
-    """Which query stands for which true box: M pairs in each of L layers.
+    """The matched pairs of queries and true boxes, M in each of L layers; all tensors are int64 on the outputs' device.
 
-    ``image`` [M], ``query`` [L, M] (ascending within an image) and ``target`` [L, M], the true box's place in the batch's
-    concatenated targets; int64, on the outputs' device.
+    Attributes:
+        image: Position in the batch of each pair's image, [M].
+        query: The pair's query in each layer, [L, M], ascending within an image.
+        target: The pair's true box in each layer, [L, M]: its position in the batch's concatenated targets.
+        boxes: Number of true boxes of each image, [B].
     """
 
     image: Tensor
     query: Tensor
     target: Tensor
+    boxes: Tensor
 
 
 @torch.no_grad()
 def match(logits: Tensor, boxes_cxcywh: Tensor, targets: list[dict[str, Tensor]], weights: tuple[float, float, float]) -> Matching:
-    """The assignment of least cost, for every layer and image.
+    """Find the assignment of least cost for every layer and image.
 
-    logits [L, B, Q, K + 1] and boxes_cxcywh [L, B, Q, 4], not in half precision; targets as :class:`raydetr.loss.criterion.Criterion`
-    takes them; weights of class probability, L1 distance and generalized IoU in the cost. An image with n true boxes gives
-    min(n, Q) pairs. Raises NonFiniteCost. The device is waited for once.
+    The host waits for the device once, whatever the number of layers and images.
+
+    Args:
+        logits: Class logits, float32 or float64 [L, B, Q, K + 1].
+        boxes_cxcywh: Boxes, float32 or float64 [L, B, Q, 4].
+        targets: For each image ``labels`` int64 [n] and ``boxes`` float [n, 4] (cxcywh); n may be 0.
+        weights: Weights of class probability, L1 distance, and generalized IoU in the cost.
+
+    Returns:
+        The matching; an image with n true boxes has min(n, Q) pairs in each layer.
+
+    Raises:
+        NonFiniteCost: A cost is NaN or infinite.
     """
     counts = [len(target["labels"]) for target in targets]
-    layers = range(logits.shape[0])
+    layers, device = logits.shape[0], logits.device
     if not any(counts):
-        nothing = torch.zeros(len(layers), 0, dtype=torch.int64, device=logits.device)
-        return Matching(nothing[0], nothing, nothing)
+        empty = torch.zeros(layers, 0, dtype=torch.int64, device=device)
+        return Matching(empty[0], empty, empty, torch.zeros(len(counts), dtype=torch.int64, device=device))
     cost = matching_cost(logits, boxes_cxcywh, targets, weights).cpu().numpy()
     if not np.isfinite(cost).all():
         raise NonFiniteCost(np.flatnonzero(~np.isfinite(cost).all((0, 2, 3))).tolist())
     first = np.cumsum([0, *counts])
-    pairs = [[linear_sum_assignment(cost[layer, i, :, :n]) for i, n in enumerate(counts)] for layer in layers]
+    pairs = [[linear_sum_assignment(cost[layer, i, :, :n]) for i, n in enumerate(counts)] for layer in range(layers)]
     query = np.stack([np.concatenate([rows for rows, _ in of_layer]) for of_layer in pairs])
     target = np.stack([np.concatenate([first[i] + columns for i, (_, columns) in enumerate(of_layer)]) for of_layer in pairs])
     image = np.concatenate([np.full(len(rows), i) for i, (rows, _) in enumerate(pairs[0])])
-    packed = torch.from_numpy(np.concatenate((image[None], query, target))).to(logits.device, non_blocking=True)
-    return Matching(packed[0], packed[1 : 1 + len(layers)], packed[1 + len(layers) :])
+    # One copy takes everything to the device; the host does not wait for it.
+    packed = torch.from_numpy(np.concatenate((image, query.ravel(), target.ravel(), counts))).to(device, non_blocking=True)
+    image, query, target, boxes = packed.split((image.size, query.size, target.size, len(counts)))
+    return Matching(image, query.view(layers, -1), target.view(layers, -1), boxes)
 
 
 def matching_cost(logits: Tensor, boxes_cxcywh: Tensor, targets: list[dict[str, Tensor]], weights: tuple[float, float, float]) -> Tensor:
-    """Cost [L, B, Q, N] of pairing each query with each true box; N is the most boxes an image of the batch has.
+    """Compute the cost of pairing each query with each true box of its image.
 
-    Beyond an image's own boxes stand costs that mean nothing.
+    Args:
+        logits: Class logits, float [L, B, Q, K + 1].
+        boxes_cxcywh: Boxes, float [L, B, Q, 4].
+        targets: For each image ``labels`` int64 [n] and ``boxes`` float [n, 4] (cxcywh).
+        weights: Weights of class probability, L1 distance, and generalized IoU.
+
+    Returns:
+        Float [L, B, Q, N], where N is the largest number of true boxes of an image. Costs beyond an image's own boxes are meaningless.
     """
     class_weight, l1_weight, giou_weight = weights
     labels = pad_sequence([target["labels"] for target in targets], batch_first=True)

@@ -1,4 +1,4 @@
-"""The DETR network: backbone, position encodings, transformer and prediction heads.
+"""The DETR network: backbone, position encodings, transformer, and prediction heads.
 
-Imports only torch, torchvision and the settings tree; every other room may use it.
+It imports only torch, torchvision, and the settings tree; every other room may use it.
 """

@@ -1,25 +1,36 @@
-"""Convolutional backbones: ResNet-50/101 as DETR trains them, and a small network of our own for `detr_tiny`.
+"""Convolutional backbones: ResNet-50 and ResNet-101 as DETR trains them, and the small network of ``detr_tiny``.
 
-The frozen batch normalization of the ResNets is folded into the convolution before it, in the forward pass and exactly
-differentiable: ``bn(conv(x, w)) == conv(x, w * scale) + shift``. That saves the element-wise passes over the feature maps,
-which cost as much as the convolutions themselves. What is stored keeps torchvision's names.
+The frozen batch normalization of the ResNets is folded into the convolution before it: ``bn(conv(x, w)) == conv(x, w * scale) + shift``.
+The fold happens in the forward pass and is differentiated exactly. It saves the element-wise passes over the feature maps, which cost as
+much as the convolutions themselves. State dicts keep torchvision's names.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raydetr.model.caching import Cached
+from raydetr.model.cpu import products_are_faster, weight_gradient
+
 RESNET_BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+Geometry = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # stride, padding, dilation
 
 
 class FrozenBatchNorm(nn.Module):
-    """Batch normalization with fixed statistics and affine parameters, all four of them buffers [channels].
+    """Batch normalization with fixed statistics and affine parameters, which are four buffers [channels].
 
-    It has no ``num_batches_tracked``; a state dict that has it (torchvision's) loads, the entry is ignored.
-    Never called on a feature map: :func:`folded_conv` takes its ``scale_and_shift``.
+    It has no ``num_batches_tracked``; when a state dict (torchvision's) has that entry, it is ignored. The module is never called on
+    a feature map: :func:`folded_conv` uses its ``scale_and_shift``.
+
+    Args:
+        channels: Channels of the feature map.
     """
 
     EPS = 1e-5
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int):
         super().__init__()
@@ -27,11 +38,15 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("bias", torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
+        self._folded = Cached()
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """The affine map [channels], [channels] that the normalization amounts to."""
+        """Return the affine map that the normalization amounts to: the scale [channels, 1, 1, 1] and the shift [channels]."""
+        return self._folded.get(self._scale_and_shift, self.weight, self.bias, self.running_mean, self.running_var)
+
+    def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
         scale = self.weight * (self.running_var + self.EPS).rsqrt()
-        return scale, self.bias - self.running_mean * scale
+        return scale[:, None, None, None], self.bias - self.running_mean * scale
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         state_dict.pop(prefix + "num_batches_tracked", None)
@@ -39,11 +54,23 @@ class FrozenBatchNorm(nn.Module):
 
 
 class FoldedConvolution(torch.autograd.Function):
-    """A convolution with ``weight * scale`` that keeps ``weight``, not a scaled copy of it, for the backward pass."""
+    """A convolution with ``weight * scale`` that saves ``weight``, not a scaled copy of it, for the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, geometry: tuple) -> Tensor:
-        """x [B, inputs, H, W], weight [outputs, inputs, k, k], scale and shift [outputs]; geometry: stride, padding, dilation."""
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, geometry: Geometry) -> Tensor:
+        """Convolve ``x``.
+
+        Args:
+            ctx: What autograd saves for the backward pass.
+            x: Feature map, float [B, inputs, H, W].
+            weight: Unscaled weight, float [outputs, inputs, k, k].
+            scale: Float [outputs, 1, 1, 1].
+            shift: Float [outputs].
+            geometry: Stride, padding, and dilation.
+
+        Returns:
+            Float [B, outputs, h, w].
+        """
         ctx.save_for_backward(x, weight, scale)
         ctx.geometry = geometry
         return F.conv2d(x, weight * scale, shift, *geometry)
@@ -51,9 +78,9 @@ class FoldedConvolution(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        """Gradients of x and weight; under autocast the convolution was in ``grad``'s type, and so are its derivatives."""
+        """Return the gradients of ``x`` and ``weight``. Under autocast they are computed in the convolution's dtype, that of ``grad``."""
         x, weight, scale = ctx.saved_tensors
-        by_products = products_are_faster(grad, weight, *ctx.geometry)
+        by_products = products_are_faster(grad, weight, ctx.geometry[0])
         wanted = [ctx.needs_input_grad[0], not by_products, False]
         folded = (weight * scale).to(grad.dtype)
         backward = torch.ops.aten.convolution_backward
@@ -63,79 +90,96 @@ class FoldedConvolution(torch.autograd.Function):
         return grad_x, grad_weight.to(weight.dtype).mul_(scale), None, None, None
 
 
-def products_are_faster(grad: Tensor, weight: Tensor, stride: tuple[int, int], *_) -> bool:
-    """Whether :func:`weight_gradient` takes less time than oneDNN, whose kernel for it is slow with AVX2 and with strides."""
-    if not grad.is_cpu or grad.dtype != weight.dtype:
-        return False
-    return stride[0] > 1 or torch.backends.cpu.get_cpu_capability() != "AVX512"
+class Convolution(nn.Conv2d):
+    """A convolution without a bias that keeps its size divided by ``stride`` and remembers its folded weight while it is frozen.
 
-
-def weight_gradient(
-    grad: Tensor, x: Tensor, size: int, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]
-) -> Tensor:
-    """The gradient of a convolution's weight [outputs, inputs, size, size], a matrix product for each of its places.
-
-    grad [B, outputs, h, w] of the result, x [B, inputs, H, W]; both and the gradient lie in channels-last memory.
+    Args:
+        inputs: Channels of the input.
+        outputs: Channels of the output.
+        size: Height and width of the kernel, odd.
+        stride: Stride.
+        dilation: Dilation.
     """
-    (batch, outputs, height, width), inputs = grad.shape, x.shape[1]
-    x = F.pad(x, (padding[1], padding[1], padding[0], padding[0])) if any(padding) else x
-    by_pixel = grad.permute(0, 2, 3, 1).reshape(batch * height * width, outputs)
-    gradient = grad.new_empty(outputs, size, size, inputs)
-    for i in range(size):
-        rows = slice(i * dilation[0], i * dilation[0] + stride[0] * (height - 1) + 1, stride[0])
-        for j in range(size):
-            columns = slice(j * dilation[1], j * dilation[1] + stride[1] * (width - 1) + 1, stride[1])
-            seen = x[:, :, rows, columns].permute(0, 2, 3, 1).reshape(len(by_pixel), inputs)
-            torch.mm(by_pixel.T, seen, out=gradient[:, i, j])
-    return gradient.permute(0, 3, 1, 2)
+
+    def __init__(self, inputs: int, outputs: int, size: int, stride: int = 1, dilation: int = 1):
+        padding = dilation * (size // 2)
+        super().__init__(inputs, outputs, size, stride, padding, dilation, bias=False)
+        self.geometry: Geometry = ((stride, stride), (padding, padding), (dilation, dilation))
+        self.folded = Cached()
 
 
-def folded_conv(x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm) -> Tensor:
-    """``norm(conv(x))`` as one convolution."""
+def folded_conv(x: Tensor, conv: Convolution, norm: FrozenBatchNorm) -> Tensor:
+    """Compute ``norm(conv(x))`` as one convolution.
+
+    Args:
+        x: Feature map, float [B, inputs, H, W].
+        conv: The convolution.
+        norm: The normalization of its output.
+
+    Returns:
+        Float [B, outputs, h, w].
+    """
     scale, shift = norm.scale_and_shift()
-    scale, geometry = scale[:, None, None, None], (conv.stride, conv.padding, conv.dilation)
-    if torch.is_grad_enabled() and conv.weight.requires_grad and not torch.compiler.is_compiling():  # the compiler keeps what is worth it
-        return FoldedConvolution.apply(x, conv.weight, scale, shift, geometry)
-    return F.conv2d(x, conv.weight * scale, shift, *geometry)
+    # The compiler decides by itself what is worth keeping for the backward pass.
+    if torch.is_grad_enabled() and conv.weight.requires_grad and not torch.compiler.is_compiling():
+        return FoldedConvolution.apply(x, conv.weight, scale, shift, conv.geometry)
+    if x.is_cpu or conv.weight.requires_grad:
+        return F.conv2d(x, conv.weight * scale, shift, *conv.geometry)
+    # Off the CPU the launches of small kernels cost time: the folded weight of a frozen layer is kept, in the convolution's dtype.
+    dtype = torch.get_autocast_dtype(x.device.type) if _is_autocast(x.device.type) else conv.weight.dtype
+    weight, shift = conv.folded.get(lambda: ((conv.weight * scale).to(dtype), shift.to(dtype)), conv.weight, scale, shift, key=dtype)
+    return F.conv2d(x, weight, shift, *conv.geometry)
 
 
-def _conv(inputs: int, outputs: int, size: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, size, stride, padding=dilation * (size // 2), dilation=dilation, bias=False)
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride), 1x1 convolutions around a shortcut (He et al. 2015, with the stride of "v1.5")."""
+    """A residual block of 1x1, 3x3, and 1x1 convolutions (He et al. 2015); the 3x3 convolution has the stride ("ResNet v1.5").
+
+    Args:
+        inputs: Channels of the input.
+        width: Channels between the convolutions; the output has four times as many.
+        stride: Stride of the block.
+        dilation: Dilation of the 3x3 convolution.
+    """
 
     def __init__(self, inputs: int, width: int, stride: int, dilation: int):
         super().__init__()
         outputs = 4 * width
-        self.conv1, self.bn1 = _conv(inputs, width, 1), FrozenBatchNorm(width)
-        self.conv2, self.bn2 = _conv(width, width, 3, stride, dilation), FrozenBatchNorm(width)
-        self.conv3, self.bn3 = _conv(width, outputs, 1), FrozenBatchNorm(outputs)
+        self.conv1, self.bn1 = Convolution(inputs, width, 1), FrozenBatchNorm(width)
+        self.conv2, self.bn2 = Convolution(width, width, 3, stride, dilation), FrozenBatchNorm(width)
+        self.conv3, self.bn3 = Convolution(width, outputs, 1), FrozenBatchNorm(outputs)
         changes_shape = stride != 1 or inputs != outputs
-        self.downsample = nn.Sequential(_conv(inputs, outputs, 1, stride), FrozenBatchNorm(outputs)) if changes_shape else None
+        self.downsample = nn.Sequential(Convolution(inputs, outputs, 1, stride), FrozenBatchNorm(outputs)) if changes_shape else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, H, W] to [B, 4 * width, H / stride, W / stride]."""
+        """Map a feature map [B, inputs, H, W] to one of [B, 4 * width, H / stride, W / stride]."""
         y = folded_conv(x, self.conv1, self.bn1).relu_()
         y = folded_conv(y, self.conv2, self.bn2).relu_()
         y = folded_conv(y, self.conv3, self.bn3)
-        shortcut = x if self.downsample is None else folded_conv(x, *self.downsample)
+        shortcut = x if self.downsample is None else folded_conv(x, *self.downsample)  # pyright: ignore[reportArgumentType]
         return y.add_(shortcut).relu_()
 
 
 class ResNet(nn.Module):
-    """ResNet-50 or ResNet-101 without its head. Stride 32, with ``dilation`` (DC5) 16.
+    """ResNet-50 or ResNet-101 without its classifier.
 
-    The stem and layer1 do not train (as in the official DETR), layer2 to layer4 do.
+    The stem and ``layer1`` are frozen as in the official DETR (``models/backbone.py``); ``layer2`` to ``layer4`` train.
+
+    Args:
+        name: ``"resnet50"`` or ``"resnet101"``.
+        dilation: Dilate the last stage (DC5): stride 16 instead of 32.
     """
 
     num_channels = 2048
+    fpn_channels = (1024, 512, 256)  # of the feature maps before the last, from the coarsest to the finest
 
     def __init__(self, name: str, dilation: bool):
         super().__init__()
         blocks = RESNET_BLOCKS[name]
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.conv1 = Convolution(3, 64, 7, 2)
         self.bn1 = FrozenBatchNorm(64)
         self.layer1 = _stage(64, 64, blocks[0], stride=1)
         self.layer2 = _stage(256, 128, blocks[1], stride=2)
@@ -147,45 +191,63 @@ class ResNet(nn.Module):
         self.layer1.requires_grad_(False)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, 3, H, W] to [B, 2048, H / stride, W / stride]; the mask plays no part."""
-        # Channels last is the layout that convolutions run fastest in, on CPU as on GPU.
+        """Map images [B, 3, H, W] to features [B, 2048, H / stride, W / stride]; the mask is ignored."""
+        return self.layer4(self.layer3(self.layer2(self.layer1(self._stem(images)))))
+
+    def pyramid(self, images: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        """Return the feature maps of the four stages, from the finest (stride 4) to the last; the mask is ignored."""
+        maps = [self.layer1(self._stem(images))]
+        for stage in (self.layer2, self.layer3, self.layer4):
+            maps.append(stage(maps[-1]))
+        return maps
+
+    def _stem(self, images: Tensor) -> Tensor:
+        # Convolutions run fastest in channels-last memory, on CPUs and GPUs alike.
         x = folded_conv(images.contiguous(memory_format=torch.channels_last), self.conv1, self.bn1).relu_()
-        x = F.max_pool2d(x, 3, 2, 1)
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return F.max_pool2d(x, 3, 2, 1)
 
 
 def _stage(inputs: int, width: int, blocks: int, stride: int, dilation: int = 1) -> nn.Sequential:
-    # Only the blocks after the first are dilated: the first one still sees the undilated map.
+    # The first block still sees the undilated map, so only the following ones are dilated.
     first = Bottleneck(inputs, width, stride, dilation=1)
     return nn.Sequential(first, *(Bottleneck(4 * width, width, 1, dilation) for _ in range(blocks - 1)))
 
 
 class TinyBlock(nn.Module):
-    """Shrinks the map by ``stride``, then refines it by a residual pair of 3x3 convolutions."""
+    """Shrink the feature map by ``stride``, then refine it by a residual pair of 3x3 convolutions.
+
+    Args:
+        inputs: Channels of the input.
+        outputs: Channels of the output.
+        size: Kernel size of the shrinking convolution.
+        stride: Its stride.
+    """
 
     def __init__(self, inputs: int, outputs: int, size: int, stride: int):
         super().__init__()
         shrink = nn.Conv2d(inputs, outputs, size, stride, padding=(size - stride + 1) // 2, bias=False)
         self.conv1, self.norm1 = shrink, nn.GroupNorm(8, outputs)
-        self.conv2, self.norm2 = _conv(outputs, outputs, 3), nn.GroupNorm(8, outputs)
-        self.conv3, self.norm3 = _conv(outputs, outputs, 3), nn.GroupNorm(8, outputs)
+        self.conv2, self.norm2 = Convolution(outputs, outputs, 3), nn.GroupNorm(8, outputs)
+        self.conv3, self.norm3 = Convolution(outputs, outputs, 3), nn.GroupNorm(8, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, inputs, H, W] to [B, outputs, H / stride, W / stride]."""
+        """Map a feature map [B, inputs, H, W] to one of [B, outputs, H / stride, W / stride]."""
         x = F.relu(self.norm1(self.conv1(x)))
         y = F.relu(self.norm2(self.conv2(x)))
         return F.relu(x + self.norm3(self.conv3(y)))
 
 
 class TinyNet(nn.Module):
-    """About half a million parameters, stride 16; every layer trains and none depends on the other images of the batch.
+    """A backbone of about half a million parameters and stride 16 whose output for an image does not depend on the rest of the batch.
 
-    Its features say where in the picture they are (CoordConv, Liu et al. 2018): attention passes values on without their
-    positions, and a network this small does not see far enough to read them off the picture's edges, as a ResNet does.
+    Its features encode their position in the image (CoordConv, Liu et al. 2018): attention passes on values without their positions,
+    and the receptive field of a network this small is too narrow to infer them from the image's borders, as a ResNet does.
     """
 
     num_channels = 128
-    FREQUENCIES = (0.5, 1, 2, 4)  # of the waves that encode a place, in half-waves across the picture
+    fpn_channels = (128, 64, 32)  # of the feature maps before the last, from the coarsest to the finest
+    SMALLEST = 4  # pixels, a cell of the first block
+    FREQUENCIES = (0.5, 1, 2, 4)  # of the waves that encode a position, in half-waves across the image
 
     def __init__(self):
         super().__init__()
@@ -194,8 +256,31 @@ class TinyNet(nn.Module):
         _initialize_convolutions(self)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Images [B, 3, H, W] and mask [B, H, W] (True where padded, None: nothing is) to [B, 128, H / 16, W / 16]."""
-        features = self.layers(images.contiguous())
+        """Return the features of a batch.
+
+        Args:
+            images: Normalized images, float [B, 3, H, W].
+            mask: Padding mask, bool [B, H, W], True where padded; None if nothing is.
+
+        Returns:
+            Float [B, 128, H / 16, W / 16].
+        """
+        return self._with_position(self.layers(self._input(images)), mask)
+
+    def pyramid(self, images: Tensor, mask: Tensor | None = None) -> list[Tensor]:
+        """Return the feature maps of the three blocks (strides 4, 8, and 16), and the last once more with its position added."""
+        maps = [self._input(images)]
+        for block in self.layers:
+            maps.append(block(maps[-1]))
+        return [*maps[1:], self._with_position(maps[-1], mask)]
+
+    def _input(self, images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        if min(height, width) < self.SMALLEST:  # a scan line, made smaller: the first kernel needs more than that
+            images = F.pad(images, (0, max(0, self.SMALLEST - width), 0, max(0, self.SMALLEST - height)))
+        return images.contiguous()
+
+    def _with_position(self, features: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:
             inside = features.new_ones(1, *features.shape[-2:], dtype=torch.float32)
         else:
@@ -203,7 +288,7 @@ class TinyNet(nn.Module):
         return features + self.place(self._waves(inside))
 
     def _waves(self, inside: Tensor) -> Tensor:
-        """Sines and cosines of row and column, [B, 16, h, w], counted over what is not padded ([B, h, w], 1 inside)."""
+        # Sines and cosines [B, 16, h, w] of row and column, counted over what is not padded (inside: float [B, h, w], 1 inside).
         rows = (inside.cumsum(1) - 0.5) / inside.sum(1, keepdim=True).clamp(min=1)
         columns = (inside.cumsum(2) - 0.5) / inside.sum(2, keepdim=True).clamp(min=1)
         angles = torch.cat([torch.pi * frequency * torch.stack((rows, columns), 1) for frequency in self.FREQUENCIES], 1)
@@ -217,19 +302,38 @@ def _initialize_convolutions(network: nn.Module) -> None:
 
 
 class Backbone(nn.Module):
-    """``body`` (the network) and what is common to all of them: the mask of the feature map.
+    """A backbone network (``body``) that also shrinks the padding mask to the size of its feature map.
 
-    ``requires_grad_(False)`` freezes the whole of it; nothing is then recorded for the backward pass.
+    After ``requires_grad_(False)`` the whole backbone is frozen and nothing of it is saved for the backward pass.
+
+    Args:
+        name: ``"resnet50"``, ``"resnet101"``, or ``"tiny"``.
+        dilation: Dilate the last stage of a ResNet (DC5).
     """
 
     def __init__(self, name: str, dilation: bool):
         super().__init__()
         self.body = TinyNet() if name == "tiny" else ResNet(name, dilation)
-        self.num_channels = self.body.num_channels
+        self.num_channels, self.fpn_channels = self.body.num_channels, self.body.fpn_channels
 
     def forward(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Images [B, 3, H, W] and mask [B, H, W] (True where padded; None: nothing is) to features [B, C, h, w], mask [B, h, w]."""
+        """Return the feature map of a batch and its padding mask.
+
+        Args:
+            images: Normalized images, float [B, 3, H, W].
+            mask: Padding mask, bool [B, H, W], True where padded; None if nothing is.
+
+        Returns:
+            Features, float [B, C, h, w], and their padding mask, bool [B, h, w] or None.
+        """
         features = self.body(images, mask)
-        if mask is not None:
-            mask = F.interpolate(mask[:, None].float(), size=features.shape[-2:])[:, 0].bool()
-        return features, mask
+        return features, _shrink_mask(mask, features)
+
+    def pyramid(self, images: Tensor, mask: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        """Return the feature maps of all stages, from the finest to the last, and the padding mask of the last; see :meth:`forward`."""
+        maps = self.body.pyramid(images, mask)
+        return maps, _shrink_mask(mask, maps[-1])
+
+
+def _shrink_mask(mask: Tensor | None, features: Tensor) -> Tensor | None:
+    return None if mask is None else F.interpolate(mask[:, None].float(), size=features.shape[-2:])[:, 0].bool()

@@ -1,4 +1,7 @@
-"""DETR (Carion et al. 2020): backbone, transformer, and the heads that read class and box off every object query."""
+"""DETR (Carion et al. 2020): backbone, transformer, and the heads that predict the class and box of every object query.
+
+It follows ``models/detr.py`` of the official DETR, whose parameter names it keeps.
+"""
 
 import dataclasses
 import itertools
@@ -17,7 +20,14 @@ from raydetr.model.transformer import Transformer
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them."""
+    """Linear layers with ReLU between them.
+
+    Args:
+        inputs: Channels of the input.
+        hidden: Channels between the layers.
+        outputs: Channels of the output.
+        layers: Number of layers.
+    """
 
     def __init__(self, inputs: int, hidden: int, outputs: int, layers: int):
         super().__init__()
@@ -25,21 +35,42 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in itertools.pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., inputs] to [..., outputs]."""
+        """Map ``x``, float [..., inputs], to [..., outputs]."""
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
 
 
 class DETR(nn.Module):
-    """The network. Build it with :func:`build_model`; ``settings`` holds what it was built with."""
+    """The DETR network with random weights.
+
+    Args:
+        settings: The ``model`` section of the settings, already checked; :func:`build_model` makes it from keyword arguments.
+        num_classes: Number of classes K, without no-object.
+
+    Attributes:
+        settings: The arguments of :func:`build_model` that build this network again.
+        categories: Categories in label order, ``[{"id", "name"}, ...]``; empty unless :func:`raydetr.load` set them.
+        category_names: Where the names are from: ``"file"``, ``"coco"`` (told by the size of the head), or ``"unknown"``.
+        notes: Lines for the user about how the checkpoint was read.
+
+    Raises:
+        UserError: The settings do not describe a network.
+    """
 
     def __init__(self, settings: Model, num_classes: int):
         super().__init__()
+        if num_classes < 1:
+            raise UserError(f"num_classes: {num_classes} is out of bounds; it takes 1 or more")
+        if settings.backbone == "tiny" and settings.dilation:
+            raise UserError("model.dilation: the tiny backbone has no stage to dilate; its stride is 16 already")
         width = settings.hidden_dim
         self.settings: dict[str, Any] = {"num_classes": num_classes, **_without_weights(settings)}
+        self.categories: list[dict[str, Any]] = []
+        self.category_names = "unknown"
+        self.notes: list[str] = []
         self.aux_loss = settings.aux_loss
-        # The order is the official one: it is the order of the parameters in the optimizer's state.
+        # The order of the modules is the official one, because the optimizer's state lists the parameters in it.
         self.transformer = Transformer(
             width, settings.nheads, settings.enc_layers, settings.dec_layers, settings.dim_feedforward, settings.dropout, settings.pre_norm
         )
@@ -52,19 +83,41 @@ class DETR(nn.Module):
         self.backbone = nn.Sequential(backbone, position)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
-        """Classes and boxes of every object query.
+        """Predict the class and box of every object query.
 
-        images float [B, 3, H, W], normalized; mask bool [B, H, W], True where padded, or None where nothing is. Returns in float32
-        (float64 of a float64 network) ``pred_logits`` [B, Q, K + 1] (last: no object), ``pred_boxes`` [B, Q, 4] (cxcywh, relative
-        to the unpadded image) and, with ``aux_loss``, ``aux_outputs``: a list of such dicts, one for each decoder layer but the last.
+        Args:
+            images: Normalized images, float [B, 3, H, W].
+            mask: Padding mask, bool [B, H, W], True where padded; None if nothing is.
+
+        Returns:
+            A dict with ``pred_logits`` [B, Q, K + 1] (the last class is no-object) and ``pred_boxes`` [B, Q, 4] (cxcywh, relative to the
+            unpadded image), in float32, or float64 for a float64 network. With the setting ``aux_loss`` it also has ``aux_outputs``,
+            a list of such dicts, one for each decoder layer but the last.
         """
-        body, position = self.backbone
-        features, mask = body(images, mask)
-        source = self.input_proj(features).flatten(2).transpose(1, 2)
+        _, states, _ = self.transform(*self.backbone[0](images, mask))
+        return self.predict(states)
+
+    def transform(self, features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the transformer on a feature map.
+
+        Args:
+            features: Feature map of the backbone, float [B, C, h, w].
+            mask: Its padding mask, bool [B, h, w], True where padded; None if nothing is.
+
+        Returns:
+            The projected feature map, float [B, D, h, w]; the states of the object queries, float [layers, B, Q, D], of the last decoder
+            layer only unless ``aux_loss`` is set; and the memory, the output of the encoder, float [B, h * w, D].
+        """
+        projected = self.input_proj(features)
+        source = projected.flatten(2).transpose(1, 2)
         padded = None if mask is None else mask.flatten(1)
-        states = self.transformer(source, position(features, mask), padded, self.query_embed.weight, self.aux_loss)
+        states, memory = self.transformer(source, self.backbone[1](features, mask), padded, self.query_embed.weight, self.aux_loss)
+        return projected, states, memory
+
+    def predict(self, states: Tensor) -> dict[str, Any]:
+        """Apply the heads to states of the object queries, float [layers, B, Q, D]; return the outputs of :meth:`forward`."""
         logits, boxes_cxcywh = self.class_embed(states), self.bbox_embed(states)
-        # Under autocast the heads are the last to run in half precision.
+        # Under autocast the heads are the last layers that run in half precision.
         logits, boxes_cxcywh = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (logits, boxes_cxcywh))
         layers = [{"pred_logits": one, "pred_boxes": other} for one, other in zip(logits, boxes_cxcywh.sigmoid(), strict=True)]
         outputs: dict[str, Any] = layers[-1]
@@ -76,26 +129,36 @@ def _without_weights(settings: Model) -> dict[str, Any]:
 
 
 def build_model(preset: str = "detr_resnet50", num_classes: int = 91, **model_settings: Any) -> DETR:
-    """A DETR with random weights.
+    """Build a DETR with random weights.
 
-    ``num_classes`` counts the classes without no-object. ``model_settings`` are the leaf names of the settings' ``model``
-    section (``num_queries=50``), laid over the preset. Raises UserError for an unknown name or a value out of bounds.
+    Args:
+        preset: Name of the network that the other settings start from, such as ``"detr_resnet50"`` or ``"detr_tiny"``.
+        num_classes: Number of classes, without no-object.
+        **model_settings: Settings of the ``model`` section by their last name, such as ``num_queries=50``. They override the preset's.
+
+    Returns:
+        The network, in training mode.
+
+    Raises:
+        UserError: A setting is unknown or out of bounds.
     """
     if "weights" in model_settings:
         raise UserError("model.weights: build_model starts from random weights; load a checkpoint with raydetr.load")
-    if num_classes < 1:
-        raise UserError(f"num_classes: {num_classes} is out of bounds; it takes 1 or more")
-    settings = load_config({"model.preset": preset, **{f"model.{name}": value for name, value in model_settings.items()}}).model
-    if settings.backbone == "tiny" and settings.dilation:
-        raise UserError("model.dilation: the tiny backbone has no dilated stage; its stride is 16 as it is")
-    return DETR(settings, num_classes)
+    settings = {"model.preset": preset, **{f"model.{name}": value for name, value in model_settings.items()}}
+    return DETR(load_config(settings).model, num_classes)
 
 
 def postprocess(outputs: dict[str, Any], sizes: Tensor) -> list[dict[str, Tensor]]:
-    """Detections of each image: the best class that is an object, its probability, and the box in pixels.
+    """Turn outputs into detections: the best class that is an object, its probability, and the box in pixels.
 
-    outputs as from :class:`DETR`; sizes [B, 2], (height, width) of the original images in pixels. Returns for each image
-    ``scores`` [Q], ``labels`` int64 [Q] and ``boxes`` [Q, 4], xyxy (the official ``PostProcess``).
+    This is ``PostProcess`` of the official ``models/detr.py``.
+
+    Args:
+        outputs: Outputs of :class:`DETR`.
+        sizes: Height and width of the original images in pixels, [B, 2].
+
+    Returns:
+        For each image ``scores`` float [Q], ``labels`` int64 [Q], and ``boxes`` float [Q, 4] (xyxy, in pixels).
     """
     scores, labels = outputs["pred_logits"].softmax(-1)[..., :-1].max(-1)
     height_width = sizes.to(outputs["pred_boxes"])

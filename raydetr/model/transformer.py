@@ -1,7 +1,9 @@
-"""DETR's transformer (Carion et al. 2020, section 3.2 and appendix A.3), batch first, on native scaled-dot-product attention.
+"""DETR's transformer (Carion et al. 2020, section 3.2 and appendix A.3), batch first, with PyTorch's scaled dot-product attention.
 
-Positions are added to queries and keys of every attention, never to values. Parameter names are those of the official
-model, which are those of ``nn.MultiheadAttention`` and ``nn.Transformer``.
+It follows ``models/transformer.py`` of the official DETR. Position encodings are added to the queries and keys of every attention, never
+to the values. Parameter names are those of ``nn.MultiheadAttention`` and ``nn.Transformer``, as in the official model.
+
+Shapes in this module: B images, S cells of the feature map (height x width), Q object queries, D channels (``hidden_dim``).
 """
 
 import torch
@@ -13,7 +15,13 @@ from raydetr.model.cpu import Dropout, attention_with_dropout
 
 
 class Attention(nn.Module):
-    """Multi-head attention with drop-out on its weights; parameters as in ``nn.MultiheadAttention``."""
+    """Multi-head attention with drop-out on its weights; its parameters are those of ``nn.MultiheadAttention``.
+
+    Args:
+        hidden_dim: Channels D.
+        nheads: Attention heads; a divisor of ``hidden_dim``.
+        dropout: Probability of dropping an attention weight.
+    """
 
     def __init__(self, hidden_dim: int, nheads: int, dropout: float):
         super().__init__()
@@ -26,9 +34,19 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attend: Tensor | None = None) -> Tensor:
-        """Query [B, L, D], key and value [B, S, D] to [B, L, D]; ``attend`` bool [B, 1, 1, S] is True where a key counts."""
+        """Attend from ``query`` to ``key`` and ``value``.
+
+        Args:
+            query: Float [B, L, D].
+            key: Float [B, S, D].
+            value: Float [B, S, D].
+            attend: Bool [B, 1, 1, S], True for keys that take part; None if all do.
+
+        Returns:
+            Float [B, L, D].
+        """
         width = query.shape[-1]
-        if query is key:  # one product makes both
+        if query is key:  # one matrix product computes both projections
             sizes = (2 * width, width)
             (qk_weight, v_weight), (qk_bias, v_bias) = self.in_proj_weight.split(sizes), self.in_proj_bias.split(sizes)
             q, k = F.linear(query, qk_weight, qk_bias).chunk(2, -1)
@@ -43,22 +61,30 @@ class Attention(nn.Module):
         rate = self.dropout.rate if self.training else 0.0
         if rate == 0 or not q.is_cpu:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=rate)
-        # No fused kernel has drop-out on CPU: written out it can use our own. What grows with the square of the places, the weights,
-        # is not kept for the backward pass but computed again.
+        # No fused kernel on the CPU has drop-out, so attention is written out and uses our cheap drop-out. The attention weights, whose
+        # size is quadratic in the cells, are recomputed in the backward pass instead of saved.
         keep, scale = self.dropout.draw((*q.shape[:-1], k.shape[-2]))
         return checkpoint(attention_with_dropout, q, k, v, attend, keep, scale, use_reentrant=False, preserve_rng_state=False)
 
 
 def feed_forward(x: Tensor, linear1: nn.Linear, linear2: nn.Linear, dropout: Dropout) -> Tensor:
-    """``linear2(dropout(relu(linear1(x))))``: [..., D] to [..., D].
+    """Compute ``linear2(dropout(relu(linear1(x))))`` for ``x``, float [..., D]; the result has the same shape.
 
-    Drop-out and ReLU commute, as the scale is positive; in this order ReLU works in place and nothing of it is kept but its result.
+    Drop-out and ReLU commute because the drop-out's scale is positive. Applied last, ReLU works in place and only its result is saved.
     """
     return linear2(dropout(linear1(x)).relu_())
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention over the places of the feature map, then a feed-forward network."""
+    """Self-attention over the cells of the feature map, then a feed-forward network.
+
+    Args:
+        hidden_dim: Channels D.
+        nheads: Attention heads.
+        dim_feedforward: Hidden channels of the feed-forward network.
+        dropout: Drop-out probability.
+        pre_norm: Normalize before attention and feed-forward network instead of after them.
+    """
 
     def __init__(self, hidden_dim: int, nheads: int, dim_feedforward: int, dropout: float, pre_norm: bool):
         super().__init__()
@@ -71,7 +97,13 @@ class EncoderLayer(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, position: Tensor, attend: Tensor | None) -> Tensor:
-        """x [B, S, D], position [B or 1, S, D], attend as in :class:`Attention`; to [B, S, D]."""
+        """Return the layer's output, float [B, S, D].
+
+        Args:
+            x: Float [B, S, D].
+            position: Position encoding, float [B, S, D] or [1, S, D].
+            attend: Bool [B, 1, 1, S], True for cells that are not padded; None if none is.
+        """
         if self.pre_norm:
             x = x + self.dropout(self._attention(self.norm1(x), position, attend))
             return x + self.dropout(self._feed_forward(self.norm2(x)))
@@ -79,15 +111,23 @@ class EncoderLayer(nn.Module):
         return self.norm2(x + self.dropout(self._feed_forward(x)))
 
     def _attention(self, x: Tensor, position: Tensor, attend: Tensor | None) -> Tensor:
-        place = x + position
-        return self.self_attn(place, place, x, attend)
+        with_position = x + position
+        return self.self_attn(with_position, with_position, x, attend)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return feed_forward(x, self.linear1, self.linear2, self.dropout)
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention among the object queries, attention to the image, then a feed-forward network."""
+    """Self-attention among the object queries, attention to the image, then a feed-forward network.
+
+    Args:
+        hidden_dim: Channels D.
+        nheads: Attention heads.
+        dim_feedforward: Hidden channels of the feed-forward network.
+        dropout: Drop-out probability.
+        pre_norm: Normalize before each of the three parts instead of after it.
+    """
 
     def __init__(self, hidden_dim: int, nheads: int, dim_feedforward: int, dropout: float, pre_norm: bool):
         super().__init__()
@@ -101,14 +141,22 @@ class DecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(hidden_dim)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, query_position: Tensor, memory: Tensor, place: Tensor, attend: Tensor | None) -> Tensor:
-        """x [B, Q, D], query_position [1, Q, D], memory [B, S, D], place (memory + its positions) [B, S, D]; to [B, Q, D]."""
+    def forward(self, x: Tensor, query_position: Tensor, memory: Tensor, memory_keys: Tensor, attend: Tensor | None) -> Tensor:
+        """Return the layer's output, float [B, Q, D].
+
+        Args:
+            x: State of the object queries, float [B, Q, D].
+            query_position: Learned query embeddings, float [1, Q, D].
+            memory: Output of the encoder, float [B, S, D].
+            memory_keys: ``memory`` plus its position encoding, float [B, S, D].
+            attend: Bool [B, 1, 1, S], True for cells that are not padded; None if none is.
+        """
         if self.pre_norm:
             x = x + self.dropout(self._self_attention(self.norm1(x), query_position))
-            x = x + self.dropout(self.multihead_attn(self.norm2(x) + query_position, place, memory, attend))
+            x = x + self.dropout(self.multihead_attn(self.norm2(x) + query_position, memory_keys, memory, attend))
             return x + self.dropout(self._feed_forward(self.norm3(x)))
         x = self.norm1(x + self.dropout(self._self_attention(x, query_position)))
-        x = self.norm2(x + self.dropout(self.multihead_attn(x + query_position, place, memory, attend)))
+        x = self.norm2(x + self.dropout(self.multihead_attn(x + query_position, memory_keys, memory, attend)))
         return self.norm3(x + self.dropout(self._feed_forward(x)))
 
     def _self_attention(self, x: Tensor, query_position: Tensor) -> Tensor:
@@ -120,7 +168,16 @@ class DecoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The encoder layers; with pre-norm a last normalization, since the layers leave their sum unnormalized."""
+    """The encoder: a stack of layers and, with ``pre_norm``, a final normalization, because those layers leave their sum unnormalized.
+
+    Args:
+        layers: Number of layers.
+        hidden_dim: Channels D.
+        nheads: Attention heads.
+        dim_feedforward: Hidden channels of the feed-forward networks.
+        dropout: Drop-out probability.
+        pre_norm: Normalize before attention and feed-forward network instead of after them.
+    """
 
     def __init__(self, layers: int, hidden_dim: int, nheads: int, dim_feedforward: int, dropout: float, pre_norm: bool):
         super().__init__()
@@ -128,32 +185,59 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(hidden_dim) if pre_norm else None
 
     def forward(self, x: Tensor, position: Tensor, attend: Tensor | None) -> Tensor:
-        """x [B, S, D] to [B, S, D]."""
+        """Return the memory, float [B, S, D]; the arguments are those of :meth:`EncoderLayer.forward`."""
         for layer in self.layers:
             x = layer(x, position, attend)
         return x if self.norm is None else self.norm(x)
 
 
 class Decoder(nn.Module):
-    """The decoder layers; the same normalization is applied to what each of them gives out."""
+    """The decoder: a stack of layers and one normalization that is applied to the output of each.
+
+    Args:
+        layers: Number of layers.
+        hidden_dim: Channels D.
+        nheads: Attention heads.
+        dim_feedforward: Hidden channels of the feed-forward networks.
+        dropout: Drop-out probability.
+        pre_norm: Normalize before each part of a layer instead of after it.
+    """
 
     def __init__(self, layers: int, hidden_dim: int, nheads: int, dim_feedforward: int, dropout: float, pre_norm: bool):
         super().__init__()
         self.layers = nn.ModuleList(DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, pre_norm) for _ in range(layers))
         self.norm = nn.LayerNorm(hidden_dim)
 
-    def forward(self, query_position: Tensor, memory: Tensor, place: Tensor, attend: Tensor | None, every_layer: bool) -> Tensor:
-        """The queries after every layer [layers, B, Q, D], or after the last one only [1, B, Q, D]."""
+    def forward(self, query_position: Tensor, memory: Tensor, memory_keys: Tensor, attend: Tensor | None, every_layer: bool) -> Tensor:
+        """Return the states of the object queries after every layer, float [layers, B, Q, D], or only after the last, [1, B, Q, D].
+
+        Args:
+            query_position: Learned query embeddings, float [1, Q, D].
+            memory: Output of the encoder, float [B, S, D].
+            memory_keys: ``memory`` plus its position encoding, float [B, S, D].
+            attend: Bool [B, 1, 1, S], True for cells that are not padded; None if none is.
+            every_layer: Return the states of every layer instead of the last one's.
+        """
         x = query_position.new_zeros(memory.shape[0], *query_position.shape[1:])
         states = []
         for layer in self.layers:
-            x = layer(x, query_position, memory, place, attend)
+            x = layer(x, query_position, memory, memory_keys, attend)
             states.append(x)
         return self.norm(torch.stack(states if every_layer else states[-1:]))
 
 
 class Transformer(nn.Module):
-    """Encoder and decoder. Matrices start from Xavier's uniform distribution."""
+    """Encoder and decoder, with matrices initialized from Xavier's uniform distribution.
+
+    Args:
+        hidden_dim: Channels D.
+        nheads: Attention heads.
+        enc_layers: Encoder layers.
+        dec_layers: Decoder layers.
+        dim_feedforward: Hidden channels of the feed-forward networks.
+        dropout: Drop-out probability.
+        pre_norm: Normalize before attention and feed-forward networks instead of after them.
+    """
 
     def __init__(
         self, hidden_dim: int, nheads: int, enc_layers: int, dec_layers: int, dim_feedforward: int, dropout: float, pre_norm: bool
@@ -165,12 +249,20 @@ class Transformer(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, source: Tensor, position: Tensor, padded: Tensor | None, queries: Tensor, every_layer: bool) -> Tensor:
-        """From the image to the states of the object queries.
+    def forward(self, source: Tensor, position: Tensor, padded: Tensor | None, queries: Tensor, every_layer: bool) -> tuple[Tensor, Tensor]:
+        """Encode a feature map and decode the object queries.
 
-        source [B, S, D]; position [B or 1, S, D]; padded bool [B, S] (True where padded) or None; queries [Q, D]. Returns
-        [layers, B, Q, D], or [1, B, Q, D] of the last layer unless ``every_layer``.
+        Args:
+            source: Projected feature map, float [B, S, D].
+            position: Its position encoding, float [B, S, D] or [1, S, D].
+            padded: Padding mask, bool [B, S], True where padded; None if nothing is.
+            queries: Learned query embeddings, float [Q, D].
+            every_layer: Return the states after every decoder layer instead of only the last.
+
+        Returns:
+            The states of the object queries, float [layers, B, Q, D] ([1, B, Q, D] without ``every_layer``), and the memory (the output of
+            the encoder), float [B, S, D].
         """
         attend = None if padded is None else ~padded[:, None, None, :]
         memory = self.encoder(source, position, attend)
-        return self.decoder(queries[None], memory, memory + position, attend, every_layer)
+        return self.decoder(queries[None], memory, memory + position, attend, every_layer), memory

@@ -1,4 +1,4 @@
-"""A trained model in use: predictions on images with their gallery, and COCO scores of a checkpoint or a results file.
+"""Predictions on images: the results and their gallery, and the scores of a checkpoint or of a results file.
 
-Called by the command line and the demo.
+It uses ``training``, ``evaluate``, ``weights``, and what is below them; the commands and ``demo`` call it.
 """

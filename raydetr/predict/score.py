@@ -1,9 +1,12 @@
-"""COCO numbers of a checkpoint, or of a results file, on labelled photographs."""
+"""COCO average precision of a checkpoint, or of a results file, on labeled images."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from raydetr import config as settings
 from raydetr.data.coco import CocoImages, build_loader, find_split
@@ -12,74 +15,114 @@ from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, coco_metrics
 from raydetr.loss.criterion import build_criterion
 from raydetr.memory import kept_memory
-from raydetr.training.engine import Detections, choose_device, evaluate
+from raydetr.model.detr import DETR
+from raydetr.predict.categories import find_categories
+from raydetr.training.engine import choose_device, choose_dtype, evaluate
 from raydetr.weights.checkpoint import read_checkpoint
+from raydetr.weights.files import written_whole
 from raydetr.weights.fitting import load
 from raydetr.weights.official import located
 
 
 def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val") -> dict[str, Any]:
-    """COCO numbers (as :func:`raydetr.evaluate.coco.coco_metrics`) of ``checkpoint`` on the set that ``layers`` of settings name.
+    """Evaluate a checkpoint on a labeled data set.
 
-    What ``layers`` leave open (image sizes, batch size) is as the checkpoint was trained. Its categories are found in the data
-    set by their names; ``unknown_categories`` lists those that the data set does not have, whose detections cannot count.
+    Settings that ``layers`` leave open (image sizes, batch size) are those that the checkpoint was trained with. Its categories are found
+    in the data set as :func:`raydetr.predict.categories.find_categories` says.
+
+    Args:
+        checkpoint: Path or URL of the checkpoint.
+        *layers: Settings, later ones winning; they name the data set.
+        split: ``"train"`` or ``"val"``.
+
+    Returns:
+        The numbers of :func:`raydetr.evaluate.coco.coco_metrics`, ``unknown_categories`` (names of the categories that the data set does
+        not have; what is detected of them cannot count), and ``notes`` (lines for the user).
+
+    Raises:
+        UserError: The checkpoint or the data set cannot be read, or nothing tells which classes are which categories.
     """
     model = load(checkpoint)
-    config = settings.load_config(trained_with(checkpoint), *layers)
+    config = settings.load_config(trained_with(checkpoint, model), *layers)
     device = choose_device(config.speed)
     dataset = CocoImages(find_split(config.data, split), val_transforms(config.data))
+    found, notes = find_categories(model, dataset.categories)
+    if model.category_names != "file" and not any(position is not None for position in found):
+        raise UserError(
+            f"{checkpoint}: does not name the categories of its {len(found)} classes, and the data set has {len(dataset.categories)}: "
+            "nothing tells which is which; evaluate it on the categories that it was trained with"
+        )
     loader = build_loader(
         dataset, config.optim.batch_size, rank=0, world_size=1, shuffle=False, num_workers=config.data.num_workers, device=device
     )
     criterion = build_criterion(len(model.categories), aux_loss=False)
     with kept_memory(device.type):
-        _, detections = evaluate(model.to(device), criterion, _without_truth(loader), device)
-    categories = in_data_set(model.categories, dataset.categories)
-    unknown = [mine["name"] for mine, its in zip(model.categories, categories, strict=True) if its["id"] is None]
-    return {**coco_metrics(dataset.coco, _known(detections, categories)), "unknown_categories": unknown}
+        _, detections = evaluate(model.to(device), criterion, _without_truth(loader), device, choose_dtype(config.speed, device))
+    categories = [{"id": None if position is None else dataset.categories[position]["id"]} for position in found]
+    results = [result for result in detections.results(categories) if result["category_id"] is not None]
+    unknown = [category["name"] for category, position in zip(model.categories, found, strict=True) if position is None]
+    # COCO's unused ids, and classes without a name, are nobody's category: there is nothing to say about them.
+    unknown = [name for name in unknown if name != "N/A" and not notes]
+    return {**coco_metrics(dataset.coco, results), "unknown_categories": unknown, "notes": [*model.notes, *notes]}
 
 
-def trained_with(checkpoint: str | Path) -> dict[str, Any]:
-    """The model and image settings that a checkpoint was trained with; an official checkpoint has none: the defaults hold."""
-    values = settings.flatten(read_checkpoint(located(checkpoint)).get("settings", {}))
-    places = {"data.path", "data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations"}
-    kept = ("model.", "data.", "optim.batch_size")
-    return {name: value for name, value in values.items() if name in settings.SETTINGS and name.startswith(kept) and name not in places}
+def trained_with(checkpoint: str | Path, model: DETR) -> dict[str, Any]:
+    """Return the model and image settings that a checkpoint was trained with, by dotted name.
+
+    On a GPU they include the precision, so that a score is that of the training; CPUs compute in float32 unless told otherwise. For a
+    checkpoint without settings (an official one, a bare state dict) they are those of the preset that its tensors fit.
+
+    Args:
+        checkpoint: Path or URL of the checkpoint.
+        model: Its model, of :func:`raydetr.load`.
+    """
+    values = settings.flatten(read_checkpoint(located(checkpoint)).get("settings", {"model.preset": model.settings["preset"]}))
+    kept = ("model.", "data.", "optim.batch_size", *(["speed.precision"] if torch.cuda.is_available() else []))
+    return {
+        name: value for name, value in values.items() if name in settings.SETTINGS and name.startswith(kept) and name not in settings.PLACES
+    }
 
 
-def in_data_set(mine: list[dict], its: list[dict]) -> list[dict]:
-    """The checkpoint's categories, in label order, under the data set's ids; id None where the data set has no such name."""
-    ids = {category["name"].strip().lower(): category["id"] for category in its}
-    return [{"id": ids.get(category["name"].strip().lower()), "name": category["name"]} for category in mine]
-
-
-def _without_truth(loader) -> Iterator[tuple]:
-    # The data set's labels need not be the checkpoint's: only the detections are wanted, no losses.
+def _without_truth(loader: Iterable[tuple]) -> Iterator[tuple]:
+    # The data set's labels need not be the checkpoint's, and only the detections are wanted, not the losses.
     for images, mask, targets in loader:
         yield images, mask, [{**target, "boxes": target["boxes"][:0], "labels": target["labels"][:0]} for target in targets]
 
 
-def _known(detections: Detections, categories: list[dict]) -> list[dict]:
-    return [result for result in detections.results(categories) if result["category_id"] is not None]
-
-
 def score_predictions(predictions: str | Path, data: settings.Data, split: str = "val") -> dict[str, Any]:
-    """COCO numbers of a COCO results file; raises UserError where it cannot be read or names an image that the data set has not."""
+    """Evaluate a COCO results file.
+
+    Args:
+        predictions: JSON file with a list of detections (``image_id``, ``category_id``, ``bbox`` xywh in pixels, ``score``).
+        data: Settings that name the data set.
+        split: ``"train"`` or ``"val"``.
+
+    Returns:
+        The numbers of :func:`raydetr.evaluate.coco.coco_metrics`, and ``notes`` (lines for the user).
+
+    Raises:
+        UserError: The file cannot be read, or has an entry that is no detection in an image of the data set.
+    """
     try:
-        results = json.loads(Path(predictions).read_text(encoding="utf-8"))
+        results = json.loads(Path(predictions).read_text(encoding="utf-8-sig"))  # Windows programs put a byte order mark first
     except OSError as error:
-        raise UserError(f"{predictions}: {error.strerror}") from None
+        raise UserError(f"{predictions}: {error.strerror or error}") from None
     except ValueError as error:
-        raise UserError(f"{predictions}: broken JSON ({error})") from None
+        raise UserError(f"{predictions}: not a JSON list of detections ({error})") from None
     dataset = CocoImages(find_split(data, split), val_transforms(data))
     try:
-        return coco_metrics(dataset.coco, results)
+        metrics = coco_metrics(dataset.coco, results)
     except UserError as error:
         raise UserError(f"{predictions}: {error}") from None
+    known = {category["id"] for category in dataset.coco["categories"]}
+    foreign = Counter(result["category_id"] for result in results if result["category_id"] not in known)
+    ids = ", ".join(map(str, list(foreign)[:5])) + (", ..." if len(foreign) > 5 else "")
+    note = f"{foreign.total()} of {len(results)} detections have a category id that the data set lacks ({ids}) and do not count"
+    return {**metrics, "notes": [note] if foreign else []}
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
-    """The twelve numbers, then each category's, as aligned text."""
+    """Return the twelve COCO numbers and those of each category as aligned text, with the notes at the end."""
     lines = [f"{name:<10} {_number(metrics[name])}" for name in METRICS]
     columns = ("AP", "AP50", "AP75", "AR100")
     names = list(metrics["per_category"])
@@ -88,10 +131,12 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
     for name in names:
         numbers = "  ".join(f"{_number(metrics['per_category'][name][column]):>5}" for column in columns)
         lines.append(f"{name:<{width}}  {numbers}")
+    notes = [f"{note[0].upper()}{note[1:]}." for note in metrics.get("notes", ())]
     unknown = metrics.get("unknown_categories")
     if unknown:
-        lines += ["", f"The data set has no category named {', '.join(unknown)}: what the checkpoint finds of them does not count."]
-    return "\n".join(lines)
+        names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        notes.append(f"The data set has no category named {names}: what the checkpoint detects of them does not count.")
+    return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
 def _number(value: float | None) -> str:
@@ -99,8 +144,13 @@ def _number(value: float | None) -> str:
 
 
 def write_metrics(metrics: Mapping[str, Any], file: str | Path) -> None:
-    """``metrics`` as JSON; raises UserError where the file cannot be written."""
+    """Write ``metrics`` as JSON, atomically.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
     try:
-        Path(file).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        with written_whole(Path(file)) as out:
+            out.write((json.dumps(metrics, indent=2) + "\n").encode())
     except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from None
+        raise UserError(f"{file}: {error.strerror or error}") from None

@@ -1,4 +1,4 @@
-"""Checkpoints on disk and in the network: reading and writing them safely, downloading official ones, fitting them to a model.
+"""Weights: safe reading and writing of checkpoints, official weights, and fitting them to a model with other categories.
 
-Uses ``model``; called by ``training``, ``predict``, ``launch`` and ``demo``.
+It uses ``model``; ``training``, ``predict``, ``launch``, and ``demo`` call it.
 """

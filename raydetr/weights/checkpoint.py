@@ -1,18 +1,18 @@
-"""Checkpoints: written whole, read without running what they contain, and fitted to a model with other categories.
+"""Checkpoint files: written atomically, and read without running what they contain.
 
-A checkpoint of raydetr is a dict: ``model`` (state dict under the official DETR's names: the weights to use), ``settings`` (the
-whole tree as nested dicts), ``categories`` (``[{"id", "name"}, ...]`` in label order), ``epoch``, ``metrics``; and, to go on
-from, ``optimizer``, ``lr_scheduler``, ``scaler``, ``ema``, ``random``. Read as well: the official weights and training
-checkpoints, those of its detectron2 wrapper (``d2/`` there), bare state dicts, and torchvision's ResNets.
+A checkpoint of raydetr is a dict: ``model`` (the weights to use, a state dict under the official DETR's names), ``settings`` (the whole
+tree as nested dicts), ``categories`` (``[{"id", "name"}, ...]`` in label order), ``epoch``, ``metrics``, and, for resuming,
+``optimizer``, ``lr_scheduler``, ``scaler``, ``ema``, and ``random``.
 """
 
 import argparse
+import copy
 import pickle
 import re
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -24,19 +24,26 @@ from raydetr.weights.files import written_whole
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Write ``content`` (tensors and plain data) to ``path``, whole or not at all.
+    """Write a checkpoint atomically.
 
-    Raises UserError where it cannot be written (a full disk): what was at ``path`` is then untouched, nothing else is left.
-    Raises TypeError for an object that :func:`read_checkpoint` would refuse.
+    Tensors are stored as CPU tensors, so that plain ``torch.load(path, weights_only=True)`` reads the file on a computer without a GPU.
+
+    Args:
+        path: File to write; its folder is created.
+        content: Tensors and plain data.
+
+    Raises:
+        UserError: The file cannot be written (a full disk, say). A file that was at ``path`` is then untouched, and nothing else is left.
+        TypeError: ``content`` has an object that :func:`read_checkpoint` would refuse.
     """
     path = Path(path)
-    _check_plain(content, "content")
+    content = _plain_on_cpu(content, "content")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
-        # torch's writer covers what stopped it, the disk's error or Ctrl-C, with its own about a file that ends too early.
+        # torch's writer hides what stopped it, the disk's error or Ctrl-C, behind its own error about a file that ends too early.
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, KeyboardInterrupt):
             raise cause from None
@@ -50,28 +57,42 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
 _PLAIN = (bool, int, float, str, bytes, complex, type(None), torch.Size, torch.device, torch.dtype)
 
 
-def _check_plain(value: Any, where: str) -> None:
+def _plain_on_cpu(value: Any, where: str) -> Any:
+    """Return ``value`` with its tensors on the CPU; raise TypeError for an object that is neither a tensor nor plain data."""
     if type(value) in (dict, OrderedDict, Counter):
+        moved = copy.copy(value)  # keeps the attributes of a state dict
         for key, each in value.items():
-            _check_plain(key, f"a key of {where}")
-            _check_plain(each, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple, set):
-        for index, each in enumerate(value):
-            _check_plain(each, f"{where}[{index}]")
-    elif not isinstance(value, Tensor) and type(value) not in _PLAIN:
+            _plain_on_cpu(key, f"a key of {where}")
+            moved[key] = _plain_on_cpu(each, f"{where}[{key!r}]")
+        return moved
+    if type(value) in (list, tuple, set):
+        return type(value)(_plain_on_cpu(each, f"{where}[{index}]") for index, each in enumerate(value))
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if type(value) not in _PLAIN:
         raise TypeError(f"{where} is a {type(value).__module__}.{type(value).__qualname__}; a checkpoint holds tensors and plain data")
+    return value
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """What a file of ``torch.save`` holds, on the CPU; code in it is never run (``weights_only``).
+    """Read a file of ``torch.save`` to the CPU without running code that it contains (``weights_only=True``).
 
-    ``argparse.Namespace`` (in official training checkpoints) and numpy's numbers, which become Python's, are allowed by name. Raises
-    UserError for a file that is missing, damaged, no checkpoint, or contains anything else.
+    ``argparse.Namespace``, which official training checkpoints contain, is allowed by name, and so are NumPy's numbers, which become
+    Python's, and paths, which become text.
+
+    Args:
+        path: File to read.
+
+    Returns:
+        The dict that the file holds.
+
+    Raises:
+        UserError: The file is missing, damaged, no checkpoint, or contains anything else.
     """
     path = Path(path).expanduser()
     start = _first_bytes(path)
     try:
-        _check_not_blown_up(path, start)
+        _check_not_compressed(path, start)
         with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED):
             warnings.filterwarnings("ignore", "Detected pickle protocol")
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -86,8 +107,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _first_bytes(path: Path) -> bytes:
     if path.is_dir():
-        hint = next((f"; did you mean {path / name}?" for name in ("best.pth", "last.pth") if (path / name).is_file()), "")
-        raise UserError(f"{path}: a folder, not a checkpoint{hint}")
+        raise UserError(f"{path}: {_what_folder_it_is(path)}")
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: not a regular file")
     try:
@@ -99,13 +119,34 @@ def _first_bytes(path: Path) -> bytes:
         raise UserError(f"{path}: {error.strerror or error}") from None
 
 
-def _check_not_blown_up(path: Path, start: bytes) -> None:
-    # torch.save stores, it does not compress; torch.load would fill the memory with what a small file expands to.
+def _what_folder_it_is(path: Path) -> str:
+    for name in ("best.pth", "last.pth"):
+        if (path / name).is_file():
+            return f"a folder, not a checkpoint; did you mean {path / name}?"
+    if any((path / name).is_file() for name in ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json")):
+        return f"a model folder of Hugging Face transformers, not a checkpoint; {HUGGING_FACE_ADVICE}"
+    return "a folder, not a checkpoint"
+
+
+HUGGING_FACE_ADVICE = "raydetr reads files of torch.save with the official DETR's tensor names; for the COCO weights use model.weights coco"
+
+
+def _check_not_compressed(path: Path, start: bytes) -> None:
+    # torch.save stores without compression; torch.load would fill the memory with what a small file expands to.
     if start.startswith(b"PK"):
         with zipfile.ZipFile(path) as archive:
             expanded = sum(entry.file_size for entry in archive.infolist())
         if expanded > path.stat().st_size:
             raise UserError(f"{path}: a compressed archive that expands to {expanded} bytes; torch.save does not write such files")
+
+
+# The first bytes of files that are taken for checkpoints.
+_OTHER_FILES = {
+    b"\x80": "a pickle that may contain code, which raydetr does not run; it reads what torch.save writes",
+    b"version https://git-lfs": "a Git LFS pointer, not the file it stands for; run git lfs pull",
+    b"\x89HDF": "an HDF5 file (of Keras, perhaps), not a checkpoint of PyTorch",
+    b"\x1f\x8b": "compressed with gzip; unpack it first",
+}
 
 
 def _what_it_is(start: bytes, error: Exception) -> str:
@@ -118,17 +159,16 @@ def _what_it_is(start: bytes, error: Exception) -> str:
         return "a TorchScript program, not a checkpoint"
     if start.startswith(b"PK") or b"\xfc\x9cF\xf9 j\xa8P\x19" in start:  # zip; the magic number of torch before 1.6
         return "a damaged checkpoint, perhaps cut short by a broken copy; get it again"
-    if start.startswith(b"\x80"):
-        return "a pickle that may contain code, which raydetr does not run; it reads what torch.save writes"
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file it stands for; run git lfs pull"
+    if start[8:9] == b"{" and start[5:8] == bytes(3):  # the length of the JSON header that follows, in 8 bytes
+        return f"a safetensors file, not a checkpoint; {HUGGING_FACE_ADVICE}"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         return "a web page, not a checkpoint"
-    return "not a checkpoint" if start else "empty"
+    known = (text for beginning, text in _OTHER_FILES.items() if start.startswith(beginning))
+    return next(known, "not a checkpoint" if start else "empty")
 
 
 class _NumpyDtype:
-    """Stands in for ``numpy.dtype`` while a file is read."""
+    """Stand-in for ``numpy.dtype`` while a file is read."""
 
     def __init__(self, code: str, *_: Any):
         self.code, self.order = code, "<"
@@ -138,15 +178,21 @@ class _NumpyDtype:
 
 
 def _numpy_scalar(dtype: _NumpyDtype, raw: bytes) -> bool | int | float:
-    """Stands in for numpy's own constructor, which trusts its arguments."""
+    """Stand-in for NumPy's own constructor, which trusts its arguments."""
     if not isinstance(dtype, _NumpyDtype) or not re.fullmatch("[<>|=](b1|[iu][1248]|f[248])", dtype.order + dtype.code):
         raise pickle.UnpicklingError("not a number")
     (number,) = np.frombuffer(raw, dtype.order + dtype.code)
     return number.item()
 
 
+def _path_text(*parts: str) -> str:
+    """Stand-in for a ``pathlib`` path, which trainers keep among their arguments."""
+    return str(PurePosixPath(*parts))
+
+
 _ALLOWED = [
     argparse.Namespace,
+    *((_path_text, f"pathlib.{module}{kind}") for module in ("", "_local.") for kind in ("PosixPath", "WindowsPath")),
     (_NumpyDtype, "numpy.dtype"),
     (_numpy_scalar, "numpy.core.multiarray.scalar"),
     (_numpy_scalar, "numpy._core.multiarray.scalar"),

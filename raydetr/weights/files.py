@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written atomically, downloaded once per machine."""
+"""Files that are complete or absent: atomic writes, and downloads that happen once per node."""
 
 import contextlib
 import hashlib
@@ -20,16 +20,22 @@ from filelock import FileLock, Timeout
 
 from raydetr.errors import UserError
 
-TIMEOUT = 30  # seconds without a byte after which a server counts as gone
-LEFTOVER = 3600  # seconds without a write after which a partial file counts as left by a killed process
-HASHED_NAME = re.compile(r"[\w.-]+-([0-9a-f]{8,64})\.\w+")  # as torch.hub names files: the beginning of their sha256
+TIMEOUT = 30  # seconds without a byte after which a server is considered lost
+LEFTOVER = 3600  # seconds without a write after which a partial file is considered left behind by a killed process
+HASHED_NAME = re.compile(r"[\w.-]+-([0-9a-f]{8,64})\.\w+")  # torch.hub's convention: a file name ends with the start of its sha256
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write; it takes ``path``'s place when the block ends well, and leaves no trace when it does not."""
+    """Open a file for an atomic write.
+
+    The file replaces ``path`` when the ``with`` block ends without an exception, and leaves no trace otherwise.
+
+    Args:
+        path: File to write; its folder must exist.
+    """
     for leftover in path.parent.glob(f".{path.name}.*.partial"):
-        with contextlib.suppress(FileNotFoundError):  # another process may sweep, too
+        with contextlib.suppress(FileNotFoundError):  # another process may delete it first
             if time.time() - leftover.stat().st_mtime > LEFTOVER:
                 leftover.unlink()
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
@@ -44,18 +50,26 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def download(url: str) -> Path:
-    """The file of an http(s) ``url`` in torch.hub's folder (``TORCH_HOME``), fetched where it is not there yet.
+    """Download a file into torch.hub's folder (``TORCH_HOME``) unless it is there already.
 
-    A name like ``detr-r50-e632da11.pth`` promises how the file's sha256 begins: it is checked, also of a file that is there. Of
-    several processes one fetches, the others wait. Raises UserError without network, for an answer that is no file, a wrong
-    sha256 and a full disk; nothing half is left then.
+    The name of a file such as ``detr-r50-e632da11.pth`` states how its sha256 begins; this is checked, for a file that is there as well.
+    One of several processes downloads, the others wait.
+
+    Args:
+        url: An http or https URL.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        UserError: There is no network, the answer is not a file, its sha256 is wrong, or the disk is full. No partial file is left.
     """
-    shown = url.split("?")[0]  # what follows may be a secret
+    shown = url.split("?")[0]  # the query may hold a secret
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     try:
         file, digest = folder / _file_name(url), _promised_digest(url)
     except ValueError as error:
-        raise UserError(f"{shown}: not an address ({error})") from None
+        raise UserError(f"{shown}: not a URL ({error})") from None
     try:
         if not _is_good(file, digest):
             folder.mkdir(parents=True, exist_ok=True)
@@ -88,9 +102,9 @@ def _file_name(url: str) -> str:
     name = _url_name(url)
     if _promised_digest(url):
         return name
-    # Two servers may both have a best.pth: what the name does not tell apart, the address does.
-    address = hashlib.sha256(url.encode()).hexdigest()[:12]
-    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', Path(name).stem)[:80]}.{address}.pth"
+    # Two servers may both have a best.pth, so the URL's hash tells them apart.
+    url_hash = hashlib.sha256(url.encode()).hexdigest()[:12]
+    return f"{re.sub(r'[^A-Za-z0-9_-]', '_', Path(name).stem)[:80]}.{url_hash}.pth"
 
 
 def _is_good(file: Path, digest: str | None) -> bool:
@@ -102,7 +116,7 @@ def _is_good(file: Path, digest: str | None) -> bool:
 
 @contextlib.contextmanager
 def _one_process(file: Path) -> Iterator[None]:
-    """Waits until no other process of this machine is in here for ``file``; the lock of a killed process is free."""
+    """Wait until no other process of this node downloads ``file``. A killed process releases its lock."""
     lock = FileLock(f"{file}.lock")
     try:
         try:
@@ -110,7 +124,7 @@ def _one_process(file: Path) -> Iterator[None]:
         except Timeout:
             print(f"waiting for another process that downloads {file.name}", file=sys.stderr, flush=True)
             lock.acquire()
-    except NotImplementedError:  # a file system without locks: each process fetches, each puts a whole file in place
+    except NotImplementedError:  # a file system without locks: each process downloads, and each writes atomically
         yield
         return
     try:
@@ -131,14 +145,17 @@ def _fetch(url: str, file: Path, digest: str | None) -> None:
                 done += len(chunk)
                 show(done)
         if size and done != size:
-            raise OSError(f"the answer ended after {done} of {size} bytes; try again")
+            raise OSError(f"the answer ended after {done} of {size} bytes; retry")
         if digest and not sha256.hexdigest().startswith(digest):
             raise OSError(f"its sha256 is {sha256.hexdigest()[:16]}..., its name promises {digest}: not the file that was asked for")
 
 
 @contextlib.contextmanager
 def _progress(name: str, size: int) -> Iterator[Callable[[int], None]]:
-    """``show(bytes done)``: a bar in a terminal, elsewhere a line now and then."""
+    """Show the progress of a download: a bar in a terminal, otherwise a line every ten seconds.
+
+    Yields a function that takes the number of bytes downloaded so far.
+    """
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn

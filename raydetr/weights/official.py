@@ -1,4 +1,4 @@
-"""Names and addresses of the official weights, and of the other files that hold a DETR."""
+"""The official weights and their URLs, and the tensor names of the official DETR, detectron2's, and torchvision's ResNets."""
 
 import re
 from pathlib import Path
@@ -12,6 +12,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from raydetr import config
 from raydetr.errors import UserError
 from raydetr.storage import fetched, is_uri
+from raydetr.weights.checkpoint import HUGGING_FACE_ADVICE
 from raydetr.weights.files import download
 
 BUNDLED = Path(__file__).with_name("detr_tiny.pth")
@@ -24,7 +25,7 @@ OFFICIAL = {  # backbone, dilation
     ("resnet101", True): "detr-r101-dc5-a2e86def.pth",
 }
 
-# The rows of the official head are COCO's category ids 0 to 90, of which 80 are in use; the others have no name.
+# The classes of the official head are COCO's category ids 0 to 90. Of these 80 are in use, the others have no name.
 _COCO_NAMES = ["N/A" if name.startswith("__") else name for name in FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]]
 COCO_CATEGORIES = [{"id": i, "name": name} for i, name in enumerate(_COCO_NAMES)]
 COCO_CATEGORIES_IN_USE = [category for category in COCO_CATEGORIES if category["name"] != "N/A"]
@@ -32,37 +33,45 @@ COCO_CATEGORIES_IN_USE = [category for category in COCO_CATEGORIES if category["
 BODY = "backbone.0.body."
 HEAD = ("class_embed.weight", "class_embed.bias")
 QUERIES = "query_embed.weight"
-# With another value of one of these, the same tensors compute something else, or do not fit.
+# Settings without which the tensors do not fit, or compute something else.
 NETWORK = ("backbone", "hidden_dim", "nheads", "dim_feedforward", "pre_norm")
 
 
 def source_of(weights: str, model: dict[str, Any]) -> str | Path:
-    """The path or URL that a value of ``model.weights`` stands for."""
+    """Return the path or URL that a value of the setting ``model.weights`` stands for.
+
+    Args:
+        weights: ``"coco"``, ``"imagenet"``, ``"bundled"``, a path, or a URL.
+        model: Settings of the model by their last name.
+
+    Raises:
+        UserError: There are no such weights for this model, or no such file.
+    """
     if weights == "coco":
-        return OFFICIAL_FOLDER + _official_name_of_file(model)
+        return OFFICIAL_FOLDER + _official_file(model)
     if weights == "imagenet":
         if model["backbone"] not in IMAGENET:
-            raise UserError(f"model.weights: there are no imagenet weights for the {model['backbone']} backbone; take bundled or none")
+            raise UserError(f"model.weights: there are no imagenet weights for the {model['backbone']} backbone; use bundled or none")
         return IMAGENET[model["backbone"]]
     if weights == "bundled":
         if model["preset"] != "detr_tiny":
-            raise UserError(f"model.weights: only detr_tiny's weights are bundled; for {model['preset']} take coco, imagenet or none")
+            raise UserError(f"model.weights: only detr_tiny's weights are bundled; for {model['preset']} use coco, imagenet or none")
         return BUNDLED
     if not _is_url(weights) and not is_uri(weights) and not Path(weights).expanduser().exists():
         raise UserError(f"model.weights: {weights}: no such file; it takes coco, imagenet, bundled, none, a path or a URL")
     return weights
 
 
-def _official_name_of_file(model: dict[str, Any]) -> str:
+def _official_file(model: dict[str, Any]) -> str:
     key = (model["backbone"], model["dilation"])
     if key not in OFFICIAL:
-        raise UserError(f"model.weights: there are no coco weights for the {model['backbone']} backbone; take bundled or none")
+        raise UserError(f"model.weights: there are no coco weights for the {model['backbone']} backbone; use bundled or none")
     official = config.preset_settings("detr_resnet50")
     for name in (*NETWORK[1:], "enc_layers", "dec_layers", "position_embedding"):
         if model[name] != official[f"model.{name}"]:
             raise UserError(
                 f"model.{name}: the official coco weights are of a network with {official[f'model.{name}']}, not {model[name]}; "
-                "go back to that, or start from imagenet or none (model.weights)"
+                "use that value, or start from imagenet or none (model.weights)"
             )
     return OFFICIAL[key]
 
@@ -72,12 +81,16 @@ def _is_url(source: str | Path) -> bool:
 
 
 def located(source: str | Path) -> Path:
-    """The file of a path or URL; an URL's is downloaded once and kept, one in an object store fetched where it changed."""
+    """Return the local file of a path or URL: an http URL is downloaded once, an object of an object store again when it has changed."""
     return download(str(source)) if _is_url(source) else fetched(source)
 
 
-# Around the network: DistributedDataParallel, torch.compile, common trainers, and the official DETRsegm and detectron2 wrapper.
-_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|model|detr)\.)+")
+# Prefixes of wrappers: DistributedDataParallel, torch.compile, common trainers, the official DETRsegm and detectron2's wrapper.
+_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|model|detr|net|network)\.)+")
+# Whatever else stands before the first part of a DETR, such as the name of an attribute of a LightningModule.
+_OTHER_WRAPPERS = re.compile(
+    r"^(?:\w+\.)*?(?=(?:transformer|class_embed|bbox_embed|query_embed|input_proj|backbone|bbox_attention|mask_head)\.)"
+)
 # detectron2's names of a ResNet's parts (official d2/converter.py), in the order of replacement.
 _DETECTRON2_BACKBONE = "backbone.0.backbone."
 _DETECTRON2_PARTS = [
@@ -87,22 +100,64 @@ _DETECTRON2_PARTS = [
     (re.compile(r"\bshortcut\.norm\."), "downsample.1."),
     (re.compile(r"\bshortcut\."), "downsample.0."),
 ]
-# Of the criterion, and of batch normalization that is not frozen: no part of the network.
+# Buffers of the criterion and of batch normalization that is not frozen; they are not part of the network.
 _NO_WEIGHTS = re.compile(r"(^|\.)(empty_weight|num_batches_tracked)$")
+_HUGGING_FACE = re.compile(r"(^|\.)(class_labels_classifier|bbox_predictor|query_position_embeddings|conv_encoder)\.")
 # The official DETRsegm adds these; boxes and classes do not depend on them.
 MASK_HEAD = ("bbox_attention.", "mask_head.")
+# Where training programs keep the weights, and where a moving average of them.
+_WEIGHTS = ("model", "state_dict", "model_state_dict", "model_state", "network", "net", "weights", "params")
+_AVERAGES = ("model_ema", "ema_model", "ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "ema_state", "params_ema")
 
 
-def official_state(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under the names of the official DETR; of a plain ResNet those of its backbone."""
-    held = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
-    state = {_official_name(name): value for name, value in held.items() if isinstance(name, str) and _is_dense(value)}
-    state = {name: value for name, value in state.items() if not _NO_WEIGHTS.search(name)}
+def official_state(content: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Find the weights in a checkpoint.
+
+    Args:
+        content: What :func:`raydetr.weights.checkpoint.read_checkpoint` returns.
+        path: The file, for messages.
+
+    Returns:
+        The tensors under the names of the official DETR (those of a plain ResNet under the names of its backbone), and, where the file
+        has a moving average (EMA) of the weights, a note on whether it is used: only if the file has no other weights.
+
+    Raises:
+        UserError: The file holds no weights, or those of a DETR of Hugging Face transformers.
+    """
+    weights, _ = _first_state(content, _WEIGHTS)
+    # Checkpoints of raydetr have the weights to use under "model", whatever else they keep for resuming.
+    average, key = (None, None) if "settings" in content else _first_state(content, _AVERAGES)
+    note = None
+    if weights is None and average is not None:
+        weights, note = average, f"the file holds only the moving average (EMA) of the weights, under {key!r}; it is used"
+    elif average is not None:
+        note = f"the file also holds a moving average (EMA) of the weights, under {key!r}; it is not used"
+    tensors = _named_tensors(content if weights is None else weights)
+    state: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if _HUGGING_FACE.search(name):
+            raise UserError(f"{path}: weights of Hugging Face transformers, with a tensor {name}; {HUGGING_FACE_ADVICE}")
+        if not _NO_WEIGHTS.search(name):
+            state.setdefault(_official_name(name), value)
     if {"conv1.weight", "layer1.0.conv1.weight"} <= state.keys():
         state = {BODY + name: value for name, value in state.items() if not name.startswith("fc.")}
     if not state:
-        raise UserError(f"{path}: holds no weights: no tensors by name, neither at its top nor under 'model' or 'state_dict'")
-    return state
+        raise UserError(f"{path}: holds no weights: no tensors by name, neither at its top nor under 'model', 'state_dict' or 'model_ema'")
+    return state, note
+
+
+def _first_state(content: dict[str, Any], keys: tuple[str, ...]) -> tuple[dict[str, Any] | None, str | None]:
+    for key in keys:
+        held = content.get(key)
+        while isinstance(held, dict):
+            if _named_tensors(held):
+                return held, key
+            held = next((held[inner] for inner in ("module", *_WEIGHTS) if isinstance(held.get(inner), dict)), None)
+    return None, None
+
+
+def _named_tensors(held: dict[Any, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in held.items() if isinstance(name, str) and _is_dense(value)}
 
 
 def _is_dense(value: Any) -> bool:
@@ -110,7 +165,7 @@ def _is_dense(value: Any) -> bool:
 
 
 def _official_name(name: str) -> str:
-    name = _WRAPPERS.sub("", name)
+    name = _OTHER_WRAPPERS.sub("", _WRAPPERS.sub("", name), count=1)
     if not name.startswith(_DETECTRON2_BACKBONE):
         return name
     name = name.removeprefix(_DETECTRON2_BACKBONE)

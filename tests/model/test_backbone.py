@@ -1,11 +1,16 @@
+import copy
 import itertools
+import pickle
+from collections import Counter
 
 import pytest
 import torch
 import torchvision
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import FrozenBatchNorm2d
 
-from raydetr.model.backbone import Backbone, FrozenBatchNorm, ResNet, folded_conv, weight_gradient
+from raydetr.model.backbone import Backbone, Convolution, FrozenBatchNorm, ResNet, folded_conv
+from raydetr.model.detr import build_model
 
 
 def randomize(state: dict) -> dict:
@@ -71,20 +76,10 @@ def test_gradients_lie_in_memory_as_their_weights_do():
         assert parameter.grad is None or parameter.grad.stride() == parameter.stride(), name
 
 
-@pytest.mark.parametrize(("size", "stride", "padding", "dilation"), [(3, 1, 1, 1), (3, 2, 1, 1), (3, 1, 2, 2), (1, 2, 0, 1), (1, 1, 0, 1)])
-def test_the_weights_gradient_by_products_is_autograds(size, stride, padding, dilation):
-    x = torch.randn(2, 5, 9, 12, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(7, 5, size, size, dtype=torch.float64, requires_grad=True)
-    y = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation)
-    slope = torch.randn_like(y)
-    (expected,) = torch.autograd.grad((y * slope).sum(), weight)
-    torch.testing.assert_close(weight_gradient(slope, x, size, *((each, each) for each in (stride, padding, dilation))), expected)
-
-
 def test_gradients_under_autocast_are_those_of_separate_layers():
     """The fold's own backward pass, in half precision and with weights and image in float32."""
     x = torch.randn(2, 8, 6, 6, requires_grad=True)
-    conv, norm = torch.nn.Conv2d(8, 8, 3, padding=1, bias=False), FrozenBatchNorm(8)
+    conv, norm = Convolution(8, 8, 3), FrozenBatchNorm(8)
     norm.load_state_dict(randomize(norm.state_dict()))
     reference = FrozenBatchNorm2d(8)
     reference.load_state_dict(norm.state_dict())
@@ -123,6 +118,69 @@ def test_changed_weights_count_at_once():
         assert not torch.allclose(before, after)
 
 
+class Calls(TorchDispatchMode):
+    """Counts the kernels of a pass (views have none) by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func._schema.name != "aten::_unsafe_view":
+            self.counts[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_constants_are_computed_once_and_frozen_layers_are_folded_once():
+    """On any device but a CPU, where a kernel costs its launch; the meta device stands for one."""
+    with torch.device("meta"):
+        network, images = ResNet("resnet50", dilation=False), torch.empty(2, 3, 64, 96)
+        with Calls() as first:
+            network(images)
+        with Calls() as second:
+            network(images)
+    norms, frozen = 53, 11
+    assert first.counts["aten::rsqrt"] == norms
+    assert second.counts["aten::rsqrt"] == 0
+    assert second.counts["aten::mul"] == norms - frozen, "the weights that train are scaled at every step"
+    assert second.counts.total() < first.counts.total() - 5 * norms
+
+
+def test_the_forward_pass_of_detr_has_few_kernels(monkeypatch):
+    # The meta device has no fused attention; on a GPU it is one kernel.
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *_, **__: torch.empty_like(q))
+    with torch.device("meta"):
+        model = build_model("detr_resnet50").train()
+        images, mask = torch.empty(2, 3, 64, 96), torch.zeros(2, 64, 96, dtype=torch.bool)
+        model(images, mask)
+        with Calls() as calls:
+            model(images, mask)
+    assert calls.counts.total() < 600, "it is 566, and was 861 with constants computed at every step"
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_constants_made_in_inference_serve_training(device):
+    with torch.device(device):
+        network, images = ResNet("resnet50", dilation=False), torch.zeros(1, 3, 32, 32)
+    with torch.inference_mode():
+        network(images)
+    network(images).sum().backward()
+    assert all(each.grad is not None for each in network.layer4.parameters())
+
+
+def test_a_copy_and_another_device_or_type_have_constants_of_their_own():
+    norm = FrozenBatchNorm(4)
+    scale, _ = norm.scale_and_shift()
+    assert norm.scale_and_shift()[0] is scale, "computed once"
+    copied = copy.deepcopy(norm)
+    copied.weight.mul_(3)
+    torch.testing.assert_close(copied.scale_and_shift()[0], 3 * scale)
+    torch.testing.assert_close(norm.scale_and_shift()[0], scale)
+    assert norm.to("meta").scale_and_shift()[0].device.type == "meta"
+    assert copied.double().scale_and_shift()[0].dtype == torch.float64
+    assert pickle.loads(pickle.dumps(copied)).scale_and_shift()[0].dtype == torch.float64
+
+
 def test_the_mask_shrinks_with_the_map():
     mask = torch.zeros(2, 64, 96, dtype=torch.bool)
     mask[1, :, 64:] = True
@@ -152,3 +210,16 @@ def test_the_tiny_network_counts_places_in_what_is_not_padded():
         alone, _ = backbone(torch.zeros_like(small), None)
         inside, _ = backbone(torch.zeros_like(padded), mask)
     torch.testing.assert_close(place(inside)[..., :4], place(alone))
+
+
+@pytest.mark.parametrize("name", ["tiny", "resnet50"])
+@pytest.mark.parametrize("size", [(2, 300), (300, 1), (1, 1), (3, 5)])
+def test_an_image_may_be_a_line_or_a_pixel(name, size):
+    """Very narrow images are that small once their long side has its length."""
+    backbone = Backbone(name, dilation=False).eval()
+    stride = {"tiny": 16, "resnet50": 32}[name]
+    with torch.no_grad():
+        features, mask = backbone(torch.randn(1, 3, *size), torch.zeros(1, *size, dtype=torch.bool))
+    assert features.isfinite().all()
+    assert mask.shape[-2:] == features.shape[-2:]
+    assert all(abs(cells - side / stride) <= 1 for cells, side in zip(features.shape[-2:], size, strict=True))

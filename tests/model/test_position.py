@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from raydetr.errors import UserError
-from raydetr.model.position import LearnedPosition, SinePosition
+from raydetr.model import position as positions
+from raydetr.model.position import LearnedPosition, SinePosition, clear_position_cache
 
 
 def sine_by_the_book(row: float, column: float, rows: float, columns: float, width: int) -> list[float]:
@@ -45,6 +46,18 @@ def test_what_inference_remembered_serves_training():
     weight = torch.ones(16, requires_grad=True)
     (SinePosition(16)(features, None) * weight).sum().backward()
     assert weight.grad.isfinite().all()
+
+
+def test_few_encodings_are_kept_and_all_can_be_released():
+    position = SinePosition(8)
+    clear_position_cache()
+    for height in range(1, 3 * positions.CACHED_SHAPES):
+        position(torch.zeros(1, 5, height, 2), None)
+    assert positions._unpadded_sines.cache_info().currsize == positions.CACHED_SHAPES
+    again = torch.zeros(1, 5, height, 2)
+    assert position(again, None) is position(again, None)
+    clear_position_cache()
+    assert positions._unpadded_sines.cache_info().currsize == 0
 
 
 def test_learned_positions_put_the_column_first():

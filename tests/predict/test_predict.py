@@ -15,7 +15,8 @@ from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
 from raydetr.loss.criterion import build_criterion
 from raydetr.model.detr import build_model
-from raydetr.predict.predict import find_pictures, predict
+from raydetr.predict.inputs import find_images
+from raydetr.predict.predict import predict
 from raydetr.training.engine import evaluate
 from raydetr.weights.checkpoint import save_checkpoint
 from raydetr.weights.fitting import load
@@ -167,7 +168,7 @@ def test_the_output_folder_may_be_the_pictures_own(checkpoint, photos, tmp_path)
     for _ in range(2):  # the second time annotated pictures lie in it
         assert predict(checkpoint(), [folder], folder, compare=checkpoint("other.pth", seed=1)).images == 2
     assert (folder / "a.jpg").read_bytes() == before
-    with pytest.raises(UserError, match="lies where annotated pictures are written to"):
+    with pytest.raises(UserError, match="is in a folder that annotated images are written to"):
         predict(checkpoint(), [folder / "pictures" / "a.jpg"], folder)
 
 
@@ -176,7 +177,7 @@ def test_what_others_put_into_the_output_folder_is_not_overwritten(checkpoint, p
     out = tmp_path / "out"
     out.mkdir()
     (out / name).write_text("somebody's")
-    with pytest.raises(UserError, match=f"{name} is there already"):
+    with pytest.raises(UserError, match=f"{name} exists already"):
         predict(checkpoint(), [photos("a.jpg")], out)
     assert _files(out) == [name]
     assert (out / name).read_text() == "somebody's"
@@ -184,7 +185,7 @@ def test_what_others_put_into_the_output_folder_is_not_overwritten(checkpoint, p
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(checkpoint, photos, tmp_path, capsys):
     predict(checkpoint(), [photos("a.jpg", "b.jpg")], tmp_path / "out")
-    assert capsys.readouterr().out.splitlines() == ["predicting with models/best.pth: 2 pictures", "drawing: 2 pictures"]
+    assert capsys.readouterr().out.splitlines() == ["predicting with models/best.pth: 2 images", "drawing: 2 images"]
 
 
 # ----------------------------------------------------------------------------------------------------------- which pictures
@@ -205,7 +206,7 @@ def test_a_picture_given_twice_is_one_and_only_pictures_are_taken(photos, tmp_pa
     (folder / "notes.txt").write_text("no picture")
     shutil.copy(folder / "a.jpg", folder / "named.dat")
     (folder / "link").symlink_to(folder)
-    pictures, truth, _ = find_pictures([folder, folder / "a.jpg", folder / "named.dat"], None, tmp_path / "out")
+    pictures, truth, _ = find_images([folder, folder / "a.jpg", folder / "named.dat"], None, tmp_path / "out")
     assert [each.name for each in pictures] == ["a.jpg", "c.webp", "named.dat"]
     assert truth is None
 
@@ -216,7 +217,7 @@ def test_linked_pictures_and_folders_are_followed(photos, tmp_path):
     links.mkdir()
     (links / "two.jpg").symlink_to(folder / "one.jpg")
     (links / "three").symlink_to(folder)
-    pictures, _, _ = find_pictures([links], None, tmp_path / "out")
+    pictures, _, _ = find_images([links], None, tmp_path / "out")
     assert [each.name for each in pictures] == ["two.jpg", "three/one.jpg"]
 
 
@@ -296,7 +297,7 @@ def test_annotations_are_found_by_file_name_and_other_pictures_get_free_ids(chec
     ids = {each["file_name"]: each["id"] for each in _load(tmp_path / "out")[0]["images"]}
     known = {each["file_name"]: each["id"] for each in coco["images"]}
     assert ids == {**known, "more.jpg": max(known.values()) + 1}
-    assert "1 picture of 3 not in it" in summary.text()
+    assert "1 of 3 images not in it" in summary.text()
 
 
 def test_true_boxes_are_drawn_dashed_where_they_are(checkpoint, coco_folder, tmp_path):
@@ -323,7 +324,7 @@ def test_category_ids_are_those_of_the_annotations_and_never_another_category_s(
 def test_annotations_that_fit_no_picture_or_two_are_an_error(checkpoint, coco_folder, photos, tmp_path):
     data = coco_folder(val=1)
     annotations = data / "annotations" / "custom_val.json"
-    with pytest.raises(UserError, match=r"custom_val\.json knows none of the 1 picture"):
+    with pytest.raises(UserError, match=r"custom_val\.json knows none of the 1 image"):
         predict(checkpoint(), [photos("other.jpg")], tmp_path / "out", annotations=annotations)
     copy = photos("val_000.jpg", folder="copy")
     with pytest.raises(UserError, match=r"both called val_000\.jpg"):
@@ -332,6 +333,50 @@ def test_annotations_that_fit_no_picture_or_two_are_an_error(checkpoint, coco_fo
         predict(checkpoint(), [data / "val2017"], tmp_path / "out", annotations=tmp_path / "absent.json")
     with pytest.raises(UserError, match="give it alone"):
         predict(checkpoint(), [data, copy], tmp_path / "out")
+
+
+def test_names_that_differ_by_case_only_stay_two_categories(checkpoint, coco_folder, tmp_path):
+    data = coco_folder(val=1, categories=({"id": 3, "name": "Box"}, {"id": 7, "name": "box"}))
+    predict(checkpoint(categories=[{"id": 1, "name": "box"}, {"id": 2, "name": "Box"}]), [data], tmp_path / "out")
+    assert {each["name"]: each["id"] for each in _load(tmp_path / "out")[0]["categories"]} == {"box": 7, "Box": 3}
+
+
+def test_classes_without_names_get_those_of_the_annotations(checkpoint, coco_folder, photos, tmp_path):
+    content = torch.load(checkpoint(), weights_only=True)
+    torch.save(content["model"], tmp_path / "bare.pth")
+    summary = predict(tmp_path / "bare.pth", [coco_folder(val=1)], tmp_path / "out")
+    assert _load(tmp_path / "out")[0]["categories"] == CATEGORIES
+    assert "bare.pth: the checkpoint does not name its categories; its 2 classes are taken for the data set's: square" in summary.text()
+    predict(tmp_path / "bare.pth", [photos("a.jpg")], tmp_path / "alone")
+    assert [each["name"] for each in _load(tmp_path / "alone")[0]["categories"]] == ["class 0", "class 1"]
+
+
+def test_how_a_checkpoint_was_read_is_said(checkpoint, photos, tmp_path):
+    content = torch.load(checkpoint(), weights_only=True)
+    torch.save({"model_ema": content["model"]}, tmp_path / "average.pth")
+    summary = predict(tmp_path / "average.pth", [photos("a.jpg")], tmp_path / "out")
+    assert "average.pth: the file holds only the moving average (EMA) of the weights, under 'model_ema'; it is used" in summary.text()
+
+
+@pytest.mark.parametrize("size", [(3000, 4), (4, 3000), (1, 1), (2000, 12)])
+def test_very_narrow_and_very_small_images_are_shown(checkpoint, photos, tmp_path, size):
+    folder, out = photos("a.png", size=size), tmp_path / "out"
+    assert predict(checkpoint(), [folder], out, threshold=0).images == 1
+    with Image.open(out / "pictures" / "a.jpg") as image:
+        assert image.size == size
+    boxes = [each["bbox"] for each in _load(out)[1]]
+    assert boxes
+    assert all(x + w <= size[0] + 1e-3 and y + h <= size[1] + 1e-3 for x, y, w, h in boxes)
+
+
+@pytest.mark.parametrize("bbox", [[20.67, 3.27, 53.89, 40.91], [0.1, 0.4, 0.3, 0.2], [95.9, 63.9, 0.05, 0.05]])
+def test_true_boxes_with_fractions_are_drawn(checkpoint, coco_folder, tmp_path, bbox):
+    data = coco_folder(val=1, boxes=1)
+    annotations = data / "annotations" / "custom_val.json"
+    coco = json.loads(annotations.read_text())
+    coco["annotations"][0].update(bbox=bbox, area=bbox[2] * bbox[3])
+    annotations.write_text(json.dumps(coco))
+    assert predict(checkpoint(), [data], tmp_path / "out", threshold=1).images == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- compare
@@ -373,9 +418,9 @@ def test_pictures_that_cannot_be_read_are_left_out_and_counted(checkpoint, photo
     summary = predict(checkpoint(), [folder], tmp_path / "out", compare=checkpoint("other.pth"), batch_size=2)
     assert summary.images == 2
     assert len(summary.left_out) == 2
-    assert "2 pictures left out" in summary.text()
+    assert "2 images left out" in summary.text()
     assert "b.jpg" in summary.text()
-    assert "2 pictures left out" in _page(tmp_path / "out")
+    assert "2 images left out" in _page(tmp_path / "out")
     assert [each["file_name"] for each in _load(tmp_path / "out")[0]["images"]] == ["a.jpg", "c.jpg"]
     assert _files(tmp_path / "out" / "compare" / "pictures") == ["a.jpg", "c.jpg"]
 
@@ -383,7 +428,7 @@ def test_pictures_that_cannot_be_read_are_left_out_and_counted(checkpoint, photo
 def test_no_readable_picture_at_all_is_an_error(checkpoint, photos, tmp_path):
     folder = photos("a.jpg")
     (folder / "a.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match=r"none of the pictures can be read; the first: .*a\.jpg"):
+    with pytest.raises(UserError, match=r"none of the images can be read; the first: .*a\.jpg"):
         predict(checkpoint(), [folder], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -392,9 +437,9 @@ def test_missing_and_empty_sources_are_errors(checkpoint, photos, tmp_path):
     with pytest.raises(UserError, match=r"absent\.jpg: no such file or folder"):
         predict(checkpoint(), [photos("a.jpg"), tmp_path / "absent.jpg"], tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no pictures in .*empty"):
+    with pytest.raises(UserError, match=r"no images in .*empty"):
         predict(checkpoint(), [tmp_path / "empty"], tmp_path / "out")
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         predict(checkpoint(), [], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -170,7 +170,7 @@ def test_no_network(cache):
         files.download("http://127.0.0.1:9/detr-12345678.pth")
     with pytest.raises(UserError, match=r"nowhere\.invalid/detr-12345678.pth: not downloaded"):
         files.download("http://nowhere.invalid/detr-12345678.pth")
-    with pytest.raises(UserError, match=r"\[broken/detr-12345678.pth: not an address"):
+    with pytest.raises(UserError, match=r"\[broken/detr-12345678.pth: not a URL"):
         files.download("http://[broken/detr-12345678.pth")
 
 
