@@ -7,7 +7,7 @@ import importlib
 
 from raydetr.errors import UserError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "build_model": "raydetr.model.detr",
