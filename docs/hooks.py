@@ -60,12 +60,13 @@ def settings_page() -> str:
         "This page is generated from the code.",
     ]
     for section, of_section in sections():
-        lines += ["", f"## {section}", "", "| setting | default | values | meaning |", "|---|---|---|---|"]
+        lines += ["", f"## {section}", "", "| setting | meaning |", "|---|---|"]
         for each in of_section:
             default = ", ".join(map(str, each.default)) if each.is_list else each.default
             kind = f"list of {each.type.__name__}" if each.is_list else each.type.__name__
-            values = ", ".join(filter(None, [kind, each.bounds()])).replace("|", "\\|")
-            lines.append(f"| `{each.name}` | {_cell(default)} | {values} | {each.meaning[0].upper()}{each.meaning[1:]} |")
+            values = ", ".join(filter(None, [kind, each.bounds()]))
+            meaning = f"{each.meaning[0].upper()}{each.meaning[1:]}.<br>Default {_cell(default)}; {values}."
+            lines.append(f"| `{each.name}` | {meaning} |".replace("..", "."))
     lines += ["", "## Presets", "", "`--preset NAME` changes these defaults. `detr_resnet50` has the defaults above.", ""]
     lines += ["| preset | changes |", "|---|---|"]
     for preset, changes in settings.PRESETS.items():
@@ -89,7 +90,7 @@ def commands_page() -> str:
     """Return the help of every command."""
     lines = ["# Commands", "", "This page is generated from `--help`. Every command also takes `--debug`: it shows the stack trace of an error."]
     for name, command in commands(cli, "raydetr"):
-        with click.Context(command, info_name=name, terminal_width=100, max_content_width=100) as context:
+        with click.Context(command, info_name=name, terminal_width=88, max_content_width=88) as context:
             text = context.get_help()
         lines += ["", f"## {name}", "", "```text", text, "```"]
     return "\n".join(lines) + "\n"
@@ -118,5 +119,6 @@ def api_page() -> str:
         ).strip(),
     ]
     for name, module in {**raydetr._HOME, "UserError": "raydetr.errors"}.items():
-        lines += ["", f"## raydetr.{name}", "", f"::: {module}.{name}"]
+        public = f"raydetr.{name}"
+        lines += ["", f"::: {module}.{name}", "    options:", f"      heading: {public}", f"      toc_label: {public}"]
     return "\n".join(lines) + "\n"
