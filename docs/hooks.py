@@ -88,7 +88,11 @@ def _cell(value: object) -> str:
 
 def commands_page() -> str:
     """Return the help of every command."""
-    lines = ["# Commands", "", "This page is generated from `--help`. Every command also takes `--debug`: it shows the stack trace of an error."]
+    lines = [
+        "# Commands",
+        "",
+        "This page is generated from `--help`. Every command also takes `--debug`: it shows the stack trace of an error.",
+    ]
     for name, command in commands(cli, "raydetr"):
         with click.Context(command, info_name=name, terminal_width=88, max_content_width=88) as context:
             text = context.get_help()
