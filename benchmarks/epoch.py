@@ -9,8 +9,8 @@ import contextlib
 import statistics
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,7 +33,7 @@ class Parts:
 
     def __init__(self):
         self.epochs: list[dict[str, float]] = []
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = defaultdict(float)
 
     def timed(self, name: str, call: Callable) -> Callable:
         """``call``, whose time counts as ``name``."""
@@ -71,11 +71,11 @@ class Parts:
         return called
 
 
-def complete(seconds: Counter[str]) -> dict[str, float]:
+def complete(seconds: Mapping[str, float]) -> dict[str, float]:
     """The measured parts with those that follow from them: the steps, and the rest of the epoch."""
-    parts = Counter({name: value for name, value in seconds.items() if name not in (TRAINING, EPOCH)})
-    parts[STEPS] = seconds[TRAINING] - seconds[INPUT] - seconds[LOGGING]
-    parts[REST] = seconds[EPOCH] - parts.total()
+    parts = {name: value for name, value in seconds.items() if name not in (TRAINING, EPOCH)}
+    parts[STEPS] = seconds[TRAINING] - seconds.get(INPUT, 0.0) - seconds.get(LOGGING, 0.0)
+    parts[REST] = seconds[EPOCH] - sum(parts.values())
     return {**parts, EPOCH: seconds[EPOCH]}
 
 
@@ -84,7 +84,7 @@ def measured() -> Iterator[Parts]:
     """Within it the parts of every epoch that ``fit`` trains are timed."""
     parts = Parts()
     named = {"evaluate": FORWARD, "_score": SCORING, "_write_down": TEXT, "_draw": PICTURES, "_save": CHECKPOINTS}
-    replaced = {name: parts.timed(part, getattr(fit, name)) for name, part in named.items()}
+    replaced: dict[str, Any] = {name: parts.timed(part, getattr(fit, name)) for name, part in named.items()}
     replaced |= {"train_one_epoch": parts.train, "_one_epoch": parts.end_of_epoch(fit._one_epoch)}
     with mock.patch.multiple(fit, **replaced):
         yield parts
@@ -99,7 +99,7 @@ def epochs_of(settings: dict[str, Any]) -> list[dict[str, float]]:
 
 def main() -> None:
     """Measure and print."""
-    parser = options(__doc__.splitlines()[0], repeats=3)
+    parser = options(__doc__, repeats=3)
     parser.add_argument("folder", type=Path)
     chosen = parser.parse_args()
     settings = {"model.preset": "detr_resnet50", "data.train_sizes": [480], "data.val_size": 480}

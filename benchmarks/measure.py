@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ RAY = {"logging_level": "error", "log_to_driver": False, "_system_config": {"wor
 
 
 def interleaved(
-    contenders: dict[str, Callable[[], object]], repeats: int, warmup: int = 1, clock: Callable[[], float] = time.perf_counter
+    contenders: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
     """Seconds of each contender's ``repeats`` calls, after ``warmup`` calls that do not count.
 
@@ -101,20 +101,23 @@ class Child:
     def __init__(self, module: str, *arguments: object):
         command, root = [sys.executable, "-m", module, *map(str, arguments)], Path(__file__).parents[1]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root)
+        assert self._process.stdin
+        assert self._process.stdout
+        self._input, self._output = self._process.stdin, self._process.stdout
         self._name = f"{module} {' '.join(map(str, arguments))}"
 
     def __call__(self) -> str:
         """The answer; raises RuntimeError where the process has ended."""
-        print(file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline().strip()
+        print(file=self._input, flush=True)
+        answer = self._output.readline().strip()
         if not answer:
             raise RuntimeError(f"{self._name} ended with {self._process.wait()}")
         return answer
 
     def close(self) -> float:
         """Ends the process; returns the most MiB that it held."""
-        self._process.stdin.close()
-        most = float(self._process.stdout.read())
+        self._input.close()
+        most = float(self._output.read())
         self._process.wait()
         return most
 
@@ -128,9 +131,14 @@ def serve(call: Callable[[], object], on_gpu: bool) -> None:
     print(torch.cuda.max_memory_allocated() / 2**20 if on_gpu else peak_memory())
 
 
-def options(description: str, repeats: int) -> argparse.ArgumentParser:
-    """A parser with ``--repeats`` and ``--quick``, which all benchmarks take."""
-    parser = argparse.ArgumentParser(description=description)
+def first_line(docstring: str | None) -> str:
+    """Return the first line of a module's docstring, which ``--help`` shows."""
+    return (docstring or "").partition("\n")[0]
+
+
+def options(docstring: str | None, repeats: int) -> argparse.ArgumentParser:
+    """Return a parser with ``--repeats`` and ``--quick``, which all benchmarks take."""
+    parser = argparse.ArgumentParser(description=first_line(docstring))
     parser.add_argument("--repeats", type=int, default=repeats, help=f"rounds that count (default {repeats})")
     parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, its numbers mean nothing")
     return parser

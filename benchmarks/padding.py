@@ -3,7 +3,9 @@
 ``FOLDER`` is a data set as ``raydetr train`` takes it. Nothing is timed: the numbers follow from the photographs' sizes and the seed.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 from benchmarks.measure import options, table
 from raydetr.config import load_config
@@ -19,7 +21,7 @@ def filled_up(dataset: CocoImages, batch_size: int, group_sizes: bool, epochs: i
     of_images, of_batches, full, batches = 0, 0, 0, 0
     for epoch in range(1, epochs + 1):
         dataset.set_epoch(epoch)
-        for batch in loader.batch_sampler:
+        for batch in cast(Iterable[list[tuple[int, int]]], loader.batch_sampler):
             sizes = [dataset.size_of(*image) for image in batch]
             heights, widths = zip(*sizes, strict=True)
             of_images += sum(height * width for height, width in sizes)
@@ -31,7 +33,7 @@ def filled_up(dataset: CocoImages, batch_size: int, group_sizes: bool, epochs: i
 
 def main() -> None:
     """Count and print."""
-    parser = options(__doc__.splitlines()[0], repeats=5)
+    parser = options(__doc__, repeats=5)
     parser.add_argument("folder", type=Path)
     chosen = parser.parse_args()
     epochs = 1 if chosen.quick else chosen.repeats

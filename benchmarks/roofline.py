@@ -49,7 +49,7 @@ def count(step: Callable[[], object]) -> tuple[int, dict[str, int], int]:
 
 def main() -> None:
     """Measure and print."""
-    chosen = options(__doc__.splitlines()[0], repeats=7).parse_args()
+    chosen = options(__doc__, repeats=7).parse_args()
     device = choose_device(Speed())
     dtype = choose_dtype(Speed(), device)
     size = (1, 64, 96) if chosen.quick else (4, 800, 1066) if device.type == "cuda" else (2, 480, 640)

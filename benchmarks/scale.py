@@ -17,14 +17,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.tune
+from ray import cloudpickle
 from ray.air.execution.resources.placement_group import PlacementGroupAcquiredResources
 from ray.tune.result import DONE, RESULT_DUPLICATE
 
-from benchmarks.measure import RAY, machine, table
+from benchmarks.measure import RAY, first_line, machine, table
 from benchmarks.search import SURFACE, make_config, surface_ap
 from raydetr.config import load_config, to_dict
 from raydetr.launch.places import weights_bytes
@@ -60,7 +61,7 @@ class PlayedTrial(ray.tune.Trainable):
         return {"epoch": self.epoch, "AP": surface_ap(self.settings, self.epoch), "finished": True}
 
 
-@ray.remote(num_cpus=0, max_concurrency=4096)
+@cast(Any, ray.remote)(num_cpus=0, max_concurrency=4096)
 class Stage:
     """Where all trials are played."""
 
@@ -68,8 +69,10 @@ class Stage:
         self.epoch_seconds, self.start_s, self.reset_s = epoch_seconds, start_s, reset_s
         self.trials: dict[int, PlayedTrial] = {}
         self.random = random.Random(0)
-        self.done, self.running = 0.0, {}  # seconds of ended epochs, the others' begin
-        self.began = self.given = None  # when the first trial was given a GPU; of the last one when, and the seconds of epochs until then
+        self.done = 0.0
+        self.running: dict[int, float] = {}  # seconds of ended epochs, the others' begin
+        self.began: float | None = None  # when the first trial was given a GPU
+        self.given = 0.0, 0.0  # when the last trial was given one, and the seconds of epochs until then
 
     async def start(self, number: int, make: bytes) -> None:
         """A process begins, with its first trial."""
@@ -102,6 +105,7 @@ class Stage:
 
     async def played(self) -> dict[str, float]:
         """Seconds of epochs (over all GPUs) until the last trial was given its GPU and in all, and the seconds until then and until now."""
+        assert self.began is not None
         return {
             "busy": self.done,
             "seconds": time.monotonic() - self.began,
@@ -118,7 +122,7 @@ class PlayedActor:
     def __init__(self, stage, make: dict[str, Any]):
         PlayedActor.count += 1
         self._stage, self._number = stage, PlayedActor.count
-        self._started = stage.start.remote(self._number, ray.cloudpickle.dumps(make))
+        self._started = stage.start.remote(self._number, cast(Any, cloudpickle).dumps(make))
 
     @property
     def __ray_ready__(self):
@@ -147,14 +151,14 @@ def measure(folder: Path, gpus: int, trials: int, epoch_seconds: float, start_s:
     """A row of the table: a search of ``trials`` on so many GPUs."""
     ray.init(address="local", num_cpus=gpus, num_gpus=gpus, include_dashboard=False, **RAY)
     try:
-        stage = Stage.remote(epoch_seconds, start_s, reset_s)
+        stage = cast(Any, Stage).remote(epoch_seconds, start_s, reset_s)
         play_on(stage)
         config = make_config(folder, f"scale-{gpus}", EPOCHS, train=4, val=2)
         cpu = time.process_time()
         with contextlib.redirect_stdout(io.StringIO()):
             search = tune(config, SURFACE, trials=trials)
         cpu = time.process_time() - cpu
-        played = ray.get(stage.played.remote())
+        played: Any = ray.get(stage.played.remote())
     finally:
         ray.shutdown()
     ended = search.frozen()
@@ -223,7 +227,7 @@ def rate(number: float) -> str:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=first_line(__doc__))
     parser.add_argument("--gpus", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--trials-per-gpu", type=int, default=3)
     parser.add_argument("--epoch-seconds", type=float, default=20.0, help="of every trial (default 20)")

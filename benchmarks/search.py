@@ -26,7 +26,7 @@ import ray.tune
 from optuna.trial import FrozenTrial
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.measure import RAY, machine, table
+from benchmarks.measure import RAY, first_line, machine, table
 from raydetr.config import Config, load_config, to_dict
 from raydetr.data.formats.convert import convert
 from raydetr.demo import balloons
@@ -68,6 +68,7 @@ def starts(search: Search) -> list[float]:
     seconds = []
     for trial in search.frozen():
         events = EventAccumulator(str(trial_folder(search, trial.number) / "tb")).Reload()
+        assert trial.datetime_start
         seconds.append(events.Scalars("train/loss")[0].wall_time - trial.datetime_start.timestamp())
     return seconds
 
@@ -262,7 +263,7 @@ def train_arm(folder: Path, sampler: str, scheduler: str, trials: int, epochs: i
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=first_line(__doc__))
     parser.add_argument("what", choices=["start", "controller", "overhead", "reach"])
     parser.add_argument("--trials", type=int, help="default: 4 (start, overhead), 500 (controller), 20 (reach)")
     parser.add_argument("--epochs", type=int, default=9, help="of each trial of overhead and reach (default 9)")

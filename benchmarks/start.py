@@ -48,7 +48,7 @@ def first_step_seconds(data: Path, storage: Path, preset: str, workers: int, nam
 
 def main() -> None:
     """Measure and print."""
-    chosen = options(__doc__.splitlines()[0], repeats=3).parse_args()
+    chosen = options(__doc__, repeats=3).parse_args()
     repeats = 1 if chosen.quick else chosen.repeats
     preset = "detr_tiny" if chosen.quick else "detr_resnet50"
     print(machine(), "\n")

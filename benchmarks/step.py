@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ def peer_step(
     optimizer = torch.optim.AdamW([{"params": others, "lr": LR}, {"params": backbone, "lr": LR_BACKBONE}], weight_decay=1e-4)
     labels = [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in targets]
     if compiled:
-        model.model.compile()  # the network; the matching in its loss cannot be
+        cast(nn.Module, model.model).compile()  # the network; the matching in its loss cannot be
 
     def step() -> None:
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
@@ -83,8 +84,8 @@ def peer_model(dropout: float = 0.0) -> nn.Module:
     """transformers' DETR-ResNet-50 with random weights, which trains what the official DETR trains."""
     from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
-    backbone = ResNetConfig(out_features=["stage4"], downsample_in_bottleneck=False)  # the stride of "v1.5", as torchvision's
-    config = DetrConfig(
+    backbone = cast(Any, ResNetConfig)(out_features=["stage4"], downsample_in_bottleneck=False)  # the stride of "v1.5", as torchvision's
+    config = cast(Any, DetrConfig)(
         use_timm_backbone=False,
         backbone_config=backbone,
         num_labels=CLASSES,
@@ -145,7 +146,7 @@ def contender(what: str, who: str, size: tuple[int, int, int], device: torch.dev
 
 def main() -> None:
     """Measure and print."""
-    parser = options(__doc__.splitlines()[0], repeats=9)
+    parser = options(__doc__, repeats=9)
     parser.add_argument("--serve", nargs=2, metavar=("WHAT", "WHO"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     device = choose_device(Speed())

@@ -23,7 +23,7 @@ import psutil
 import ray
 import torch.distributed as dist
 
-from benchmarks.measure import RAY, machine, ratio, spread, table
+from benchmarks.measure import RAY, first_line, machine, ratio, spread, table
 from benchmarks.search import make_config
 from benchmarks.turns import Turns, taking_turns
 from raydetr.config import Config, load_config, read_yaml, write_yaml
@@ -107,7 +107,7 @@ def cpu_of_others(plain: set[int]) -> dict[int, float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=first_line(__doc__))
     parser.add_argument("--epochs", type=int, default=12, help="of each (default 12; the first does not count)")
     parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, its numbers mean nothing")
     parser.add_argument("--contender", choices=[TORCHRUN, ALONE], help=argparse.SUPPRESS)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import raydetr
 from raydetr import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -78,3 +79,8 @@ def test_the_changelog_begins_with_this_version():
     first = re.search(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert first
     assert first[1] == __version__
+
+
+def test_every_public_name_is_found():
+    assert set(raydetr.__all__) == {"UserError", *raydetr._HOME}
+    assert all(getattr(raydetr, name).__name__ == name for name in raydetr.__all__)

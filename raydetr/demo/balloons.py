@@ -120,7 +120,7 @@ class _Layout:
             left = seen[window] & ~footprint[window]
             if left.sum() < LEAST_VISIBLE * self.balloons[number]:
                 return False
-            pieces, _ = ndimage.label(left)
+            pieces = _pieces(left)
             if np.bincount(pieces[left]).max() < 0.97 * left.sum():
                 return False
         return True
@@ -231,7 +231,15 @@ def outline(mask: np.ndarray) -> np.ndarray:
 
 def _window(mask: np.ndarray) -> tuple[slice, slice]:
     """The rows and columns in which anything of ``mask`` is set."""
-    return tuple(slice(np.argmax(some), len(some) - np.argmax(some[::-1])) for some in (mask.any(1), mask.any(0)))
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def _pieces(mask: np.ndarray) -> np.ndarray:
+    """The connected pieces of a mask, numbered from 1."""
+    pieces = np.zeros(mask.shape, dtype=np.int32)
+    ndimage.label(mask, output=pieces)
+    return pieces
 
 
 def edge(mask: np.ndarray) -> np.ndarray:
@@ -242,7 +250,7 @@ def edge(mask: np.ndarray) -> np.ndarray:
     if not mask.any():
         raise ValueError("the mask is empty")
     window = _window(mask)
-    pieces, _ = ndimage.label(mask[window])
+    pieces = _pieces(mask[window])
     piece = np.pad(pieces == np.bincount(pieces[mask[window]]).argmax(), 1)
     start = tuple(int(each) for each in np.argwhere(piece)[0])  # topmost, then leftmost: its upper edge is an edge of the piece
     y, x, dy, dx = *start, 0, 1

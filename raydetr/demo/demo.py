@@ -59,7 +59,7 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: i
     from raydetr.launch.train import ray_session
 
     with ray_session(workers):
-        result = {"before": before["AP"], "after": _fine_tune(config, out / "gallery")["AP"]}
+        result = {"before": before["AP"], "after": _fine_tune(config, coco, out / "gallery")["AP"]}
         if trials:
             result |= _search(coco, runs, trials, seed)
     result["seconds"] = time.monotonic() - start
@@ -67,14 +67,14 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: i
     return result
 
 
-def _fine_tune(config: Config, gallery: Path) -> dict[str, Any]:
+def _fine_tune(config: Config, coco: Path, gallery: Path) -> dict[str, Any]:
     from raydetr.launch.train import run_folder, train
     from raydetr.predict.predict import predict
     from raydetr.predict.score import metrics_table, score_checkpoint
     from raydetr.weights.official import BUNDLED
 
     train(config)
-    coco, best = Path(config.data.path), run_folder(config) / "best.pth"
+    best = run_folder(config) / "best.pth"
 
     _say(6, f"raydetr evaluate {best} --data {coco}")
     after = score_checkpoint(best, {"data.path": str(coco)})
@@ -97,7 +97,10 @@ def _search(coco: Path, runs: Path, trials: int, seed: int) -> dict[str, float]:
     search = tune(config, "tiny", trials=trials)
     click.echo(summary(search))
     report([search.folder])
-    return {"default": search.frozen()[0].value, "best": search.best().value}
+    best = search.best()
+    if not best:
+        raise UserError(f"no trial of the search has finished; {search.folder} says why")
+    return {"default": search.frozen()[0].value or 0.0, "best": best.value or 0.0}
 
 
 def _claim(out: Path) -> None:

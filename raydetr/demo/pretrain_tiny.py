@@ -1,6 +1,6 @@
 """Makes the weights that ship with `detr_tiny`: trains it on drawn things that are not balloons.
 
-``python -m raydetr.pretrain_tiny`` repeats what was done, in about an hour on one CPU core. The pictures are drawn as the
+``python -m raydetr.demo.pretrain_tiny`` repeats what was done, in about an hour on one CPU core. The pictures are drawn as the
 training goes on, so that the network never sees the whole of them twice. DETR learns slowly from nothing; three things speed it
 up and leave the architecture as it is. Every place of the encoder's memory is trained to tell class and box of the thing at it,
 by the same heads that read the queries: the decoder then only has to choose among them. The object queries start as positions
@@ -14,6 +14,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             boxes.append((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
             kept.append(labels[i])
     height, width = scene.numbers.shape
-    boxes_xyxy = np.array(boxes, dtype=np.float32).reshape(-1, 4) / np.float32([width, height, width, height])
+    boxes_xyxy = np.array(boxes, dtype=np.float32).reshape(-1, 4) / np.array([width, height, width, height], np.float32)
     return scene.finish(), boxes_xyxy, np.array(kept, dtype=np.int64)
 
 
@@ -72,7 +73,8 @@ class Pool:
     def __init__(self, seed: int, size: int):
         self.rng, self.oldest = np.random.default_rng(seed), 0
         self.pictures = torch.empty(size, 3, HEIGHT, WIDTH, dtype=torch.uint8)
-        self.truth: list[tuple[Tensor, Tensor]] = [None] * size
+        nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+        self.truth = [nothing] * size  # boxes xyxy (fractions of the image) and labels
         self.renew(size)
 
     def renew(self, count: int) -> None:
@@ -92,13 +94,14 @@ class Pool:
         extent = np.round(extent * whole).astype(int)
         origin = rng.integers(whole - extent + 1)
         flip = rng.random(count) < 0.5
+        flipped = torch.from_numpy(flip)
         crops = [self.pictures[i, :, y : y + h, x : x + w] for i, (x, y), (w, h) in zip(chosen, origin, extent, strict=True)]
         images = torch.stack([resize(crop, [height, width], antialias=True) for crop in crops])
-        images[flip] = images[flip].flip(-1)
+        images[flipped] = images[flipped].flip(-1)
         contrast = torch.from_numpy(rng.uniform(0.7, 1.3, (count, 1, 1, 1)).astype(np.float32))
         tint = torch.from_numpy(rng.uniform(-25, 25, (count, 3, 1, 1)).astype(np.float32))
         images = ((images - 128.0) * contrast + (128 + tint)).clamp_(0, 255)
-        shares = zip(chosen, np.float32(origin / whole), np.float32(extent / whole), flip, strict=True)
+        shares = zip(chosen, (origin / whole).astype(np.float32), (extent / whole).astype(np.float32), flip, strict=True)
         return normalized(images), [_cropped(*self.truth[i], *crop) for i, *crop in shares]
 
 
@@ -127,7 +130,7 @@ def jump_start(model: DETR) -> None:
         model.query_embed.weight.copy_(position(torch.zeros(1, 1, side, side), None)[0])
         for layer in model.transformer.decoder.layers:
             turn = 2 * torch.nn.init.orthogonal_(torch.empty(width, width))
-            attention: Attention = layer.multihead_attn
+            attention = cast(Attention, layer.multihead_attn)
             attention.in_proj_weight[:width] = turn
             attention.in_proj_weight[width : 2 * width] = turn
 
@@ -267,7 +270,9 @@ def train(phase: Phase, model: DETR, pool: Pool, held_out: Pool, batch_size: int
         optimizer.step()
         schedule.step()
         decay = min(EMA_DECAY, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        with torch.no_grad():
+            for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+                mean.lerp_(value, 1 - decay)
         pool.renew(step % 4 == 0)
         for name, value in losses.items():
             seen.setdefault(name, []).append(value.item())
@@ -283,7 +288,7 @@ def train(phase: Phase, model: DETR, pool: Pool, held_out: Pool, batch_size: int
 
 def main() -> None:
     """The command line; its defaults made the weights in the package."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=BUNDLED, help="checkpoint to write, every thousand steps")
     parser.add_argument("--phase", type=int, default=0, help="phase to begin with; a later one begins with the weights in OUT")
     parser.add_argument("--batch-size", type=int, default=16)

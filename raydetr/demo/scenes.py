@@ -67,17 +67,20 @@ def smooth(points: np.ndarray, corners: int = 40) -> np.ndarray:
 def colour_of(rng: np.random.Generator, saturation=(0.35, 1.0), value=(0.35, 1.0), hue=(0.0, 1.0)) -> Colour:
     """A colour drawn evenly from these ranges of hue, saturation and value (all 0 to 1)."""
     h, s, v = (low + (high - low) * rng.random() for low, high in (hue, saturation, value))
-    return tuple(255 * channel for channel in colorsys.hsv_to_rgb(h % 1.0, s, v))
+    red, green, blue = colorsys.hsv_to_rgb(h % 1.0, s, v)
+    return 255 * red, 255 * green, 255 * blue
 
 
 def darker(colour: Colour, by: float) -> Colour:
     """The colour times ``by``, which may also be above 1."""
-    return tuple(min(255.0, channel * by) for channel in colour)
+    red, green, blue = (min(255.0, channel * by) for channel in colour)
+    return red, green, blue
 
 
 def mixed(first: Colour, second: Colour, share: float) -> Colour:
     """``share`` of the second colour in the first."""
-    return tuple(a + (b - a) * share for a, b in zip(first, second, strict=True))
+    red, green, blue = (a + (b - a) * share for a, b in zip(first, second, strict=True))
+    return red, green, blue
 
 
 def place(parts: list[Part], x: float, y: float, size: float, angle: float = 0.0, stretch: float = 1.0) -> list[Part]:
@@ -100,7 +103,9 @@ class Scene:
         self.rng, self.width, self.height = rng, width, height
         turn = rng.uniform(-0.9, 0.9)
         self.light = np.array([np.sin(turn), -np.cos(turn)])  # where the light comes from, in the picture's plane
-        self.image = Image.fromarray(background(rng, width, height)).resize((width * SUPERSAMPLE, height * SUPERSAMPLE), Image.BILINEAR)
+        self.image = Image.fromarray(background(rng, width, height)).resize(
+            (width * SUPERSAMPLE, height * SUPERSAMPLE), Image.Resampling.BILINEAR
+        )
         self.numbers = np.zeros((height * SUPERSAMPLE, width * SUPERSAMPLE), dtype=np.uint8)
         self.grain = fractal_noise(rng, self.numbers.shape, 12)
 
@@ -179,7 +184,7 @@ def fractal_noise(rng: np.random.Generator, shape: tuple[int, int], coarse: floa
     for octave in range(octaves):
         step = min(shape) / (coarse * 2**octave)
         cells = rng.random((max(2, round(height / step)), max(2, round(width / step))), dtype=np.float32)
-        total += np.asarray(Image.fromarray(cells).resize((width, height), Image.BICUBIC)) / 2**octave
+        total += np.asarray(Image.fromarray(cells).resize((width, height), Image.Resampling.BICUBIC)) / 2**octave
     total -= total.min()
     return total / max(total.max(), 1e-6)
 
@@ -190,9 +195,13 @@ def background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     return np.clip(family(rng, width, height), 0, 255).astype(np.uint8)
 
 
+def _rgb(colour: Colour) -> np.ndarray:
+    return np.array(colour, np.float32)
+
+
 def _gradient(top: Colour, bottom: Colour, width: int, height: int) -> np.ndarray:
     t = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
-    return np.broadcast_to(np.float32(top) * (1 - t) + np.float32(bottom) * t, (height, width, 3)).copy()
+    return np.broadcast_to(_rgb(top) * (1 - t) + _rgb(bottom) * t, (height, width, 3)).copy()
 
 
 def _sky(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
@@ -205,7 +214,7 @@ def _sky(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
         top, low = colour_of(rng, (0.0, 0.12), (0.6, 0.8)), colour_of(rng, (0.0, 0.1), (0.75, 0.95))
     sky = _gradient(top, low, width, height)
     cover = np.clip((fractal_noise(rng, (height, width), rng.uniform(1.5, 4), 4) - rng.uniform(0.45, 0.8)) * rng.uniform(2, 5), 0, 1)
-    return sky + (np.float32(mixed(low, (255, 255, 255), 0.7)) - sky) * (0.9 * cover)[..., None]
+    return sky + (_rgb(mixed(low, (255, 255, 255), 0.7)) - sky) * (0.9 * cover)[..., None]
 
 
 def _ground(rng: np.random.Generator, picture: np.ndarray, colour: Colour, horizon: np.ndarray) -> None:
@@ -214,12 +223,13 @@ def _ground(rng: np.random.Generator, picture: np.ndarray, colour: Colour, horiz
     below = np.arange(height)[:, None] >= horizon[None, :]
     texture = 0.75 + 0.35 * fractal_noise(rng, (height, width), rng.uniform(6, 30), 3)
     fall = np.linspace(1.1, 0.8, height, dtype=np.float32)[:, None]
-    picture[below] = (np.float32(colour) * (texture * fall)[..., None])[below]
+    picture[below] = (_rgb(colour) * (texture * fall)[..., None])[below]
 
 
 def _ridge(rng: np.random.Generator, width: int, height: float, swing: float) -> np.ndarray:
     x = np.linspace(0, 2 * np.pi, width)
-    return height + swing * sum(rng.uniform(0.1, 1) / k * np.sin(k * rng.uniform(0.4, 0.9) * x + rng.uniform(0, 6.3)) for k in (1, 2, 4))
+    waves = [rng.uniform(0.1, 1) / k * np.sin(k * rng.uniform(0.4, 0.9) * x + rng.uniform(0, 6.3)) for k in (1, 2, 4)]
+    return height + swing * (waves[0] + waves[1] + waves[2])
 
 
 def _open_air(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
@@ -259,7 +269,9 @@ def _sea(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     water = _gradient(
         colour_of(rng, (0.3, 0.6), (0.5, 0.85), (0.48, 0.6)), colour_of(rng, (0.4, 0.8), (0.3, 0.6), (0.5, 0.62)), width, height
     )
-    waves = np.asarray(Image.fromarray(fractal_noise(rng, (height, max(width // 6, 8)), 20, 3)).resize((width, height), Image.BILINEAR))
+    waves = np.asarray(
+        Image.fromarray(fractal_noise(rng, (height, max(width // 6, 8)), 20, 3)).resize((width, height), Image.Resampling.BILINEAR)
+    )
     picture[horizon:] = (water * (0.75 + 0.5 * waves)[..., None])[horizon:]
     if rng.random() < 0.5:
         _ground(rng, picture, colour_of(rng, (0.2, 0.45), (0.7, 0.95), (0.09, 0.13)), _ridge(rng, width, height * 0.85, height * 0.04))
@@ -297,7 +309,7 @@ def _foliage(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     hue = rng.uniform(0.15, 0.4), rng.uniform(0.15, 0.4)
     dark, light = colour_of(rng, (0.4, 0.8), (0.1, 0.35), hue), colour_of(rng, (0.3, 0.8), (0.5, 0.9), hue)
     share = fractal_noise(rng, (height, width), rng.uniform(2, 12), 5)[..., None]
-    picture = np.float32(dark) * (1 - share) + np.float32(light) * share
+    picture = _rgb(dark) * (1 - share) + _rgb(light) * share
     bokeh = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(bokeh)
     for _ in range(rng.integers(0, 14)):
@@ -312,4 +324,4 @@ def _texture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     if rng.random() < 0.3:  # wood or marble: bands bent by the noise
         y, x = np.mgrid[0:height, 0:width].astype(np.float32) / height
         share = 0.5 + 0.5 * np.sin(2 * np.pi * (rng.uniform(1, 6) * x + rng.uniform(-6, 6) * y + rng.uniform(0.3, 1.5) * share))
-    return np.float32(first) * (1 - share)[..., None] + np.float32(mixed(first, second, rng.uniform(0.3, 1))) * share[..., None]
+    return _rgb(first) * (1 - share)[..., None] + _rgb(mixed(first, second, rng.uniform(0.3, 1))) * share[..., None]

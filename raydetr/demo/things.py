@@ -294,7 +294,8 @@ def egg(rng: np.random.Generator) -> list[Part]:
     t = ellipse(0, 0, 1, 1)
     outline = t * np.stack([0.72 * (1 + 0.2 * t[:, 1]), np.ones(len(t))], axis=1)
     shell = colour_of(rng, (0.0, 0.35), (0.75, 1.0), (0.04, 0.12))
-    speckles = [Part(ellipse(*rng.uniform(-0.45, 0.45, 2), 0.06, 0.06, corners=7), darker(shell, 0.6)) for _ in range(rng.integers(0, 9))]
+    places = [rng.uniform(-0.45, 0.45, 2) for _ in range(rng.integers(0, 9))]
+    speckles = [Part(ellipse(x, y, 0.06, 0.06, corners=7), darker(shell, 0.6)) for x, y in places]
     return [Part(outline, shell, "round"), *speckles]
 
 
