@@ -18,7 +18,7 @@ SMALL = {"EPOCHS": 2, "TRIALS": 2, "TRIAL_EPOCHS": 1, "TRAIN_IMAGES": 8, "VAL_IM
 def outputs(notebook):
     """The text and the figures that the cells show."""
     shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    streams = "".join(output.text for output in shown if output.output_type == "stream")
+    streams = "".join(output.text for output in shown if output.output_type == "stream").replace("\r\n", "\n")  # commands have a terminal
     figures = [output.data["image/png"] for output in shown if "image/png" in output.get("data", {})]
     return streams, figures
 
