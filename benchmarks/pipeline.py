@@ -1,4 +1,4 @@
-"""Input pipeline against Pillow and the official way of transforming, on photographs of your own: ``python -m benchmarks.pipeline FOLDER``.
+"""Compare the input pipeline with Pillow and the official transforms, on your own images: ``python -m benchmarks.pipeline FOLDER``.
 
 ``FOLDER`` holds photographs of any size (JPEG). The peer decodes each with Pillow and transforms the Pillow picture every time, as the
 official datasets/transforms.py does; raydetr is measured in its first epoch (it decodes) and in later ones (decoded pictures are kept in
@@ -27,7 +27,7 @@ functional: Any = typed_for_tensors  # its functions take Pillow images as well,
 
 
 def official_transform(path: Path, data: Data) -> torch.Tensor:
-    """A training picture as the official code makes it: float32 [3, height, width]."""
+    """Return a training image as the official code makes it: float32 [3, height, width]."""
 
     def resized(picture: Image.Image, sizes: list[int], max_size: int | None) -> Image.Image:
         return functional.resize(picture, resized_size(picture.height, picture.width, random.choice(sizes), max_size))
@@ -47,7 +47,7 @@ def official_transform(path: Path, data: Data) -> torch.Tensor:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the tables."""
     parser = options(__doc__, repeats=5)
     parser.add_argument("folder", type=Path)
     chosen = parser.parse_args()

@@ -1,4 +1,4 @@
-"""A search on a cluster of 64 to 512 GPUs, played: how busy it keeps them and what that costs: ``python -m benchmarks.scale``.
+"""Simulate a search on 64 to 512 GPUs: how busy it keeps them, and what that costs: ``python -m benchmarks.scale``.
 
 Real: the searching process, the only one that all trials share. ``tune`` runs as for any search, with Ray Tune's controller, its
 placement groups on a real raylet, the study and its journal. Played: what the GPUs do. The raylet only says that it has them, and a
@@ -39,19 +39,19 @@ UNITS = {1: "B", 1e3: "kB", 1e6: "MB", 1e9: "GB"}
 
 
 class PlayedTrial(ray.tune.Trainable):
-    """Answers as a trial of :func:`raydetr.launch.trial.run_trial` does, at once."""
+    """A simulated trial that reports like :func:`raydetr.launch.trial.run_trial`, without waiting."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Begin with the settings that the search assigned."""
+        """Start with the settings that the search has assigned."""
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begin again with others."""
+        """Start again with other settings."""
         self.settings, self.epoch, self.told = new_config["settings"], 0, False
         return True
 
     def step(self) -> dict[str, Any]:
-        """An epoch, after the last one the end, and that once more as Ray Tune's functions say it."""
+        """Return the report of an epoch; after the last one the final report, twice, as Ray Tune's function trainables do."""
         if self.epoch < self.settings["optim"]["epochs"]:
             self.epoch += 1
             return {"epoch": self.epoch, "AP": surface_ap(self.settings, self.epoch)}
@@ -63,7 +63,7 @@ class PlayedTrial(ray.tune.Trainable):
 
 @cast(Any, ray.remote)(num_cpus=0, max_concurrency=4096)
 class Stage:
-    """Where all trials are played."""
+    """The actor in which all simulated trials live."""
 
     def __init__(self, epoch_seconds: float, start_s: float, reset_s: float):
         self.epoch_seconds, self.start_s, self.reset_s = epoch_seconds, start_s, reset_s
@@ -75,13 +75,13 @@ class Stage:
         self.given = 0.0, 0.0  # when the last trial was given one, and the seconds of epochs until then
 
     async def start(self, number: int, make: bytes) -> None:
-        """A process begins, with its first trial."""
+        """Wait as long as a process takes to start, then make its first trial."""
         self._note()
         await asyncio.sleep(self.start_s)
         self.trials[number] = PlayedTrial(**pickle.loads(make))
 
     async def call(self, number: int, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What Ray Tune asks of the actor ``number``."""
+        """Call a method of trial ``number``, after the time that it would take."""
         while number not in self.trials:  # asked before it had begun
             await asyncio.sleep(0.05)
         trial = self.trials[number]
@@ -104,7 +104,7 @@ class Stage:
         self.given = now, self.done + sum(now - began for began in self.running.values())
 
     async def played(self) -> dict[str, float]:
-        """Seconds of epochs (over all GPUs) until the last trial was given its GPU and in all, and the seconds until then and until now."""
+        """Return the GPU seconds in epochs and the elapsed seconds, in total and until the last trial got its GPU (``_given``)."""
         assert self.began is not None
         return {
             "busy": self.done,
@@ -115,7 +115,7 @@ class Stage:
 
 
 class PlayedActor:
-    """What Ray Tune takes for the handle of a trial's actor."""
+    """Stands in for the actor handle of a trial."""
 
     count = 0
 
@@ -138,7 +138,7 @@ class _Method:
 
 
 def play_on(stage) -> None:
-    """Have Ray Tune's trials of this process played on ``stage``; their placement groups stay real."""
+    """Make Ray Tune in this process run its trials on ``stage``. Their placement groups stay real."""
 
     class OnStage:
         def remote(self, **kwargs):
@@ -148,7 +148,7 @@ def play_on(stage) -> None:
 
 
 def measure(folder: Path, gpus: int, trials: int, epoch_seconds: float, start_s: float = START_S, reset_s: float = RESET_S) -> list:
-    """A row of the table: a search of ``trials`` on so many GPUs."""
+    """Run a search of ``trials`` on so many GPUs and return its row of the table."""
     ray.init(address="local", num_cpus=gpus, num_gpus=gpus, include_dashboard=False, **RAY)
     try:
         stage = cast(Any, Stage).remote(epoch_seconds, start_s, reset_s)
@@ -190,7 +190,7 @@ HEADER = (
 
 
 def traffic(folder: Path) -> list[list]:
-    """Rows of the other table: bytes that a trial moves, measured in a real run of two epochs; checkpoints also for detr_resnet50.
+    """Return the rows of the second table: the bytes that a trial moves, measured in a real run of two epochs.
 
     A checkpoint is weights and multiples of them (moments of the optimizer, the moving average), hence as many times larger.
     """
@@ -215,18 +215,18 @@ def traffic(folder: Path) -> list[list]:
 
 
 def size(number: float) -> str:
-    """Bytes in a readable unit."""
+    """Return a number of bytes in a readable unit."""
     unit = next(unit for unit in UNITS if number < 1000 * unit or unit == max(UNITS))
     return f"{number / unit:.3g} {UNITS[unit]}"
 
 
 def rate(number: float) -> str:
-    """Bytes a second in a readable unit."""
+    """Return bytes per second in a readable unit."""
     return size(number) + "/s"
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=first_line(__doc__))
     parser.add_argument("--gpus", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--trials-per-gpu", type=int, default=3)
