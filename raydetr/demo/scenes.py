@@ -288,7 +288,7 @@ def _room(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
         2: np.maximum(np.sin(2 * np.pi * x / period), np.sin(2 * np.pi * y / period)),
     }.get(int(paper), np.zeros((height, width), dtype=np.float32))
     image *= (1 + rng.uniform(0.03, 0.2) * np.where(pattern > 0.3, 1, -0.3))[..., None] if paper < 3 else 1
-    if rng.random() < 0.4:  # a image or a window on the wall
+    if rng.random() < 0.4:  # a painting or a window on the wall
         wide, tall = int(width * rng.uniform(0.15, 0.4)), int(height * rng.uniform(0.2, 0.45))
         left, top = rng.integers(0, width - wide), rng.integers(0, height // 3)
         frame = color_of(rng, (0.0, 0.6), (0.2, 0.95), (0.05, 0.12))
