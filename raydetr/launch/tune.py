@@ -168,7 +168,7 @@ def _run(search: Search, demands: Demands, places: Places, images: list[ray.Obje
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "1" if population else str(search.trials)
     scheduler = PopulationScheduler(search, searcher) if population else StudyScheduler(search)
     trainable = ray.tune.with_parameters(run_trial, images=images)
-    with Console(highlight=False, force_jupyter=False) as console, TrialsDisplay(search, console) as display, stopped_in_order():
+    with Console(highlight=False) as console, TrialsDisplay(search, console) as display, stopped_in_order():
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(trainable, resources_of),
             tune_config=ray.tune.TuneConfig(

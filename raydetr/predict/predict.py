@@ -381,7 +381,7 @@ def _spelling(name: str) -> str:
 @contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, else a line now and then; gives the function to call with how many are done more."""
-    console = Console(highlight=False, force_jupyter=False)
+    console = Console(highlight=False)
     if console.is_terminal:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
         with Progress(*columns, console=console, transient=True) as progress:

@@ -34,7 +34,7 @@ class Display:
     """Shows events as they come. A context manager: leaving it gives the terminal back however the run ended."""
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console(highlight=False, force_jupyter=False)  # plain lines in a notebook
+        self.console = console or Console(highlight=False)
         self._progress: Progress | None = None
         self._epochs = self._steps = self._done = 0
         self._began = self._last_line = time.monotonic()
