@@ -42,18 +42,19 @@ def detections(folder: Path, threshold: float) -> list[list]:
 
 def main() -> None:
     """Run all steps."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], epilog="Flags after -- go to raydetr train.")
     parser.add_argument("labelled", type=Path, help="folder of labelled photographs")
     parser.add_argument("new", type=Path, help="folder of photographs to look at")
     parser.add_argument("--from", dest="source", default="via", help="format of the labels (default via)")
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--threshold", type=float, default=0.7, help="lowest score that counts (default 0.7)")
-    parser.add_argument("train_flags", nargs="*", help="after --: flags of raydetr train")
-    options = parser.parse_args()
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    options, train_flags = parser.parse_args(words[:end]), words[end + 1 :]
 
     raydetr("data", "convert", options.labelled, "data", "--from", options.source)
     raydetr("data", "check", "data")
-    raydetr("train", "--data", "data", "--name", "own", "--epochs", options.epochs, *options.train_flags)
+    raydetr("train", "--data", "data", "--name", "own", "--epochs", options.epochs, *train_flags)
     raydetr("predict", "runs/own/best.pth", options.new, "--out", "seen")
 
     rows = detections(Path("seen"), options.threshold)
