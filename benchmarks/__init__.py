@@ -1,1 +1,1 @@
-"""Speed and memory, each a command that prints a table: ``python -m benchmarks.step`` and its neighbours."""
+"""Benchmarks of speed and memory. Each module is a command that prints a table: ``python -m benchmarks.step``."""

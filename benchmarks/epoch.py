@@ -1,16 +1,16 @@
-"""What an epoch of a run takes beside its training steps: ``python -m benchmarks.epoch FOLDER``.
+"""Measure what an epoch takes besides its training steps: ``python -m benchmarks.epoch FOLDER``.
 
 ``FOLDER`` is a data set as ``raydetr train`` takes it. One worker, the process itself, trains ``detr_resnet50`` from random weights at a
-short side of 480 pixels; after its first epoch, which decodes the photographs, the parts of each epoch are timed. The evaluation trains
-nothing and is shown apart.
+short side of 480 pixels; the parts of each epoch after the first, which decodes the images, are timed. The evaluation is shown
+separately.
 """
 
 import contextlib
 import statistics
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,14 +29,14 @@ BESIDE = (INPUT, LOGGING, TEXT, PICTURES, CHECKPOINTS, REST)
 
 
 class Parts:
-    """Seconds of an epoch by what they went to."""
+    """The time that the parts of each epoch take, in seconds."""
 
     def __init__(self):
         self.epochs: list[dict[str, float]] = []
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = defaultdict(float)
 
     def timed(self, name: str, call: Callable) -> Callable:
-        """``call``, whose time counts as ``name``."""
+        """Return ``call`` with its time added to the part ``name``."""
 
         def called(*arguments: Any, **named: Any) -> Any:
             began = time.perf_counter()
@@ -48,19 +48,19 @@ class Parts:
         return called
 
     def batches(self, loader: Any) -> Iterator:
-        """Those of ``loader``; waiting for them is timed."""
+        """Yield the batches of ``loader`` and time the wait for each."""
         batches = self.timed(INPUT, iter)(loader)
         following = self.timed(INPUT, lambda: next(batches, None))
         while (batch := following()) is not None:
             yield batch
 
     def train(self, training: engine.Training, loader: Any, epoch: int, show: Callable) -> dict[str, float]:
-        """In place of ``fit.train_one_epoch``: a step is what an epoch does when it neither waits for input nor shows a step."""
+        """Replace ``fit.train_one_epoch`` and time its wait for input and its display. What remains are the steps."""
         whole = self.timed(TRAINING, engine.train_one_epoch)
         return whole(training, self.batches(loader), epoch, self.timed(LOGGING, show))
 
     def end_of_epoch(self, epoch: Callable) -> Callable:
-        """``fit._one_epoch``, after which the times are those of the next epoch."""
+        """Return ``fit._one_epoch``, timed; each call starts a new entry of ``epochs``."""
 
         def called(run: fit.Run) -> dict[str, Any]:
             metrics = self.timed(EPOCH, epoch)(run)
@@ -71,35 +71,35 @@ class Parts:
         return called
 
 
-def complete(seconds: Counter[str]) -> dict[str, float]:
-    """The measured parts with those that follow from them: the steps, and the rest of the epoch."""
-    parts = Counter({name: value for name, value in seconds.items() if name not in (TRAINING, EPOCH)})
-    parts[STEPS] = seconds[TRAINING] - seconds[INPUT] - seconds[LOGGING]
-    parts[REST] = seconds[EPOCH] - parts.total()
+def complete(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return the measured parts and those that follow from them: the steps and the rest of the epoch."""
+    parts = {name: value for name, value in seconds.items() if name not in (TRAINING, EPOCH)}
+    parts[STEPS] = seconds[TRAINING] - seconds.get(INPUT, 0.0) - seconds.get(LOGGING, 0.0)
+    parts[REST] = seconds[EPOCH] - sum(parts.values())
     return {**parts, EPOCH: seconds[EPOCH]}
 
 
 @contextlib.contextmanager
 def measured() -> Iterator[Parts]:
-    """Within it the parts of every epoch that ``fit`` trains are timed."""
+    """Time the parts of every epoch that ``fit`` trains inside the context."""
     parts = Parts()
     named = {"evaluate": FORWARD, "_score": SCORING, "_write_down": TEXT, "_draw": PICTURES, "_save": CHECKPOINTS}
-    replaced = {name: parts.timed(part, getattr(fit, name)) for name, part in named.items()}
+    replaced: dict[str, Any] = {name: parts.timed(part, getattr(fit, name)) for name, part in named.items()}
     replaced |= {"train_one_epoch": parts.train, "_one_epoch": parts.end_of_epoch(fit._one_epoch)}
     with mock.patch.multiple(fit, **replaced):
         yield parts
 
 
 def epochs_of(settings: dict[str, Any]) -> list[dict[str, float]]:
-    """The parts of every epoch of a run with ``settings`` but its first."""
+    """Train with ``settings`` and return the parts of every epoch except the first, in seconds."""
     with tempfile.TemporaryDirectory() as folder, measured() as parts:
         launcher.train(load_config(settings, {"run.storage": folder, "run.name": "run"}))
     return parts.epochs[1:]
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = options(__doc__.splitlines()[0], repeats=3)
+    """Measure and print the tables."""
+    parser = options(__doc__, repeats=3)
     parser.add_argument("folder", type=Path)
     chosen = parser.parse_args()
     settings = {"model.preset": "detr_resnet50", "data.train_sizes": [480], "data.val_size": 480}

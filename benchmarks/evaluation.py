@@ -1,12 +1,13 @@
-"""COCO evaluation against pycocotools, on 5000 images with 100 detections each: ``python -m benchmarks.evaluation``.
+"""Compare COCO evaluation with pycocotools, on 5000 images with 100 detections each: ``python -m benchmarks.evaluation``.
 
-Both compute in one thread: what counts is its CPU time.
+Both use one thread, and its CPU time counts.
 """
 
 import contextlib
 import copy
 import io
 import time
+from typing import Any, cast
 
 import numpy as np
 from faster_coco_eval import COCO as FasterCOCO
@@ -23,7 +24,7 @@ TARGET = 10.0
 
 
 def make_set(images: int, detections: int = 100, categories: int = 80) -> tuple[dict, list[dict]]:
-    """A COCO data set with about as many objects as COCO's has (7 an image), and results: each object found, and chance."""
+    """Return a COCO data set with about 7 objects per image, as COCO has, and results: each object once, roughly, and random boxes."""
     random = np.random.default_rng(0)
     coco = {
         "images": [{"id": number, "width": 640, "height": 480} for number in range(1, images + 1)],
@@ -52,16 +53,16 @@ def _boxes(random: np.random.Generator, number: int) -> np.ndarray:
 
 
 def pycocotools_index(coco: dict) -> COCO:
-    """Its index of a data set."""
+    """Return pycocotools' index of a data set."""
     truth = COCO()
-    truth.dataset = copy.deepcopy(coco)
+    truth.dataset = cast(Any, copy.deepcopy(coco))
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
     return truth
 
 
 def pycocotools_evaluation(truth: COCO, found: COCO) -> COCOeval:
-    """Its evaluate, accumulate and summarize, silent."""
+    """Run pycocotools' evaluate, accumulate and summarize without output."""
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(truth, found, "bbox")
         evaluation.evaluate()
@@ -71,15 +72,15 @@ def pycocotools_evaluation(truth: COCO, found: COCO) -> COCOeval:
 
 
 def pycocotools_whole(coco: dict, results: list[dict]) -> COCOeval:
-    """The same from a list of results, which it writes into."""
+    """Run the evaluation of pycocotools from a list of results. The results are copied, because pycocotools modifies them."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = pycocotools_index(coco)
-        found = truth.loadRes([dict(each) for each in results])
+        found = truth.loadRes(cast(Any, [dict(each) for each in results]))  # its annotation says a path; a list works
     return pycocotools_evaluation(truth, found)
 
 
 def our_evaluation(truth: FasterCOCO, found: FasterCOCO) -> COCOeval_faster:
-    """What raydetr.evaluation does with two indexed sets."""
+    """Evaluate two indexed sets as ``raydetr.evaluate.coco`` does."""
     with without_collections():
         evaluation = COCOeval_faster(truth, found, "bbox")
         evaluation.evaluate()
@@ -88,8 +89,8 @@ def our_evaluation(truth: FasterCOCO, found: FasterCOCO) -> COCOeval_faster:
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = options(__doc__.splitlines()[0], repeats=3)
+    """Measure and print the tables."""
+    parser = options(__doc__, repeats=3)
     parser.add_argument("--images", type=int, default=5000, help="images in the set (default 5000)")
     chosen = parser.parse_args()
     images, repeats = (30, 1) if chosen.quick else (chosen.images, chosen.repeats)

@@ -1,9 +1,12 @@
-"""How much of a training batch is filled up, at random and grouped by size: ``python -m benchmarks.padding FOLDER``.
+"""Count the padding in training batches, random and grouped by size: ``python -m benchmarks.padding FOLDER``.
 
-``FOLDER`` is a data set as ``raydetr train`` takes it. Nothing is timed: the numbers follow from the photographs' sizes and the seed.
+``FOLDER`` is a data set as ``raydetr train`` takes it. Nothing is timed: the numbers follow from the sizes of the
+images and the seed.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 from benchmarks.measure import options, table
 from raydetr.config import load_config
@@ -13,13 +16,13 @@ from raydetr.data.transforms import train_transforms
 SETTINGS = {"default": {}, "480 pixels, no crop": {"data.train_sizes": [480], "data.crop": 0.0}}
 
 
-def filled_up(dataset: CocoImages, batch_size: int, group_sizes: bool, epochs: int) -> tuple[float, float]:
-    """Of all batches of so many epochs: pixels filled up per pixel of an image, and the share of batches where nothing is."""
+def padding(dataset: CocoImages, batch_size: int, group_sizes: bool, epochs: int) -> tuple[float, float]:
+    """Return the padding pixels per image pixel and the share of batches without padding, over some epochs."""
     loader = build_loader(dataset, batch_size, shuffle=True, group_sizes=group_sizes)
     of_images, of_batches, full, batches = 0, 0, 0, 0
     for epoch in range(1, epochs + 1):
         dataset.set_epoch(epoch)
-        for batch in loader.batch_sampler:
+        for batch in cast(Iterable[list[tuple[int, int]]], loader.batch_sampler):
             sizes = [dataset.size_of(*image) for image in batch]
             heights, widths = zip(*sizes, strict=True)
             of_images += sum(height * width for height, width in sizes)
@@ -30,8 +33,8 @@ def filled_up(dataset: CocoImages, batch_size: int, group_sizes: bool, epochs: i
 
 
 def main() -> None:
-    """Count and print."""
-    parser = options(__doc__.splitlines()[0], repeats=5)
+    """Count and print the table."""
+    parser = options(__doc__, repeats=5)
     parser.add_argument("folder", type=Path)
     chosen = parser.parse_args()
     epochs = 1 if chosen.quick else chosen.repeats
@@ -41,9 +44,9 @@ def main() -> None:
         dataset = CocoImages(find_split(data, "train"), train_transforms(data))
         for batch_size in (2, 4):
             for group_sizes in (False, True):
-                more, full = filled_up(dataset, batch_size, group_sizes, epochs)
+                more, full = padding(dataset, batch_size, group_sizes, epochs)
                 rows.append([name, batch_size, "grouped" if group_sizes else "at random", f"{100 * more:.1f} %", f"{100 * full:.0f} %"])
-    print(table(rows, ["sizes", "batch", "drawn", "filled up, per pixel of an image", "batches without a mask"]))
+    print(table(rows, ["sizes", "batch", "drawn", "padding, per image pixel", "batches without a mask"]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Input pipeline against Pillow and the official way of transforming, on photographs of your own: ``python -m benchmarks.pipeline FOLDER``.
+"""Compare the input pipeline with Pillow and the official transforms, on your own images: ``python -m benchmarks.pipeline FOLDER``.
 
 ``FOLDER`` holds photographs of any size (JPEG). The peer decodes each with Pillow and transforms the Pillow picture every time, as the
 official datasets/transforms.py does; raydetr is measured in its first epoch (it decodes) and in later ones (decoded pictures are kept in
@@ -8,11 +8,12 @@ memory). One thread each, and its CPU time: images per second and core.
 import random
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from PIL import Image
 from torchvision import tv_tensors
-from torchvision.transforms import functional
+from torchvision.transforms import functional as typed_for_tensors
 
 from benchmarks.measure import interleaved, machine, options, ratio, spread, table
 from raydetr.config import Data
@@ -22,10 +23,11 @@ from raydetr.data.transforms import MEAN, STD, drawn_from, resized_size, train_t
 
 OURS, FIRST, PEER = "raydetr, kept in memory", "raydetr, first epoch", "Pillow, official transforms"
 TARGET = 5.0
+functional: Any = typed_for_tensors  # its functions take Pillow images as well, which their annotations do not say
 
 
 def official_transform(path: Path, data: Data) -> torch.Tensor:
-    """A training picture as the official code makes it: float32 [3, height, width]."""
+    """Return a training image as the official code makes it: float32 [3, height, width]."""
 
     def resized(picture: Image.Image, sizes: list[int], max_size: int | None) -> Image.Image:
         return functional.resize(picture, resized_size(picture.height, picture.width, random.choice(sizes), max_size))
@@ -45,8 +47,8 @@ def official_transform(path: Path, data: Data) -> torch.Tensor:
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = options(__doc__.splitlines()[0], repeats=5)
+    """Measure and print the tables."""
+    parser = options(__doc__, repeats=5)
     parser.add_argument("folder", type=Path)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
@@ -61,9 +63,9 @@ def main() -> None:
     def ours(read) -> None:
         for index, (path, size) in enumerate(files):
             with drawn_from(0, index):
-                transforms(
-                    tv_tensors.Image(read(path, size)), tv_tensors.BoundingBoxes(torch.zeros(1, 4), format="XYXY", canvas_size=size[::-1])
-                )
+                width, height = size
+                boxes = cast(Any, tv_tensors.BoundingBoxes)(torch.zeros(1, 4), format="XYXY", canvas_size=(height, width))
+                transforms(tv_tensors.Image(read(path, size)), boxes)
 
     def peer() -> None:
         random.seed(0)

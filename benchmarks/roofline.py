@@ -1,4 +1,4 @@
-"""What a training step must cost on this machine, and what it does cost: ``python -m benchmarks.roofline``.
+"""Compare the time of a training step with what it must take on this machine: ``python -m benchmarks.roofline``.
 
 The step's arithmetic is counted by PyTorch's FlopCounterMode (of products and convolutions, backward too), its bytes as what every
 operator reads and writes. The machine's matrix peak is the best of a large product and a large convolution, its bandwidth that of
@@ -23,7 +23,7 @@ from raydetr.training.engine import choose_device, choose_dtype
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that operators read and write; views move none."""
+    """Count the bytes that operators read and write. Views move none."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class Traffic(TorchDispatchMode):
 
 
 def count(step: Callable[[], object]) -> tuple[int, dict[str, int], int]:
-    """FLOP of a step, the same by operator, and its bytes."""
+    """Return the FLOP of a step, its FLOP by operator, and the bytes that it moves."""
     with FlopCounterMode(display=False) as flops:
         step()
     by_operator = {str(operator).removeprefix("aten."): number for operator, number in flops.get_flop_counts()["Global"].items()}
@@ -48,8 +48,8 @@ def count(step: Callable[[], object]) -> tuple[int, dict[str, int], int]:
 
 
 def main() -> None:
-    """Measure and print."""
-    chosen = options(__doc__.splitlines()[0], repeats=7).parse_args()
+    """Measure and print the tables."""
+    chosen = options(__doc__, repeats=7).parse_args()
     device = choose_device(Speed())
     dtype = choose_dtype(Speed(), device)
     size = (1, 64, 96) if chosen.quick else (4, 800, 1066) if device.type == "cuda" else (2, 480, 640)

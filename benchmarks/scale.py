@@ -1,4 +1,4 @@
-"""A search on a cluster of 64 to 512 GPUs, played: how busy it keeps them and what that costs: ``python -m benchmarks.scale``.
+"""Simulate a search on 64 to 512 GPUs: how busy it keeps them, and what that costs: ``python -m benchmarks.scale``.
 
 Real: the searching process, the only one that all trials share. ``tune`` runs as for any search, with Ray Tune's controller, its
 placement groups on a real raylet, the study and its journal. Played: what the GPUs do. The raylet only says that it has them, and a
@@ -17,14 +17,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import ray.tune
+from ray import cloudpickle
 from ray.air.execution.resources.placement_group import PlacementGroupAcquiredResources
 from ray.tune.result import DONE, RESULT_DUPLICATE
 
-from benchmarks.measure import RAY, machine, table
+from benchmarks.measure import RAY, first_line, machine, table
 from benchmarks.search import SURFACE, make_config, surface_ap
 from raydetr.config import load_config, to_dict
 from raydetr.launch.places import weights_bytes
@@ -38,19 +39,19 @@ UNITS = {1: "B", 1e3: "kB", 1e6: "MB", 1e9: "GB"}
 
 
 class PlayedTrial(ray.tune.Trainable):
-    """Answers as a trial of :func:`raydetr.launch.trial.run_trial` does, at once."""
+    """A simulated trial that reports like :func:`raydetr.launch.trial.run_trial`, without waiting."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Begin with the settings that the search assigned."""
+        """Start with the settings that the search has assigned."""
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Begin again with others."""
+        """Start again with other settings."""
         self.settings, self.epoch, self.told = new_config["settings"], 0, False
         return True
 
     def step(self) -> dict[str, Any]:
-        """An epoch, after the last one the end, and that once more as Ray Tune's functions say it."""
+        """Return the report of an epoch; after the last one the final report, twice, as Ray Tune's function trainables do."""
         if self.epoch < self.settings["optim"]["epochs"]:
             self.epoch += 1
             return {"epoch": self.epoch, "AP": surface_ap(self.settings, self.epoch)}
@@ -60,25 +61,27 @@ class PlayedTrial(ray.tune.Trainable):
         return {"epoch": self.epoch, "AP": surface_ap(self.settings, self.epoch), "finished": True}
 
 
-@ray.remote(num_cpus=0, max_concurrency=4096)
+@cast(Any, ray.remote)(num_cpus=0, max_concurrency=4096)
 class Stage:
-    """Where all trials are played."""
+    """The actor in which all simulated trials live."""
 
     def __init__(self, epoch_seconds: float, start_s: float, reset_s: float):
         self.epoch_seconds, self.start_s, self.reset_s = epoch_seconds, start_s, reset_s
         self.trials: dict[int, PlayedTrial] = {}
         self.random = random.Random(0)
-        self.done, self.running = 0.0, {}  # seconds of ended epochs, the others' begin
-        self.began = self.given = None  # when the first trial was given a GPU; of the last one when, and the seconds of epochs until then
+        self.done = 0.0
+        self.running: dict[int, float] = {}  # seconds of ended epochs, the others' begin
+        self.began: float | None = None  # when the first trial was given a GPU
+        self.given = 0.0, 0.0  # when the last trial was given one, and the seconds of epochs until then
 
     async def start(self, number: int, make: bytes) -> None:
-        """A process begins, with its first trial."""
+        """Wait as long as a process takes to start, then make its first trial."""
         self._note()
         await asyncio.sleep(self.start_s)
         self.trials[number] = PlayedTrial(**pickle.loads(make))
 
     async def call(self, number: int, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What Ray Tune asks of the actor ``number``."""
+        """Call a method of trial ``number``, after the time that it would take."""
         while number not in self.trials:  # asked before it had begun
             await asyncio.sleep(0.05)
         trial = self.trials[number]
@@ -101,7 +104,8 @@ class Stage:
         self.given = now, self.done + sum(now - began for began in self.running.values())
 
     async def played(self) -> dict[str, float]:
-        """Seconds of epochs (over all GPUs) until the last trial was given its GPU and in all, and the seconds until then and until now."""
+        """Return the GPU seconds in epochs and the elapsed seconds, in total and until the last trial got its GPU (``_given``)."""
+        assert self.began is not None
         return {
             "busy": self.done,
             "seconds": time.monotonic() - self.began,
@@ -111,14 +115,14 @@ class Stage:
 
 
 class PlayedActor:
-    """What Ray Tune takes for the handle of a trial's actor."""
+    """Stands in for the actor handle of a trial."""
 
     count = 0
 
     def __init__(self, stage, make: dict[str, Any]):
         PlayedActor.count += 1
         self._stage, self._number = stage, PlayedActor.count
-        self._started = stage.start.remote(self._number, ray.cloudpickle.dumps(make))
+        self._started = stage.start.remote(self._number, cast(Any, cloudpickle).dumps(make))
 
     @property
     def __ray_ready__(self):
@@ -134,7 +138,7 @@ class _Method:
 
 
 def play_on(stage) -> None:
-    """Have Ray Tune's trials of this process played on ``stage``; their placement groups stay real."""
+    """Make Ray Tune in this process run its trials on ``stage``. Their placement groups stay real."""
 
     class OnStage:
         def remote(self, **kwargs):
@@ -144,17 +148,17 @@ def play_on(stage) -> None:
 
 
 def measure(folder: Path, gpus: int, trials: int, epoch_seconds: float, start_s: float = START_S, reset_s: float = RESET_S) -> list:
-    """A row of the table: a search of ``trials`` on so many GPUs."""
+    """Run a search of ``trials`` on so many GPUs and return its row of the table."""
     ray.init(address="local", num_cpus=gpus, num_gpus=gpus, include_dashboard=False, **RAY)
     try:
-        stage = Stage.remote(epoch_seconds, start_s, reset_s)
+        stage = cast(Any, Stage).remote(epoch_seconds, start_s, reset_s)
         play_on(stage)
         config = make_config(folder, f"scale-{gpus}", EPOCHS, train=4, val=2)
         cpu = time.process_time()
         with contextlib.redirect_stdout(io.StringIO()):
             search = tune(config, SURFACE, trials=trials)
         cpu = time.process_time() - cpu
-        played = ray.get(stage.played.remote())
+        played: Any = ray.get(stage.played.remote())
     finally:
         ray.shutdown()
     ended = search.frozen()
@@ -186,7 +190,7 @@ HEADER = (
 
 
 def traffic(folder: Path) -> list[list]:
-    """Rows of the other table: bytes that a trial moves, measured in a real run of two epochs; checkpoints also for detr_resnet50.
+    """Return the rows of the second table: the bytes that a trial moves, measured in a real run of two epochs.
 
     A checkpoint is weights and multiples of them (moments of the optimizer, the moving average), hence as many times larger.
     """
@@ -211,19 +215,19 @@ def traffic(folder: Path) -> list[list]:
 
 
 def size(number: float) -> str:
-    """Bytes in a readable unit."""
+    """Return a number of bytes in a readable unit."""
     unit = next(unit for unit in UNITS if number < 1000 * unit or unit == max(UNITS))
     return f"{number / unit:.3g} {UNITS[unit]}"
 
 
 def rate(number: float) -> str:
-    """Bytes a second in a readable unit."""
+    """Return bytes per second in a readable unit."""
     return size(number) + "/s"
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(description=first_line(__doc__))
     parser.add_argument("--gpus", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--trials-per-gpu", type=int, default=3)
     parser.add_argument("--epoch-seconds", type=float, default=20.0, help="of every trial (default 20)")

@@ -1,4 +1,4 @@
-"""What a search costs beside its trainings, and what it saves: ``python -m benchmarks.search [start|controller|overhead|reach]``.
+"""Measure what a search costs besides its trainings, and what it saves: ``python -m benchmarks.search [start|controller|overhead|reach]``.
 
 ``start``: from the moment that a trial's settings are asked for to its first training step, in a reused process and through an inner
 TorchTrainer of two workers. ``controller``: CPU time of the searching process per report, over trials that do not train but follow a
@@ -26,7 +26,7 @@ import ray.tune
 from optuna.trial import FrozenTrial
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks.measure import RAY, machine, table
+from benchmarks.measure import RAY, first_line, machine, table
 from raydetr.config import Config, load_config, to_dict
 from raydetr.data.formats.convert import convert
 from raydetr.demo import balloons
@@ -41,7 +41,7 @@ from raydetr.search.study import Search, create_search, epochs_of
 from raydetr.training import tracking
 
 SURFACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "loss.eos_coef": {"loguniform": [0.01, 1.0]}}
-# As one draws who knows little of the network and the pictures.
+# Wide ranges, as if little were known about the network and the images.
 REACH_SPACE = {
     **SURFACE,
     "optim.lr_backbone": {"loguniform": [1e-5, 1e-2]},
@@ -51,7 +51,7 @@ REACH_TARGET = 0.25  # of random search's epochs
 
 
 def make_config(folder: Path, name: str, epochs: int, seed: int = 0, train: int = 64, val: int = 16) -> Config:
-    """Settings of the demo's trials; the pictures are made where ``folder`` has none yet."""
+    """Return settings like those of the demo's trials, and generate the images if ``folder`` has none yet."""
     data = folder / f"balloons-{seed}-{train}"
     if not data.exists():
         balloons.generate(folder / "photographs", train=train, val=val, seed=seed)
@@ -64,16 +64,17 @@ def make_config(folder: Path, name: str, epochs: int, seed: int = 0, train: int 
 
 
 def starts(search: Search) -> list[float]:
-    """Of each trial the seconds from being asked for to the end of its first training step."""
+    """Return the seconds from the proposal of each trial to the end of its first training step."""
     seconds = []
     for trial in search.frozen():
         events = EventAccumulator(str(trial_folder(search, trial.number) / "tb")).Reload()
+        assert trial.datetime_start
         seconds.append(events.Scalars("train/loss")[0].wall_time - trial.datetime_start.timestamp())
     return seconds
 
 
 def measure_start(folder: Path, trials: int) -> None:
-    """Print how long trials take to begin."""
+    """Print how long trials take to start."""
     rows = []
     for workers in (1, 2):
         config = make_config(folder, f"start-{workers}", epochs=1, train=16, val=4)
@@ -88,14 +89,14 @@ def measure_start(folder: Path, trials: int) -> None:
 
 
 def surface_ap(settings: dict[str, Any], epoch: int) -> float:
-    """A response surface: AP after ``epoch`` with one optimum in learning rate and no-object weight, which slow rates reach late."""
+    """Return the AP after ``epoch`` on a response surface with one optimum, which small learning rates reach late."""
     lr, eos = settings["optim"]["lr"], settings["loss"]["eos_coef"]
     height = math.exp(-(math.log10(lr / 5e-4) ** 2) - 0.5 * math.log10(eos / 0.2) ** 2)
     return 0.7 * height * (1 - math.exp(-epoch * (lr / 5e-4) ** 0.3 / 3))
 
 
 def follow_surface(assigned: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
-    """In place of a training: reports what the surface says."""
+    """Report the values of the response surface instead of training."""
     epochs = assigned["settings"]["optim"]["epochs"]
     for epoch in range(1, epochs + 1):
         values = {"epoch": epoch, "AP": surface_ap(assigned["settings"], epoch)}
@@ -104,7 +105,7 @@ def follow_surface(assigned: dict[str, Any], images: Sequence[ray.ObjectRef] = (
 
 
 def measure_controller(folder: Path, trials: int) -> None:
-    """Print what a report costs the searching process."""
+    """Print the CPU time of the search process for each report."""
     launcher.run_trial = follow_surface
     config = make_config(folder, "controller", epochs=9, train=4, val=2)
     cpu, wall = time.process_time(), time.monotonic()
@@ -123,21 +124,21 @@ EVENTS, REPORT, EPOCH = "writing TensorBoard events", "the report, and the wait 
 
 
 class Watch:
-    """Seconds of wall clock and of this thread's CPU time, by what they went into."""
+    """Stopwatch of wall-clock time and of the CPU time of this thread, by activity."""
 
     def __init__(self):
         self.spent = {}
         self.restart()
 
     def restart(self) -> dict[str, list[float]]:
-        """What was spent since the last time, with :data:`EPOCH` for all of it; begins anew."""
+        """Return the seconds since the last restart, by activity, with the total under :data:`EPOCH`, and start again."""
         now, before = (time.perf_counter(), time.thread_time()), getattr(self, "began", (0.0, 0.0))
         spent = {**self.spent, EPOCH: [end - begin for end, begin in zip(now, before, strict=True)]}
         self.spent, self.began = {EVENTS: [0.0, 0.0], REPORT: [0.0, 0.0]}, now
         return spent
 
     def over(self, what: str, call: Callable) -> Callable:
-        """``call``, with what it takes added to ``what``."""
+        """Return ``call`` with its time added to ``what``."""
 
         @functools.wraps(call)
         def watched(*arguments, **named):
@@ -152,7 +153,7 @@ class Watch:
 
 
 def trial_watched(folder: Path, assigned: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
-    """What Ray Tune calls for a trial here: the product's own, with a clock on its event files and reports."""
+    """Run a trial as raydetr does, with a stopwatch on its event files and reports."""
     watch, epochs = Watch(), []
     Tracker = type("Tracker", (tracking.Tracker,), {})
     for name in ("log_step", "log_epoch", "log_pictures", "flush"):
@@ -170,7 +171,7 @@ def trial_watched(folder: Path, assigned: dict[str, Any], images: Sequence[ray.O
 
 
 def measure_overhead(folder: Path, trials: int, epochs: int, train: int = 64, val: int = 16) -> None:
-    """Print what a search adds to an epoch."""
+    """Print the time that a search adds to an epoch."""
     config = make_config(folder, "overhead", epochs, train=train, val=val)
     launcher.run_trial = functools.partial(trial_watched, folder)
     cpu = time.process_time()
@@ -185,7 +186,7 @@ def measure_overhead(folder: Path, trials: int, epochs: int, train: int = 64, va
 
 
 def shares(part: Sequence[float], whole: Sequence[float]) -> list[str]:
-    """In percent."""
+    """Return the shares of the whole, as text in percent."""
     return [f"{100 * one / all_:.1f} %" for one, all_ in zip(part, whole, strict=True)]
 
 
@@ -193,17 +194,17 @@ def shares(part: Sequence[float], whole: Sequence[float]) -> list[str]:
 
 
 class Reached(Hopeless):
-    """Ends a search that has an AP of ``target`` in a trial other than trial 0."""
+    """A scheduler that ends the search when a trial other than trial 0 has reached an AP of ``target``."""
 
     target = math.inf
 
     def stop_all(self) -> bool:
-        """Whether to end the search."""
+        """Return whether to end the search."""
         return super().stop_all() or self.has(self.search.frozen())
 
     @classmethod
     def has(cls, trials: Sequence[FrozenTrial]) -> bool:
-        """Whether a trial has it."""
+        """Return whether a trial has reached the target."""
         return any(value >= cls.target for each in trials[1:] for value in each.intermediate_values.values())
 
 
@@ -230,7 +231,7 @@ def measure_reach(folder: Path, trials: int, epochs: int, repeats: int, run_arm:
 
 
 def play_arm(folder: Path, sampler: str, scheduler: str, trials: int, epochs: int, seed: int) -> list[FrozenTrial]:
-    """The trials of a search that does not train but follows the response surface, one trial after the other."""
+    """Run a search on the response surface, one trial after the other, and return its trials."""
     config = load_config({"optim.epochs": epochs})
     options = {"trials": trials, "sampler": sampler, "pruner": scheduler, "grace": grace_epochs(config.optim), "seed": seed}
     search = create_search(folder / f"{sampler}-{seed}", read_space(SURFACE), config, **options)
@@ -240,7 +241,7 @@ def play_arm(folder: Path, sampler: str, scheduler: str, trials: int, epochs: in
 
 
 def play_trial(search: Search, number: int, epochs: int) -> None:
-    """Report what the response surface says, as long as the search wants to hear it."""
+    """Report the values of the response surface until the search stops the trial."""
     settings, best = to_dict(search.config(number)), 0.0
     for epoch in range(1, epochs + 1):
         best = max(best, surface_ap(settings, epoch))
@@ -254,15 +255,15 @@ def play_trial(search: Search, number: int, epochs: int) -> None:
 
 
 def train_arm(folder: Path, sampler: str, scheduler: str, trials: int, epochs: int, seed: int) -> list[FrozenTrial]:
-    """The trials of a search, trained."""
+    """Run a search that trains, and return its trials."""
     config = make_config(folder, f"{sampler}-{seed}", epochs, seed)
     with contextlib.redirect_stdout(io.StringIO()):
         return tune(config, REACH_SPACE, trials=trials, sampler=sampler, scheduler=scheduler, seed=seed).frozen()
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(description=first_line(__doc__))
     parser.add_argument("what", choices=["start", "controller", "overhead", "reach"])
     parser.add_argument("--trials", type=int, help="default: 4 (start, overhead), 500 (controller), 20 (reach)")
     parser.add_argument("--epochs", type=int, default=9, help="of each trial of overhead and reach (default 9)")

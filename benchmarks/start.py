@@ -1,4 +1,4 @@
-"""How long the commands take to begin: ``raydetr --help``, and ``raydetr train`` until its first step: ``python -m benchmarks.start``."""
+"""Measure the start of ``raydetr --help`` and of ``raydetr train`` until its first step: ``python -m benchmarks.start``."""
 
 import os
 import subprocess
@@ -19,20 +19,20 @@ HELP_TARGET_S, TRAIN_TARGET_S = 0.3, 12.0
 
 
 def help_seconds(clock: Callable[[], float] = time.perf_counter) -> float:
-    """Of ``raydetr --help``, the whole process."""
+    """Return the time of a process that runs ``raydetr --help``."""
     began = clock()
     subprocess.run([*RAYDETR, "--help"], check=True, stdout=subprocess.DEVNULL)
     return clock() - began
 
 
 def cpu_seconds() -> float:
-    """CPU time of all processes that this one has started and seen end."""
+    """Return the CPU time of all ended children of this process."""
     times = os.times()
     return times.children_user + times.children_system
 
 
 def first_step_seconds(data: Path, storage: Path, preset: str, workers: int, name: str) -> tuple[float, float]:
-    """From the start of ``raydetr train`` until its first step begins, and until it ends, with weights that need no download.
+    """Return the seconds from the start of ``raydetr train`` to the begin and to the end of its first step.
 
     A step takes two pictures of 480 x 640 in each worker, as in :mod:`benchmarks.step`.
     """
@@ -47,8 +47,8 @@ def first_step_seconds(data: Path, storage: Path, preset: str, workers: int, nam
 
 
 def main() -> None:
-    """Measure and print."""
-    chosen = options(__doc__.splitlines()[0], repeats=3).parse_args()
+    """Measure and print the tables."""
+    chosen = options(__doc__, repeats=3).parse_args()
     repeats = 1 if chosen.quick else chosen.repeats
     preset = "detr_tiny" if chosen.quick else "detr_resnet50"
     print(machine(), "\n")
@@ -70,8 +70,8 @@ def main() -> None:
     for workers, measured in steps.items():
         begins, ends = zip(*measured, strict=True)
         what = f"raydetr train, {preset}, {workers} worker{'s' * (workers > 1)}"
-        rows.append([f"{what}, until its first step begins", spread(begins), f"{TRAIN_TARGET_S:.0f} s" * (workers == 1)])
-        rows.append([f"{what}, until it ends", spread(ends), ""])
+        rows.append([f"{what}, until the first step begins", spread(begins), f"{TRAIN_TARGET_S:.0f} s" * (workers == 1)])
+        rows.append([f"{what}, until the first step ends", spread(ends), ""])
     print(table(rows, ["from the command", "time", "target"]))
 
 

@@ -1,8 +1,8 @@
-"""A training step and an inference of raydetr against transformers' DETR, in time and memory: ``python -m benchmarks.step``.
+"""Compare a training step and an inference with transformers' DETR, in time and memory: ``python -m benchmarks.step``.
 
 Both have random weights, the same images and boxes, the same layers frozen, the same groups of learning rates, losses at all
-decoder layers, and gradients clipped at 0.1. The peer is measured as its configuration comes, without drop-out on the attention
-weights, and once more with the drop-out of the official DETR, which is what raydetr computes. Each lives in a process of its own.
+decoder layers, and gradients clipped at 0.1. The peer is measured as its configuration comes, without dropout on the attention
+weights, and once more with the dropout of the official DETR, which is what raydetr computes. Each lives in a process of its own.
 On a CPU raydetr keeps freed memory (:mod:`raydetr.memory`), which any program can: what the peer gains by it is shown, too.
 """
 
@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from raydetr.training.engine import Training, choose_device, choose_dtype, loss_
 from raydetr.training.schedule import build_optimizer, build_scheduler
 
 OURS, PEER = "raydetr", "transformers"
-SAME_DROPOUT, KEPT, COMPILED = (f"transformers, {how}" for how in ("same drop-out", "freed memory kept", "compiled"))
+SAME_DROPOUT, KEPT, COMPILED = (f"transformers, {how}" for how in ("same dropout", "freed memory kept", "compiled"))
 CLASSES, BOXES, LR, LR_BACKBONE, CLIP = 91, 7, 1e-4, 1e-5, 0.1
 TARGETS = {
     "cpu": {"step": {PEER: 1.7}, "inference": {PEER: 1.3}, "memory": 0.8},
@@ -32,7 +33,7 @@ TARGETS = {
 
 
 def make_batch(batch: int, height: int, width: int, device: torch.device) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Images [batch, 3, height, width] of noise and ``BOXES`` true boxes for each of them, as the criterion takes them."""
+    """Return images of noise [batch, 3, height, width], and targets with ``BOXES`` boxes for each, as the criterion takes them."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, 3, height, width, generator=generator)
     targets = []
@@ -45,7 +46,7 @@ def make_batch(batch: int, height: int, width: int, device: torch.device) -> tup
 
 
 def our_step(images: Tensor, targets: list[dict[str, Tensor]], dtype: torch.dtype) -> Callable[[], object]:
-    """A training step of raydetr on this batch, to be called again and again."""
+    """Return a function that runs a training step of raydetr on this batch."""
     torch.manual_seed(0)
     optim = Optim(lr=LR, lr_backbone=LR_BACKBONE)
     model = build_model("detr_resnet50", CLASSES).to(images.device).train()
@@ -59,14 +60,14 @@ def our_step(images: Tensor, targets: list[dict[str, Tensor]], dtype: torch.dtyp
 def peer_step(
     images: Tensor, targets: list[dict[str, Tensor]], dtype: torch.dtype, dropout: float = 0.0, compiled: bool = False
 ) -> Callable[[], object]:
-    """The same of transformers; ``dropout`` is that of the attention weights and inside the feed-forward networks."""
+    """Return the training step of transformers. ``dropout`` applies to attention weights and inside the feed-forward networks."""
     model = peer_model(dropout).to(images.device).train()
     backbone = [each for name, each in model.named_parameters() if "backbone" in name and each.requires_grad]
     others = [each for name, each in model.named_parameters() if "backbone" not in name and each.requires_grad]
     optimizer = torch.optim.AdamW([{"params": others, "lr": LR}, {"params": backbone, "lr": LR_BACKBONE}], weight_decay=1e-4)
     labels = [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in targets]
     if compiled:
-        model.model.compile()  # the network; the matching in its loss cannot be
+        cast(nn.Module, model.model).compile()  # the network; the matching in its loss cannot be
 
     def step() -> None:
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
@@ -80,11 +81,11 @@ def peer_step(
 
 
 def peer_model(dropout: float = 0.0) -> nn.Module:
-    """transformers' DETR-ResNet-50 with random weights, which trains what the official DETR trains."""
+    """Return transformers' DETR-ResNet-50 with random weights. It trains the layers that the official DETR trains."""
     from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
-    backbone = ResNetConfig(out_features=["stage4"], downsample_in_bottleneck=False)  # the stride of "v1.5", as torchvision's
-    config = DetrConfig(
+    backbone = cast(Any, ResNetConfig)(out_features=["stage4"], downsample_in_bottleneck=False)  # the stride of "v1.5", as torchvision's
+    config = cast(Any, DetrConfig)(
         use_timm_backbone=False,
         backbone_config=backbone,
         num_labels=CLASSES,
@@ -102,12 +103,12 @@ def peer_model(dropout: float = 0.0) -> nn.Module:
 
 
 def our_inference(images: Tensor, dtype: torch.dtype) -> Callable[[], object]:
-    """The outputs of raydetr's network, without gradients."""
+    """Return a function that runs raydetr's network without gradients."""
     return _inference(build_model("detr_resnet50", CLASSES).to(images.device), images, dtype)
 
 
 def peer_inference(images: Tensor, dtype: torch.dtype) -> Callable[[], object]:
-    """The same of transformers."""
+    """Return a function that runs transformers' network without gradients."""
     return _inference(peer_model().to(images.device), images, dtype)
 
 
@@ -123,7 +124,7 @@ def _inference(model: nn.Module, images: Tensor, dtype: torch.dtype) -> Callable
 
 
 def peer_compiled_step(images: Tensor, targets: list[dict[str, Tensor]], dtype: torch.dtype) -> Callable[[], object]:
-    """The peer's step, its network compiled."""
+    """Return the training step of transformers with a compiled network."""
     return peer_step(images, targets, dtype, compiled=True)
 
 
@@ -138,14 +139,14 @@ INFERENCES = {OURS: our_inference, PEER: peer_inference, KEPT: peer_inference}
 
 
 def contender(what: str, who: str, size: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
-    """The ``step`` or ``inference`` of one of the contenders, on images of that size."""
+    """Return the ``step`` or the ``inference`` of a contender on images of this size."""
     images, targets = make_batch(*size, device)
     return STEPS[who](images, targets, dtype) if what == "step" else INFERENCES[who](images, dtype)
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = options(__doc__.splitlines()[0], repeats=9)
+    """Measure and print the tables."""
+    parser = options(__doc__, repeats=9)
     parser.add_argument("--serve", nargs=2, metavar=("WHAT", "WHO"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     device = choose_device(Speed())
@@ -181,7 +182,7 @@ def main() -> None:
 
 
 def rows_of(what: str, seconds: dict[str, list[float]], targets: dict[str, float]) -> list[list]:
-    """A row of the table for each contender."""
+    """Return a row of the table for each contender."""
     return [[what, name, spread(each), ratio(seconds, name, OURS), targets.get(name, "")] for name, each in seconds.items()]
 
 

@@ -1,4 +1,4 @@
-"""``fit`` by Ray Train's TorchTrainer beside the same under plain torchrun with gloo, on two workers: ``python -m benchmarks.train``.
+"""Compare ``fit`` under Ray Train's TorchTrainer with ``fit`` under torchrun, on two workers: ``python -m benchmarks.train``.
 
 And beside one process alone, which shows what the second worker gains. Each worker has one thread and the same batch size. An epoch of
 the demo is measured from its first step until rank 0 is ready for the next: with evaluation, checkpoint, event files and the report. The
@@ -23,7 +23,7 @@ import psutil
 import ray
 import torch.distributed as dist
 
-from benchmarks.measure import RAY, machine, ratio, spread, table
+from benchmarks.measure import RAY, first_line, machine, ratio, spread, table
 from benchmarks.search import make_config
 from benchmarks.turns import Turns, taking_turns
 from raydetr.config import Config, load_config, read_yaml, write_yaml
@@ -36,13 +36,13 @@ TARGET = 1.02  # of TorchTrainer's epoch to torchrun's
 
 
 def worker_in_turn(turns: Turns, loop_config: dict[str, Any]) -> dict[str, Any] | None:
-    """What a Ray Train worker runs here: the product's own, with a reporter that waits for its turn."""
+    """Run a Ray Train worker as raydetr does, with a reporter that waits for its turn."""
     launcher.TrainReporter = taking_turns(launcher.TrainReporter, turns, TORCH_TRAINER)
     return launcher.train_worker(loop_config)
 
 
 def start_torchrun(turns: Turns, name: str, config: Config) -> subprocess.Popen:
-    """The plain contender ``name``, in processes of its own."""
+    """Start a contender without Ray in its own processes."""
     write_yaml(config, turns.folder / f"{name}.yaml")
     workers = WORKERS[name]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}", "-m", "benchmarks.train"]
@@ -52,7 +52,7 @@ def start_torchrun(turns: Turns, name: str, config: Config) -> subprocess.Popen:
 
 
 def run_plain(turns: Turns, name: str) -> None:
-    """What a process under torchrun runs."""
+    """Run the process of a contender under torchrun."""
     dist.init_process_group("gloo")
     reporter = taking_turns(LocalReporter, turns, name)
     fit(load_config(read_yaml(turns.folder / f"{name}.yaml")), reporter())
@@ -60,7 +60,7 @@ def run_plain(turns: Turns, name: str) -> None:
 
 
 def run_all(folder: Path, epochs: int, train: int, val: int) -> tuple[Turns, float]:
-    """All contenders' epochs, and the share of a core that the driver and Ray's other processes take meanwhile."""
+    """Run all contenders. Return their turns, and the share of a core that the driver and Ray's other processes take."""
     turns = Turns(folder / "turns", WORKERS, epochs)
     turns.folder.mkdir()
     configs = {}
@@ -85,7 +85,7 @@ def run_all(folder: Path, epochs: int, train: int, val: int) -> tuple[Turns, flo
 
 
 def share_of_others(turns: Turns, plain: set[int]) -> float:
-    """How much of a core this process and Ray's own take from the end of TorchTrainer's first epoch to that of its last."""
+    """Return the share of a core that this process and Ray's own take between TorchTrainer's first and last epoch."""
     turns.wait_for(TORCH_TRAINER, 1)
     before, began = cpu_of_others(plain), time.monotonic()
     turns.wait_for(TORCH_TRAINER, turns.epochs)
@@ -94,7 +94,7 @@ def share_of_others(turns: Turns, plain: set[int]) -> float:
 
 
 def cpu_of_others(plain: set[int]) -> dict[int, float]:
-    """CPU seconds of this process and all it started, by process, without those that train."""
+    """Return the CPU seconds of this process and its children by process id, without those that train."""
     seconds, left = {}, [psutil.Process()]
     while left:
         process = left.pop()
@@ -106,8 +106,8 @@ def cpu_of_others(plain: set[int]) -> dict[int, float]:
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(description=first_line(__doc__))
     parser.add_argument("--epochs", type=int, default=12, help="of each (default 12; the first does not count)")
     parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, its numbers mean nothing")
     parser.add_argument("--contender", choices=[TORCHRUN, ALONE], help=argparse.SUPPRESS)

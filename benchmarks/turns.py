@@ -1,4 +1,4 @@
-"""Runs of ``fit`` that take turns, an epoch at a time and whoever launched them: what slows the machine slows all of them."""
+"""Let runs of ``fit`` take turns, one epoch at a time, so that whatever slows the machine slows all of them."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ WAIT_S, TIMEOUT_S = 0.005, 900
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
-    """Every run of ``workers`` (their number by the run's name) trains ``epochs`` epochs; the order is drawn anew for each epoch.
+    """The order in which runs train their epochs. ``workers`` is the number of workers by the name of the run.
 
     A worker leaves a file in ``folder`` for every epoch, with its seconds and its CPU seconds.
     """
@@ -23,18 +23,18 @@ class Turns:
     epochs: int
 
     def begin(self, name: str, epoch: int) -> None:
-        """Wait for the turn of the run before."""
+        """Wait until the previous run has finished its turn."""
         order = [
             (other, number)
             for number in range(1, self.epochs + 1)
             for other in random.Random(number).sample([*self.workers], len(self.workers))
         ]
-        place = order.index((name, epoch))
-        if place:
-            self.wait_for(*order[place - 1])
+        position = order.index((name, epoch))
+        if position:
+            self.wait_for(*order[position - 1])
 
     def wait_for(self, name: str, epoch: int) -> None:
-        """Until all workers of a run have had that turn; RuntimeError after a quarter of an hour."""
+        """Wait until all workers of a run have finished this epoch. Raises RuntimeError after 15 minutes."""
         files = [self._file(name, epoch, rank) for rank in range(self.workers[name])]
         deadline = time.monotonic() + TIMEOUT_S
         while not all(file.exists() for file in files):
@@ -43,17 +43,17 @@ class Turns:
             time.sleep(WAIT_S)
 
     def end(self, name: str, epoch: int, rank: int, seconds: float, cpu_seconds: float) -> None:
-        """A worker has had its turn."""
+        """Record that a worker has finished its turn."""
         file = self._file(name, epoch, rank)
         file.with_suffix(".new").write_text(json.dumps([seconds, cpu_seconds]))
         file.with_suffix(".new").replace(file)
 
     def seconds(self, name: str) -> list[float]:
-        """Of each epoch but the first, until rank 0 was ready for the next."""
+        """Return the seconds of each epoch except the first, until rank 0 is ready for the next."""
         return [self._read(name, epoch, 0)[0] for epoch in range(2, self.epochs + 1)]
 
     def cpu_seconds(self, name: str) -> float:
-        """The median epoch's, of all workers together."""
+        """Return the median CPU seconds of an epoch, of all workers together."""
         ranks = range(self.workers[name])
         return statistics.median(sum(self._read(name, epoch, rank)[1] for rank in ranks) for epoch in range(2, self.epochs + 1))
 
@@ -65,7 +65,7 @@ class Turns:
 
 
 def taking_turns(reporter: type, turns: Turns, name: str) -> type:
-    """A reporter as ``reporter``, whose worker waits for its turn before each epoch and says when it has had it."""
+    """Return a subclass of ``reporter`` whose worker waits for its turn before each epoch and records its end."""
 
     class Paced(reporter):
         def show(self, event: dict[str, Any]) -> None:

@@ -1,13 +1,22 @@
-"""raydetr: from a folder of labelled photographs to the best DETR for it.
+"""Fine-tune DETR on a small set of labelled images, distributed and searched with Ray.
 
-The public Python API. Importing it imports neither torch nor ray; each name loads what it needs when it is first used.
+This is the public Python API. Importing it imports neither torch nor ray: each name loads what it needs when it is first used.
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 from raydetr.errors import UserError
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from raydetr.config import load_config
+    from raydetr.launch.command import tune
+    from raydetr.launch.train import train
+    from raydetr.loss.criterion import build_criterion
+    from raydetr.model.detr import build_model
+    from raydetr.weights.fitting import load
+
+__version__ = "0.2.0"
 
 _HOME = {
     "build_model": "raydetr.model.detr",
@@ -18,14 +27,14 @@ _HOME = {
     "tune": "raydetr.launch.command",
 }
 
-__all__ = ["UserError", *_HOME]
+__all__ = ["UserError", "build_criterion", "build_model", "load", "load_config", "train", "tune"]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'raydetr' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME])

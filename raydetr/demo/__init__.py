@@ -1,4 +1,4 @@
 """Everything that only ``raydetr demo`` needs: generated images and the pre-training of ``detr_tiny``.
 
-Called by the command line, the tests and the benchmarks; nothing else depends on it.
+The command line, the tests, the benchmarks and the examples use it; no other room may.
 """

@@ -1,7 +1,7 @@
-"""A generated set of balloon pictures, labelled as the VGG Image Annotator (version 1) does: something to try everything on.
+"""Generate images of balloons with labels in the format of the VGG Image Annotator (version 1).
 
-Every picture is drawn from (seed, split, number) alone: a seed gives the same files, byte for byte, and more pictures of a
-seed begin with the fewer.
+Each image depends only on seed, split and number. The same seed gives the same files, byte for byte, and a larger set starts with the
+images of a smaller one.
 """
 
 import json
@@ -11,14 +11,14 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from raydetr.demo.scenes import SUPERSAMPLE, Colour, Part, Scene, colour_of, darker, ellipse, mixed, place, polygon, stroke
+from raydetr.demo.scenes import SUPERSAMPLE, Color, Part, Scene, color_of, darker, ellipse, mixed, place, polygon, stroke
 from raydetr.demo.things import KINDS
 from raydetr.errors import UserError
 
-WIDTH, HEIGHT = 320, 240  # pixels; all pictures come from one camera
-LEAST_VISIBLE = 0.5  # of every balloon's area, whatever stands before it and however the picture cuts it
+WIDTH, HEIGHT = 320, 240  # pixels, of all images
+LEAST_VISIBLE = 0.5  # least share of a balloon's area that is visible behind other things and inside the image
 JPEG_QUALITY = 92
-TOLERANCE = 0.6  # pixels by which an outline may differ from the balloon's edge
+TOLERANCE = 0.6  # pixels between the outline and the balloon's edge, at most
 
 IN_THE_AIR = ("bird", "butterfly", "cloud", "kite", "leaf", "moon", "sun", "cloud", "bird")
 ON_THE_GROUND = ("car", "crate", "house", "lamp", "pine", "street lamp", "tree", "tree", "umbrella", "boat", "mushroom", "flower")
@@ -26,22 +26,30 @@ IN_FRONT = ("apple", "ball", "bottle", "crate", "cup", "egg", "flower", "lemon",
 
 
 def generate(dst: str | Path, train: int = 64, val: int = 16, seed: int = 0) -> None:
-    """Draws ``train`` and ``val`` pictures into ``dst``/train and ``dst``/val, each with its via_region_data.json.
+    """Generate images into ``dst``/train and ``dst``/val, each with a via_region_data.json.
 
-    The regions are polygons around what is seen of each balloon, named "balloon" by their region attribute "name". Raises
-    UserError where ``dst`` cannot be written or a number is negative.
+    Each region is a polygon around the visible part of a balloon. Its region attribute "name" is "balloon".
+
+    Args:
+        dst: folder to write to.
+        train: number of training images.
+        val: number of validation images.
+        seed: seed of all images.
+
+    Raises:
+        UserError: ``dst`` cannot be written, or a number is negative.
     """
     for number, (split, count) in enumerate((("train", train), ("val", val))):
         if count < 0:
-            raise UserError(f"{split}: {count} pictures cannot be drawn; give 0 or more")
+            raise UserError(f"{split}: {count} images cannot be generated; give 0 or more")
         folder = Path(dst) / split
         try:
             folder.mkdir(parents=True, exist_ok=True)
             entries = {}
             for i in range(count):
-                picture, seen = draw(np.random.default_rng((seed, number, i)))
+                image, seen = draw(np.random.default_rng((seed, number, i)))
                 path = folder / f"balloons_{split}_{i:04d}.jpg"
-                Image.fromarray(picture).save(path, quality=JPEG_QUALITY)
+                Image.fromarray(image).save(path, quality=JPEG_QUALITY)
                 size = path.stat().st_size
                 entries[f"{path.name}{size}"] = _via_entry(path.name, size, [outline(mask) for mask in seen])
             (folder / "via_region_data.json").write_text(json.dumps(entries), encoding="utf-8")
@@ -58,7 +66,11 @@ def _via_entry(name: str, size: int, outlines: list[np.ndarray]) -> dict:
 
 
 def draw(rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
-    """A picture uint8 [height, width, 3], and for each balloon where it is seen, bool [height, width] times SUPERSAMPLE."""
+    """Draw an image.
+
+    Returns:
+        The image, uint8 [height, width, 3], and a mask of the visible part of each balloon, bool [height, width] times SUPERSAMPLE.
+    """
     scene = Scene(rng, WIDTH, HEIGHT)
     layout = _Layout(scene)
     for _ in range(rng.integers(2, 6)):
@@ -72,7 +84,7 @@ def draw(rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 class _Layout:
-    """What has been put into the scene so far. Things are put where enough of each balloon is still seen, in one piece."""
+    """The things in a scene. A thing is only added where enough of each balloon stays visible, in one piece."""
 
     def __init__(self, scene: Scene):
         self.scene, self.rng = scene, scene.rng
@@ -80,7 +92,7 @@ class _Layout:
         self.balloons: dict[int, float] = {}  # a balloon's number to its whole area, in the pixels of scene.numbers
 
     def stand_about(self, kinds: tuple[str, ...], in_front: bool = False) -> None:
-        """Adds one of ``kinds``, smaller behind the balloons than in front of them."""
+        """Add one of ``kinds``. Things behind the balloons are smaller than those in front of them."""
         rng, width, height = self.rng, self.scene.width, self.scene.height
         kind = kinds[rng.integers(len(kinds))]
         parts = KINDS[kind](rng)
@@ -95,7 +107,7 @@ class _Layout:
                 return
 
     def add_balloon(self, x: float, y: float, size: float, string_to: tuple[float, float] | None = None) -> bool:
-        """Adds a balloon of ``size`` pixels from centre to top, if it fits; its string may lead to a point."""
+        """Add a balloon of ``size`` pixels from center to top, if it fits. Its string ends at ``string_to``, if given."""
         rng = self.rng
         placed = place(_balloon(rng), x, y, size, rng.normal() * 0.22, rng.uniform(0.9, 1.1))
         footprint = self.scene.footprint(placed)
@@ -120,7 +132,7 @@ class _Layout:
             left = seen[window] & ~footprint[window]
             if left.sum() < LEAST_VISIBLE * self.balloons[number]:
                 return False
-            pieces, _ = ndimage.label(left)
+            pieces = _pieces(left)
             if np.bincount(pieces[left]).max() < 0.97 * left.sum():
                 return False
         return True
@@ -130,42 +142,42 @@ class _Layout:
 
 
 def _balloon(rng: np.random.Generator) -> list[Part]:
-    """The body first, the knot last."""
+    """Return the parts of a balloon, the body first and the knot last."""
     turn = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     lower = np.maximum(-np.cos(turn), 0)
     half = rng.uniform(0.78, 0.98) * (1 - rng.uniform(0.05, 0.3) * lower**1.5)
     body = np.stack([half * np.sin(turn), -np.cos(turn) + rng.uniform(0.02, 0.3) * lower**2], axis=1)
-    colour, low = _balloon_colour(rng), body[:, 1].max()
+    color, low = _balloon_color(rng), body[:, 1].max()
     opacity = rng.choice([1.0, 0.93, 0.82], p=[0.5, 0.35, 0.15])
-    parts = [Part(body, colour, "shiny", opacity)]
+    parts = [Part(body, color, "shiny", opacity)]
     pattern = rng.random()
-    print_colour = mixed(colour, (255, 255, 255), 0.6) if rng.random() < 0.6 else colour_of(rng, (0.5, 1.0), (0.4, 1.0))
+    print_color = mixed(color, (255, 255, 255), 0.6) if rng.random() < 0.6 else color_of(rng, (0.5, 1.0), (0.4, 1.0))
     if pattern < 0.1:
         spots = rng.uniform(-0.6, 0.6, (12, 2))
-        parts += [Part(ellipse(x * 0.95, y, 0.09, 0.09, corners=12), print_colour, opacity=0.85) for x, y in spots if np.hypot(x, y) < 0.68]
+        parts += [Part(ellipse(x * 0.95, y, 0.09, 0.09, corners=12), print_color, opacity=0.85) for x, y in spots if np.hypot(x, y) < 0.68]
     elif pattern < 0.16:
         bands = ((-0.45, -0.2), (0.1, 0.35))
-        parts += [Part(_band(body, *band), print_colour, "round", 0.9) for band in bands]
+        parts += [Part(_band(body, *band), print_color, "round", 0.9) for band in bands]
     elif pattern < 0.22:
         spikes = ellipse(0, -0.05, 0.42, 0.42, corners=10) * np.where(np.arange(10) % 2, 0.5, 1.0)[:, None]
-        parts.append(Part(spikes, print_colour, opacity=0.9))
+        parts.append(Part(spikes, print_color, opacity=0.9))
     glint = ellipse(-0.3 * half.max(), -0.45, 0.1, 0.2, corners=16)
-    parts.append(Part(glint, mixed(colour, (255, 255, 255), 0.75), opacity=rng.uniform(0.25, 0.75)))
+    parts.append(Part(glint, mixed(color, (255, 255, 255), 0.75), opacity=rng.uniform(0.25, 0.75)))
     knot = polygon((-0.05, low - 0.03), (0.05, low - 0.03), (0.11, low + 0.12), (0, low + 0.09), (-0.11, low + 0.12))
-    return [*parts, Part(knot, darker(colour, 0.75))]
+    return [*parts, Part(knot, darker(color, 0.75))]
 
 
-def _balloon_colour(rng: np.random.Generator) -> Colour:
+def _balloon_color(rng: np.random.Generator) -> Color:
     kind = rng.random()
     if kind < 0.65:
-        return colour_of(rng, (0.75, 1.0), (0.7, 1.0))
+        return color_of(rng, (0.75, 1.0), (0.7, 1.0))
     if kind < 0.82:
-        return colour_of(rng, (0.25, 0.5), (0.85, 1.0))
+        return color_of(rng, (0.25, 0.5), (0.85, 1.0))
     return [(240, 240, 238), (190, 192, 198), (205, 165, 75), (60, 60, 66), (130, 20, 40)][rng.integers(5)]
 
 
 def _band(body: np.ndarray, top: float, bottom: float) -> np.ndarray:
-    """The part of the body between two heights."""
+    """Return the outline of the body between two heights."""
     right = body[(body[:, 0] >= 0) & (body[:, 1] >= top) & (body[:, 1] <= bottom)]
     left = body[(body[:, 0] < 0) & (body[:, 1] >= top) & (body[:, 1] <= bottom)]
     return np.concatenate([right, left])
@@ -184,7 +196,7 @@ def _string(rng: np.random.Generator, knot: np.ndarray, end: tuple[float, float]
 
 
 def _bunch(layout: _Layout) -> None:
-    """Balloons held by one hand, their strings meeting below."""
+    """Add balloons whose strings meet below, as if held by one hand."""
     rng, width, height = layout.rng, layout.scene.width, layout.scene.height
     size = height * rng.uniform(0.13, 0.2)
     x, y = rng.uniform(0.25, 0.75) * width, rng.uniform(0.25, 0.45) * height
@@ -197,7 +209,7 @@ def _bunch(layout: _Layout) -> None:
 
 
 def _loose(layout: _Layout, most: int = 6) -> None:
-    """Balloons flying each on its own, near and far."""
+    """Add balloons that fly separately, near and far."""
     rng, width, height = layout.rng, layout.scene.width, layout.scene.height
     for _ in range(rng.integers(1, most + 1)):
         size = height * np.exp(rng.uniform(np.log(0.12), np.log(0.3)))
@@ -205,7 +217,7 @@ def _loose(layout: _Layout, most: int = 6) -> None:
 
 
 def _row(layout: _Layout) -> None:
-    """Balloons side by side on a line, as at a party."""
+    """Add balloons side by side on a line, as at a party."""
     rng, width, height = layout.rng, layout.scene.width, layout.scene.height
     count, size = int(rng.integers(3, 6)), height * rng.uniform(0.11, 0.16)
     level, sag, spread = rng.uniform(0.15, 0.5) * height, rng.uniform(-0.15, 0.2) * height, rng.uniform(0.5, 0.95)
@@ -225,30 +237,47 @@ def _area(points: np.ndarray) -> float:
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """The outer edge of the largest piece of a mask as :func:`draw` gives it: float64 [corners, 2], x and y in the picture's pixels."""
+    """Return the outline of the largest piece of a mask from :func:`draw`: float64 [corners, 2], x and y in image pixels."""
     return simplified(edge(mask), TOLERANCE * SUPERSAMPLE) / SUPERSAMPLE
 
 
 def _window(mask: np.ndarray) -> tuple[slice, slice]:
-    """The rows and columns in which anything of ``mask`` is set."""
-    return tuple(slice(np.argmax(some), len(some) - np.argmax(some[::-1])) for some in (mask.any(1), mask.any(0)))
+    """Return the rows and columns that contain a set pixel."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+
+
+def _pieces(mask: np.ndarray) -> np.ndarray:
+    """Return the connected pieces of a mask, numbered from 1."""
+    pieces = np.zeros(mask.shape, dtype=np.int32)
+    ndimage.label(mask, output=pieces)
+    return pieces
 
 
 def edge(mask: np.ndarray) -> np.ndarray:
-    """The outer edge of the largest piece of ``mask`` (bool [h, w]): int64 [n, 2], corners (x, y) of its pixels, clockwise.
+    """Trace the outer edge of the largest piece of a mask.
 
-    Follows the cracks between pixels with the piece on the right hand. Raises ValueError where nothing is set.
+    The trace follows the borders between pixels with the piece on its right.
+
+    Args:
+        mask: bool [h, w].
+
+    Returns:
+        Pixel corners (x, y) in clockwise order, int64 [n, 2].
+
+    Raises:
+        ValueError: the mask is empty.
     """
     if not mask.any():
         raise ValueError("the mask is empty")
     window = _window(mask)
-    pieces, _ = ndimage.label(mask[window])
+    pieces = _pieces(mask[window])
     piece = np.pad(pieces == np.bincount(pieces[mask[window]]).argmax(), 1)
     start = tuple(int(each) for each in np.argwhere(piece)[0])  # topmost, then leftmost: its upper edge is an edge of the piece
     y, x, dy, dx = *start, 0, 1
     corners = []
     while True:
-        # The pixels ahead of the corner (y, x), on the left and on the right of the way (dy, dx).
+        # The pixels ahead of the corner (y, x), to the left and right of the direction (dy, dx).
         left = piece[y + (dy - dx - 1) // 2, x + (dx + dy - 1) // 2]
         right = piece[y + (dy + dx - 1) // 2, x + (dx - dy - 1) // 2]
         if left or not right:
@@ -260,7 +289,7 @@ def edge(mask: np.ndarray) -> np.ndarray:
 
 
 def simplified(points: np.ndarray, tolerance: float) -> np.ndarray:
-    """The closed outline with fewer corners, none of the old ones farther than ``tolerance`` from it (Douglas and Peucker 1973)."""
+    """Return a closed outline with fewer corners. No old corner is farther than ``tolerance`` from it (Douglas and Peucker, 1973)."""
     far = int(np.linalg.norm(points - points[0], axis=1).argmax())
     closed = np.concatenate([points, points[:1]])
     return np.concatenate([_thinned(closed[: far + 1], tolerance)[:-1], _thinned(closed[far:], tolerance)[:-1]])

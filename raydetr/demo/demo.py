@@ -1,4 +1,4 @@
-"""The whole way in a few minutes, without a download: pictures, conversion, check, fine-tuning, before and after, better settings."""
+"""``raydetr demo``: generated images, conversion, check, fine-tuning, predictions before and after, and a search, in a few minutes."""
 
 import shutil
 import time
@@ -11,21 +11,31 @@ from raydetr.config import Config, load_config, to_dict
 from raydetr.errors import UserError
 
 _MARK = ".raydetr-demo"
-TRIAL_EPOCHS = 6  # enough to tell settings apart
+TRIAL_EPOCHS = 6  # enough to tell trials apart
 
 
 def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: int = 8) -> dict[str, float]:
-    """Generate balloons, convert, check, fine-tune the bundled detr_tiny, evaluate before and after, write the gallery, then search.
+    """Generate balloons, convert, check, fine-tune the bundled ``detr_tiny``, evaluate before and after, write a gallery, and search.
 
-    Everything lands in ``out``; an earlier demo there is replaced, any other folder is left alone (UserError). Returns the AP
-    ``before`` and ``after``, the ``seconds`` it took, and of the search (none with 0 ``trials``) the AP of trial 0, ``default``,
-    and of the ``best``.
+    Args:
+        out: folder for everything; an earlier demo in it is replaced.
+        workers: number of Ray Train workers.
+        epochs: epochs of the fine-tuning.
+        seed: seed of the images and of the training.
+        trials: trials of the search; 0 skips it.
+
+    Returns:
+        The AP ``before`` and ``after`` fine-tuning and the ``seconds`` in all; with a search also the AP of trial 0 (``default``) and
+        of the ``best`` trial.
+
+    Raises:
+        UserError: ``out`` holds something other than a demo, or a step fails.
     """
     start = time.monotonic()
     _claim(out)
     photographs, coco, runs = out / "photographs", out / "coco", out / "runs"
 
-    _say(1, "Making pictures of balloons, labelled in the VGG Image Annotator's format")
+    _say(1, "Generating images of balloons, labelled in the format of the VGG Image Annotator")
     from raydetr.demo import balloons
 
     balloons.generate(photographs, seed=seed)
@@ -39,14 +49,14 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: i
     from raydetr.data.check.check import check
 
     config = load_config({"model.preset": "detr_tiny", "data.path": str(coco), "run.storage": str(runs), "run.name": "balloons"})
-    batch_size = max(1, config.optim.batch_size // workers)  # the same step however many workers share it
+    batch_size = max(1, config.optim.batch_size // workers)  # the same number of images in a step for any number of workers
     config = load_config(
         to_dict(config), {"optim.epochs": epochs, "optim.batch_size": batch_size, "run.workers": workers, "run.seed": seed}
     )
     found = check(config.data)
     click.echo(found.text())
     if not found.ok:
-        raise UserError(f"the generated pictures in {coco} do not pass the check")
+        raise UserError(f"the generated images in {coco} do not pass the check")
 
     _say(4, "raydetr evaluate on the bundled detr_tiny, which has never seen a balloon")
     from raydetr.predict.score import metrics_table, score_checkpoint
@@ -59,7 +69,7 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: i
     from raydetr.launch.train import ray_session
 
     with ray_session(workers):
-        result = {"before": before["AP"], "after": _fine_tune(config, out / "gallery")["AP"]}
+        result = {"before": before["AP"], "after": _fine_tune(config, coco, out / "gallery")["AP"]}
         if trials:
             result |= _search(coco, runs, trials, seed)
     result["seconds"] = time.monotonic() - start
@@ -67,14 +77,14 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: i
     return result
 
 
-def _fine_tune(config: Config, gallery: Path) -> dict[str, Any]:
+def _fine_tune(config: Config, coco: Path, gallery: Path) -> dict[str, Any]:
     from raydetr.launch.train import run_folder, train
     from raydetr.predict.predict import predict
     from raydetr.predict.score import metrics_table, score_checkpoint
     from raydetr.weights.official import BUNDLED
 
     train(config)
-    coco, best = Path(config.data.path), run_folder(config) / "best.pth"
+    best = run_folder(config) / "best.pth"
 
     _say(6, f"raydetr evaluate {best} --data {coco}")
     after = score_checkpoint(best, {"data.path": str(coco)})
@@ -97,14 +107,17 @@ def _search(coco: Path, runs: Path, trials: int, seed: int) -> dict[str, float]:
     search = tune(config, "tiny", trials=trials)
     click.echo(summary(search))
     report([search.folder])
-    return {"default": search.frozen()[0].value, "best": search.best().value}
+    best = search.best()
+    if not best:
+        raise UserError(f"no trial of the search has finished; {search.folder} says why")
+    return {"default": search.frozen()[0].value or 0.0, "best": best.value or 0.0}
 
 
 def _claim(out: Path) -> None:
     if (out / _MARK).exists():
         shutil.rmtree(out)
     elif out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} holds something else than a demo: choose another folder with --out")
+        raise UserError(f"{out} holds something other than a demo; choose another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     (out / _MARK).touch()
 
@@ -129,5 +142,5 @@ Look at{pages}
 With photographs of your own
   raydetr data convert PHOTOGRAPHS DATA --from via    (COCO folders need no conversion)
   raydetr data check DATA
-  raydetr train --data DATA --epochs 50    (takes the official detr_resnet50, 160 MB)
+  raydetr train --data DATA --epochs 50    (downloads the official detr_resnet50, 160 MB)
   raydetr predict runs/.../best.pth PHOTOGRAPHS --out seen""")

@@ -1,11 +1,15 @@
-"""Makes the weights that ship with `detr_tiny`: trains it on drawn things that are not balloons.
+"""Pre-train ``detr_tiny`` on drawn things that are not balloons. The weights in the package were made by this module.
 
-``python -m raydetr.pretrain_tiny`` repeats what was done, in about an hour on one CPU core. The pictures are drawn as the
-training goes on, so that the network never sees the whole of them twice. DETR learns slowly from nothing; three things speed it
-up and leave the architecture as it is. Every place of the encoder's memory is trained to tell class and box of the thing at it,
-by the same heads that read the queries: the decoder then only has to choose among them. The object queries start as positions
-on a grid, and the decoder's attention to the image compares positions from the start. The first phase trains what leads to the
-encoder's memory, on smaller pictures, the second all of it.
+``python -m raydetr.demo.pretrain_tiny`` repeats the training, in about an hour on one CPU core. Images are drawn during the training, so
+that the network never sees the whole set twice. DETR learns slowly from scratch. Three things speed it up without changing the
+architecture:
+
+- Every position of the encoder's memory learns the class and box of the thing at it, with the heads that also read the queries. The
+  decoder then only has to choose among positions.
+- The object queries start as the encodings of positions on a grid.
+- The decoder's attention to the image compares positions from the start.
+
+The first phase trains everything up to the encoder's memory, on smaller images. The second phase trains all of it.
 """
 
 import argparse
@@ -14,6 +18,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -35,17 +40,22 @@ from raydetr.model.transformer import Attention
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
 from raydetr.weights.official import BUNDLED
 
-WIDTH, HEIGHT = 192, 144  # of the drawn pictures; training sees crops of them
+WIDTH, HEIGHT = 192, 144  # of the drawn images; training uses crops of them
 NAMES = sorted(KINDS)
 ROUND = [NAMES.index(name) for name in ("apple", "ball", "bulb", "button", "egg", "lemon", "pear", "pebble")]
 EMA_DECAY = 0.999
 
 
 def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A picture uint8 [HEIGHT, WIDTH, 3], the boxes float32 [n, 4] (xyxy, relative) of what is seen of its things, labels [n]."""
+    """Draw an image.
+
+    Returns:
+        The image, uint8 [HEIGHT, WIDTH, 3]; the boxes of the visible parts of its things, float32 [n, 4] (xyxy, fractions of the
+        image); their labels, int64 [n].
+    """
     scene = Scene(rng, WIDTH, HEIGHT)
     count = int(rng.integers(1, 10))
-    # What is round is drawn more often: its edges are the hardest to frame.
+    # Round things are drawn more often, because their boxes are the hardest to learn.
     labels = np.where(rng.random(count) < 0.3, rng.choice(ROUND, count), rng.integers(len(NAMES), size=count))
     areas = []
     largest = rng.uniform(0.15, 0.38)
@@ -62,29 +72,30 @@ def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             boxes.append((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
             kept.append(labels[i])
     height, width = scene.numbers.shape
-    boxes_xyxy = np.array(boxes, dtype=np.float32).reshape(-1, 4) / np.float32([width, height, width, height])
+    boxes_xyxy = np.array(boxes, dtype=np.float32).reshape(-1, 4) / np.array([width, height, width, height], np.float32)
     return scene.finish(), boxes_xyxy, np.array(kept, dtype=np.int64)
 
 
 class Pool:
-    """The pictures trained on at the moment; the oldest give way to new ones."""
+    """The images in memory. New images replace the oldest."""
 
     def __init__(self, seed: int, size: int):
         self.rng, self.oldest = np.random.default_rng(seed), 0
-        self.pictures = torch.empty(size, 3, HEIGHT, WIDTH, dtype=torch.uint8)
-        self.truth: list[tuple[Tensor, Tensor]] = [None] * size
+        self.images = torch.empty(size, 3, HEIGHT, WIDTH, dtype=torch.uint8)
+        nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+        self.truth = [nothing] * size  # boxes xyxy (fractions of the image) and labels
         self.renew(size)
 
     def renew(self, count: int) -> None:
-        """Draw ``count`` new pictures."""
+        """Replace the oldest ``count`` images with new ones."""
         for _ in range(count):
-            picture, boxes_xyxy, labels = draw(self.rng)
-            self.pictures[self.oldest] = torch.from_numpy(picture).permute(2, 0, 1)
+            image, boxes_xyxy, labels = draw(self.rng)
+            self.images[self.oldest] = torch.from_numpy(image).permute(2, 0, 1)
             self.truth[self.oldest] = torch.from_numpy(boxes_xyxy), torch.from_numpy(labels)
             self.oldest = (self.oldest + 1) % len(self.truth)
 
     def batch(self, count: int, height: int, width: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """Random crops, turned over and tinted at random: images [count, 3, height, width], normalized, and their targets."""
+        """Return random crops, flipped and tinted at random: normalized images [count, 3, height, width] and their targets."""
         rng = self.rng
         chosen = rng.integers(len(self.truth), size=count)
         whole = np.array([WIDTH, HEIGHT])
@@ -92,85 +103,86 @@ class Pool:
         extent = np.round(extent * whole).astype(int)
         origin = rng.integers(whole - extent + 1)
         flip = rng.random(count) < 0.5
-        crops = [self.pictures[i, :, y : y + h, x : x + w] for i, (x, y), (w, h) in zip(chosen, origin, extent, strict=True)]
+        flipped = torch.from_numpy(flip)
+        crops = [self.images[i, :, y : y + h, x : x + w] for i, (x, y), (w, h) in zip(chosen, origin, extent, strict=True)]
         images = torch.stack([resize(crop, [height, width], antialias=True) for crop in crops])
-        images[flip] = images[flip].flip(-1)
+        images[flipped] = images[flipped].flip(-1)
         contrast = torch.from_numpy(rng.uniform(0.7, 1.3, (count, 1, 1, 1)).astype(np.float32))
         tint = torch.from_numpy(rng.uniform(-25, 25, (count, 3, 1, 1)).astype(np.float32))
         images = ((images - 128.0) * contrast + (128 + tint)).clamp_(0, 255)
-        shares = zip(chosen, np.float32(origin / whole), np.float32(extent / whole), flip, strict=True)
+        shares = zip(chosen, (origin / whole).astype(np.float32), (extent / whole).astype(np.float32), flip, strict=True)
         return normalized(images), [_cropped(*self.truth[i], *crop) for i, *crop in shares]
 
 
 def normalized(images: Tensor) -> Tensor:
-    """Images [B, 3, h, w] of 0 to 255 as the network takes them."""
+    """Normalize images [B, 3, h, w] with values from 0 to 255, as the network expects them."""
     return images.sub_(255 * torch.tensor(MEAN)[:, None, None]).div_(255 * torch.tensor(STD)[:, None, None])
 
 
 def _cropped(boxes_xyxy: Tensor, labels: Tensor, origin: np.ndarray, extent: np.ndarray, flip: bool) -> dict[str, Tensor]:
-    """The target of a crop; what it leaves less than a third of, or next to nothing, is dropped."""
+    """Return the target of a crop, without things of which less than a third or almost nothing is left."""
     whole = (boxes_xyxy.view(-1, 2, 2) - torch.from_numpy(origin)) / torch.from_numpy(extent)
     inside = whole.clamp(0, 1)
     size = inside[:, 1] - inside[:, 0]
     keep = (size.prod(1) > 0.33 * (whole[:, 1] - whole[:, 0]).prod(1)) & (size.min(1).values > 0.03)
-    centre = inside.mean(1)
+    center = inside.mean(1)
     if flip:
-        centre[:, 0] = 1 - centre[:, 0]
-    return {"boxes": torch.cat((centre, size), 1)[keep], "labels": labels[keep]}
+        center[:, 0] = 1 - center[:, 0]
+    return {"boxes": torch.cat((center, size), 1)[keep], "labels": labels[keep]}
 
 
 def jump_start(model: DETR) -> None:
-    """Queries as positions on a grid; and the decoder's attention to the image compares positions, near ones most."""
+    """Set the queries to positions on a grid, and make the decoder's attention to the image prefer near positions."""
     width, side = model.query_embed.weight.shape[1], math.isqrt(model.query_embed.weight.shape[0])
     _, position = model.backbone
     with torch.no_grad():
         model.query_embed.weight.copy_(position(torch.zeros(1, 1, side, side), None)[0])
         for layer in model.transformer.decoder.layers:
             turn = 2 * torch.nn.init.orthogonal_(torch.empty(width, width))
-            attention: Attention = layer.multihead_attn
+            attention = cast(Attention, layer.multihead_attn)
             attention.in_proj_weight[:width] = turn
             attention.in_proj_weight[width : 2 * width] = turn
 
 
 def forward(model: DETR, images: Tensor, decoder: bool = True) -> tuple[dict, dict]:
-    """DETR's outputs (with ``decoder``), and what its heads say of every place of the encoder's memory (S for Q) and its ``shape``.
+    """Return DETR's outputs (empty without ``decoder``), and those of its heads at every position of the encoder's memory.
 
-    As :meth:`DETR.forward`, with the convolutions in bf16, which on a CPU that has it is twice as fast.
+    As :meth:`DETR.forward`, but with convolutions in bf16, which is twice as fast on CPUs that support it.
     """
     body, position = model.backbone
     with torch.autocast("cpu", torch.bfloat16):
         features, _ = body(images, None)
         source = model.input_proj(features)
-    place = position(features, None)
-    memory = model.transformer.encoder(source.float().flatten(2).transpose(1, 2), place, None)
-    everywhere = model.transformer.decoder.norm(memory)
+    encoding = position(features, None)
+    memory = model.transformer.encoder(source.float().flatten(2).transpose(1, 2), encoding, None)
+    at_positions = model.transformer.decoder.norm(memory)
     dense = {
-        "pred_logits": model.class_embed(everywhere),
-        "pred_boxes": model.bbox_embed(everywhere).sigmoid(),
+        "pred_logits": model.class_embed(at_positions),
+        "pred_boxes": model.bbox_embed(at_positions).sigmoid(),
         "shape": features.shape[-2:],
     }
     if not decoder:
         return {}, dense
-    states = model.transformer.decoder(model.query_embed.weight[None], memory, memory + place, None, True)
+    states = model.transformer.decoder(model.query_embed.weight[None], memory, memory + encoding, None, True)
     layers = [{"pred_logits": model.class_embed(each), "pred_boxes": model.bbox_embed(each).sigmoid()} for each in states]
     return {**layers[-1], "aux_outputs": layers[:-1]}, dense
 
 
 def dense_loss(dense: dict, targets: list[dict[str, Tensor]], num_classes: int, eos_coef: float) -> Tensor:
-    """The losses of DETR, with every place of the feature map matched by where it lies.
+    """Return the sum of DETR's losses with every position of the feature map as a query, matched by where it is.
 
-    A place stands for the smallest thing whose middle part (half its width and height) it lies in; each thing also has the
-    place nearest to its centre. Places elsewhere in a box count for nothing, places outside all boxes are no-object.
+    A position is matched to the smallest thing in whose middle part (half its width and height) it is. Each thing is also matched to
+    the position nearest to its center. Other positions inside a box are ignored; positions outside all boxes are no-object.
     """
     logits, (rows, columns) = dense["pred_logits"], dense["shape"]
     y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
-    places = torch.stack((x, y), -1).view(1, -1, 1, 2)
-    nothing = torch.zeros(1, 4)  # so that there is always one to look at
+    positions = torch.stack((x, y), -1).view(1, -1, 1, 2)
+    nothing = torch.zeros(1, 4)  # so that there is at least one box
     true_cxcywh = pad_sequence([torch.cat((target["boxes"], nothing)) for target in targets], batch_first=True)
     labels = pad_sequence([torch.cat((target["labels"], nothing[0, :1].long())) for target in targets], batch_first=True)
     real = torch.arange(labels.shape[1]) < torch.tensor([[len(target["labels"])] for target in targets])
     size = true_cxcywh[:, None, :, 2:]
-    apart = (places - true_cxcywh[:, None, :, :2]).abs()  # [B, S, n, 2]
+    apart = (positions - true_cxcywh[:, None, :, :2]).abs()  # [B, S, n, 2]
     within = (apart <= size / 2).all(-1) & real[:, None]
     middle = (apart <= size / 4).all(-1)
     nearest = (apart * torch.tensor([columns, rows])).square().sum(-1).argmin(1, keepdim=True)
@@ -190,8 +202,8 @@ def dense_loss(dense: dict, targets: list[dict[str, Tensor]], num_classes: int, 
 
 @torch.no_grad()
 def average_precision(model: DETR, pool: Pool, height: int, width: int, decoder: bool) -> dict:
-    """COCO metrics on whole pictures of ``pool``: of the queries, or of the places (each thing is then found many times)."""
-    images = normalized(resize(pool.pictures, [height, width], antialias=True).float())
+    """Return COCO metrics on the images of ``pool``: of the queries, or of the positions, which find each thing many times."""
+    images = normalized(resize(pool.images, [height, width], antialias=True).float())
     pixels = torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
     annotations, results = [], []
     for i, (boxes_xyxy, labels) in enumerate(pool.truth):
@@ -222,7 +234,7 @@ def average_precision(model: DETR, pool: Pool, height: int, width: int, decoder:
 
 
 def save(model: DETR, path: Path, step: int, metrics: dict) -> None:
-    """The weights as a checkpoint, in half precision: loading it gives float32 again."""
+    """Save the weights as a checkpoint in half precision. Loading converts them to float32."""
     weights = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(NAMES)]
     settings = to_dict(load_config({"model.preset": "detr_tiny"}))
@@ -231,7 +243,7 @@ def save(model: DETR, path: Path, step: int, metrics: dict) -> None:
 
 @dataclasses.dataclass
 class Phase:
-    """A stretch of the training with its own warm-up and cosine schedule."""
+    """A part of the training with its own warm-up and cosine schedule."""
 
     steps: int
     size: tuple[int, int]  # of the images (height, width)
@@ -246,7 +258,7 @@ PHASES = (
 
 
 def train(phase: Phase, model: DETR, pool: Pool, held_out: Pool, batch_size: int, out: Path) -> None:
-    """Trains ``model`` for one phase; every thousand steps the moving average of its weights is written to ``out``."""
+    """Train ``model`` for one phase, and save the moving average of its weights to ``out`` every thousand steps."""
     criterion = build_criterion(len(NAMES), dec_layers=model.settings["dec_layers"])
     average = copy.deepcopy(model).requires_grad_(False).eval()
     matrices, others = ([p for p in model.parameters() if (p.dim() > 1) == many] for many in (True, False))
@@ -267,7 +279,9 @@ def train(phase: Phase, model: DETR, pool: Pool, held_out: Pool, batch_size: int
         optimizer.step()
         schedule.step()
         decay = min(EMA_DECAY, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        with torch.no_grad():
+            for mean, value in zip(average.parameters(), model.parameters(), strict=True):
+                mean.lerp_(value, 1 - decay)
         pool.renew(step % 4 == 0)
         for name, value in losses.items():
             seen.setdefault(name, []).append(value.item())
@@ -282,12 +296,12 @@ def train(phase: Phase, model: DETR, pool: Pool, held_out: Pool, batch_size: int
 
 
 def main() -> None:
-    """The command line; its defaults made the weights in the package."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Run the command line. The weights in the package were made with its defaults."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=BUNDLED, help="checkpoint to write, every thousand steps")
     parser.add_argument("--phase", type=int, default=0, help="phase to begin with; a later one begins with the weights in OUT")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--pool-size", type=int, default=4000, help="pictures held in memory")
+    parser.add_argument("--pool-size", type=int, default=4000, help="images in memory")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)

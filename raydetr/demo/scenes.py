@@ -1,9 +1,8 @@
-"""Drawn scenes: a background, things in front of one another, and which pixel shows which thing.
+"""Draw scenes: a background, things in front of each other, and a map of which pixel shows which thing.
 
-What the generated balloon pictures (balloons.py) and the pictures that detr_tiny is pre-trained on have in common. Things are
-lists of :class:`Part` in their own coordinates, about one unit from the centre to the edge, y pointing down; :func:`place`
-puts them into the picture. Everything is drawn at twice the size and reduced, and drawn from one NumPy generator, so that a
-seed gives the same picture.
+Both the generated balloon images (balloons.py) and the images that ``detr_tiny`` is pre-trained on are such scenes. A thing is a list
+of :class:`Part` in its own coordinates: about one unit from the center to the edge, with y pointing down. :func:`place` moves it into
+the image. Everything is drawn at twice the size and then reduced, from one NumPy generator, so that a seed always gives the same image.
 """
 
 import colorsys
@@ -14,41 +13,41 @@ from PIL import Image, ImageDraw, ImageFilter
 
 SUPERSAMPLE = 2
 
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 
 
 @dataclasses.dataclass
 class Part:
-    """One polygon of a thing: ``points`` float [n, 2] (x, y), an RGB ``colour`` (0 to 255) and how light falls on it."""
+    """One polygon of a thing: ``points`` float [n, 2] (x, y), an RGB ``color`` (0 to 255) and its shading."""
 
     points: np.ndarray
-    colour: Colour
+    color: Color
     shade: str = "flat"  # flat, linear (a gradient along the light), round (a ball), shiny (a ball with a highlight)
     opacity: float = 1.0
-    solid: bool = True  # whether it hides what is behind and belongs to the thing's outline; strings do not
+    solid: bool = True  # whether it belongs to the thing's mask and hides what is behind; strings do not
 
 
-# --- shapes and colours, in a thing's own coordinates ---
+# --- shapes and colors, in a thing's own coordinates ---
 
 
 def polygon(*points: tuple[float, float]) -> np.ndarray:
-    """The corners as float64 [n, 2]."""
+    """Return corners as float64 [n, 2]."""
     return np.array(points, dtype=np.float64)
 
 
 def rectangle(left: float, top: float, right: float, bottom: float) -> np.ndarray:
-    """An upright rectangle."""
+    """Return an upright rectangle, float64 [4, 2]."""
     return polygon((left, top), (right, top), (right, bottom), (left, bottom))
 
 
 def ellipse(x: float, y: float, rx: float, ry: float, start: float = 0.0, stop: float = 1.0, corners: int = 32) -> np.ndarray:
-    """An ellipse, or the part of it between two fractions of a turn (clockwise from the right)."""
+    """Return an ellipse, or the arc between two fractions of a turn (clockwise from the right), float64 [corners, 2]."""
     turn = 2 * np.pi * np.linspace(start, stop, corners, endpoint=stop - start < 1)
     return np.stack([x + rx * np.cos(turn), y + ry * np.sin(turn)], axis=1)
 
 
 def stroke(points: np.ndarray, width: float) -> np.ndarray:
-    """A line of that width along ``points``."""
+    """Return the outline of a line of this width along ``points``."""
     along = np.gradient(points, axis=0)
     across = np.stack([-along[:, 1], along[:, 0]], axis=1)
     across *= width / 2 / np.maximum(np.linalg.norm(across, axis=1, keepdims=True), 1e-9)
@@ -56,7 +55,7 @@ def stroke(points: np.ndarray, width: float) -> np.ndarray:
 
 
 def smooth(points: np.ndarray, corners: int = 40) -> np.ndarray:
-    """A closed curve through about these points (a periodic quadratic B-spline)."""
+    """Return a closed curve near these points (a periodic quadratic B-spline)."""
     n = len(points)
     t = np.linspace(0, n, corners, endpoint=False)
     i, u = t.astype(int), (t % 1)[:, None]
@@ -64,34 +63,37 @@ def smooth(points: np.ndarray, corners: int = 40) -> np.ndarray:
     return 0.5 * (1 - u) ** 2 * before + (0.5 + u - u**2) * here + 0.5 * u**2 * after
 
 
-def colour_of(rng: np.random.Generator, saturation=(0.35, 1.0), value=(0.35, 1.0), hue=(0.0, 1.0)) -> Colour:
-    """A colour drawn evenly from these ranges of hue, saturation and value (all 0 to 1)."""
+def color_of(rng: np.random.Generator, saturation=(0.35, 1.0), value=(0.35, 1.0), hue=(0.0, 1.0)) -> Color:
+    """Draw a color uniformly from ranges of hue, saturation and value (all 0 to 1)."""
     h, s, v = (low + (high - low) * rng.random() for low, high in (hue, saturation, value))
-    return tuple(255 * channel for channel in colorsys.hsv_to_rgb(h % 1.0, s, v))
+    red, green, blue = colorsys.hsv_to_rgb(h % 1.0, s, v)
+    return 255 * red, 255 * green, 255 * blue
 
 
-def darker(colour: Colour, by: float) -> Colour:
-    """The colour times ``by``, which may also be above 1."""
-    return tuple(min(255.0, channel * by) for channel in colour)
+def darker(color: Color, by: float) -> Color:
+    """Return the color times ``by``, which may exceed 1."""
+    red, green, blue = (min(255.0, channel * by) for channel in color)
+    return red, green, blue
 
 
-def mixed(first: Colour, second: Colour, share: float) -> Colour:
-    """``share`` of the second colour in the first."""
-    return tuple(a + (b - a) * share for a, b in zip(first, second, strict=True))
+def mixed(first: Color, second: Color, share: float) -> Color:
+    """Return a mix of two colors; ``share`` is that of the second."""
+    red, green, blue = (a + (b - a) * share for a, b in zip(first, second, strict=True))
+    return red, green, blue
 
 
 def place(parts: list[Part], x: float, y: float, size: float, angle: float = 0.0, stretch: float = 1.0) -> list[Part]:
-    """The parts in picture pixels: ``stretch`` times wider, turned by ``angle`` (radians), ``size`` pixels a unit, about (x, y)."""
+    """Return the parts in image pixels: ``stretch`` times wider, rotated by ``angle`` (radians), ``size`` pixels per unit, at (x, y)."""
     cos, sin = np.cos(angle), np.sin(angle)
     matrix = size * np.array([[cos, sin], [-sin, cos]])
     return [dataclasses.replace(part, points=(part.points * (stretch, 1.0)) @ matrix + (x, y)) for part in parts]
 
 
-# --- the picture ---
+# --- the image ---
 
 
 class Scene:
-    """A picture being drawn, ``width`` x ``height`` pixels, and for each pixel the number of the thing seen there (0: none).
+    """An image of ``width`` x ``height`` pixels that is being drawn, and the number of the visible thing at each pixel (0: none).
 
     ``numbers`` is uint8 [height * SUPERSAMPLE, width * SUPERSAMPLE].
     """
@@ -99,13 +101,15 @@ class Scene:
     def __init__(self, rng: np.random.Generator, width: int, height: int):
         self.rng, self.width, self.height = rng, width, height
         turn = rng.uniform(-0.9, 0.9)
-        self.light = np.array([np.sin(turn), -np.cos(turn)])  # where the light comes from, in the picture's plane
-        self.image = Image.fromarray(background(rng, width, height)).resize((width * SUPERSAMPLE, height * SUPERSAMPLE), Image.BILINEAR)
+        self.light = np.array([np.sin(turn), -np.cos(turn)])  # direction of the light, in the image plane
+        self.image = Image.fromarray(background(rng, width, height)).resize(
+            (width * SUPERSAMPLE, height * SUPERSAMPLE), Image.Resampling.BILINEAR
+        )
         self.numbers = np.zeros((height * SUPERSAMPLE, width * SUPERSAMPLE), dtype=np.uint8)
         self.grain = fractal_noise(rng, self.numbers.shape, 12)
 
     def footprint(self, parts: list[Part]) -> np.ndarray:
-        """Where the solid parts would lie: bool, the shape of ``numbers``."""
+        """Return the mask that the solid parts would cover: bool, in the shape of ``numbers``."""
         canvas = Image.new("L", self.image.size)
         draw = ImageDraw.Draw(canvas)
         for part in parts:
@@ -114,7 +118,7 @@ class Scene:
         return np.asarray(canvas).astype(bool)
 
     def add(self, parts: list[Part], number: int) -> None:
-        """Draws the placed parts over what is there; the solid ones take their pixels for ``number``."""
+        """Draw placed parts over the scene. The pixels of solid parts get ``number``."""
         for part in parts:
             self._paint(part)
         self.numbers[self.footprint(parts)] = number
@@ -128,32 +132,32 @@ class Scene:
         mask = Image.new("L", (right - left, bottom - top))
         ImageDraw.Draw(mask).polygon(_corners(part.points, left, top), fill=round(255 * part.opacity))
         if part.shade == "flat":
-            self.image.paste(tuple(int(c) for c in part.colour), (left, top), mask)
+            self.image.paste(tuple(int(c) for c in part.color), (left, top), mask)
             return
         y, x = np.mgrid[top:bottom, left:right].astype(np.float32)
-        centre, half = (points.min(0) + points.max(0)) / 2, np.maximum((points.max(0) - points.min(0)) / 2, 1)
-        x, y = (x - centre[0]) / half[0], (y - centre[1]) / half[1]
-        colours = self._lit(part, x, y)
-        colours *= 0.95 + 0.1 * self.grain[top:bottom, left:right, None]
-        self.image.paste(Image.fromarray(np.clip(colours, 0, 255).astype(np.uint8)), (left, top), mask)
+        center, half = (points.min(0) + points.max(0)) / 2, np.maximum((points.max(0) - points.min(0)) / 2, 1)
+        x, y = (x - center[0]) / half[0], (y - center[1]) / half[1]
+        colors = self._lit(part, x, y)
+        colors *= 0.95 + 0.1 * self.grain[top:bottom, left:right, None]
+        self.image.paste(Image.fromarray(np.clip(colors, 0, 255).astype(np.uint8)), (left, top), mask)
 
     def _lit(self, part: Part, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """Colours float [h, w, 3] of a part at x, y, -1 to 1 across its extent."""
+        """Return the shaded colors of a part, float [h, w, 3], at x and y from -1 to 1 across its extent."""
         towards = x * self.light[0] + y * self.light[1]
-        base = np.asarray(part.colour, dtype=np.float32)
+        base = np.asarray(part.color, dtype=np.float32)
         if part.shade == "linear":
             return base * (0.9 + 0.22 * towards)[..., None]
         depth = np.sqrt(np.clip(1 - x**2 - y**2, 0, 1))
         facing = 0.75 * towards + 0.66 * depth
-        colours = base * (0.5 + 0.58 * np.clip(facing, -0.3, 1))[..., None]
+        colors = base * (0.5 + 0.58 * np.clip(facing, -0.3, 1))[..., None]
         if part.shade == "shiny":
             glint = np.clip(facing, 0, 1) ** 24
             rim = (1 - depth) ** 3 * 0.25  # light from behind through the skin, as in a balloon or a glass ball
-            colours += (255 - colours) * (0.75 * glint + rim * np.clip(-towards, 0, 1))[..., None]
-        return colours
+            colors += (255 - colors) * (0.75 * glint + rim * np.clip(-towards, 0, 1))[..., None]
+        return colors
 
     def finish(self) -> np.ndarray:
-        """The picture as a camera would have taken it: uint8 [height, width, 3]."""
+        """Return the image with the blur, vignette, tint and noise of a camera: uint8 [height, width, 3]."""
         rng, image = self.rng, self.image.reduce(SUPERSAMPLE)
         if rng.random() < 0.3:
             image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.9)))
@@ -173,102 +177,109 @@ def _corners(points: np.ndarray, left: int = 0, top: int = 0) -> list[tuple[floa
 
 
 def fractal_noise(rng: np.random.Generator, shape: tuple[int, int], coarse: float = 4.0, octaves: int = 3) -> np.ndarray:
-    """Smooth noise, float32 0 to 1 of that shape (height, width): ``coarse`` bumps along the short side, then finer ones."""
+    """Return smooth noise, float32 from 0 to 1 in ``shape`` (height, width), with ``coarse`` bumps along the short side and finer ones."""
     height, width = shape
     total = np.zeros(shape, dtype=np.float32)
     for octave in range(octaves):
         step = min(shape) / (coarse * 2**octave)
         cells = rng.random((max(2, round(height / step)), max(2, round(width / step))), dtype=np.float32)
-        total += np.asarray(Image.fromarray(cells).resize((width, height), Image.BICUBIC)) / 2**octave
+        total += np.asarray(Image.fromarray(cells).resize((width, height), Image.Resampling.BICUBIC)) / 2**octave
     total -= total.min()
     return total / max(total.max(), 1e-6)
 
 
 def background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """One of the families below, uint8 [height, width, 3]."""
+    """Draw a random background of one of the kinds below, uint8 [height, width, 3]."""
     family = [_open_air, _open_air, _town, _sea, _room, _room, _foliage, _texture][rng.integers(8)]
     return np.clip(family(rng, width, height), 0, 255).astype(np.uint8)
 
 
-def _gradient(top: Colour, bottom: Colour, width: int, height: int) -> np.ndarray:
+def _rgb(color: Color) -> np.ndarray:
+    return np.array(color, np.float32)
+
+
+def _gradient(top: Color, bottom: Color, width: int, height: int) -> np.ndarray:
     t = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
-    return np.broadcast_to(np.float32(top) * (1 - t) + np.float32(bottom) * t, (height, width, 3)).copy()
+    return np.broadcast_to(_rgb(top) * (1 - t) + _rgb(bottom) * t, (height, width, 3)).copy()
 
 
 def _sky(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     day = rng.random()
     if day < 0.65:
-        top, low = colour_of(rng, (0.3, 0.8), (0.6, 0.95), (0.53, 0.64)), colour_of(rng, (0.03, 0.3), (0.85, 1.0), (0.5, 0.62))
+        top, low = color_of(rng, (0.3, 0.8), (0.6, 0.95), (0.53, 0.64)), color_of(rng, (0.03, 0.3), (0.85, 1.0), (0.5, 0.62))
     elif day < 0.85:
-        top, low = colour_of(rng, (0.3, 0.7), (0.35, 0.75), (0.6, 0.8)), colour_of(rng, (0.3, 0.7), (0.8, 1.0), (0.02, 0.12))
+        top, low = color_of(rng, (0.3, 0.7), (0.35, 0.75), (0.6, 0.8)), color_of(rng, (0.3, 0.7), (0.8, 1.0), (0.02, 0.12))
     else:
-        top, low = colour_of(rng, (0.0, 0.12), (0.6, 0.8)), colour_of(rng, (0.0, 0.1), (0.75, 0.95))
+        top, low = color_of(rng, (0.0, 0.12), (0.6, 0.8)), color_of(rng, (0.0, 0.1), (0.75, 0.95))
     sky = _gradient(top, low, width, height)
     cover = np.clip((fractal_noise(rng, (height, width), rng.uniform(1.5, 4), 4) - rng.uniform(0.45, 0.8)) * rng.uniform(2, 5), 0, 1)
-    return sky + (np.float32(mixed(low, (255, 255, 255), 0.7)) - sky) * (0.9 * cover)[..., None]
+    return sky + (_rgb(mixed(low, (255, 255, 255), 0.7)) - sky) * (0.9 * cover)[..., None]
 
 
-def _ground(rng: np.random.Generator, picture: np.ndarray, colour: Colour, horizon: np.ndarray) -> None:
-    """Lays ground of that colour under ``horizon`` (a height for every column) over the picture."""
-    height, width = picture.shape[:2]
+def _ground(rng: np.random.Generator, image: np.ndarray, color: Color, horizon: np.ndarray) -> None:
+    """Paint ground below ``horizon`` (a height for every column) into the image, in place."""
+    height, width = image.shape[:2]
     below = np.arange(height)[:, None] >= horizon[None, :]
     texture = 0.75 + 0.35 * fractal_noise(rng, (height, width), rng.uniform(6, 30), 3)
     fall = np.linspace(1.1, 0.8, height, dtype=np.float32)[:, None]
-    picture[below] = (np.float32(colour) * (texture * fall)[..., None])[below]
+    image[below] = (_rgb(color) * (texture * fall)[..., None])[below]
 
 
 def _ridge(rng: np.random.Generator, width: int, height: float, swing: float) -> np.ndarray:
     x = np.linspace(0, 2 * np.pi, width)
-    return height + swing * sum(rng.uniform(0.1, 1) / k * np.sin(k * rng.uniform(0.4, 0.9) * x + rng.uniform(0, 6.3)) for k in (1, 2, 4))
+    waves = [rng.uniform(0.1, 1) / k * np.sin(k * rng.uniform(0.4, 0.9) * x + rng.uniform(0, 6.3)) for k in (1, 2, 4)]
+    return height + swing * (waves[0] + waves[1] + waves[2])
 
 
 def _open_air(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    picture = _sky(rng, width, height)
-    haze = tuple(picture[height // 2].mean(0))
-    land = colour_of(rng, (0.25, 0.6), (0.3, 0.65), rng.choice([[0.2, 0.38], [0.08, 0.14]], p=[0.8, 0.2]))
+    image = _sky(rng, width, height)
+    haze = tuple(image[height // 2].mean(0))
+    land = color_of(rng, (0.25, 0.6), (0.3, 0.65), rng.choice([[0.2, 0.38], [0.08, 0.14]], p=[0.8, 0.2]))
     layers = rng.integers(0, 4)
     for layer in range(layers):
         share = (layer + 1) / layers
         level = height * (rng.uniform(0.45, 0.7) + 0.25 * share * rng.uniform(0.6, 1.1))
-        _ground(rng, picture, mixed(haze, land, 0.35 + 0.65 * share), _ridge(rng, width, level, height * rng.uniform(0.02, 0.1)))
-    return picture
+        _ground(rng, image, mixed(haze, land, 0.35 + 0.65 * share), _ridge(rng, width, level, height * rng.uniform(0.02, 0.1)))
+    return image
 
 
 def _town(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    picture = _sky(rng, width, height)
-    haze = tuple(picture[height // 2].mean(0))
+    image = _sky(rng, width, height)
+    haze = tuple(image[height // 2].mean(0))
     for far in (0.6, 0.2)[rng.integers(2) :]:
         left = -rng.integers(0, width // 6)
         while left < width:
             wide, top = int(rng.uniform(0.08, 0.25) * width), int(height * rng.uniform(0.25, 0.75))
-            wall = mixed(colour_of(rng, (0.0, 0.4), (0.35, 0.85), (0.0, 0.14)), haze, far)
-            picture[top:, max(left, 0) : max(left + wide, 0)] = wall
+            wall = mixed(color_of(rng, (0.0, 0.4), (0.35, 0.85), (0.0, 0.14)), haze, far)
+            image[top:, max(left, 0) : max(left + wide, 0)] = wall
             pane, step = darker(wall, rng.choice([0.6, 1.25])), max(6, int(rng.uniform(0.03, 0.07) * height))
             for row in range(top + step // 2, height, step):
                 for column in range(left + step // 2, left + wide - step // 2, step):
-                    picture[row : row + step // 2, max(column, 0) : max(column + step // 3 + 1, 0)] = pane
+                    image[row : row + step // 2, max(column, 0) : max(column + step // 3 + 1, 0)] = pane
             left += wide + int(rng.choice([0, 0, 0.05]) * width)
     if rng.random() < 0.6:
-        _ground(rng, picture, colour_of(rng, (0.0, 0.3), (0.3, 0.6)), np.full(width, height * rng.uniform(0.8, 0.95)))
-    return picture
+        _ground(rng, image, color_of(rng, (0.0, 0.3), (0.3, 0.6)), np.full(width, height * rng.uniform(0.8, 0.95)))
+    return image
 
 
 def _sea(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    picture = _sky(rng, width, height)
+    image = _sky(rng, width, height)
     horizon = int(height * rng.uniform(0.35, 0.75))
     water = _gradient(
-        colour_of(rng, (0.3, 0.6), (0.5, 0.85), (0.48, 0.6)), colour_of(rng, (0.4, 0.8), (0.3, 0.6), (0.5, 0.62)), width, height
+        color_of(rng, (0.3, 0.6), (0.5, 0.85), (0.48, 0.6)), color_of(rng, (0.4, 0.8), (0.3, 0.6), (0.5, 0.62)), width, height
     )
-    waves = np.asarray(Image.fromarray(fractal_noise(rng, (height, max(width // 6, 8)), 20, 3)).resize((width, height), Image.BILINEAR))
-    picture[horizon:] = (water * (0.75 + 0.5 * waves)[..., None])[horizon:]
+    waves = np.asarray(
+        Image.fromarray(fractal_noise(rng, (height, max(width // 6, 8)), 20, 3)).resize((width, height), Image.Resampling.BILINEAR)
+    )
+    image[horizon:] = (water * (0.75 + 0.5 * waves)[..., None])[horizon:]
     if rng.random() < 0.5:
-        _ground(rng, picture, colour_of(rng, (0.2, 0.45), (0.7, 0.95), (0.09, 0.13)), _ridge(rng, width, height * 0.85, height * 0.04))
-    return picture
+        _ground(rng, image, color_of(rng, (0.2, 0.45), (0.7, 0.95), (0.09, 0.13)), _ridge(rng, width, height * 0.85, height * 0.04))
+    return image
 
 
 def _room(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    wall = colour_of(rng, (0.05, 0.5), (0.45, 0.95))
-    picture = _gradient(wall, darker(wall, rng.uniform(0.7, 1.0)), width, height)
+    wall = color_of(rng, (0.05, 0.5), (0.45, 0.95))
+    image = _gradient(wall, darker(wall, rng.uniform(0.7, 1.0)), width, height)
     x, y = np.arange(width, dtype=np.float32)[None, :], np.arange(height, dtype=np.float32)[:, None]
     period, paper = rng.uniform(0.04, 0.2) * height, rng.integers(5)
     pattern = {
@@ -276,40 +287,38 @@ def _room(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
         1: np.sin(2 * np.pi * x / period) * np.sin(2 * np.pi * y / period),
         2: np.maximum(np.sin(2 * np.pi * x / period), np.sin(2 * np.pi * y / period)),
     }.get(int(paper), np.zeros((height, width), dtype=np.float32))
-    picture *= (1 + rng.uniform(0.03, 0.2) * np.where(pattern > 0.3, 1, -0.3))[..., None] if paper < 3 else 1
-    if rng.random() < 0.4:  # a picture or a window on the wall
+    image *= (1 + rng.uniform(0.03, 0.2) * np.where(pattern > 0.3, 1, -0.3))[..., None] if paper < 3 else 1
+    if rng.random() < 0.4:  # a painting or a window on the wall
         wide, tall = int(width * rng.uniform(0.15, 0.4)), int(height * rng.uniform(0.2, 0.45))
         left, top = rng.integers(0, width - wide), rng.integers(0, height // 3)
-        frame = colour_of(rng, (0.0, 0.6), (0.2, 0.95), (0.05, 0.12))
-        picture[top : top + tall, left : left + wide] = frame
+        frame = color_of(rng, (0.0, 0.6), (0.2, 0.95), (0.05, 0.12))
+        image[top : top + tall, left : left + wide] = frame
         inner = _sky(rng, wide, tall) if rng.random() < 0.6 else _texture(rng, wide, tall)
         edge = max(2, wide // 14)
-        picture[top + edge : top + tall - edge, left + edge : left + wide - edge] = inner[edge : tall - edge, edge : wide - edge]
+        image[top + edge : top + tall - edge, left + edge : left + wide - edge] = inner[edge : tall - edge, edge : wide - edge]
     if rng.random() < 0.75:
         level = height * rng.uniform(0.65, 0.92)
-        _ground(
-            rng, picture, colour_of(rng, (0.1, 0.6), (0.25, 0.75), (0.03, 0.13)), np.full(width, level) + rng.uniform(-0.05, 0.05) * x[0]
-        )
-    return picture * (0.9 + 0.2 * fractal_noise(rng, (height, width), 1.5, 1))[..., None]
+        _ground(rng, image, color_of(rng, (0.1, 0.6), (0.25, 0.75), (0.03, 0.13)), np.full(width, level) + rng.uniform(-0.05, 0.05) * x[0])
+    return image * (0.9 + 0.2 * fractal_noise(rng, (height, width), 1.5, 1))[..., None]
 
 
 def _foliage(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     hue = rng.uniform(0.15, 0.4), rng.uniform(0.15, 0.4)
-    dark, light = colour_of(rng, (0.4, 0.8), (0.1, 0.35), hue), colour_of(rng, (0.3, 0.8), (0.5, 0.9), hue)
+    dark, light = color_of(rng, (0.4, 0.8), (0.1, 0.35), hue), color_of(rng, (0.3, 0.8), (0.5, 0.9), hue)
     share = fractal_noise(rng, (height, width), rng.uniform(2, 12), 5)[..., None]
-    picture = np.float32(dark) * (1 - share) + np.float32(light) * share
-    bokeh = Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    image = _rgb(dark) * (1 - share) + _rgb(light) * share
+    bokeh = Image.fromarray(image.clip(0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(bokeh)
     for _ in range(rng.integers(0, 14)):
         x, y, r = rng.uniform(0, width), rng.uniform(0, height), rng.uniform(0.02, 0.08) * height
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=tuple(int(c) for c in mixed(light, colour_of(rng, (0.0, 0.5), (0.7, 1.0)), 0.4)))
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=tuple(int(c) for c in mixed(light, color_of(rng, (0.0, 0.5), (0.7, 1.0)), 0.4)))
     return np.asarray(bokeh.filter(ImageFilter.GaussianBlur(rng.uniform(1.5, 5)))).astype(np.float32)
 
 
 def _texture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    first, second = colour_of(rng, (0.0, 0.7), (0.2, 0.95)), colour_of(rng, (0.0, 0.7), (0.2, 0.95))
+    first, second = color_of(rng, (0.0, 0.7), (0.2, 0.95)), color_of(rng, (0.0, 0.7), (0.2, 0.95))
     share = fractal_noise(rng, (height, width), rng.uniform(1, 10), int(rng.integers(1, 6)))
     if rng.random() < 0.3:  # wood or marble: bands bent by the noise
         y, x = np.mgrid[0:height, 0:width].astype(np.float32) / height
         share = 0.5 + 0.5 * np.sin(2 * np.pi * (rng.uniform(1, 6) * x + rng.uniform(-6, 6) * y + rng.uniform(0.3, 1.5) * share))
-    return np.float32(first) * (1 - share)[..., None] + np.float32(mixed(first, second, rng.uniform(0.3, 1))) * share[..., None]
+    return _rgb(first) * (1 - share)[..., None] + _rgb(mixed(first, second, rng.uniform(0.3, 1))) * share[..., None]

@@ -1,20 +1,20 @@
-"""Things to draw that are not balloons: what detr_tiny is pre-trained on, and what stands about in the balloon pictures.
+"""Things that are not balloons: ``detr_tiny`` is pre-trained on them, and they surround the generated balloons.
 
-Each function draws one of its kind, with its own proportions and colours, as parts in the coordinates of scenes.py; a
-thing's name is its function's.
+Each function draws one thing with random proportions and colors, as parts in the coordinates of scenes.py. The name of the function is
+the name of the thing.
 """
 
 # ruff: noqa: D103 (what a function draws is its name)
 
 import numpy as np
 
-from raydetr.demo.scenes import Part, colour_of, darker, ellipse, mixed, polygon, rectangle, smooth, stroke
+from raydetr.demo.scenes import Part, color_of, darker, ellipse, mixed, polygon, rectangle, smooth, stroke
 
 WHITE, BLACK = (245.0, 245.0, 240.0), (25.0, 25.0, 30.0)
 
 
 def house(rng: np.random.Generator) -> list[Part]:
-    wall, roof = colour_of(rng, (0.0, 0.5), (0.6, 1.0)), colour_of(rng, (0.3, 0.8), (0.3, 0.7), (0.95, 1.1))
+    wall, roof = color_of(rng, (0.0, 0.5), (0.6, 1.0)), color_of(rng, (0.3, 0.8), (0.3, 0.7), (0.95, 1.1))
     wide, eaves = rng.uniform(0.6, 1.0), rng.uniform(-0.3, 0.1)
     peak = rng.uniform(-0.3, 0.3) * wide
     parts = [
@@ -23,21 +23,21 @@ def house(rng: np.random.Generator) -> list[Part]:
         Part(rectangle(-0.14, 0.45, 0.14, 1), darker(roof, 0.7)),
     ]
     for x in (-0.6 * wide, 0.6 * wide):
-        parts.append(Part(rectangle(x - 0.15, eaves + 0.2, x + 0.15, eaves + 0.5), colour_of(rng, (0.1, 0.5), (0.3, 0.9), (0.5, 0.6))))
+        parts.append(Part(rectangle(x - 0.15, eaves + 0.2, x + 0.15, eaves + 0.5), color_of(rng, (0.1, 0.5), (0.3, 0.9), (0.5, 0.6))))
     return parts
 
 
 def tree(rng: np.random.Generator) -> list[Part]:
-    leaves, bark = colour_of(rng, (0.4, 0.9), (0.25, 0.7), (0.15, 0.42)), colour_of(rng, (0.3, 0.6), (0.2, 0.45), (0.05, 0.1))
+    leaves, bark = color_of(rng, (0.4, 0.9), (0.25, 0.7), (0.15, 0.42)), color_of(rng, (0.3, 0.6), (0.2, 0.45), (0.05, 0.1))
     bumps = int(rng.integers(5, 10))
     crown = ellipse(0, -0.35, rng.uniform(0.5, 0.75), 0.65, corners=bumps) * rng.uniform(0.85, 1.15, (bumps, 1))
     return [Part(rectangle(-0.09, 0.1, 0.09, 1), bark, "linear"), Part(smooth(crown * 1.15), leaves, "round")]
 
 
 def pine(rng: np.random.Generator) -> list[Part]:
-    leaves = colour_of(rng, (0.3, 0.8), (0.2, 0.55), (0.28, 0.45))
+    leaves = color_of(rng, (0.3, 0.8), (0.2, 0.55), (0.28, 0.45))
     wide, tiers = rng.uniform(0.4, 0.65), int(rng.integers(2, 5))
-    parts = [Part(rectangle(-0.08, 0.6, 0.08, 1), colour_of(rng, (0.3, 0.6), (0.2, 0.4), (0.05, 0.1)))]
+    parts = [Part(rectangle(-0.08, 0.6, 0.08, 1), color_of(rng, (0.3, 0.6), (0.2, 0.4), (0.05, 0.1)))]
     for tier in range(tiers):
         low, top = 0.75 - 1.2 * tier / tiers, 0.75 - 1.2 * tier / tiers - 1.5 / tiers - 0.2
         half = wide * (1 - 0.7 * tier / tiers)
@@ -46,7 +46,7 @@ def pine(rng: np.random.Generator) -> list[Part]:
 
 
 def kite(rng: np.random.Generator) -> list[Part]:
-    first, second = colour_of(rng, (0.6, 1.0), (0.6, 1.0)), colour_of(rng, (0.5, 1.0), (0.6, 1.0))
+    first, second = color_of(rng, (0.6, 1.0), (0.6, 1.0)), color_of(rng, (0.5, 1.0), (0.6, 1.0))
     wide, cross = rng.uniform(0.5, 0.8), rng.uniform(-0.45, -0.1)
     tail = np.linspace(0.9, 2.0, 14)
     tail = np.stack([0.12 * np.sin(6 * tail + rng.uniform(0, 6)), tail], axis=1)
@@ -59,18 +59,18 @@ def kite(rng: np.random.Generator) -> list[Part]:
 
 
 def cloud(rng: np.random.Generator) -> list[Part]:
-    grey = rng.uniform(215, 255)
+    gray = rng.uniform(215, 255)
     bumps = int(rng.integers(4, 7))
     xs = np.linspace(-0.7, 0.7, bumps)
     radii = rng.uniform(0.25, 0.4, bumps) * (1.3 - 0.6 * np.abs(xs))
-    tint = (grey, grey, min(255.0, grey + 6))
+    tint = (gray, gray, min(255.0, gray + 6))
     return [Part(ellipse(x, 0.1 - r * 0.5, r, r), tint, "linear") for x, r in zip(xs, radii, strict=True)] + [
         Part(ellipse(0, 0.12, 1.0, 0.2), darker(tint, 0.95), "linear")
     ]
 
 
 def sun(rng: np.random.Generator) -> list[Part]:
-    glow = colour_of(rng, (0.4, 0.9), (0.95, 1.0), (0.08, 0.16))
+    glow = color_of(rng, (0.4, 0.9), (0.95, 1.0), (0.08, 0.16))
     rays = int(rng.integers(8, 15))
     spikes = ellipse(0, 0, 1, 1, corners=2 * rays) * np.where(np.arange(2 * rays) % 2, 0.68, 1.0)[:, None]
     return [Part(spikes, glow), Part(ellipse(0, 0, 0.6, 0.6), mixed(glow, WHITE, 0.35))]
@@ -81,23 +81,23 @@ def moon(rng: np.random.Generator) -> list[Part]:
     depth = rng.uniform(0.2, 0.6)
     outer = np.stack([np.cos(t), np.sin(t)], axis=1)
     inner = np.stack([outer[:, 0] * depth + np.cos(t[0]) * (1 - depth), outer[:, 1]], axis=1)[::-1]
-    return [Part(np.concatenate([outer, inner]) + (0.3, 0), colour_of(rng, (0.1, 0.6), (0.8, 1.0), (0.1, 0.18)), "linear")]
+    return [Part(np.concatenate([outer, inner]) + (0.3, 0), color_of(rng, (0.1, 0.6), (0.8, 1.0), (0.1, 0.18)), "linear")]
 
 
 def star(rng: np.random.Generator) -> list[Part]:
     arms, depth = int(rng.integers(4, 8)), rng.uniform(0.35, 0.6)
     spikes = ellipse(0, 0, 1, 1, corners=2 * arms) * np.where(np.arange(2 * arms) % 2, depth, 1.0)[:, None]
-    return [Part(spikes, colour_of(rng, (0.3, 1.0), (0.5, 1.0)), "linear")]
+    return [Part(spikes, color_of(rng, (0.3, 1.0), (0.5, 1.0)), "linear")]
 
 
 def ring(rng: np.random.Generator) -> list[Part]:
     hole = rng.uniform(0.35, 0.7)
     outline = np.concatenate([ellipse(0, 0, 1, 1, 0, 0.9999, 40), ellipse(0, 0, hole, hole, 0, 0.9999, 40)[::-1]])
-    return [Part(outline, colour_of(rng, (0.3, 1.0), (0.4, 1.0)), "linear")]
+    return [Part(outline, color_of(rng, (0.3, 1.0), (0.4, 1.0)), "linear")]
 
 
 def crate(rng: np.random.Generator) -> list[Part]:
-    wood = colour_of(rng, (0.3, 0.7), (0.45, 0.85), (0.05, 0.12))
+    wood = color_of(rng, (0.3, 0.7), (0.45, 0.85), (0.05, 0.12))
     tall, bar = rng.uniform(0.6, 1.0), 0.16
     return [
         Part(rectangle(-1, -tall, 1, tall), darker(wood, 0.75), "linear"),
@@ -108,7 +108,7 @@ def crate(rng: np.random.Generator) -> list[Part]:
 
 
 def cup(rng: np.random.Generator) -> list[Part]:
-    china = colour_of(rng, (0.0, 0.8), (0.5, 1.0))
+    china = color_of(rng, (0.0, 0.8), (0.5, 1.0))
     low = rng.uniform(0.45, 0.8)
     handle = stroke(ellipse(0.75, -0.05, 0.32, 0.42, -0.25, 0.25, 16), 0.16)
     return [
@@ -119,7 +119,7 @@ def cup(rng: np.random.Generator) -> list[Part]:
 
 
 def leaf(rng: np.random.Generator) -> list[Part]:
-    green = colour_of(rng, (0.4, 0.9), (0.35, 0.9), rng.choice([[0.2, 0.4], [0.0, 0.15]]))
+    green = color_of(rng, (0.4, 0.9), (0.35, 0.9), rng.choice([[0.2, 0.4], [0.0, 0.15]]))
     t = np.linspace(-1, 1, 20)
     half = rng.uniform(0.3, 0.6) * (1 - t**2) * (1 - 0.3 * t)
     outline = np.concatenate([np.stack([half, t], axis=1), np.stack([-half, t], axis=1)[::-1]])
@@ -127,7 +127,7 @@ def leaf(rng: np.random.Generator) -> list[Part]:
 
 
 def fish(rng: np.random.Generator) -> list[Part]:
-    scale, tall = colour_of(rng, (0.3, 1.0), (0.5, 1.0)), rng.uniform(0.35, 0.65)
+    scale, tall = color_of(rng, (0.3, 1.0), (0.5, 1.0)), rng.uniform(0.35, 0.65)
     fin = darker(scale, rng.uniform(0.6, 0.9))
     return [
         Part(polygon((0.5, 0), (1.1, -tall * 0.8), (0.95, 0), (1.1, tall * 0.8)), fin, "linear"),
@@ -139,7 +139,7 @@ def fish(rng: np.random.Generator) -> list[Part]:
 
 
 def car(rng: np.random.Generator) -> list[Part]:
-    paint = colour_of(rng, (0.0, 1.0), (0.3, 1.0))
+    paint = color_of(rng, (0.0, 1.0), (0.3, 1.0))
     front, back = rng.uniform(-0.75, -0.45), rng.uniform(0.5, 0.9)
     parts = [
         Part(
@@ -156,7 +156,7 @@ def car(rng: np.random.Generator) -> list[Part]:
 
 
 def boat(rng: np.random.Generator) -> list[Part]:
-    hull, sail = colour_of(rng, (0.2, 0.9), (0.3, 0.9)), colour_of(rng, (0.0, 0.6), (0.8, 1.0))
+    hull, sail = color_of(rng, (0.2, 0.9), (0.3, 0.9)), color_of(rng, (0.0, 0.6), (0.8, 1.0))
     lean = rng.uniform(-0.15, 0.15)
     return [
         Part(stroke(polygon((0, 0.5), (lean / 2, -0.2), (lean, -1)), 0.07), (110, 80, 60)),
@@ -167,7 +167,7 @@ def boat(rng: np.random.Generator) -> list[Part]:
 
 
 def bird(rng: np.random.Generator) -> list[Part]:
-    feather = colour_of(rng, (0.0, 0.7), (0.15, 0.9))
+    feather = color_of(rng, (0.0, 0.7), (0.15, 0.9))
     lift = rng.uniform(-0.9, -0.3)
     return [
         Part(smooth(polygon((0.15, -0.1), (0.5, lift), (1, lift - 0.1), (0.7, 0.05), (0.2, 0.25)), 24), darker(feather, 0.8), "linear"),
@@ -178,7 +178,7 @@ def bird(rng: np.random.Generator) -> list[Part]:
 
 
 def butterfly(rng: np.random.Generator) -> list[Part]:
-    wing, spot = colour_of(rng, (0.5, 1.0), (0.5, 1.0)), colour_of(rng, (0.3, 1.0), (0.2, 1.0))
+    wing, spot = color_of(rng, (0.5, 1.0), (0.5, 1.0)), color_of(rng, (0.3, 1.0), (0.2, 1.0))
     up, down = rng.uniform(0.55, 0.75), rng.uniform(0.4, 0.6)
     parts = []
     for side in (-1, 1):
@@ -191,14 +191,14 @@ def butterfly(rng: np.random.Generator) -> list[Part]:
 
 
 def flower(rng: np.random.Generator) -> list[Part]:
-    petals, colour = int(rng.integers(5, 9)), colour_of(rng, (0.3, 1.0), (0.7, 1.0), (0.75, 1.15))
+    petals, color = int(rng.integers(5, 9)), color_of(rng, (0.3, 1.0), (0.7, 1.0), (0.75, 1.15))
     parts = [Part(stroke(polygon((0, 0), (0.08, 0.7), (0, 1.3)), 0.09), (70, 130, 60))] if rng.random() < 0.5 else []
-    parts += [Part(ellipse(x, y, 0.4, 0.4, corners=18), colour, "linear") for x, y in ellipse(0, 0, 0.6, 0.6, corners=petals)]
-    return [*parts, Part(ellipse(0, 0, 0.32, 0.32, corners=20), colour_of(rng, (0.6, 1.0), (0.6, 1.0), (0.08, 0.16)), "round")]
+    parts += [Part(ellipse(x, y, 0.4, 0.4, corners=18), color, "linear") for x, y in ellipse(0, 0, 0.6, 0.6, corners=petals)]
+    return [*parts, Part(ellipse(0, 0, 0.32, 0.32, corners=20), color_of(rng, (0.6, 1.0), (0.6, 1.0), (0.08, 0.16)), "round")]
 
 
 def mushroom(rng: np.random.Generator) -> list[Part]:
-    cap, stem = colour_of(rng, (0.4, 0.9), (0.4, 0.9), (0.95, 1.1)), colour_of(rng, (0.0, 0.2), (0.8, 1.0), (0.08, 0.15))
+    cap, stem = color_of(rng, (0.4, 0.9), (0.4, 0.9), (0.95, 1.1)), color_of(rng, (0.0, 0.2), (0.8, 1.0), (0.08, 0.15))
     parts = [Part(smooth(polygon((-0.25, -0.2), (0.25, -0.2), (0.38, 1.05), (-0.38, 1.05)), 24), stem, "linear")]
     parts.append(
         Part(np.concatenate([ellipse(0, 0, 1, rng.uniform(0.7, 1.0), 0.5, 0.9999, 24), ellipse(0, 0, 1, 0.15, 0, 0.5, 12)]), cap, "linear")
@@ -208,7 +208,7 @@ def mushroom(rng: np.random.Generator) -> list[Part]:
 
 
 def umbrella(rng: np.random.Generator) -> list[Part]:
-    first, second = colour_of(rng, (0.5, 1.0), (0.5, 1.0)), colour_of(rng, (0.0, 1.0), (0.6, 1.0))
+    first, second = color_of(rng, (0.5, 1.0), (0.5, 1.0)), color_of(rng, (0.0, 1.0), (0.6, 1.0))
     panels = int(rng.integers(4, 7))
     parts = [Part(rectangle(-0.03, -0.9, 0.03, 0.9), BLACK), Part(stroke(ellipse(0.13, 0.88, 0.13, 0.15, 0.0, 0.5, 10), 0.06), BLACK)]
     for panel in range(panels):
@@ -219,18 +219,18 @@ def umbrella(rng: np.random.Generator) -> list[Part]:
 
 
 def bottle(rng: np.random.Generator) -> list[Part]:
-    glass, neck = colour_of(rng, (0.2, 0.9), (0.25, 0.8)), rng.uniform(0.12, 0.2)
+    glass, neck = color_of(rng, (0.2, 0.9), (0.25, 0.8)), rng.uniform(0.12, 0.2)
     half, shoulder = rng.uniform(0.28, 0.45), rng.uniform(-0.45, -0.1)
     side = polygon((neck, -0.9), (neck, shoulder - 0.2), (half, shoulder + 0.1), (half, 1))
     return [
         Part(np.concatenate([side, (side * (-1, 1))[::-1]]), glass, "shiny"),
-        Part(rectangle(-half, 0.15, half, 0.65), colour_of(rng, (0.0, 0.6), (0.7, 1.0)), "linear"),
-        Part(rectangle(-neck * 1.2, -1, neck * 1.2, -0.85), colour_of(rng)),
+        Part(rectangle(-half, 0.15, half, 0.65), color_of(rng, (0.0, 0.6), (0.7, 1.0)), "linear"),
+        Part(rectangle(-neck * 1.2, -1, neck * 1.2, -0.85), color_of(rng)),
     ]
 
 
 def apple(rng: np.random.Generator) -> list[Part]:
-    skin = colour_of(rng, (0.6, 1.0), (0.5, 0.95), (0.95, 1.3))
+    skin = color_of(rng, (0.6, 1.0), (0.5, 0.95), (0.95, 1.3))
     outline = smooth(
         polygon(
             (0, -0.7),
@@ -253,7 +253,7 @@ def apple(rng: np.random.Generator) -> list[Part]:
 
 
 def pear(rng: np.random.Generator) -> list[Part]:
-    skin = colour_of(rng, (0.4, 0.9), (0.6, 0.95), (0.12, 0.25))
+    skin = color_of(rng, (0.4, 0.9), (0.6, 0.95), (0.12, 0.25))
     half = rng.uniform(0.55, 0.75)
     side = polygon((0.15, -0.85), (0.32, -0.5), (0.36, -0.15), (half, 0.3), (half, 0.75), (0.25, 1.05))
     outline = smooth(np.concatenate([side, (side * (-1, 1))[::-1]]))
@@ -264,11 +264,11 @@ def lemon(rng: np.random.Generator) -> list[Part]:
     t = np.linspace(-1, 1, 24)
     half = rng.uniform(0.5, 0.65) * np.sqrt(np.clip(1 - np.abs(t) ** 2.2, 0, 1)) * 0.9 + 0.08
     outline = np.concatenate([np.stack([t, half], axis=1), np.stack([t, -half], axis=1)[::-1]])
-    return [Part(outline, colour_of(rng, (0.6, 0.95), (0.8, 1.0), (0.12, 0.3)), "round")]
+    return [Part(outline, color_of(rng, (0.6, 0.95), (0.8, 1.0), (0.12, 0.3)), "round")]
 
 
 def ball(rng: np.random.Generator) -> list[Part]:
-    first, second = colour_of(rng, (0.0, 1.0), (0.5, 1.0)), colour_of(rng, (0.4, 1.0), (0.3, 1.0))
+    first, second = color_of(rng, (0.0, 1.0), (0.5, 1.0)), color_of(rng, (0.4, 1.0), (0.3, 1.0))
     parts = [Part(ellipse(0, 0, 1, 1), first, "round")]
     pattern = rng.integers(3)
     if pattern == 0:  # a beach ball's panels
@@ -293,13 +293,14 @@ def ball(rng: np.random.Generator) -> list[Part]:
 def egg(rng: np.random.Generator) -> list[Part]:
     t = ellipse(0, 0, 1, 1)
     outline = t * np.stack([0.72 * (1 + 0.2 * t[:, 1]), np.ones(len(t))], axis=1)
-    shell = colour_of(rng, (0.0, 0.35), (0.75, 1.0), (0.04, 0.12))
-    speckles = [Part(ellipse(*rng.uniform(-0.45, 0.45, 2), 0.06, 0.06, corners=7), darker(shell, 0.6)) for _ in range(rng.integers(0, 9))]
+    shell = color_of(rng, (0.0, 0.35), (0.75, 1.0), (0.04, 0.12))
+    places = [rng.uniform(-0.45, 0.45, 2) for _ in range(rng.integers(0, 9))]
+    speckles = [Part(ellipse(x, y, 0.06, 0.06, corners=7), darker(shell, 0.6)) for x, y in places]
     return [Part(outline, shell, "round"), *speckles]
 
 
 def lamp(rng: np.random.Generator) -> list[Part]:
-    shade, metal = colour_of(rng, (0.1, 0.8), (0.7, 1.0)), darker((150, 150, 150), rng.uniform(0.3, 1.2))
+    shade, metal = color_of(rng, (0.1, 0.8), (0.7, 1.0)), darker((150, 150, 150), rng.uniform(0.3, 1.2))
     top = rng.uniform(0.25, 0.5)
     return [
         Part(rectangle(-0.05, -0.2, 0.05, 0.9), metal, "linear"),
@@ -309,7 +310,7 @@ def lamp(rng: np.random.Generator) -> list[Part]:
 
 
 def street_lamp(rng: np.random.Generator) -> list[Part]:
-    metal, globe = darker((120, 120, 125), rng.uniform(0.3, 1.0)), colour_of(rng, (0.0, 0.3), (0.9, 1.0), (0.1, 0.16))
+    metal, globe = darker((120, 120, 125), rng.uniform(0.3, 1.0)), color_of(rng, (0.0, 0.3), (0.9, 1.0), (0.1, 0.16))
     return [
         Part(rectangle(-0.05, -0.6, 0.05, 1.6), metal, "linear"),
         Part(rectangle(-0.14, -0.62, 0.14, -0.5), metal),
@@ -321,11 +322,11 @@ def street_lamp(rng: np.random.Generator) -> list[Part]:
 def heart(rng: np.random.Generator) -> list[Part]:
     t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     outline = np.stack([16 * np.sin(t) ** 3, -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))], axis=1) / 16
-    return [Part(outline, colour_of(rng, (0.4, 1.0), (0.4, 1.0)), rng.choice(["linear", "round"]))]
+    return [Part(outline, color_of(rng, (0.4, 1.0), (0.4, 1.0)), rng.choice(["linear", "round"]))]
 
 
 def gear(rng: np.random.Generator) -> list[Part]:
-    teeth, metal = int(rng.integers(7, 13)), colour_of(rng, (0.0, 0.5), (0.35, 0.9))
+    teeth, metal = int(rng.integers(7, 13)), color_of(rng, (0.0, 0.5), (0.35, 0.9))
     steps = ellipse(0, 0, 1, 1, corners=4 * teeth) * np.where(np.arange(4 * teeth) % 4 < 2, 1.0, 0.78)[:, None]
     return [Part(steps, metal, "linear"), Part(ellipse(0, 0, 0.3, 0.3), darker(metal, 0.4))]
 
@@ -346,17 +347,17 @@ def cross(rng: np.random.Generator) -> list[Part]:
         (-wide, -arm),
         (-arm, -arm),
     )
-    return [Part(outline, colour_of(rng, (0.2, 1.0), (0.4, 1.0)), "linear")]
+    return [Part(outline, color_of(rng, (0.2, 1.0), (0.4, 1.0)), "linear")]
 
 
 def arrow(rng: np.random.Generator) -> list[Part]:
     shaft, head = rng.uniform(0.15, 0.3), rng.uniform(-0.3, 0.2)
     outline = polygon((0, -1), (0.7, head), (shaft, head), (shaft, 1), (-shaft, 1), (-shaft, head), (-0.7, head))
-    return [Part(outline, colour_of(rng, (0.2, 1.0), (0.3, 1.0)), "linear")]
+    return [Part(outline, color_of(rng, (0.2, 1.0), (0.3, 1.0)), "linear")]
 
 
 def pyramid(rng: np.random.Generator) -> list[Part]:
-    stone, edge = colour_of(rng, (0.1, 0.9), (0.5, 1.0)), rng.uniform(-0.4, 0.4)
+    stone, edge = color_of(rng, (0.1, 0.9), (0.5, 1.0)), rng.uniform(-0.4, 0.4)
     return [
         Part(polygon((0, -0.9), (edge, 0.8), (-1, 0.55)), stone, "linear"),
         Part(polygon((0, -0.9), (edge, 0.8), (1, 0.55)), darker(stone, 0.65), "linear"),
@@ -364,7 +365,7 @@ def pyramid(rng: np.random.Generator) -> list[Part]:
 
 
 def cube(rng: np.random.Generator) -> list[Part]:
-    side, lift = colour_of(rng, (0.1, 0.9), (0.5, 1.0)), rng.uniform(0.35, 0.5)
+    side, lift = color_of(rng, (0.1, 0.9), (0.5, 1.0)), rng.uniform(0.35, 0.5)
     return [
         Part(polygon((-0.9, -lift), (0, 0), (0, 1), (-0.9, 1 - lift)), darker(side, 0.8), "linear"),
         Part(polygon((0.9, -lift), (0, 0), (0, 1), (0.9, 1 - lift)), darker(side, 0.55), "linear"),
@@ -376,17 +377,17 @@ def shard(rng: np.random.Generator) -> list[Part]:
     corners = int(rng.integers(3, 8))
     turn = np.sort(rng.uniform(0, 2 * np.pi / corners, corners) + np.arange(corners) * 2 * np.pi / corners)
     outline = np.stack([np.cos(turn), np.sin(turn)], axis=1) * rng.uniform(0.6, 1.0, (corners, 1))
-    return [Part(outline, colour_of(rng, (0.0, 1.0), (0.2, 1.0)), "linear")]
+    return [Part(outline, color_of(rng, (0.0, 1.0), (0.2, 1.0)), "linear")]
 
 
 def pebble(rng: np.random.Generator) -> list[Part]:
     corners = int(rng.integers(5, 9))
     outline = smooth(ellipse(0, 0, 1, 1, corners=corners) * rng.uniform(0.7, 1.15, (corners, 1)))
-    return [Part(outline, colour_of(rng, (0.0, 0.9), (0.25, 1.0)), rng.choice(["linear", "round", "shiny"]))]
+    return [Part(outline, color_of(rng, (0.0, 0.9), (0.25, 1.0)), rng.choice(["linear", "round", "shiny"]))]
 
 
 def bulb(rng: np.random.Generator) -> list[Part]:
-    glass = colour_of(rng, (0.0, 0.5), (0.8, 1.0), (0.1, 0.17))
+    glass = color_of(rng, (0.0, 0.5), (0.8, 1.0), (0.1, 0.17))
     side = polygon((0.3, 0.55), (0.35, 0.3), (0.68, -0.2), (0.62, -0.75), (0.25, -1.05))
     outline = smooth(np.concatenate([side, (side * (-1, 1))[::-1]]))
     return [
@@ -399,12 +400,12 @@ def bulb(rng: np.random.Generator) -> list[Part]:
 
 
 def button(rng: np.random.Generator) -> list[Part]:
-    colour = colour_of(rng, (0.2, 1.0), (0.4, 1.0))
+    color = color_of(rng, (0.2, 1.0), (0.4, 1.0))
     holes = ellipse(0, 0, 0.3, 0.3, corners=int(rng.choice([2, 4])))
     return [
-        Part(ellipse(0, 0, 1, 1), darker(colour, 0.75), "linear"),
-        Part(ellipse(0, 0, 0.75, 0.75), colour, "linear"),
-        *(Part(ellipse(x, y, 0.12, 0.12, corners=12), darker(colour, 0.3)) for x, y in holes),
+        Part(ellipse(0, 0, 1, 1), darker(color, 0.75), "linear"),
+        Part(ellipse(0, 0, 0.75, 0.75), color, "linear"),
+        *(Part(ellipse(x, y, 0.12, 0.12, corners=12), darker(color, 0.3)) for x, y in holes),
     ]
 
 

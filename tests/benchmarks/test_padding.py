@@ -3,7 +3,7 @@ import sys
 from benchmarks import padding
 
 
-def test_what_is_filled_up_is_counted():
+def test_padding_is_counted():
     class Sized(list):
         epoch = 0
 
@@ -13,10 +13,10 @@ def test_what_is_filled_up_is_counted():
         def size_of(self, _epoch, index):
             return self[index]
 
-    assert padding.filled_up(Sized([(10, 20), (20, 10)]), 2, False, epochs=3) == (1.0, 0.0)
-    assert padding.filled_up(Sized([(10, 20), (10, 20)]), 2, True, epochs=3) == (0.0, 1.0)
-    # Two lie and two stand: together with their like nothing is filled up.
-    assert padding.filled_up(Sized([(10, 20), (20, 10)] * 2), 2, True, epochs=3) == (0.0, 1.0)
+    assert padding.padding(Sized([(10, 20), (20, 10)]), 2, False, epochs=3) == (1.0, 0.0)
+    assert padding.padding(Sized([(10, 20), (10, 20)]), 2, True, epochs=3) == (0.0, 1.0)
+    # Two landscape and two portrait images: batches of one kind need no padding.
+    assert padding.padding(Sized([(10, 20), (20, 10)] * 2), 2, True, epochs=3) == (0.0, 1.0)
 
 
 def test_the_command_prints_its_table(coco_folder, monkeypatch, capsys):

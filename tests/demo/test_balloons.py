@@ -1,4 +1,4 @@
-"""The generated balloon pictures: repeatable, labelled where the balloons are, never trivial."""
+"""The generated balloon images: repeatable, labelled where the balloons are, never trivial."""
 
 import json
 from pathlib import Path
@@ -57,25 +57,25 @@ def test_a_seed_gives_the_same_bytes_and_more_pictures_begin_with_the_fewer(gene
 
 def test_seeds_and_splits_give_different_pictures(generated, tmp_path):
     generate(tmp_path, train=6, val=3, seed=6)
-    pictures = [data for folder in (generated, tmp_path) for name, data in _files(folder).items() if name.endswith(".jpg")]
-    assert len(set(pictures)) == 18
+    images = [data for folder in (generated, tmp_path) for name, data in _files(folder).items() if name.endswith(".jpg")]
+    assert len(set(images)) == 18
 
 
 def test_outlines_lie_inside_the_picture_on_its_edges(generated):
-    """Along an outline the picture changes much more than elsewhere: that is seen without knowing how it was drawn."""
+    """Along an outline the image changes much more than elsewhere: that is seen without knowing how it was drawn."""
     along, elsewhere = [], []
     for name, outlines in _regions(generated / "train").items():
-        picture = Image.open(generated / "train" / name)
-        pixels = np.asarray(picture.convert("L")).astype(float)
+        image = Image.open(generated / "train" / name)
+        pixels = np.asarray(image.convert("L")).astype(float)
         steepness = np.hypot(*np.gradient(pixels))
-        lines = Image.new("L", picture.size)
+        lines = Image.new("L", image.size)
         for points in outlines:
             assert points.min() >= 0
-            assert (points <= picture.size).all()
+            assert (points <= image.size).all()
             assert len(points) >= 6
             ImageDraw.Draw(lines).line([*map(tuple, points), tuple(points[0])], fill=1, width=2)
         inner = np.zeros(pixels.shape, dtype=bool)
-        inner[3:-3, 3:-3] = True  # where the picture cuts a balloon there is no edge to see
+        inner[3:-3, 3:-3] = True  # where the image cuts a balloon there is no edge to see
         on_line = np.asarray(lines).astype(bool)
         along.append(steepness[on_line & inner].mean())
         elsewhere.append(np.median(steepness[~on_line & inner]))
@@ -84,9 +84,9 @@ def test_outlines_lie_inside_the_picture_on_its_edges(generated):
 
 def test_outlines_enclose_what_is_seen_of_each_balloon():
     for number in range(6):
-        picture, seen = draw(np.random.default_rng((1, 2, number)))
+        image, seen = draw(np.random.default_rng((1, 2, number)))
         for mask in seen:
-            assert mask.shape == (picture.shape[0] * SUPERSAMPLE, picture.shape[1] * SUPERSAMPLE)
+            assert mask.shape == (image.shape[0] * SUPERSAMPLE, image.shape[1] * SUPERSAMPLE)
             enclosed = Image.new("L", mask.shape[::-1])
             ImageDraw.Draw(enclosed).polygon([tuple(point) for point in outline(mask) * SUPERSAMPLE], fill=1)
             enclosed = np.asarray(enclosed).astype(bool)
@@ -135,7 +135,7 @@ def test_a_simplified_outline_keeps_within_its_tolerance():
 
 
 def test_impossible_requests_are_one_line_errors(tmp_path):
-    with pytest.raises(UserError, match="-1 pictures"):
+    with pytest.raises(UserError, match="-1 images"):
         generate(tmp_path, train=-1)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file"):

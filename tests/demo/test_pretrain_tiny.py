@@ -15,8 +15,8 @@ def pool() -> Pool:
 
 
 def test_pictures_are_drawn_from_the_generator_alone():
-    (picture, boxes, labels), again = draw(np.random.default_rng(3)), draw(np.random.default_rng(3))
-    assert (picture == again[0]).all()
+    (image, boxes, labels), again = draw(np.random.default_rng(3)), draw(np.random.default_rng(3))
+    assert (image == again[0]).all()
     assert (boxes == again[1]).all()
     assert (labels == again[2]).all()
     assert boxes.min() >= 0
@@ -29,9 +29,9 @@ def test_batches_are_normalized_crops_with_boxes_inside(pool):
     assert images.shape == (8, 3, 64, 80)
     assert images.abs().max() < 4
     for target in targets:
-        centre, size = target["boxes"][:, :2], target["boxes"][:, 2:]
-        assert (centre - size / 2).min() > -1e-6 if len(size) else True
-        assert (centre + size / 2).max() < 1 + 1e-6 if len(size) else True
+        center, size = target["boxes"][:, :2], target["boxes"][:, 2:]
+        assert (center - size / 2).min() > -1e-6 if len(size) else True
+        assert (center + size / 2).max() < 1 + 1e-6 if len(size) else True
         assert len(target["labels"]) == len(size)
 
 
@@ -40,7 +40,7 @@ def test_the_dense_loss_is_nothing_where_every_place_is_right():
     targets = [{"boxes": box, "labels": torch.tensor([2])}]
     logits = torch.full((1, 16, 4), -20.0)
     middle = torch.zeros(4, 4, dtype=torch.bool)
-    middle[1:3, 1:3] = True  # the centres of these places lie in the middle of the box
+    middle[1:3, 1:3] = True  # the centers of these places lie in the middle of the box
     logits[0, ~middle.flatten(), 3] = 20
     logits[0, middle.flatten(), 2] = 20
     right = {"pred_logits": logits, "pred_boxes": box.expand(1, 16, 4), "shape": (4, 4)}

@@ -1,4 +1,4 @@
-"""What the generated pictures are made of: things that lie where they are said to lie."""
+"""What the generated images are made of: things that lie where they are said to lie."""
 
 import numpy as np
 import pytest
@@ -72,9 +72,9 @@ def test_noise_and_backgrounds_have_their_shape_and_range():
     noise = fractal_noise(np.random.default_rng(0), (40, 70), 5)
     assert noise.shape == (40, 70)
     assert (noise.min(), noise.max()) == (0, 1)
-    pictures = [background(np.random.default_rng(seed), 64, 48) for seed in range(40)]
-    assert all(picture.shape == (48, 64, 3) and picture.dtype == np.uint8 for picture in pictures)
-    assert np.mean([picture.std() > 3 for picture in pictures]) > 0.9  # next to none is plain
+    images = [background(np.random.default_rng(seed), 64, 48) for seed in range(40)]
+    assert all(image.shape == (48, 64, 3) and image.dtype == np.uint8 for image in images)
+    assert np.mean([image.std() > 3 for image in images]) > 0.9  # next to none is plain
 
 
 def test_there_is_no_balloon_among_the_things():
