@@ -89,7 +89,7 @@ def test_what_ends_the_one_worker_is_said_in_one_line_with_how_to_go_on(coco_fol
     def fail(_config):
         raise RuntimeError("CUDA error\nthe card fell off the bus")
 
-    monkeypatch.setattr("raydetr.fit.fit", fail)
+    monkeypatch.setattr("raydetr.training.fit.fit", fail)
     with pytest.raises(UserError, match=rf"training failed: the card fell off the bus; .* --resume {tmp_path}/run$"):
         training._run_here(settings(coco_folder(), tmp_path, run__workers=1))
 
