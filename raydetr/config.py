@@ -121,6 +121,9 @@ class Data:
     group_sizes: bool = setting(
         False, "training batches of images that came out of their transforms alike in size: less is filled up, and they are less random"
     )
+    val_batch_size: int | None = setting(
+        None, "images per batch in evaluation: 8 on a GPU, else optim.batch_size when not given", low=1, high=1024
+    )
     num_workers: int = setting(2, "processes that load images, per training worker", low=0, high=64)
     cache_gb: float | None = setting(
         None, "memory for decoded pictures on a machine (GB): a quarter of what it has when not given; 0 decodes them every time", low=0.0
@@ -156,7 +159,9 @@ class Speed:
 
     device: str = setting("auto", "where to train: auto takes a GPU where there is one", choices=["auto", "cpu", "cuda"])
     precision: str = setting(
-        "auto", "arithmetic of the forward pass; auto: bf16 on GPUs that have it, else fp32", choices=["auto", "fp32", "bf16", "fp16"]
+        "auto",
+        "arithmetic of the forward pass; auto: bf16 on GPUs that have it, else fp32; tf32: fp32 with faster, less exact products on GPUs",
+        choices=["auto", "fp32", "tf32", "bf16", "fp16"],
     )
     compile: str = setting(
         "auto",

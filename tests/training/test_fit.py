@@ -20,7 +20,8 @@ from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, coco_metrics, stats
 from raydetr.loss.criterion import build_criterion
 from raydetr.training.engine import evaluate
-from raydetr.training.fit import LocalReporter, Progress, fit
+from raydetr.training.fit import LocalReporter, fit
+from raydetr.training.run import Progress
 from raydetr.weights.checkpoint import read_checkpoint
 
 TINY = {
@@ -208,8 +209,9 @@ def test_a_finished_run_returns_at_once(finished):
     before = {path: path.stat().st_mtime_ns for path in folder_of(config).rglob("*")}
     again, watcher = run(config)
     assert again == metrics
-    assert [event["kind"] for event in watcher.events] == ["message", "report"]
-    assert watcher.events[1]["metrics"] == metrics
+    assert [event["kind"] for event in watcher.events] == ["message", "message", "report"]
+    assert watcher.events[1]["text"] == f"{folder_of(config)} is finished: all 3 epochs are done; a larger --epochs trains on"
+    assert watcher.events[2]["metrics"] == metrics
     assert {path: path.stat().st_mtime_ns for path in folder_of(config).rglob("*")} == before
 
 
@@ -418,10 +420,10 @@ def test_early_stopping(coco_folder):
 def test_progress():
     progress = Progress()
     epochs = [(0.0, 3.0), (0.0, 2.0), (0.0, 2.5), (0.3, 9.0), (0.2, 1.0), (0.3, 9.0)]
-    assert [progress.take(*each) for each in epochs] == [True, True, False, True, False, False]
+    assert [progress.update(*each) for each in epochs] == [True, True, False, True, False, False]
     assert (progress.epoch, progress.best_epoch, progress.best_AP, progress.stale) == (6, 4, 0.3, 2)
     undefined = Progress()
-    assert [undefined.take(None, loss) for loss in (1.0, 2.0, 3.0)] == [True] * 3
+    assert [undefined.update(None, loss) for loss in (1.0, 2.0, 3.0)] == [True] * 3
     assert (undefined.best_AP, undefined.stale) == (None, 0)
 
 
