@@ -374,7 +374,7 @@ def test_an_unfinished_last_line_is_cut_off(make):
 
 RUNNER = """
 import sys, time
-from raydetr.search import open_search
+from raydetr.search.study import open_search
 search = open_search(sys.argv[1])
 search.reclaim(())
 while (asked := search.ask()) is not None:
