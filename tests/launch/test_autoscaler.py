@@ -11,7 +11,7 @@ import ray.tune
 from raydetr import config
 from raydetr.errors import UserError
 from raydetr.launch import tune as launcher
-from raydetr.launch.places import Demands
+from raydetr.launch.slots import Demands
 from raydetr.launch.train import train
 from raydetr.launch.tune import tune
 from raydetr.search.study import trials_frame

@@ -21,8 +21,8 @@ from raydetr import config
 from raydetr.errors import UserError
 from raydetr.launch import train as training
 from raydetr.launch import tune as launcher
-from raydetr.launch.places import Demands
 from raydetr.launch.scheduling import trial_folder
+from raydetr.launch.slots import Demands
 from raydetr.launch.tune import resume, tune
 from raydetr.search.study import Search, trials_frame
 from raydetr.weights.checkpoint import read_checkpoint

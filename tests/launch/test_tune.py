@@ -19,9 +19,9 @@ from raydetr.demo import balloons
 from raydetr.errors import UserError
 from raydetr.launch import tune as launcher
 from raydetr.launch.command import seconds
-from raydetr.launch.places import Demands
 from raydetr.launch.scheduling import trial_folder
-from raydetr.launch.train import DRIVER
+from raydetr.launch.session import DRIVER
+from raydetr.launch.slots import Demands
 from raydetr.launch.tune import resume, share_images, summary, tune
 from raydetr.search.space import read_space
 from raydetr.search.study import TAKEN_OVER, Search, open_search
