@@ -27,7 +27,7 @@ SHORT_FLAGS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 findings or failure, 2 bad input, 130, 143 or 129 ended by Ctrl-C, SIGTERM or SIGHUP."""
+    """Run one command; returns the exit code: 0 done, 1 findings or failure, 2 bad input, 128 + N ended by signal N (130: Ctrl-C)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
