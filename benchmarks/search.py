@@ -32,9 +32,9 @@ from raydetr.data.formats.convert import convert
 from raydetr.demo import balloons
 from raydetr.launch import trial as launched
 from raydetr.launch import tune as launcher
-from raydetr.launch.places import Demands
 from raydetr.launch.scheduling import Hopeless, grace_epochs, trial_folder
-from raydetr.launch.train import DRIVER
+from raydetr.launch.session import DRIVER
+from raydetr.launch.slots import Demands
 from raydetr.launch.tune import tune
 from raydetr.search.space import read_space
 from raydetr.search.study import Search, create_search, epochs_of
@@ -96,9 +96,9 @@ def surface_ap(settings: dict[str, Any], epoch: int) -> float:
 
 def follow_surface(assigned: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
     """In place of a training: reports what the surface says."""
-    epochs = assigned["settings"]["optim"]["epochs"]
-    for epoch in range(1, epochs + 1):
-        values = {"epoch": epoch, "AP": surface_ap(assigned["settings"], epoch)}
+    settings = to_dict(assigned["config"])
+    for epoch in range(1, settings["optim"]["epochs"] + 1):
+        values = {"epoch": epoch, "AP": surface_ap(settings, epoch)}
         ray.tune.report(values)
     ray.tune.report({**values, "finished": True})
 

@@ -27,7 +27,7 @@ SHORT_FLAGS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 findings or failure, 2 bad input, 130 interrupted."""
+    """Run one command; returns the exit code: 0 done, 1 findings or failure, 2 bad input, 128 + N ended by signal N (130: Ctrl-C)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail(error.format_message(), 2, debug)
     except (click.Abort, KeyboardInterrupt) as error:
-        way_on = str(error.__cause__ or error)  # click hides the interrupt behind an error of its own
-        return _fail(f"interrupted; {way_on}" if way_on else "interrupted", 130, debug)
+        cause = error.__cause__ or error  # click hides the interrupt behind an error of its own
+        return _fail(f"interrupted; {cause}" if str(cause) else "interrupted", getattr(cause, "exit_code", 130), debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
