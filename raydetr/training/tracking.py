@@ -30,9 +30,9 @@ from raydetr.draw import Box, category_colours, draw_boxes
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, stats
 from raydetr.training.engine import Detections
+from raydetr.training.metrics import LOSSES
 from raydetr.weights.files import written_whole
 
-LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
 STEP_TAGS = {
     **{name: f"train/{name}" for name in (*LOSSES, "grad_norm")},
     "lr_transformer": "lr/transformer",
