@@ -117,11 +117,13 @@ def driving(config: settings.Config) -> Iterator[None]:
     Raises:
         UserError: Another process runs it.
     """
+    lock_file = run_folder(config) / ".lock"
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(one_process(run_folder(config) / ".lock", wait=False))
+            stack.enter_context(one_process(lock_file, wait=False))
         except TimeoutError:
             raise UserError(f"{run_root(config)}: another raydetr is training this run; wait for its end or stop it first") from None
+        stack.callback(lock_file.unlink, missing_ok=True)
         yield
 
 

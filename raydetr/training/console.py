@@ -70,9 +70,10 @@ class Display:
     def _warning_once(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # rich raises SystemExit for a broken pipe
             if not self._failed:
-                warn(f"warning: the terminal: {error}; nothing more is shown, the training continues")
+                reason = "broken pipe" if isinstance(error, SystemExit) else error
+                warn(f"warning: the terminal: {reason}; nothing more is shown, the training continues")
             self._failed = True
 
     def show(self, event: dict[str, Any]) -> None:

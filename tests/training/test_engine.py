@@ -262,14 +262,53 @@ def test_evaluation_leaves_no_gradient_and_no_random_number(coco_folder):
     assert not training.model.training
 
 
-def test_device_and_precision():
-    assert choose_device(Speed(device="cpu")) == CPU
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_precision_is_the_dtype_of_the_forward_pass(precision, dtype, device):
+    assert choose_dtype(Speed(precision=precision), torch.device(device)) == dtype
+
+
+@pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_precision_auto_is_bf16_on_a_gpu_that_has_it(monkeypatch, supported, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation)
+    assert choose_dtype(Speed(precision="auto"), torch.device("cuda")) == dtype
     assert choose_dtype(Speed(precision="auto"), CPU) == torch.float32
-    assert choose_dtype(Speed(precision="bf16"), CPU) == torch.bfloat16
-    if not torch.cuda.is_available():
-        assert choose_device(Speed(device="auto")) == CPU
-        with pytest.raises(UserError, match=r"speed\.device: cuda"):
-            choose_device(Speed(device="cuda"))
+
+
+def test_the_device_cpu_is_taken_whatever_there_is():
+    assert choose_device(Speed(device="cpu")) == CPU
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error():
+    assert choose_device(Speed(device="auto")) == CPU
+    with pytest.raises(UserError, match=r"speed\.device: cuda was asked for and PyTorch sees no GPU"):
+        choose_device(Speed(device="cuda"))
+
+
+@pytest.fixture
+def three_gpus(monkeypatch):
+    """PyTorch sees three GPUs, and its flags are as a new process has them. The devices that were made current."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield current
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before[:2]
+    torch.backends.cuda.enable_cudnn_sdp(before[2])
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True), ("bf16", False), ("auto", False)])
+def test_a_gpu_computes_in_tf32_only_where_that_is_asked_for(three_gpus, precision, tf32):
+    assert choose_device(Speed(precision=precision), local_rank=4) == torch.device("cuda", 1)
+    assert three_gpus == [torch.device("cuda", 1)]
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == tf32
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 # --- several workers: one run of two processes for all tests ---
