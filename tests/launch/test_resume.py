@@ -71,9 +71,7 @@ def test_data_may_have_moved_but_not_changed(own, tmp_path):
     coco = json.loads(file.read_text())
     coco["annotations"][0]["bbox"][2] += 0.5
     file.write_text(json.dumps(coco))
-    with pytest.raises(
-        UserError, match=rf"the train set is not the one that {run} was trained on: boxes of image 10 changed; undo that, or"
-    ):
+    with pytest.raises(UserError, match=rf"the train set is not the one that {run} was trained on: boxes of image 10 changed"):
         train(resume_config(str(run), longer | {"optim.epochs": 4}), resume=True)
 
 
