@@ -70,10 +70,13 @@ class Display:
     def _warning_once(self) -> Iterator[None]:
         try:
             yield
-        except (Exception, SystemExit) as error:  # rich raises SystemExit for a broken pipe
+        except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit):
+                if not isinstance(error.__context__, BrokenPipeError):
+                    raise
+                error = error.__context__  # which rich turns into the end of the process
             if not self._failed:
-                reason = "broken pipe" if isinstance(error, SystemExit) else error
-                warn(f"warning: the terminal: {reason}; nothing more is shown, the training continues")
+                warn(f"warning: the terminal: {error}; nothing more is shown, the training continues")
             self._failed = True
 
     def show(self, event: dict[str, Any]) -> None:

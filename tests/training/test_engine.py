@@ -96,6 +96,7 @@ def test_gradients_do_not_carry_over_and_rates_follow_the_schedule(coco_folder):
     train_one_epoch(together, batches, 1, lambda _: None)
     for batch in batches:
         train_one_epoch(apart, [batch], 1, lambda _: None)
+        apart.optimizer.zero_grad()
     assert all(torch.equal(*pair) for pair in zip(together.model.parameters(), apart.model.parameters(), strict=True))
     warming = make_training()
     warming.scheduler = build_scheduler(warming.optimizer, Optim(lr=1e-3, lr_backbone=1e-4, epochs=10, warmup=1.0), 2)

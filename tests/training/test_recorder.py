@@ -113,7 +113,7 @@ class Broken(io.StringIO):
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "broken pipe"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "[Errno 32] Broken pipe"),
         (OSError(errno.EIO, "Input/output error"), "[Errno 5] Input/output error"),
         (UnicodeEncodeError("ascii", "\u2501", 0, 1, "ordinal not in range(128)"), "'ascii' codec"),
     ],
