@@ -23,11 +23,21 @@ class Reporter(Protocol):
         images: Reads images that were decoded once for several runs. None if the run decodes its own.
     """
 
-    rank: int
-    world_size: int
-    local_rank: int
-    searched: Mapping[str, tuple | list] | None
-    images: DecodedImages | None
+    # Properties, so that a reporter may have attributes of narrower types.
+    @property
+    def rank(self) -> int: ...  # noqa: D102
+
+    @property
+    def world_size(self) -> int: ...  # noqa: D102
+
+    @property
+    def local_rank(self) -> int: ...  # noqa: D102
+
+    @property
+    def searched(self) -> Mapping[str, tuple | list] | None: ...  # noqa: D102
+
+    @property
+    def images(self) -> DecodedImages | None: ...  # noqa: D102
 
     def checkpoint(self) -> Path | None:
         """Return the checkpoint to start from, or None for the ``last.pth`` of the run folder, if there is one."""

@@ -10,8 +10,9 @@ from tests.training.runs import last_of, run, settings
 def test_progress_counts_epochs_and_finds_the_best():
     progress = Progress()
     epochs = [(0.0, 3.0), (0.0, 2.0), (0.0, 2.5), (0.3, 9.0), (0.2, 1.0), (0.3, 9.0)]
-    assert [progress.update(*each) for each in epochs] == [True, True, False, True, False, False]
-    assert (progress.epoch, progress.best_epoch, progress.best_AP, progress.stale) == (6, 4, 0.3, 2)
+    seen = [(progress.update(*each), progress.stale) for each in epochs]
+    assert seen == [(True, 0), (True, 1), (False, 2), (True, 0), (False, 1), (False, 2)]  # a better loss alone is no progress
+    assert (progress.epoch, progress.best_epoch, progress.best_AP) == (6, 4, 0.3)
     undefined = Progress()
     assert [undefined.update(None, loss) for loss in (1.0, 2.0, 3.0)] == [True] * 3
     assert (undefined.best_AP, undefined.stale) == (None, 0)
