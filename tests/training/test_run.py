@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from raydetr.config import load_config
+from raydetr.errors import UserError
 from raydetr.training import run as module
 from raydetr.training.run import Progress, val_batch_size
 from tests.training.runs import last_of, run, settings
@@ -46,3 +47,8 @@ def test_a_run_resumed_on_a_gpu_seeds_each_rank_of_it_anew(coco_folder, monkeypa
     assert drawn[0] != drawn[1]
     torch.set_rng_state(content["random"][0]["torch"])
     assert torch.rand(1) == drawn[0]  # what the checkpoint has is continued
+
+
+def test_a_network_that_cannot_be_built_is_refused_with_its_settings():
+    with pytest.raises(UserError, match=r"model\.dilation: the tiny backbone has no dilated stage"):
+        load_config({"model.preset": "detr_tiny", "model.dilation": True})
