@@ -28,7 +28,7 @@ from ray.tune.result import DONE, RESULT_DUPLICATE
 from benchmarks.measure import RAY, first_line, machine, table
 from benchmarks.search import SURFACE, make_config, surface_ap
 from raydetr.config import load_config, to_dict
-from raydetr.launch.places import weights_bytes
+from raydetr.launch.slots import weights_bytes
 from raydetr.launch.tune import tune
 from raydetr.training.fit import fit
 
@@ -47,7 +47,7 @@ class PlayedTrial(ray.tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Start again with other settings."""
-        self.settings, self.epoch, self.told = new_config["settings"], 0, False
+        self.settings, self.epoch, self.told = to_dict(new_config["config"]), 0, False
         return True
 
     def step(self) -> dict[str, Any]:

@@ -32,9 +32,9 @@ from raydetr.data.formats.convert import convert
 from raydetr.demo import balloons
 from raydetr.launch import trial as launched
 from raydetr.launch import tune as launcher
-from raydetr.launch.places import Demands
 from raydetr.launch.scheduling import Hopeless, grace_epochs, trial_folder
-from raydetr.launch.train import DRIVER
+from raydetr.launch.session import DRIVER
+from raydetr.launch.slots import Demands
 from raydetr.launch.tune import tune
 from raydetr.search.space import read_space
 from raydetr.search.study import Search, create_search, epochs_of
@@ -97,9 +97,9 @@ def surface_ap(settings: dict[str, Any], epoch: int) -> float:
 
 def follow_surface(assigned: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
     """Report the values of the response surface instead of training."""
-    epochs = assigned["settings"]["optim"]["epochs"]
-    for epoch in range(1, epochs + 1):
-        values = {"epoch": epoch, "AP": surface_ap(assigned["settings"], epoch)}
+    settings = to_dict(assigned["config"])
+    for epoch in range(1, settings["optim"]["epochs"] + 1):
+        values = {"epoch": epoch, "AP": surface_ap(settings, epoch)}
         ray.tune.report(values)
     ray.tune.report({**values, "finished": True})
 
@@ -165,7 +165,7 @@ def trial_watched(folder: Path, assigned: dict[str, Any], images: Sequence[ray.O
                 epochs.append(watch.restart())
 
     Reporter.report = watch.over(REPORT, Reporter.report)
-    with mock.patch.object(launched, "TuneReporter", Reporter), mock.patch("raydetr.training.fit.Tracker", Tracker):
+    with mock.patch.object(launched, "TuneReporter", Reporter), mock.patch("raydetr.training.recorder.Tracker", Tracker):
         launched.run_trial(assigned, images)
     (folder / f"{assigned['number']}.json").write_text(json.dumps(epochs[2:]))  # not the first epoch, and not what was before it
 

@@ -28,6 +28,7 @@ from benchmarks.search import make_config
 from benchmarks.turns import Turns, taking_turns
 from raydetr.config import Config, load_config, read_yaml, write_yaml
 from raydetr.launch import train as launcher
+from raydetr.launch.ray_private import SPARING
 from raydetr.training.fit import LocalReporter, fit
 
 TORCH_TRAINER, TORCHRUN, ALONE = "TorchTrainer", "torchrun", "one process"
@@ -119,7 +120,7 @@ def main() -> None:
     epochs, train, val = (2, 8, 2) if chosen.quick else (chosen.epochs, 64, 16)
     print(machine(), "\n")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {**launcher.SPARING, **os.environ}
+        os.environ |= {**SPARING, **os.environ}
         ray.init(address="local", num_cpus=2, include_dashboard=False, **RAY)
         turns, share = run_all(Path(folder), epochs, train, val)
         ray.shutdown()

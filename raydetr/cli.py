@@ -28,7 +28,7 @@ SHORT_FLAGS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 success, 1 findings or failure, 2 bad input, 130 interrupted."""
+    """Run one command and return its exit code: 0 success, 1 findings or failure, 2 bad input, 128 + N ended by signal N (130: Ctrl-C)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail(error.format_message(), 2, debug)
     except (click.Abort, KeyboardInterrupt) as error:
-        way_on = str(error.__cause__ or error)  # click hides the interrupt behind an error of its own
-        return _fail(f"interrupted; {way_on}" if way_on else "interrupted", 130, debug)
+        cause = error.__cause__ or error  # click hides the interrupt behind an error of its own
+        return _fail(f"interrupted; {cause}" if str(cause) else "interrupted", getattr(cause, "exit_code", 130), debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -146,7 +146,7 @@ def cli() -> None:
 @click.option(
     "--resume",
     metavar="RUN",
-    help="Resume the run in this folder. It keeps its settings, apart from those that may change, such as --epochs.",
+    help="Resume the run in this folder, or from its best.pth. It keeps its settings, apart from those that may change, such as --epochs.",
 )
 @settings_options("model", "loss", "matcher", "data", "optim", "speed", "run")
 def train(resume: str | None, **options) -> None:
@@ -155,10 +155,13 @@ def train(resume: str | None, **options) -> None:
     Example: raydetr train --data photographs --epochs 100 --workers 2
     """
     with without_collections():  # importing torch and Ray makes half a million objects that stay
-        from raydetr.launch.train import resume_config, train
+        from raydetr.launch.train import names_checkpoint, resume_config, train
 
     given = given_settings(options)
-    train(resume_config(resume, *given) if resume else config.with_settings(config.Config(), *given), resume=bool(resume))
+    if resume:
+        train(resume_config(resume, *given), resume=True, from_best=names_checkpoint(resume, ["best.pth"]))
+    else:
+        train(config.with_settings(config.Config(), *given))
 
 
 @cli.group()

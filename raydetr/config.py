@@ -155,6 +155,9 @@ class Data:
         choices=["upright", "stored"],
     )
     max_megapixels: int = setting(178, "largest image that is decoded (millions of pixels)", low=1, high=10000)
+    val_batch_size: int | None = setting(
+        None, "images per batch in evaluation (default: 8 on a GPU, optim.batch_size on a CPU)", low=1, high=1024
+    )
     num_workers: int = setting(2, "processes that load images, for each training worker", low=0, high=64)
     batch_timeout_s: float = setting(
         600.0, "longest wait for a batch from the processes that load images (seconds); 0 waits forever", low=0.0, high=86400.0
@@ -195,7 +198,9 @@ class Speed:
 
     device: str = setting("auto", "device to train on; auto: a GPU where there is one", choices=["auto", "cpu", "cuda"])
     precision: str = setting(
-        "auto", "precision of the forward pass; auto: bf16 on GPUs that support it, else fp32", choices=["auto", "fp32", "bf16", "fp16"]
+        "auto",
+        "precision of the forward pass; auto: bf16 on GPUs that support it, else fp32; tf32: fp32 with faster, less exact products on GPUs",
+        choices=["auto", "fp32", "tf32", "bf16", "fp16"],
     )
     compile: str = setting(
         "auto",
@@ -432,6 +437,8 @@ def _check_together(config: Config) -> None:
         check_place(name, getattr(getattr(config, section), leaf) or "")
     if is_uri(model.weights):
         check_place("model.weights", model.weights)
+    if model.backbone == "tiny" and model.dilation:
+        raise UserError("model.dilation: the tiny backbone has no dilated stage; its stride is 16 without it")
     if model.hidden_dim % model.nheads:
         raise UserError(f"model.hidden_dim: {model.hidden_dim} is not a multiple of model.nheads ({model.nheads})")
     if model.hidden_dim % 4:

@@ -1,7 +1,8 @@
-"""A search from outside: from what the command line or a Python program gives, and back to what each can use."""
+"""A search for the command line and for Python programs: from flags or settings to what each of them can use."""
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,7 +12,8 @@ from raydetr import config as settings
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS
 from raydetr.launch import tune as launcher
-from raydetr.launch.places import Demands
+from raydetr.launch.signals import Interrupted
+from raydetr.launch.slots import Demands
 from raydetr.launch.tune import summary
 from raydetr.search.space import Space, read_space
 from raydetr.search.study import best_config, best_points, read_points, trials_frame
@@ -23,7 +25,13 @@ UNITS_S = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 class Found(NamedTuple):
-    """What a search found: the best trial's complete settings, as ``raydetr.train`` takes them; a row a trial; Optuna's study."""
+    """What a search found.
+
+    Attributes:
+        best: The best trial's complete settings, as ``raydetr.train`` takes them.
+        trials: A table with a row for each trial.
+        study: Optuna's study.
+    """
 
     best: settings.Config
     trials: "pandas.DataFrame"
@@ -31,9 +39,19 @@ class Found(NamedTuple):
 
 
 def tune(config: settings.Config, space: Space | str | Path | Mapping[str, Any], **options) -> Found:
-    """Search ``space`` (a file, the name of a ready one, or a mapping) around ``config``; ``options`` are :func:`launch.tune.tune`'s.
+    """Search ``space`` around ``config``.
 
-    Raises UserError for bad settings, data or an impossible request, and where all trials failed.
+    Args:
+        config: The settings of trial 0, and what the space leaves alone.
+        space: A search space, a file of one, the name of a ready one, or a mapping.
+        **options: Those of :func:`raydetr.launch.tune.tune`.
+
+    Returns:
+        The best settings, a table of all trials, and the study.
+
+    Raises:
+        UserError: Bad settings or data, an impossible request, or all trials failed.
+        KeyboardInterrupt: A signal ended the search; the message says how to resume.
     """
     search = launcher.tune(config, space, **options)
     return Found(best_config(search), trials_frame(search), search.study)
@@ -56,7 +74,12 @@ def tune_command(
     warm_start: str | None,
     resume: str | None,
 ) -> str:
-    """Run the search and tell how it went; the arguments are the flags of ``raydetr tune``. Raises UserError."""
+    """Run or resume a search and return its summary; the arguments are the flags of ``raydetr tune``.
+
+    Raises:
+        UserError: As :func:`raydetr.launch.tune.tune`, and for flags that do not fit together.
+        KeyboardInterrupt: A signal ended the search; its summary is printed before.
+    """
     demands = Demands(workers_per_trial, gpus_per_trial, concurrent, placement)
     budget = seconds(time_budget)
     known = read_space(space) if space else None
@@ -64,34 +87,47 @@ def tune_command(
         if any(layers):
             given = ", ".join(sorted(name for layer in layers for name in settings.flatten(layer)))
             raise UserError(f"--resume: a search keeps its settings; {given} may not be given")
-        return summary(launcher.resume(resume, known, trials=trials, demands=demands, time_budget_s=budget))
+        with printing_summary():
+            return summary(launcher.resume(resume, known, trials=trials, demands=demands, time_budget_s=budget))
     if known is None:
         raise UserError("--space: say what to search, a file or a ready space such as loss or learning_rates")
     if metric not in METRICS:
         raise UserError(f"--metric: {metric!r} is not one of {', '.join(METRICS)}")
     config = settings.load_config(*layers)
-    search = launcher.tune(
-        config,
-        known,
-        trials=32 if trials is None else trials,
-        demands=demands,
-        metric=metric,
-        sampler=sampler,
-        scheduler=scheduler,
-        points=first_points(known, config, points, warm_start),
-        time_budget_s=budget,
-    )
+    with printing_summary():
+        search = launcher.tune(
+            config,
+            known,
+            trials=32 if trials is None else trials,
+            demands=demands,
+            metric=metric,
+            sampler=sampler,
+            scheduler=scheduler,
+            points=first_points(known, config, points, warm_start),
+            time_budget_s=budget,
+        )
     return summary(search)
 
 
+@contextlib.contextmanager
+def printing_summary() -> Iterator[None]:
+    """Print the summary of a search that a signal ends."""
+    try:
+        yield
+    except Interrupted as error:
+        if error.search:
+            print(summary(error.search), flush=True)
+        raise
+
+
 def first_points(space: Space, config: settings.Config, points: str | None, warm_start: str | None) -> list[dict[str, Any]]:
-    """The settings to try after trial 0: those written by hand, then the best of an earlier search."""
+    """Return the settings to try after trial 0: those written by hand, then the best of an earlier search."""
     written = read_points(points, space, config) if points else []
     return written + (best_points(warm_start, space, config) if warm_start else [])
 
 
 def seconds(text: str | None) -> float | None:
-    """``90s``, ``30m``, ``2h`` or ``1d`` in seconds."""
+    """Return a time such as ``90s``, ``30m``, ``2h`` or ``1d`` in seconds; raises UserError for anything else."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())

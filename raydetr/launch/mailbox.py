@@ -1,13 +1,19 @@
-"""From the workers to the driver. Alone in its module: its process then starts without torch, beside the worker that everyone waits for."""
+"""Messages from the workers to the driver.
+
+In a module of its own, so that the mailbox's process starts without torch while the workers wait for it.
+"""
 
 import ray
 
 from raydetr.errors import UserError
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)
 class Mailbox:
-    """Carries what there is to show, and the first error that the user can mend, from the workers to the driver."""
+    """Carries events to show, and the first error that the user can fix, from the workers to the driver.
+
+    A mailbox whose process is killed starts again, empty.
+    """
 
     def __init__(self):
         self.events, self.error = [], None
@@ -17,14 +23,14 @@ class Mailbox:
         self.events.append(event)
 
     def take(self) -> list[dict]:
-        """The events since the last call, oldest first."""
+        """Return the events since the last call, oldest first."""
         events, self.events = self.events, []
         return events
 
     def fail(self, error: UserError) -> None:
-        """Keep the first user error: a run that fails by it is not tried again."""
+        """Keep the first user error; a run that fails with one is not retried."""
         self.error = self.error or error
 
     def failure(self) -> UserError | None:
-        """The first user error, or None."""
+        """Return the first user error, or None."""
         return self.error

@@ -1,4 +1,4 @@
-"""What the machines of a cluster must have in common before a run or a search starts: raydetr, the photographs, the folder of runs."""
+"""What the nodes of a cluster must have in common before a run or a search starts: raydetr, the images, the folder of runs."""
 
 import contextlib
 import importlib
@@ -17,21 +17,37 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import raydetr
 from raydetr import config as settings
 from raydetr.errors import UserError
+from raydetr.launch import ray_private
 from raydetr.storage import is_uri, remove_tokens, write_token
 
-PATIENCE_S = 5  # for an answer from the cluster's address
-SOON_S = 5  # for places to be there that are not worth a word
+CONNECT_TIMEOUT_S = 5  # for an answer from the cluster's address
+QUIET_S = 5  # a wait for slots that is not worth a message
 TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (~/.ray/auth_token)"
 AUTOSCALED = "; with an autoscaler, --run.wait_for_machines_min says how long to wait for its machines"
-LOSS_PATIENCE_S = 30  # for Ray to hear that a machine is gone (five questions, 3 s apart); the workers elsewhere notice at once
-NODE_PATIENCE_S = 120  # for an answer from each machine; the first process on one has to be started
+LOSS_TIMEOUT_S = 30  # for Ray to notice that a node is gone (five health checks, 3 s apart); workers elsewhere notice at once
+PROBE_TIMEOUT_S = 120  # for an answer from each node; its first worker process has to be started
 
 
 def check_listening(what: str, address: str) -> None:
-    """Raises UserError where nothing listens at an address of Ray's; Ray itself would try for minutes. ``what`` says where it is from."""
+    """Check that something listens at an address of Ray, which itself would try to connect for minutes.
+
+    Args:
+        what: Where the address comes from, for the error message.
+        address: ``HOST:PORT``, a URL, or ``auto``.
+
+    Raises:
+        UserError: Nothing listens there, or it is no address of a Ray cluster.
+    """
+    stale = ""
+    if address == "auto":
+        found = ray_private.automatic_address()
+        if found is None:
+            raise UserError(f"{what}: no Ray runs on this machine; start one (`ray start --head`), or unset RAY_ADDRESS")
+        address = found
+        stale = f" ({found}, from {ray_private.address_file()}: a Ray that was killed leaves it; delete the file, or unset RAY_ADDRESS)"
     parts = urlsplit(address if "://" in address else f"ray://{address}")
-    if address in ("auto", "local") or parts.scheme not in ("http", "https", "ray"):
-        return  # Ray finds it, or has a module for it
+    if address == "local" or parts.scheme not in ("http", "https", "ray"):
+        return  # Ray starts it, or has a module for it
     try:
         host, port = parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
@@ -39,17 +55,20 @@ def check_listening(what: str, address: str) -> None:
     if not host or not port:
         raise UserError(f"{what}: no address of a Ray cluster, which is HOST:6379 on its machines and http://HOST:8265 for jobs")
     try:
-        socket.create_connection((host, port), timeout=PATIENCE_S).close()
+        socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        raise UserError(f"{what}: nothing answers there ({error.strerror or error}); is the cluster up and its port forwarded?") from None
+        reason = error.strerror or error
+        raise UserError(f"{what}: nothing answers there ({reason}){stale}; is the cluster up and its port forwarded?") from None
 
 
 @contextlib.contextmanager
-def awaited_machines(config: settings.Config, workers: int, gpus_each: float = 1.0) -> Iterator[None]:
-    """Wait until the cluster has places for so many workers, and keep them for the length of a ``with``; nothing without
-    ``run.wait_for_machines_min``.
+def reserved_slots(config: settings.Config, workers: int, gpus_per_worker: float = 1.0) -> Iterator[None]:
+    """Wait until the cluster has resources for ``workers`` workers, and reserve them for the length of the context.
 
-    An autoscaler brings machines for what is reserved, and takes none away. Raises UserError where they do not come in time.
+    An autoscaler adds nodes for what is reserved, and removes none of these. Without ``run.wait_for_machines_min`` this does nothing.
+
+    Raises:
+        UserError: The nodes do not come in time, or it is not clear whether the workers want GPUs.
     """
     minutes, device = config.run.wait_for_machines_min, config.speed.device
     if not minutes:
@@ -57,11 +76,11 @@ def awaited_machines(config: settings.Config, workers: int, gpus_each: float = 1
         return
     if device == "auto" and not ray.cluster_resources().get("GPU"):
         raise UserError("run.wait_for_machines_min: no GPU is there yet, and machines without may be meant; say --speed.device cuda or cpu")
-    place = {"CPU": 1} if device == "cpu" else {"CPU": 1, "GPU": gpus_each}
-    what = f"{workers} x {', '.join(f'{number:g} {name}' for name, number in place.items())}"
-    reserved = placement_group([place] * workers)
+    bundle = {"CPU": 1} if device == "cpu" else {"CPU": 1, "GPU": gpus_per_worker}
+    what = f"{workers} x {', '.join(f'{number:g} {name}' for name, number in bundle.items())}"
+    reserved = placement_group([bundle] * workers)
     try:
-        if not reserved.wait(SOON_S):
+        if not reserved.wait(QUIET_S):
             print(f"waiting for machines with {what}, up to {minutes:g} minutes", file=sys.stderr, flush=True)
             if not reserved.wait(60 * minutes):
                 raise UserError(f"run.wait_for_machines_min: no machines with {what} came in {minutes:g} minutes; look at `ray status`")
@@ -71,10 +90,15 @@ def awaited_machines(config: settings.Config, workers: int, gpus_each: float = 1
 
 
 def check_nodes(config: settings.Config, probe: Callable[..., dict[str, Any]] | None = None) -> None:
-    """Ask every machine of the cluster for what a run needs there; where there is only this one, whether a store takes the run.
+    """Check that every node of the cluster has what a run needs; with one node, that an object store accepts the run.
 
-    ``probe`` is what runs on each, :func:`look`. Raises UserError that names the machines without raydetr or with another version,
-    those without the photographs, and those for which ``run.storage`` is another folder than it is here, or refuses what they write.
+    Args:
+        config: Settings with absolute paths.
+        probe: The function that runs on each node, :func:`probe_node` by default.
+
+    Raises:
+        UserError: Names the nodes without raydetr or with another version of it, those that do not see the images, and those for which
+            ``run.storage`` is another folder than here or refuses what they write.
     """
     nodes = alive_nodes() if ray.is_initialized() else {}
     storage, alone = config.run.storage, len(nodes) < 2
@@ -86,30 +110,36 @@ def check_nodes(config: settings.Config, probe: Callable[..., dict[str, Any]] | 
     try:
         write_token(storage, f".probe-{token}", token, patience_s=0)
         try:
-            seen = {} if alone else ask(nodes, probe or look, paths, storage, token)
+            answers = {} if alone else probe_nodes(nodes, probe or probe_node, paths, storage, token)
         finally:
             written = set(remove_tokens(storage, f".probe-{token}", patience_s=0))
     except OSError as error:
         raise UserError(f"run.storage: cannot write in {storage}: {error.strerror}") from None
-    judge([(nodes[node], answer) for node, answer in seen.items()], written, storage)
+    check_answers([(nodes[node], answer) for node, answer in answers.items()], written, storage)
 
 
-def judge(seen: Sequence[tuple[str, dict[str, Any]]], written: set[str], storage: str) -> None:
-    """Raises UserError with the first thing that machines lack; ``seen`` has names and answers, ``written`` what they wrote here."""
-    without = [name for name, answer in seen if answer["version"] is None]
+def check_answers(answers: Sequence[tuple[str, dict[str, Any]]], written: set[str], storage: str) -> None:
+    """Raise UserError with the first thing that some nodes lack.
+
+    Args:
+        answers: The name of each node and what :func:`probe_node` returned there.
+        written: Names of the files that the nodes wrote into ``storage``, as this machine sees them.
+        storage: The folder or URI of runs.
+    """
+    without = [name for name, answer in answers if answer["version"] is None]
     if without:
         raise UserError(f"no raydetr on the cluster's machines: {listed(without)}; take an image that has it, or pip install it there")
-    others = [f"{answer['version']} on {name}" for name, answer in seen if answer["version"] != raydetr.__version__]
+    others = [f"{answer['version']} on {name}" for name, answer in answers if answer["version"] != raydetr.__version__]
     if others:
         raise UserError(f"raydetr is {raydetr.__version__} here and {listed(others)}; install the same on all machines")
-    lacked = next((answer["lacking"][0] for _, answer in seen if answer["lacking"]), None)
+    lacked = next((answer["lacking"][0] for _, answer in answers if answer["lacking"]), None)
     if lacked:
-        without = [name for name, answer in seen if lacked in answer["lacking"]]
+        without = [name for name, answer in answers if lacked in answer["lacking"]]
         raise UserError(f"{lacked} is not on {listed(without)}; the photographs belong in a folder that all machines see")
-    refused = next(((name, answer["refusal"]) for name, answer in seen if answer["refusal"]), None)
+    refused = next(((name, answer["refusal"]) for name, answer in answers if answer["refusal"]), None)
     if refused:
         raise UserError(f"{refused[0]}: {refused[1]}")
-    apart = [name for name, answer in seen if not answer["token"] or answer["wrote"] not in written]
+    apart = [name for name, answer in answers if not answer["token"] or answer["wrote"] not in written]
     if apart:
         raise UserError(
             f"run.storage: {storage} is another folder on {listed(apart)} than here; "
@@ -117,36 +147,52 @@ def judge(seen: Sequence[tuple[str, dict[str, Any]]], written: set[str], storage
         )
 
 
-def ask(nodes: dict[str, str], probe: Callable[..., dict[str, Any]], paths: Sequence[str], *storage: str) -> dict[str, dict[str, Any]]:
-    """The answers of ``probe`` by node id; raises UserError where a machine gives none."""
+def probe_nodes(
+    nodes: dict[str, str], probe: Callable[..., dict[str, Any]], paths: Sequence[str], *storage: str
+) -> dict[str, dict[str, Any]]:
+    """Return what ``probe(paths, *storage)`` returns on each node, by node id; a node that is lost meanwhile is left out.
+
+    Raises:
+        UserError: A node does not answer, or ``probe`` fails there.
+    """
     module = importlib.import_module(probe.__module__)
-    ray.cloudpickle.register_pickle_by_value(module)  # a machine without raydetr could not import it to find the function
+    ray.cloudpickle.register_pickle_by_value(module)  # a node without raydetr could not import it to find the function
     try:
         task = ray.remote(num_cpus=0, max_retries=0)(probe)
-        asked = {
+        node_of = {
             task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(paths, *storage): node
             for node in nodes
         }
-        _, silent = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_PATIENCE_S)
+        _, silent = ray.wait(list(node_of), num_returns=len(node_of), timeout=PROBE_TIMEOUT_S)
     finally:
         ray.cloudpickle.unregister_pickle_by_value(module)
     if silent:
-        raise UserError(f"no answer in {NODE_PATIENCE_S} s from {listed([nodes[asked[each]] for each in silent])}; look at `ray status`")
+        names = listed([nodes[node_of[each]] for each in silent])
+        raise UserError(f"no answer in {PROBE_TIMEOUT_S} s from {names}; look at `ray status`")
     answers = {}
-    for each, node in asked.items():
+    for reference, node in node_of.items():
         try:
-            answers[node] = ray.get(each)
+            answers[node] = ray.get(reference)
         except ray.exceptions.RayError as error:
             if node not in alive_nodes():
-                continue  # it went away meanwhile
+                continue
             raise UserError(f"{nodes[node]} could not be asked: {str(error).strip().splitlines()[-1]}") from error
     return answers
 
 
-def look(paths: Sequence[str], storage: str, token: str) -> dict[str, Any]:
-    """What a machine has: its version of raydetr, the ``paths`` that it lacks, whether it reads the driver's token in ``storage``, the
-    name of the one that it wrote there, and why a store refused it. Runs on each machine and uses nothing of this module, which may not
-    be there."""
+def probe_node(paths: Sequence[str], storage: str, token: str) -> dict[str, Any]:
+    """Return what the node has on which this runs; uses nothing of this module, which the node may lack.
+
+    Args:
+        paths: Files and folders that the node must see.
+        storage: The folder or URI of runs.
+        token: What the driver wrote there.
+
+    Returns:
+        ``version`` of raydetr (None without it), ``lacking`` (those of ``paths`` that are not there), ``token`` (whether the driver's
+        can be read), ``wrote`` (the name of the file that this node wrote into ``storage``, or None) and ``refusal`` (why an object
+        store refused it, or None).
+    """
     import importlib
     import secrets
 
@@ -160,7 +206,7 @@ def look(paths: Sequence[str], storage: str, token: str) -> dict[str, Any]:
         found["lacking"] = [path for path in paths if not store.exists(path, patience_s=0)]
         found["token"] = store.read_token(storage, f".probe-{token}", patience_s=0) == token
         wrote = f".probe-{token}-{secrets.token_hex(8)}"
-        if found["token"]:  # else the folder is another one, and is left as it is
+        if found["token"]:  # otherwise the folder is another one, and is left untouched
             store.write_token(storage, wrote, token, patience_s=0)
             found["wrote"] = wrote
     except importlib.import_module("raydetr.errors").UserError as error:
@@ -170,42 +216,56 @@ def look(paths: Sequence[str], storage: str, token: str) -> dict[str, Any]:
     return found
 
 
-def is_of_machine(error: BaseException) -> bool:
-    """Whether a worker was lost with its machine, or with the way to it: no fault of what ran there."""
-    error = getattr(error, "health_check_failure", error)  # what Ray Train wraps the loss of a worker in
+def is_node_failure(error: BaseException) -> bool:
+    """Return whether a worker was lost with its node, or with the network to it: not the fault of what ran there."""
+    error = getattr(error, "health_check_failure", error)  # Ray Train wraps the loss of a worker
     if not isinstance(error, ray.exceptions.RayActorError):
         return False
-    # At first a machine that went without a word is one that cannot be reached; Ray calls those preempted that said they would go.
+    # At first a node that vanished counts as unreachable; Ray calls those preempted that announced their end.
     if error.preempted or isinstance(error, ray.exceptions.ActorUnavailableError):
         return True
     return any(node in str(error) for node in lost_nodes())
 
 
-def is_one_lost(since: Collection[str]) -> bool:
-    """Whether a machine was lost that is not among ``since``, those that were lost before; Ray is given time to hear of it."""
-    deadline = time.monotonic() + LOSS_PATIENCE_S
+def lost_another_node(before: Collection[str]) -> bool:
+    """Return whether the cluster lost a node that is not among ``before``, giving Ray time to notice it."""
+    deadline = time.monotonic() + LOSS_TIMEOUT_S
     while len(ray.nodes()) > 1 and time.monotonic() < deadline:
-        if not lost_nodes() <= set(since):
+        if not lost_nodes() <= set(before):
             return True
         time.sleep(0.5)
     return False
 
 
+def out_of_memory(error: BaseException | None) -> bool:
+    """Return whether Ray's memory monitor killed the process whose loss ``error`` reports."""
+    while error is not None:
+        if isinstance(error, ray.exceptions.OutOfMemoryError) or "running low on memory" in str(error):
+            return True
+        error = getattr(error, "health_check_failure", None) or error.__cause__
+    return False
+
+
 def lost_nodes() -> set[str]:
-    """The ids of machines that the cluster had and has no more."""
+    """Return the ids of the nodes that the cluster has lost."""
     return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
 
 
 def alive_nodes() -> dict[str, str]:
-    """The machines that the cluster has now: their names by node id."""
-    return {node["NodeID"]: name_of(node) for node in ray.nodes() if node["Alive"]}
+    """Return the names of the cluster's nodes by their ids."""
+    return {node["NodeID"]: node_name(node) for node in ray.nodes() if node["Alive"]}
 
 
-def name_of(node: dict[str, Any]) -> str:
-    """What to call a machine in a message: its host name and address."""
+def node_name(node: dict[str, Any]) -> str:
+    """Return the host name and address of a node, for messages."""
     return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
 
 
+def nodes_resources() -> list[dict[str, float]]:
+    """Return the resources of each node of the cluster."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def listed(names: Sequence[str], most: int = 4) -> str:
-    """Names in words, not too many."""
+    """Return the first ``most`` names, comma-separated, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

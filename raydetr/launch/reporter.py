@@ -1,31 +1,43 @@
-"""The seam between one training run and Ray: what ``fit`` tells, and how it reaches the driver."""
+"""What ``fit`` calls in a Ray Train worker: its reporter, which reaches Ray Train and the driver."""
 
 import time
 from pathlib import Path
 from typing import Any
 
 import ray.train
+import ray.train.torch
+import torch
 
 from raydetr.data.cache import DecodedImages
 
 
 class TrainReporter:
-    """What ``fit`` is given in a Ray Train worker. The run folder itself holds the checkpoint to go on from."""
+    """The reporter of ``fit`` in a Ray Train worker. The run folder itself holds the checkpoint to resume from.
 
-    step_interval_s = 0.5  # the terminal is brought up to date about as often
+    Args:
+        mailbox: The run's :class:`raydetr.launch.mailbox.Mailbox`.
+        searched: In a search, the settings that it varies, by name, with their domains.
+        images: Images that were decoded for several runs; None where the run decodes its own.
+    """
+
+    step_interval_s = 0.5  # between two steps that are shown
 
     def __init__(self, mailbox, searched: dict[str, Any] | None = None, images: DecodedImages | None = None):
         context = ray.train.get_context()
         self.rank, self.world_size, self.local_rank = context.get_world_rank(), context.get_world_size(), context.get_local_rank()
+        if torch.cuda.is_available():
+            # Ray has made this device current. The local rank may be another one's number: Ray sorts the ids in CUDA_VISIBLE_DEVICES as
+            # text, "10" before "2".
+            self.local_rank = ray.train.torch.get_device().index
         self.searched, self.images = searched, images
         self._mailbox = mailbox
         self._last_step = 0.0
 
     def checkpoint(self) -> None:
-        """None: the run folder's own last.pth is what a lost worker goes on from."""
+        """Return None: a worker resumes from the run folder's own last.pth."""
 
     def show(self, event: dict) -> None:
-        """Send an event of rank 0 to the driver's terminal; steps are thinned out."""
+        """Send an event of rank 0 to the driver's terminal; of the steps, one each ``step_interval_s``."""
         if self.rank:
             return
         if event["kind"] == "step":
@@ -35,5 +47,5 @@ class TrainReporter:
         self._mailbox.post.remote(event)
 
     def report(self, metrics: dict, checkpoint: Path | None = None) -> None:
-        """Tell Ray Train the epoch's metrics; a barrier over all workers. The checkpoint already is in the run folder."""
+        """Report an epoch's metrics to Ray Train, which waits for all workers. The checkpoint is in the run folder already."""
         ray.train.report({name: value for name, value in metrics.items() if value is not None})

@@ -1,102 +1,121 @@
-"""A search as Ray Tune sees it: which trial is next and where, which go on, how they ended. What is remembered is in search.py."""
+"""A search as Ray Tune sees it: which trial is next and where, which continue, how they ended. The study is what remembers."""
 
-import dataclasses
 import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.tune
+import torch
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from raydetr import config as settings
-from raydetr.launch.nodes import is_of_machine
-from raydetr.launch.places import Demands, Places, holds
+from raydetr.errors import UserError
+from raydetr.launch.nodes import is_node_failure, out_of_memory
+from raydetr.launch.signals import Received
+from raydetr.launch.slots import Demands, Slots, slots_on
+from raydetr.launch.train import OUT_OF_MEMORY, RAY_FOLDER
+from raydetr.launch.trial import REPORTED
 from raydetr.search.study import Search
 from raydetr.search.trials import TrialsDisplay
-from raydetr.storage import LAST, copy, fetch, is_uri, join, push, working_folder
-from raydetr.training.metrics import REPORTED, WHERE
+from raydetr.storage import LAST, OWNER, copy, fetch, is_uri, join, push, remove_tokens, working_folder
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
 from raydetr.weights.files import written_whole
 
 TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
-TO_GO_ON = ("optimizer", "lr_scheduler", "scaler", "ema", "random")  # what a checkpoint holds for a run that is not finished
-TURNS = 4  # how often in a run a trial of population-based training may go on from another
-ROOM_INTERVAL_S = 1.0  # between two looks at the cluster for places
-HOPELESS = 3  # trials that all failed before their first epoch: the rest would fail, too
+RESUME_STATE = ("optimizer", "lr_scheduler", "scaler", "ema", "random")  # what a checkpoint holds only to be resumed from
+TURNS = 4  # how often in a run a trial of population-based training may take over another's weights
+ROOM_INTERVAL_S = 1.0  # between two looks at the cluster for free slots
+HOPELESS = 3  # trials that all failed before their first epoch: the rest would fail as well
+SILENCE_S = 600.0  # a running trial that reports nothing for so long is named,
+SILENT_EPOCHS = 5  # unless the longest epoch so far took more than a part of that
 
 
 class StudySearcher(Searcher):
-    """Ray Tune's view of the study: asks it for trials and tells it how they ended."""
+    """Ray Tune's view of the study: asks it for trials and tells it how they ended.
 
-    def __init__(self, search: Search, demands: Demands, places: Places):
+    Args:
+        search: The search.
+        demands: What its trials ask of the cluster.
+        slots: What each of them gets.
+    """
+
+    def __init__(self, search: Search, demands: Demands, slots: Slots):
         super().__init__(metric=search.metric, mode="max")
-        self.search, self.demands, self.places = search, demands, places
-        self.live: dict[str, str | None] = {}  # trials under way, by Ray Tune's id, and the machine that each is meant for
-        self._machines: dict[str, int] = {}
-        self._looked = -math.inf
-        self._stripping = ThreadPoolExecutor(max_workers=1)  # beside the controller, which would hear no trial meanwhile
+        self.search, self.demands, self.slots = search, demands, slots
+        self.live: dict[str, str | None] = {}  # running trials, by Ray Tune's id, and the node that each is meant for
+        self.stripped: set[int] = set()  # finished trials whose last.pth was reduced to the weights
+        self._free: dict[str, int] = {}
+        self._looked_at = -math.inf
+        self._stripping = ThreadPoolExecutor(max_workers=1)  # not in Ray Tune's loop, which would hear no trial meanwhile
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stripping": None}  # Ray Tune keeps a copy on the disk that nobody reads; a thread is nothing to keep
+        return {**self.__dict__, "_stripping": None}  # Ray Tune pickles a copy that nothing reads; a thread cannot be pickled
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The next trial, as :func:`run_trial` takes it; None while there is no room for one."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Return the next trial, as :func:`raydetr.launch.trial.run_trial` takes it; None while there is no slot for one."""
         population = self.search.scheduler == "pbt"
         if not population and len(self.live) >= self.room():
             return None
         asked = self.search.ask(trial_id)
         if asked is None:
             return Searcher.FINISHED
-        self.search.push()  # before the trial leaves anything there
-        self.live[trial_id] = None if population else self.machine()
-        return self.assigned(asked[0]) | {"machine": self.live[trial_id]}
+        number, drawn = asked
+        self.search.push()  # before the trial leaves anything in the store
+        self.live[trial_id] = None if population else self.choose_node()
+        # A member of a population may have taken over settings since it was drawn.
+        return self.assigned(number, None if population else drawn) | {"node": self.live[trial_id]}
 
-    def machines(self) -> dict[str, int]:
-        """How many trials, or workers of trials, each machine holds that is there now, by its id."""
-        if time.monotonic() - self._looked > ROOM_INTERVAL_S:
-            self._machines = {node["NodeID"]: holds(node["Resources"], self.places) for node in ray.nodes() if node["Alive"]}
-            self._looked = time.monotonic()
-        return self._machines
+    def node_slots(self) -> dict[str, int]:
+        """Return how many trials, or workers of trials, fit on each node that is alive, by its id."""
+        if time.monotonic() - self._looked_at > ROOM_INTERVAL_S:
+            self._free = {node["NodeID"]: slots_on(node["Resources"], self.slots) for node in ray.nodes() if node["Alive"]}
+            self._looked_at = time.monotonic()
+        return self._free
 
     def room(self) -> int:
-        """How many trials may be under way: as many as were asked for, else as the cluster holds now."""
-        return self.demands.concurrent or max(1, sum(self.machines().values()) // self.demands.workers)
+        """Return how many trials may run at a time: as many as were asked for, otherwise as many as the cluster holds now."""
+        return self.demands.concurrent or max(1, sum(self.node_slots().values()) // self.demands.workers)
 
-    def machine(self) -> str | None:
-        """The machine that a trial to be packed is meant for, the fullest that has a place; None: any, for Ray the emptiest."""
+    def choose_node(self) -> str | None:
+        """Return the fullest node with a free slot, for a trial that is to be packed; None: Ray chooses, the emptiest."""
         if self.demands.placement != "pack" or self.demands.workers > 1:
             return None
         taken = Counter(self.live.values())
-        free = {machine: places - taken[machine] for machine, places in self.machines().items()}
-        return min((machine for machine in free if free[machine] > 0), key=lambda machine: (free[machine], machine), default=None)
+        free = {node: slots - taken[node] for node, slots in self.node_slots().items()}
+        return min((node for node in free if free[node] > 0), key=lambda node: (free[node], node), default=None)
 
-    def assigned(self, number: int) -> dict[str, Any]:
-        """A trial as :func:`run_trial` takes it, with the settings that it has now."""
-        config = self.search.config(number)
+    def assigned(self, number: int, drawn: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return a trial as :func:`raydetr.launch.trial.run_trial` takes it.
+
+        Args:
+            number: The trial's number.
+            drawn: Its settings as they were drawn; None: as the study has them now.
+        """
+        config = self.search.config(number) if drawn is None else settings.load_config(self.search.base, drawn)
         config.run.storage, config.run.name = join(self.search.place, TRIALS_FOLDER), self.search.trial_name(number)
         config.run.workers = self.demands.workers
         return {
             "number": number,
             "metric": self.search.metric,
-            "settings": settings.to_dict(config),
+            "config": config,
             "searched": self.search.space.hparam_domains(self.search.base),
-            "places": dataclasses.asdict(self.places),
-            "machine": None,
+            "slots": self.slots,
+            "node": None,
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Nothing: the scheduler has the study note it."""
+        """Do nothing: the scheduler reports to the study."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study; a trial that was only interrupted stays unfinished, to be gone on with."""
+        """Tell the study how a trial ended; one that was only interrupted stays unfinished, to be resumed."""
         self.live.pop(trial_id, None)
         number = self.search.number(trial_id)
         if number is None:
@@ -104,64 +123,76 @@ class StudySearcher(Searcher):
         result = result or {}
         if result.get("failed"):
             self.search.tell(number, "failed", reason=result["failed"])
-        elif error:
-            self.search.tell(number, "failed", reason="its worker was lost again and again")
         elif result.get("finished"):
-            self.search.tell(number, "complete", best_so_far(self.search, number, result), metrics=metrics_of(result))
-        elif self.search.should_stop(number):
-            self.search.tell(number, "pruned", metrics=metrics_of(result))
-        else:
+            self.search.tell(number, "complete", best_so_far(self.search, number, result), metrics=reported_metrics(result))
+        elif not error and self.search.should_stop(number):
+            self.search.tell(number, "pruned", metrics=reported_metrics(result))
+        elif not self.search.frozen()[number].state.is_finished():
             return
-        self.search.push()  # a trial that nobody knows to have ended goes on from what is stripped now
-        self._stripping.submit(strip, trial_place(self.search, number))
+        self.search.push()  # before stripping: a trial that the store believes to be unfinished is resumed from its last.pth
+        self._stripping.submit(self._strip, number)
+
+    def _strip(self, number: int) -> None:
+        tidy_trial(trial_root(self.search, number))
+        self.stripped.add(number)
 
     def close(self) -> None:
-        """Wait for the checkpoints that are made smaller; one that fails stays as it is, no more."""
+        """Wait for the checkpoints that are being stripped."""
         self._stripping.shutdown()
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the study is in its journal."""
+        """Do nothing: the study is in its journal."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: the study is in its journal."""
+        """Do nothing: the study is in its journal."""
 
 
 class StudyScheduler(FIFOScheduler):
-    """Notes every epoch's objective in the study, stops the trials that the study's pruner gives up, and fails those lost too often."""
+    """Reports every epoch's objective to the study, stops the trials that its pruner gives up, and fails those lost too often."""
 
     def __init__(self, search: Search):
         super().__init__()
         self.search, self.max_failures = search, search.config(0).run.max_failures
         self.losses: Counter[str] = Counter()
-        self.full = ""  # what a trial said of a full disk
+        self.reasons: dict[str, str] = {}  # why a trial's process was lost the last time, by Ray Tune's id
+        self.full = ""  # what a trial said about a full disk
 
     def on_trial_error(self, tune_controller, trial) -> None:
-        """A trial lost its process; that counts, unless its machine went with it. Ray Tune will start it again."""
+        """Count the loss of a trial's process, unless its node was lost with it. Ray Tune starts the trial again."""
         file = trial.pickled_error_file
-        if not (file and is_of_machine(ray.cloudpickle.loads(Path(file).read_bytes()))):
+        error = ray.cloudpickle.loads(Path(file).read_bytes()) if file else None
+        if error is None or not is_node_failure(error):
             self.losses[trial.trial_id] += 1
+        if out_of_memory(error):
+            self.reasons[trial.trial_id] = OUT_OF_MEMORY
 
     def on_trial_add(self, tune_controller, trial) -> None:
-        """A trial is to be started, for the first time or again."""
-        if self.losses[trial.trial_id] > self.max_failures:
+        """Fail a trial that is to be started again and was lost too often."""
+        losses, number = self.losses[trial.trial_id], self.search.number(trial.trial_id)
+        if losses > self.max_failures and number is not None:
+            reason = self.reasons.get(trial.trial_id, "its process was killed")
+            self.search.tell(number, "failed", reason=f"lost {losses} times, the last time: {reason}")
             tune_controller.search_alg.on_trial_complete(trial.trial_id, error=True)
             tune_controller.stop_trial(trial)
 
     def on_trial_result(self, tune_controller, trial, result: dict[str, Any]) -> str:
-        """Continue or stop."""
+        """Return whether a trial continues or stops."""
         number = self.search.number(trial.trial_id)
         if result.get("full"):
             self.full = self.full or result["full"]
             tune_controller.request_stop_experiment()
             return FIFOScheduler.STOP
-        if result.get("failed") or result.get("finished") or number is None:
+        if result.get("fault"):
+            self.reasons[trial.trial_id] = result["fault"]
+        if not is_epoch(result) or number is None:
             return FIFOScheduler.CONTINUE
+        self.reasons.pop(trial.trial_id, None)  # an epoch went well since
         self.search.report(number, result["epoch"], best_so_far(self.search, number, result))
         return FIFOScheduler.STOP if self.search.should_stop(number) else FIFOScheduler.CONTINUE
 
 
 class PopulationScheduler(StudyScheduler):
-    """Population-based training: at every turn a trial gives its place to one that is less far, and may go on from a better one."""
+    """Population-based training: at every turn a trial gives its slot to one that has trained less, and may take over better weights."""
 
     def __init__(self, search: Search, searcher: StudySearcher):
         super().__init__(search)
@@ -170,9 +201,9 @@ class PopulationScheduler(StudyScheduler):
         self.first, self.every, self.epochs = grace_epochs(optim), math.ceil(optim.epochs / TURNS), optim.epochs
 
     def on_trial_result(self, tune_controller, trial, result: dict[str, Any]) -> str:
-        """Continue, or stop for this turn."""
+        """Return whether a trial continues, stops, or pauses for the others."""
         decision, epoch = super().on_trial_result(tune_controller, trial, result), result["epoch"]
-        if decision != FIFOScheduler.CONTINUE or result.get("failed") or result.get("finished"):
+        if decision != FIFOScheduler.CONTINUE or not is_epoch(result):
             return decision
         if epoch % self.every or not self.first <= epoch < self.epochs:
             return decision
@@ -180,7 +211,7 @@ class PopulationScheduler(StudyScheduler):
         return FIFOScheduler.NOOP
 
     def choose_trial_to_run(self, tune_controller):
-        """A trial that has not begun, else, where there is a place, the one that is least far."""
+        """Return a trial that has not begun, otherwise, where there is a slot, the one that has trained least."""
         trials = tune_controller.get_trials()
         pending = next((trial for trial in trials if trial.status == Trial.PENDING), None)
         paused = [trial for trial in trials if trial.status == Trial.PAUSED]
@@ -195,7 +226,7 @@ class PopulationScheduler(StudyScheduler):
         number, epoch = self.search.number(trial.trial_id), trial.last_result["epoch"]
         other = self.search.better_trial(number, epoch)
         if other is not None:
-            copy_weights(trial_place(self.search, other), trial_place(self.search, number))
+            copy_weights(trial_root(self.search, other), trial_root(self.search, number))
             self.search.take_over(number, other, epoch)
             self.search.push()
             trial.set_config(self.searcher.assigned(number))
@@ -208,69 +239,117 @@ class Hopeless(ray.tune.Stopper):
         self.search = search
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Never a single trial."""
+        """Return False: it stops no single trial."""
         return False
 
     def stop_all(self) -> bool:
-        """Whether to end the search."""
+        """Return whether to end the search."""
         trials = self.search.frozen()
         if any(trial.intermediate_values for trial in trials):  # asked after every event, and soon true of the first trial
             return False
         return sum("reason" in trial.user_attrs for trial in trials) >= HOPELESS
 
 
+class UntilSignal(ray.tune.Stopper):
+    """Ends a search, in order, after a signal was received."""
+
+    def __init__(self, received: Received):
+        self.received = received
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Return False: it stops no single trial."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Return whether to end the search."""
+        return self.received.number is not None
+
+
 class Watcher(ray.tune.Callback):
-    """Shows the trials as they go."""
+    """Shows the trials as they run, and names those that stopped reporting."""
 
     def __init__(self, search: Search, display: TrialsDisplay):
         self.search, self.display = search, display
+        self.heard: dict[int, float] = {}  # when a running trial last reported
+        self.longest_s = 0.0  # between two reports of a trial
+        self.silent: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Ray Tune keeps its callbacks on the disk; a terminal is nothing to keep, and a search is gone on with by the study alone.
-        return {"search": self.search, "display": None}
+        # Ray Tune pickles its callbacks; a terminal cannot be, and a search is resumed from its study alone.
+        return {**self.__dict__, "display": None}
 
     def on_trial_result(self, iteration: int, trials: list, trial, result: dict[str, Any], **info) -> None:
-        """An epoch of a trial."""
+        """Show an epoch of a trial."""
         number = self.search.number(trial.trial_id)
-        if number is not None and "epoch" in result:
-            self.display.epoch(number, result)
+        if number is None or not is_epoch(result):
+            return
+        now = time.monotonic()
+        self.longest_s = max(self.longest_s, now - self.heard.get(number, now))
+        self.heard[number] = now
+        self.silent.discard(number)
+        self.display.epoch(number, result)
 
     def on_step_end(self, iteration: int, trials: list, **info) -> None:
-        """Trials may have begun or ended."""
+        """Show that trials began, ended, or stopped reporting."""
         self.display.refresh()
+        running = {
+            number for trial in trials if trial.status == Trial.RUNNING and (number := self.search.number(trial.trial_id)) is not None
+        }
+        now = time.monotonic()
+        self.heard = {number: self.heard.get(number, now) for number in running}
+        for number in sorted(running - self.silent):
+            seconds = now - self.heard[number]
+            if seconds > max(SILENCE_S, SILENT_EPOCHS * self.longest_s):
+                self.silent.add(number)
+                since = time.strftime("%H:%M:%S", time.localtime(time.time() - seconds))
+                text = (
+                    f"trial {self.search.trial_name(number)} has reported nothing since {since} ({seconds / 60:.0f} minutes); it still "
+                    f"runs: look at its process (`py-spy dump`), or kill it: it is retried from its last finished epoch"
+                )
+                self.display.console.print(text, markup=False, soft_wrap=True)
+
+
+def is_epoch(result: Mapping[str, Any]) -> bool:
+    """Return whether a trial reports an epoch, and not how it ended."""
+    return not any(result.get(name) for name in ("failed", "fault", "full", "finished"))
 
 
 def grace_epochs(optim: settings.Optim) -> int:
-    """The first epoch at which a trial may be stopped: after the warm-up, and never the very first."""
+    """Return the first epoch at which a trial may be stopped: after the warm-up, and never the very first."""
     warmup = optim.warmup * optim.epochs if optim.warmup < 1 else optim.warmup
     return min(int(warmup) + 2, optim.epochs)
 
 
-def trial_place(search: Search, number: int) -> str:
-    """Where the run of a trial is kept."""
+def trial_root(search: Search, number: int) -> str:
+    """Return the folder or URI of the run of a trial."""
     return join(search.place, TRIALS_FOLDER, search.trial_name(number))
 
 
 def trial_folder(search: Search, number: int) -> Path:
-    """The run folder of a trial; where the search is in a store, its working copy on this machine."""
-    return working_folder(trial_place(search, number))
+    """Return the run folder of a trial; where the search is in an object store, its working copy on this machine."""
+    return working_folder(trial_root(search, number))
 
 
 def best_so_far(search: Search, number: int, result: Mapping[str, Any]) -> float:
-    """The objective of a trial after the epoch that ``result`` tells of: the highest of the search's metric."""
+    """Return the objective of a trial after the epoch of ``result``: the highest value of the search's metric, NaN without any."""
     noted = search.frozen()[number].intermediate_values.values()
     here = [result[name] for name in (search.metric, f"best_{search.metric}") if name in result]
     return max([*noted, *here], default=float("nan"))
 
 
-def metrics_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics that ``fit`` reported, and where the trial ran, from a result with keys of Ray Tune's own."""
-    return {name: result[name] for name in (*REPORTED, *WHERE) if name in result}
+def reported_metrics(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the trial itself reported, without what Ray Tune adds."""
+    return {name: result[name] for name in result.get(REPORTED, ()) if name in result}
 
 
 def copy_weights(source: str, target: str) -> None:
-    """Put a trial's checkpoints in the place of another's."""
-    for name in ("best.pth", "last.pth"):
+    """Replace a trial's checkpoints by another's.
+
+    Args:
+        source: Folder or URI of the run to copy from.
+        target: Folder or URI of the run to copy to.
+    """
+    for name in ("best.pth", LAST):
         if is_uri(source):
             copy(join(source, name), join(target, name))
         else:
@@ -278,16 +357,47 @@ def copy_weights(source: str, target: str) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file that appears whole or not at all."""
+    """Copy a file by an atomic write."""
     with source.open("rb") as content, written_whole(target) as out:
         shutil.copyfileobj(content, out)
 
 
+def tidy_search(search: Search, stripped: Collection[int] = ()) -> None:
+    """Remove what only running trials need and killed processes leave.
+
+    Args:
+        search: The search.
+        stripped: Finished trials that need no look.
+    """
+    shutil.rmtree(search.folder / RAY_FOLDER, ignore_errors=True)
+    for trial in search.frozen():
+        if trial.state.is_finished() and trial.number not in stripped and trial_folder(search, trial.number).is_dir():
+            tidy_trial(trial_root(search, trial.number))
+
+
+def tidy_trial(trial: str) -> None:
+    """Remove from the run of a finished trial, a folder or URI, what is of use only to resume it: the weights stay."""
+    shutil.rmtree(working_folder(trial) / RAY_FOLDER, ignore_errors=True)
+    try:
+        remove_tokens(trial, OWNER, patience_s=0)
+        strip(trial)
+    except (UserError, OSError):
+        return  # it only takes more room; a damaged file is named where it is read
+
+
 def strip(trial: str) -> None:
-    """Take what only serves to go on out of the last checkpoint of a finished trial, by its place: the weights stay."""
+    """Reduce the last.pth of a run, a folder or URI, to what is of use in a finished one: the weights and what is known of them."""
     checkpoint = fetch(trial, only=LAST) / LAST
-    if checkpoint.exists():
+    if checkpoint.exists() and holds_resume_state(checkpoint):
         content = read_checkpoint(checkpoint)
-        if not content.keys().isdisjoint(TO_GO_ON):
-            save_checkpoint(checkpoint, {name: value for name, value in content.items() if name not in TO_GO_ON})
-            push(trial, only=LAST)
+        save_checkpoint(checkpoint, {name: value for name, value in content.items() if name not in RESUME_STATE})
+        push(trial, only=LAST)
+
+
+def holds_resume_state(checkpoint: Path) -> bool:
+    """Return whether a run can be resumed from a checkpoint; reads its index only, not its tensors."""
+    try:
+        names = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).keys()
+    except Exception:  # damaged bytes raise anything; reading it whole says what is wrong
+        return True
+    return not names.isdisjoint(RESUME_STATE)

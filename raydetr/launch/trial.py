@@ -1,7 +1,8 @@
-"""What runs in a trial of a search: ``fit`` right there, or an inner TorchTrainer with several workers."""
+"""What runs in a trial of a search: ``fit`` in the trial's own process, or an inner TorchTrainer with several workers."""
 
+import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,21 @@ from raydetr import config as settings
 from raydetr.data.cache import DecodedImages
 from raydetr.errors import DiskFull, UserError
 from raydetr.launch.mailbox import Mailbox
-from raydetr.launch.train import fit_on_machines, run_folder, train_worker
+from raydetr.launch.slots import Slots
+from raydetr.launch.train import fit_with_retries, ray_run_config, train_worker
 from raydetr.memory import without_collections
+
+REPORTED = "reported"  # the names of what ``fit`` reported, among all that Ray Tune adds to a result
 
 
 class TuneReporter:
-    """What ``fit`` is given in a trial of one worker. ``searched`` are the searched settings by name, with their domains."""
+    """The reporter of ``fit`` in a trial of one worker.
+
+    Args:
+        metric: The objective.
+        searched: The settings that the search varies, by name, with their domains.
+        images: The decoded images that all trials share; None where each decodes its own.
+    """
 
     rank, world_size, local_rank = 0, 1, 0
 
@@ -28,69 +38,86 @@ class TuneReporter:
         self.metric, self.searched, self.images = metric, searched, images
 
     def checkpoint(self) -> None:
-        """None: the trial's folder holds the last.pth to go on from."""
+        """Return None: a trial resumes from its run folder's own last.pth."""
 
     def show(self, event: dict) -> None:
-        """Nothing: the search shows its trials in a table."""
+        """Ignore the event: the search shows its trials in a table."""
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None = None) -> None:
-        """Tell Ray Tune the epoch's metrics; raises UserError where the objective is not defined on this data."""
+        """Report an epoch's metrics to Ray Tune; raises UserError where the objective is undefined on this data."""
         if metrics[self.metric] is None:
             raise UserError(f"--metric {self.metric}: the validation set has no object that it counts")
-        ray.tune.report(_told(metrics))
+        ray.tune.report(with_names(metrics))
 
 
-def _told(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics as Ray Tune is told them: those that are defined, and the machine and cards that the trial has."""
+def with_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics that are defined, the node and GPUs of the trial, and the names of all of these."""
     here = {"node": ray.get_runtime_context().get_node_id(), "cards": ",".join(map(str, ray.get_gpu_ids()))}
-    return {name: value for name, value in {**metrics, **here}.items() if value not in (None, "")}
+    defined = {name: value for name, value in {**metrics, **here}.items() if value not in (None, "")}
+    return {**defined, REPORTED: list(defined)}
 
 
-def run_trial(assigned: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
-    """What Ray Tune calls for a trial. A failure is told, not raised: it would come again. ``images`` are the decoded pictures, if any.
+def run_trial(assigned: Mapping[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
+    """Train one trial of a search; Ray Tune calls this.
 
-    Only a lost process makes Ray Tune start a trial once more; it goes on from the last.pth of the trial's folder.
+    A failure that would come again is reported, not raised: ``failed`` is the reason. A fault of the machine (a killed loader process,
+    a CUDA error, a file that cannot be read for a moment) is reported as ``fault`` and ends the process, since nothing else is sure
+    to work in it: Ray Tune then starts the trial in a new one, where it resumes from the last.pth of its run folder. ``full`` reports a
+    full disk, which ends the search.
+
+    Args:
+        assigned: ``number`` of the trial, ``config`` with its settings, ``metric`` (the objective), ``searched`` (the settings that
+            vary, with their domains), ``slots`` (a :class:`raydetr.launch.slots.Slots`), and ``node``, the id of the one it is meant for.
+        images: A reference to the decoded images, if they are shared.
     """
     with without_collections():
         from raydetr.training.fit import fit
 
-    config = settings.load_config(assigned["settings"])
+    config = assigned["config"]
     try:
         if config.run.workers == 1:
             last = fit(config, TuneReporter(assigned["metric"], assigned["searched"], *map(ray.get, images)))
         else:
-            last = fit_with_workers(config, assigned["places"], assigned["searched"], images)
+            last = fit_with_workers(config, assigned["slots"], assigned["searched"], images)
     except DiskFull as error:
         ray.tune.report({"epoch": 0, "full": f"{socket.gethostname()}: {error}"})
     except UserError as error:
         ray.tune.report({"epoch": 0, "failed": str(error)})
-    except (RuntimeError, ValueError, TypeError, LookupError, OSError, ArithmeticError) as error:
-        ray.tune.report({"epoch": 0, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"})
+    except (NotImplementedError, RecursionError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        ray.tune.report({"epoch": 0, "failed": _in_one_line(error)})
+    except (RuntimeError, OSError, MemoryError) as error:
+        ray.tune.report({"epoch": 0, "fault": f"{socket.gethostname()}: {_in_one_line(error)}"})
+        os._exit(1)  # also for a CUDA error, after which every call of this process fails
     else:
-        ray.tune.report({**_told(last), "finished": True})
+        ray.tune.report({**with_names(last), "finished": True})
 
 
-def fit_with_workers(
-    config: settings.Config, places: dict[str, Any], searched: dict[str, Any], images: Sequence[ray.ObjectRef]
-) -> dict[str, Any]:
-    """``fit`` in several Ray Train workers, whose reports go on to Ray Tune. Returns the last epoch's metrics."""
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+
+
+def fit_with_workers(config: settings.Config, slots: Slots, searched: dict[str, Any], images: Sequence[ray.ObjectRef]) -> dict[str, Any]:
+    """Run ``fit`` in several Ray Train workers, whose reports go on to Ray Tune.
+
+    Args:
+        config: The settings of the trial.
+        slots: What each worker gets.
+        searched: The settings that the search varies, by name, with their domains.
+        images: A reference to the decoded images, if they are shared.
+
+    Returns:
+        The last epoch's metrics.
+    """
     mailbox = Mailbox.remote()
-    each = {"CPU": places["cpus"], **({"GPU": places["gpus"]} if places["gpus"] else {})}
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"settings": settings.to_dict(config), "mailbox": mailbox, "searched": searched, "images": list(images)},
+        train_loop_config={"config": config, "mailbox": mailbox, "searched": searched, "images": list(images)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.run.workers,
-            use_gpu=places["gpus"] > 0,
-            resources_per_worker=each,
-            placement_strategy=places["placement"].upper(),
+            use_gpu=slots.gpus > 0,
+            resources_per_worker={"CPU": slots.cpus, **({"GPU": slots.gpus} if slots.gpus else {})},
+            placement_strategy=slots.placement.upper(),
         ),
-        run_config=ray.train.RunConfig(
-            name="ray",
-            storage_path=str(run_folder(config)),
-            failure_config=ray.train.FailureConfig(max_failures=config.run.max_failures),
-            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
-            callbacks=[TuneReportCallback()],
-        ),
+        run_config=ray_run_config(config, [TuneReportCallback()]),
     )
-    return fit_on_machines(trainer, mailbox, config)
+    return fit_with_retries(trainer, mailbox, config)

@@ -1,9 +1,8 @@
-"""The search: trials of one fine-tuning each, spread over a cluster by Ray Tune; what is remembered is the study's (search.py)."""
+"""The search: Ray Tune spreads trials, one fine-tuning each, over a cluster; the study remembers them."""
 
 import contextlib
 import logging
 import os
-import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,33 +11,39 @@ from typing import Any
 import ray
 import ray.tune
 from filelock import FileLock, Timeout
+from ray.tune.stopper import CombinedStopper
 from rich.console import Console
 
 from raydetr import config as settings
 from raydetr.data.cache import DecodedImages, cache_limit
 from raydetr.data.coco import CocoImages, find_split
 from raydetr.errors import DiskFull, UserError, is_disk_full
-from raydetr.launch.nodes import awaited_machines, check_nodes
-from raydetr.launch.places import ONE_WORKER_EACH, Demands, Places, check_disk, find_places, resources_of
+from raydetr.launch import ray_private
+from raydetr.launch.nodes import check_nodes, nodes_resources, reserved_slots
 from raydetr.launch.scheduling import (
     Hopeless,
     PopulationScheduler,
     StudyScheduler,
     StudySearcher,
+    UntilSignal,
     Watcher,
     copy_file,
     grace_epochs,
-    trial_place,
+    tidy_search,
+    trial_root,
 )
-from raydetr.launch.train import check_data, check_name, nodes_resources, ray_session, run_place, with_absolute_paths
+from raydetr.launch.session import ending_if_ray_is_lost, ray_session
+from raydetr.launch.signals import Interrupted, Received, ending_signals, interruptible
+from raydetr.launch.slots import ONE_WORKER_EACH, Demands, Slots, check_disk, find_slots, trial_resources
+from raydetr.launch.train import RAY_FOLDER, check_data, check_name, naming_the_file, run_root, with_absolute_paths
 from raydetr.launch.trial import run_trial
 from raydetr.search.space import Space, read_space
 from raydetr.search.study import Search, create_search, open_search, top_trials, write_best, write_trials
 from raydetr.search.trials import TrialsDisplay
 from raydetr.storage import OWNER, absolute, become_owner, fetch, is_uri, join, remove_tokens, split, working_folder
 
-STORE_SHARE = 0.5  # of Ray's object store, for decoded pictures
-KEEP_INTERVAL_S = 5.0  # between two pushes of a search's own files to a store
+STORE_SHARE = 0.5  # of Ray's object store, for decoded images
+KEEP_INTERVAL_S = 5.0  # between two pushes of a search's own files to an object store
 
 
 def tune(
@@ -54,33 +59,50 @@ def tune(
     points: Sequence[Mapping[str, Any]] = (),
     time_budget_s: float | None = None,
 ) -> Search:
-    """Search ``space`` around ``config`` with ``trials`` trials, the first of them ``config`` itself. Returns the search.
+    """Search ``space`` around ``config``.
 
-    ``seed`` is that of the draws; None: ``run.seed``, as of everything else.
+    ``<run.storage>/<run.name>/`` gets the study, a run folder for each trial under ``trials/``, and at the end ``best.yaml``,
+    ``best.pth``, ``trials.csv`` and ``trials.parquet``.
 
-    ``<run.storage>/<run.name>/`` gets the study, a run folder per trial under ``trials/``, and at the end ``best.yaml``, ``best.pth``,
-    ``trials.csv`` and ``trials.parquet``. Raises UserError for bad settings, data or an impossible request.
+    Args:
+        config: The settings of trial 0, and what the space leaves alone.
+        space: A search space, a file of one, the name of a ready one, or a mapping.
+        trials: Trials in all, trial 0 included.
+        demands: What each trial asks of the cluster.
+        metric: The COCO metric that is maximized.
+        sampler: How settings are drawn: ``"tpe"``, ``"gp"``, ``"random"`` or ``"cmaes"``.
+        scheduler: What stops trials early: ``"asha"``, ``"median"``, ``"none"`` or ``"pbt"``.
+        seed: Seed of the draws; None: ``run.seed``, which is that of everything else.
+        points: Settings to try after trial 0, by dotted name.
+        time_budget_s: Stop after so many seconds.
+
+    Returns:
+        The search.
+
+    Raises:
+        UserError: Bad settings or data, an impossible request, or all trials failed.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP ended the search; the message says how to resume.
     """
     config = with_absolute_paths(config)
     check_name(config)
     check_data(config)
-    place = run_place(config)
+    root = run_root(config)
     grace, seed = grace_epochs(config.optim), config.run.seed if seed is None else seed
     space = space if isinstance(space, Space) else read_space(space)
     if scheduler == "pbt" and demands.workers > 1:
-        raise UserError("--scheduler pbt: trials go on from each other's weights with one worker each; lower --workers-per-trial")
-    with ray_session(demands.workers, drivers=demands.workers > 1):
-        with awaited_machines(config, demands.workers, demands.gpus_each()):
+        raise UserError("--scheduler pbt: trials take over each other's weights with one worker each; lower --workers-per-trial")
+    with naming_the_file(), interruptible(lambda: ""), ray_session(demands.workers, drivers=demands.workers > 1):
+        with reserved_slots(config, demands.workers, demands.gpus_per_worker()):
             check_nodes(config)
-            places = find_places(config, demands, trials)
-            check_disk(config, working_folder(place), trials, places.concurrent)
+            slots = find_slots(config, demands, trials)
+            check_disk(config, working_folder(root), trials, slots.concurrent)
             images = share_images(config)
-        bring(place)
+        refresh_working_copy(root)
         search = create_search(
-            place, space, config, trials=trials, metric=metric, sampler=sampler, pruner=scheduler, grace=grace, seed=seed, points=points
+            root, space, config, trials=trials, metric=metric, sampler=sampler, pruner=scheduler, grace=grace, seed=seed, points=points
         )
-        with driving(search.folder), keeping(search):
-            return _run(search, demands, places, images, time_budget_s)
+        with driving(search.folder), pushing(search):
+            return _run(search, demands, slots, images, time_budget_s)
 
 
 def resume(
@@ -91,28 +113,56 @@ def resume(
     demands: Demands = ONE_WORKER_EACH,
     time_budget_s: float | None = None,
 ) -> Search:
-    """Go on with the search in ``folder``: no finished trial runs again, unfinished ones go on from their last epoch.
+    """Resume a search: finished trials do not run again, unfinished ones resume from their last epoch.
 
-    Raises UserError where ``space`` is given and is not the search's own; the line tells the difference.
+    Args:
+        folder: The folder or URI of the search.
+        space: Its search space, to be checked against the one it began with.
+        trials: Trials in all from now on; None: as before.
+        demands: What each trial asks of the cluster.
+        time_budget_s: Stop after so many seconds.
+
+    Returns:
+        The search.
+
+    Raises:
+        UserError: There is no search, another process runs it, ``space`` is not its own (the message has the difference), or ``trials``
+            is fewer than have begun.
+        KeyboardInterrupt: As for :func:`tune`.
     """
-    place = absolute(folder)
-    bring(place)
-    search = open_search(place, space, trials)
-    with driving(search.folder), ray_session(demands.workers, drivers=demands.workers > 1), keeping(search):
-        base = search.config(0)
-        base.run.storage = split(place)[0]  # where the search is now
-        with awaited_machines(base, demands.workers, demands.gpus_each()):
-            check_nodes(base)
-            search.reclaim(())
-            places = find_places(base, demands, search.trials)
-            images = share_images(base)
-        return _run(search, demands, places, images, time_budget_s)
+    root = absolute(folder)
+    with naming_the_file(), interruptible(lambda: f"raydetr tune --resume {root}"):
+        refresh_working_copy(root)
+        search = open_search(root, space)
+        _extend(search, trials)
+        with driving(search.folder), ray_session(demands.workers, drivers=demands.workers > 1), pushing(search):
+            base = search.config(0)
+            base.run.storage = split(root)[0]  # where the search is now
+            with reserved_slots(base, demands.workers, demands.gpus_per_worker()):
+                check_nodes(base)
+                search.reclaim(())
+                slots = find_slots(base, demands, search.trials)
+                images = share_images(base)
+            tidy_search(search)
+            return _run(search, demands, slots, images, time_budget_s)
+
+
+def _extend(search: Search, trials: int | None) -> None:
+    begun = sum(trial.datetime_start is not None for trial in search.frozen())
+    if trials is not None and trials < begun:
+        raise UserError(f"--trials {trials}: {begun} trials of {search.place} have begun already; give {begun} to finish these, or more")
+    if trials is not None and trials != search.trials:
+        search.extend(trials)
 
 
 @contextlib.contextmanager
 def driving(folder: Path) -> Iterator[None]:
-    """For the length of a ``with`` nobody else runs the search in ``folder``; UserError where somebody does. Ends with the process."""
-    lock = FileLock(folder / "driver.lock")
+    """Keep every other process from running the search in ``folder`` for the length of the context.
+
+    Raises:
+        UserError: Another process runs it.
+    """
+    lock = FileLock(folder / "driver.lock")  # free again when the process ends, however it does
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -123,30 +173,30 @@ def driving(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def bring(place: str) -> None:
-    """Make the working copy of a search what the store holds of it; not under the hands of another driver. Nothing for a folder."""
-    if is_uri(place):
-        with driving(working_folder(place)):
-            fetch(place, recursive=False)  # the trials fetch their own
+def refresh_working_copy(root: str) -> None:
+    """Make the working copy of a search in an object store what the store holds, unless another process is running it."""
+    if is_uri(root):
+        with driving(working_folder(root)):
+            fetch(root, recursive=False)  # the trials fetch their own
 
 
 @contextlib.contextmanager
-def keeping(search: Search) -> Iterator[None]:
-    """For the length of a ``with``, and at its end, the search's own files are brought to its store. Nothing for a folder.
+def pushing(search: Search) -> Iterator[None]:
+    """Push the search's own files to its object store for the length of the context, and at its end; nothing for a folder.
 
-    The process is then the one that runs the search: another that did, on whatever machine, stops at its next push.
+    This process then owns the search: another that ran it, on whatever machine, stops at its next push.
     """
     if not is_uri(search.place):
         yield
         return
     search.owner, done = become_owner(search.place), threading.Event()
 
-    def keep() -> None:
+    def push_again_and_again() -> None:
         while not done.wait(KEEP_INTERVAL_S):
-            with contextlib.suppress(UserError):  # it is pushed again soon, and at the end with patience
+            with contextlib.suppress(UserError):  # it is pushed again soon, and patiently at the end
                 search.push(patience_s=0)
 
-    thread = threading.Thread(target=keep, daemon=True)
+    thread = threading.Thread(target=push_again_and_again, daemon=True)
     thread.start()
     try:
         yield
@@ -157,61 +207,95 @@ def keeping(search: Search) -> Iterator[None]:
         remove_tokens(search.place, OWNER)
 
 
-def _run(search: Search, demands: Demands, places: Places, images: list[ray.ObjectRef], time_budget_s: float | None) -> Search:
-    # A trial's own fit writes its events, the study is the record of results (Ray Tune's, kept every few seconds, would cost a sixth of
-    # this process's time), the table below is what is shown; and a trial that failed has no metric to report.
-    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}
-    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "inf"
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's error is told in the table, a full disk's by fit_with_room
-    searcher, population = StudySearcher(search, demands, places), search.scheduler == "pbt"
+def _run(search: Search, demands: Demands, slots: Slots, images: list[ray.ObjectRef], time_budget_s: float | None) -> Search:
+    searcher, population = StudySearcher(search, demands, slots), search.scheduler == "pbt"
+    os.environ |= ray_private.TUNE_ENVIRONMENT
     # Without a limit of its own Ray Tune lets one trial wait; the searcher has the limit. The members of a population take turns.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "1" if population else str(search.trials)
+    os.environ[ray_private.PENDING_TRIALS] = "1" if population else str(search.trials)
+    logging.getLogger(ray_private.LOGGERS["tune"]).setLevel(logging.CRITICAL)  # the table shows why a trial failed
+    ray_private.keep_keys_out_of_logs()
     scheduler = PopulationScheduler(search, searcher) if population else StudyScheduler(search)
-    trainable = ray.tune.with_parameters(run_trial, images=images)
-    with Console(highlight=False) as console, TrialsDisplay(search, console) as display, stopped_in_order():
-        tuner = ray.tune.Tuner(
-            ray.tune.with_resources(trainable, resources_of),
-            tune_config=ray.tune.TuneConfig(
-                search_alg=searcher,
-                scheduler=scheduler,
-                num_samples=-1,
-                reuse_actors=demands.workers == 1,
-                time_budget_s=time_budget_s,
-                trial_dirname_creator=lambda trial: trial.trial_id,
-            ),
-            run_config=ray.tune.RunConfig(
-                name="ray",
-                storage_path=str(search.folder),  # of no use to anybody but this process
-                failure_config=ray.tune.FailureConfig(max_failures=-1),  # the scheduler counts them
-                callbacks=[Watcher(search, display)],
-                stop=Hopeless(search),
-                verbose=0,
-            ),
-        )
-        try:
-            fit_with_room(tuner, search, scheduler)
-        finally:
-            searcher.close()
-    finish(search)
+    with ending_signals(end=lambda: None) as received, ending_if_ray_is_lost(received, lambda: _last_words(search)):
+        with Console(highlight=False) as console, TrialsDisplay(search, console) as display:
+            tuner = ray.tune.Tuner(
+                ray.tune.with_resources(ray.tune.with_parameters(run_trial, images=images), trial_resources),
+                tune_config=ray.tune.TuneConfig(
+                    search_alg=searcher,
+                    scheduler=scheduler,
+                    num_samples=-1,
+                    reuse_actors=demands.workers == 1,
+                    time_budget_s=time_budget_s,
+                    trial_dirname_creator=lambda trial: trial.trial_id,
+                ),
+                run_config=_ray_run_config(search, display, received),
+            )
+            try:
+                fit_until_full(tuner, search, scheduler)
+            finally:
+                searcher.close()
+        tidy_search(search, searcher.stripped)
+        finish(search, interrupted=received.number is not None)
+        if received.number is not None:
+            raise Interrupted(how_to_resume(search), received.number, search)
     return search
 
 
-def fit_with_room(tuner: ray.tune.Tuner, search: Search, scheduler: StudyScheduler) -> None:
-    """``tuner.fit()``; raises DiskFull where a trial, or the study, found no room: trials under way stay unfinished, none is to blame."""
+def _ray_run_config(search: Search, display: TrialsDisplay, received: Received) -> ray.tune.RunConfig:
+    return ray.tune.RunConfig(
+        name=RAY_FOLDER,
+        storage_path=str(search.folder),  # of no use to any other process
+        failure_config=ray.tune.FailureConfig(max_failures=-1),  # the scheduler counts them
+        callbacks=[Watcher(search, display)],
+        stop=CombinedStopper(Hopeless(search), UntilSignal(received)),
+        verbose=0,
+    )
+
+
+def _last_words(search: Search) -> str:
+    with contextlib.suppress(UserError, OSError):
+        finish(search, interrupted=True)
+    return f"{how_to_resume(search)}\n{top_trials(search)}"
+
+
+def how_to_resume(search: Search) -> str:
+    """Return how to resume a search that ended early, in words."""
+    return f"finished epochs are kept: raydetr tune --resume {search.place}"
+
+
+def fit_until_full(tuner: ray.tune.Tuner, search: Search, scheduler: StudyScheduler) -> None:
+    """Run ``tuner.fit()``.
+
+    Raises:
+        DiskFull: A trial or the study found no room on its disk. Running trials stay unfinished.
+        UserError: A file of the search cannot be written.
+    """
     try:
         tuner.fit()
     except Exception as error:
-        if not is_disk_full(error):
+        if is_disk_full(error):
+            scheduler.full = f"the disk of {search.folder} is full"
+        elif file_error := _file_error(error):
+            raise UserError(f"{file_error.filename or search.folder}: {file_error.strerror}; {how_to_resume(search)}") from error
+        else:
             raise
-        scheduler.full = f"the disk of {search.folder} is full"
     if scheduler.full:
         raise DiskFull(f"{scheduler.full}; trials under way were stopped: make room, then raydetr tune --resume {search.place}")
 
 
-def share_images(config: settings.Config) -> list[ray.ObjectRef]:
-    """The pictures of the search's data, decoded once and put where all trials of a machine share them; nothing with data.cache_gb 0.
+def _file_error(error: BaseException | None) -> OSError | None:
+    while error is not None and not (isinstance(error, OSError) and error.strerror):
+        error = error.__cause__ or error.__context__
+    return error
 
-    Raises UserError for a picture that cannot be read.
+
+def share_images(config: settings.Config) -> list[ray.ObjectRef]:
+    """Decode the images of the search's data once and put them into the object store, where all trials of a node share them.
+
+    Returns:
+        One reference to a :class:`raydetr.data.cache.DecodedImages`.
+
+    Raises:
+        UserError: An image cannot be read.
     """
     store = min(node["object_store_memory"] for node in nodes_resources())
     limit = min(cache_limit(config.data), int(store * STORE_SHARE))
@@ -221,36 +305,34 @@ def share_images(config: settings.Config) -> list[ray.ObjectRef]:
     return [ray.put(images)]
 
 
-@contextlib.contextmanager
-def stopped_in_order() -> Iterator[None]:
-    """SIGTERM, which `ray job stop` sends, ends a search as Ctrl-C does: Ray Tune stops the trials, the summary follows."""
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def finish(search: Search, interrupted: bool = False) -> None:
+    """Write what a search leaves when it ends, also early: best.yaml, best.pth and the tables.
 
+    Args:
+        search: The search.
+        interrupted: Whether a signal ended it, so that trials may be yet to come.
 
-def finish(search: Search) -> None:
-    """What a search leaves when it ends, also before its time: best.yaml, best.pth, the tables. Raises UserError where all failed."""
+    Raises:
+        UserError: All trials failed, and none is to come.
+    """
     write_trials(search.folder)
     best = search.best()
     failed = [trial for trial in search.frozen() if "reason" in trial.user_attrs]
     if best is None:
-        if failed:
+        if failed and not interrupted:
             raise UserError(f"all {len(failed)} trials failed, the first of them: {failed[0].user_attrs['reason']}")
         return
     write_best(search.folder)
-    weights = fetch(trial_place(search, best.number), only="best.pth") / "best.pth"
+    weights = fetch(trial_root(search, best.number), only="best.pth") / "best.pth"
     if weights.exists():
         copy_file(weights, search.folder / "best.pth")
 
 
 def summary(search: Search) -> str:
-    """The best trials beside trial 0, and what to do next."""
+    """Return a table of the best trials beside trial 0, and what to do next."""
     unfinished = search.trials - sum(trial.state.is_finished() for trial in search.frozen())
     lines = [top_trials(search)]
-    if unfinished:
+    if unfinished > 0:
         lines.append(f"{unfinished} of {search.trials} trials are not finished: raydetr tune --resume {search.place}")
     if search.best():
         best = {name: join(search.place, name) for name in ("best.yaml", "best.pth")}

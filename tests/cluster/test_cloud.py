@@ -11,7 +11,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts.scripts import start
 
-from raydetr.launch.train import DRIVER
+from raydetr.launch.session import DRIVER
 
 FOLDER = Path(__file__).parents[2] / "cluster"
 

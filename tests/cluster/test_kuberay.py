@@ -13,7 +13,7 @@ import pytest
 import yaml
 from ray.scripts.scripts import start
 
-from raydetr.launch.train import DRIVER
+from raydetr.launch.session import DRIVER
 
 FOLDER = Path(__file__).parents[2] / "cluster" / "kuberay"
 KUBERNETES = "1.33"

@@ -21,8 +21,9 @@ from raydetr import config
 from raydetr.errors import UserError
 from raydetr.launch import train as training
 from raydetr.launch import tune as launcher
-from raydetr.launch.places import Demands
 from raydetr.launch.scheduling import trial_folder
+from raydetr.launch.slots import Demands
+from raydetr.launch.trial import with_names
 from raydetr.launch.tune import resume, tune
 from raydetr.search.study import Search, trials_frame
 from raydetr.weights.checkpoint import read_checkpoint
@@ -234,9 +235,8 @@ def test_trials_that_share_cards_are_packed_or_spread(add_machine, photographs, 
         add_machine(num_cpus=4, num_gpus=2)
 
     def run_trial(assigned, images):  # where it runs, and no training
-        here = {"node": ray.get_runtime_context().get_node_id(), "cards": str(ray.get_gpu_ids())}
         time.sleep(5)  # until all have begun
-        ray.tune.report({"epoch": 1, "AP": 0.5, "finished": True, **here})
+        ray.tune.report({**with_names({"epoch": 1, "AP": 0.5}), "finished": True})
 
     monkeypatch.setattr(launcher, "run_trial", run_trial)
     for placement, number, machines in (("pack", 4, 1), ("spread", 2, 2)):

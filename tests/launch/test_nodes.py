@@ -14,7 +14,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from raydetr import __version__, config
 from raydetr.errors import UserError
 from raydetr.launch import nodes
-from raydetr.launch.nodes import check_listening, check_nodes, is_of_machine, is_one_lost, look, lost_nodes
+from raydetr.launch.nodes import check_listening, check_nodes, is_node_failure, lost_another_node, lost_nodes, probe_node
 from raydetr.launch.train import train
 
 
@@ -33,8 +33,8 @@ def settings(folder, storage):
 
 
 def changed_on(node, change):
-    """What :func:`look` answers, but on ``node`` with ``change``, as if its disk were another."""
-    answer = look
+    """What :func:`probe_node` answers, but on ``node`` with ``change``, as if its disk were another."""
+    answer = probe_node
 
     def probe(paths, storage, token):
         import ray
@@ -47,12 +47,12 @@ def changed_on(node, change):
 
 def test_machines_that_share_all_pass_and_nothing_stays_behind(two_machines, coco_folder, tmp_path):
     asked = []
-    original = nodes.judge
-    nodes.judge = lambda seen, *more: (asked.extend(seen), original(seen, *more))
+    original = nodes.check_answers
+    nodes.check_answers = lambda seen, *more: (asked.extend(seen), original(seen, *more))
     try:
         check_nodes(settings(coco_folder(), tmp_path / "runs"))
     finally:
-        nodes.judge = original
+        nodes.check_answers = original
     assert len(asked) == 2
     assert [answer["version"] for _, answer in asked] == [__version__] * 2
     assert len({answer["wrote"] for _, answer in asked}) == 2  # each wrote its own
@@ -78,17 +78,17 @@ def test_a_machine_that_lacks_something_is_named(two_machines, coco_folder, tmp_
 
 
 def test_a_run_asks_the_machines_before_it_starts(two_machines, coco_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(nodes, "look", changed_on(two_machines, {"lacking": ["/shared/photographs"]}))
+    monkeypatch.setattr(nodes, "probe_node", changed_on(two_machines, {"lacking": ["/shared/photographs"]}))
     with pytest.raises(UserError, match="is not on"):
         train(settings(coco_folder(), tmp_path / "runs"))
 
 
 def test_what_a_machine_has_is_seen_there(tmp_path):
     (tmp_path / ".probe-abc").write_text("abc")
-    found = look([str(tmp_path), str(tmp_path / "absent")], str(tmp_path), "abc")
+    found = probe_node([str(tmp_path), str(tmp_path / "absent")], str(tmp_path), "abc")
     assert (found["version"], found["lacking"], found["token"]) == (__version__, [str(tmp_path / "absent")], True)
     assert (tmp_path / found["wrote"]).read_text() == "abc"
-    assert not look([], str(tmp_path / "another disk"), "abc")["token"]
+    assert not probe_node([], str(tmp_path / "another disk"), "abc")["token"]
     assert not (tmp_path / "another disk").exists()
 
 
@@ -132,18 +132,18 @@ def test_a_cluster_of_other_versions_is_refused_with_both(two_machines, other):
 def test_the_loss_of_a_machine_is_told_from_that_of_a_process(two_machines):
     unreachable, dead = ray.exceptions.ActorUnavailableError("cannot be reached", None), ray.exceptions.ActorDiedError()
     for error, of_machine in ((unreachable, True), (dead, False), (RuntimeError("Connection reset by peer"), False)):
-        assert is_of_machine(error) == of_machine
-        assert is_of_machine(WorkerHealthCheckFailedError("A worker health check failed.", failure=error)) == of_machine
+        assert is_node_failure(error) == of_machine
+        assert is_node_failure(WorkerHealthCheckFailedError("A worker health check failed.", failure=error)) == of_machine
 
 
 def test_a_machine_that_went_is_lost_once(monkeypatch):
     def machines(*alive):
         monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": str(number), "Alive": there} for number, there in enumerate(alive)])
 
-    monkeypatch.setattr(nodes, "LOSS_PATIENCE_S", 0.1)
+    monkeypatch.setattr(nodes, "LOSS_TIMEOUT_S", 0.1)
     machines(True, True)
     before = lost_nodes()
-    assert not is_one_lost(before)
+    assert not lost_another_node(before)
     machines(True, False)
-    assert is_one_lost(before)
-    assert not is_one_lost(lost_nodes())
+    assert lost_another_node(before)
+    assert not lost_another_node(lost_nodes())

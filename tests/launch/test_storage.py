@@ -17,11 +17,11 @@ import ray
 from raydetr import config, storage
 from raydetr.errors import UserError
 from raydetr.launch import nodes
-from raydetr.launch.nodes import check_nodes, look
-from raydetr.launch.places import Demands
+from raydetr.launch.nodes import check_nodes, probe_node
 from raydetr.launch.scheduling import copy_weights
+from raydetr.launch.slots import Demands
 from raydetr.launch.train import ray_session, resume_config, train
-from raydetr.launch.tune import bring, keeping, resume, summary, tune
+from raydetr.launch.tune import pushing, refresh_working_copy, resume, summary, tune
 from raydetr.predict.predict import predict
 from raydetr.predict.score import score_checkpoint
 from raydetr.search.report import report
@@ -183,14 +183,14 @@ def test_a_machine_that_was_given_up_for_lost_leaves_the_store_alone(store, coco
 def test_a_search_that_another_machine_goes_on_with_stops(store, coco_folder, tmp_path, monkeypatch):
     place, space = f"{store.uri}/one", read_space({"optim.lr": {"uniform": [1e-5, 1e-2]}})
     mine = create_search(place, space, settings(coco_folder(), store.uri), trials=2)
-    with keeping(mine):
+    with pushing(mine):
         pass
     mine.owner = become_owner(place)
     mine.push()
     monkeypatch.setenv("RAYDETR_CACHE", str(tmp_path / "another machine"))
-    bring(place)
+    refresh_working_copy(place)
     theirs = open_search(place)
-    with keeping(theirs):
+    with pushing(theirs):
         theirs.ask()
         with pytest.raises(UserError, match=f"another process has taken over {place}; this one stops"):
             mine.push()
@@ -212,12 +212,12 @@ def two_machines(store, ray_cluster, monkeypatch):
 
 @pytest.mark.slow
 def test_every_machine_writes_and_reads_before_anything_starts(two_machines, store, coco_folder):
-    asked, original = [], nodes.judge
-    nodes.judge = lambda seen, *more: (asked.extend(seen), original(seen, *more))
+    asked, original = [], nodes.check_answers
+    nodes.check_answers = lambda seen, *more: (asked.extend(seen), original(seen, *more))
     try:
         check_nodes(settings(coco_folder(), store.uri))
     finally:
-        nodes.judge = original
+        nodes.check_answers = original
     assert [answer["token"] for _, answer in asked] == [True, True]
     assert len({answer["wrote"] for _, answer in asked}) == 2
     assert store.names() == []
@@ -233,7 +233,7 @@ def test_every_machine_writes_and_reads_before_anything_starts(two_machines, sto
             os.environ["AWS_ENDPOINT_URL"] = "http://127.0.0.1:1"
         return answer(paths, place, token)
 
-    answer = look
+    answer = probe_node
     with pytest.raises(UserError, match=rf"\S+ \([\d.]+\): {store.uri}.*: the store does not answer"):
         check_nodes(settings(coco_folder(folder="other"), store.uri), cut_off)
 

@@ -2,8 +2,10 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,16 +19,17 @@ from raydetr import config
 from raydetr.data.formats.convert import convert
 from raydetr.demo import balloons
 from raydetr.errors import UserError
+from raydetr.launch import trial
 from raydetr.launch import tune as launcher
 from raydetr.launch.command import seconds
-from raydetr.launch.places import Demands
 from raydetr.launch.scheduling import trial_folder
-from raydetr.launch.train import DRIVER
+from raydetr.launch.session import DRIVER
+from raydetr.launch.slots import Demands
 from raydetr.launch.tune import resume, share_images, summary, tune
 from raydetr.search.space import read_space
 from raydetr.search.study import TAKEN_OVER, Search, open_search
 from raydetr.training.metrics import REPORTED
-from raydetr.weights.checkpoint import read_checkpoint
+from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
 
 TINY = {
     "model.preset": "detr_tiny",
@@ -155,8 +158,44 @@ def test_a_trial_whose_process_dies_again_and_again_is_failed(cluster, coco_fold
     known = settings(coco_folder(), tmp_path, run__max_failures=1)
     search = tune(known, SPACE, trials=3, scheduler="none", demands=Demands(concurrent=1))
     assert [trial.state.name for trial in search.frozen()] == ["COMPLETE", "FAIL", "COMPLETE"]
-    assert search.frozen()[1].user_attrs["reason"] == "its worker was lost again and again"
+    assert search.frozen()[1].user_attrs["reason"] == "lost 2 times, the last time: its process was killed"
     assert begun.read_text() == "xx"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.')", "RuntimeError: DataLoader worker"),
+        ("torch.AcceleratorError('CUDA error: an illegal memory access was encountered', 700)", "AcceleratorError: CUDA error"),
+    ],
+)
+def test_a_fault_of_the_machine_ends_its_process_and_the_trial_is_retried(cluster, coco_folder, tmp_path, monkeypatch, error, says):
+    processes = tmp_path / "processes"
+
+    def fit(config, reporter):
+        """The first trial meets the fault once, the second again and again, and whatever shares its process would, too."""
+        number, pid = config.run.name[:3], os.getpid()
+        with processes.open("a") as file:
+            file.write(f"{number} {pid}\n")
+        begun = processes.read_text().count(f"{number} ")
+        if (number == "000" and begun == 1) or number == "001":
+            raise eval(error)
+        return {"epoch": 1, "AP": 0.5}
+
+    def run_trial(assigned, images):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("raydetr.training.fit.fit", fit)
+            trial.run_trial(assigned, images)
+
+    monkeypatch.setattr(launcher, "run_trial", run_trial)
+    known = settings(coco_folder(), tmp_path, run__max_failures=1)
+    search = tune(known, SPACE, trials=4, scheduler="none", demands=Demands(concurrent=1))
+    assert [trial.state.name for trial in search.frozen()] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert f"lost 2 times, the last time: {socket.gethostname()}: {says}" in search.frozen()[1].user_attrs["reason"]
+    trials, pids = zip(*(line.split() for line in processes.read_text().splitlines()), strict=True)
+    assert trials == ("000", "000", "001", "001", "002", "003")
+    assert pids[0] != pids[1] == pids[2] != pids[3] != pids[4] == pids[5]  # processes are reused, but for those with a fault
 
 
 @pytest.mark.slow
@@ -225,6 +264,25 @@ def test_an_existing_search_is_offered_to_go_on_with(cluster, coco_folder, tmp_p
         tune(settings(coco_folder(), tmp_path), SPACE, trials=2)
 
 
+def test_fewer_trials_than_have_begun_are_refused(coco_folder, tmp_path, monkeypatch):
+    search = launcher.create_search(tmp_path / "search", read_space(SPACE), settings(coco_folder(), tmp_path), trials=8)
+    for number in range(5):
+        search.ask(str(number))
+        search.tell(number, "complete", 0.5)
+    with pytest.raises(UserError, match=r"--trials 3: 5 trials of .* have begun already; give 5 to finish these, or more"):
+        resume(tmp_path / "search", trials=3)
+    assert open_search(tmp_path / "search").trials == 8  # nothing has changed
+    search.extend(3)  # as an earlier version let it
+    assert "not finished" not in summary(search)
+
+
+def test_a_file_that_cannot_be_written_is_named(coco_folder, tmp_path):
+    launcher.create_search(tmp_path / "search", read_space(SPACE), settings(coco_folder(), tmp_path), trials=2)
+    (tmp_path / "search" / "driver.lock").mkdir()  # no permission would do the same, but not to the root user
+    with pytest.raises(UserError, match=rf"{tmp_path}/search/driver\.lock: Is a directory"):
+        resume(tmp_path / "search")
+
+
 def test_resuming_with_another_space_shows_the_difference(coco_folder, tmp_path):
     launcher.create_search(tmp_path / "search", read_space(SPACE), settings(coco_folder(), tmp_path), trials=2)
     changed = read_space({**SPACE, "loss.eos_coef": {"uniform": [0.05, 0.9]}})
@@ -271,10 +329,10 @@ def test_resuming_what_is_not_there_is_one_line(capsys):
     assert "holds no search" in capsys.readouterr().err
 
 
-def start(*flags, address=None):
+def start(*flags, address=None, environment=None):
     """A search by the command, on the cluster at an address or with a Ray of its own."""
     command = [sys.executable, "-m", "raydetr.cli", "tune", *flags]
-    environment = os.environ | ({"RAY_ADDRESS": address} if address else {})
+    environment = os.environ | (environment or {}) | ({"RAY_ADDRESS": address} if address else {})
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
@@ -310,42 +368,67 @@ def all_epochs(search, epochs=3):
 
 
 @pytest.mark.slow
-def test_a_killed_worker_of_a_trial_goes_on_from_its_last_epoch(cluster, coco_folder, tmp_path):
-    photographs, folder = coco_folder(), tmp_path / "search"
-    config.write_yaml(settings(photographs, tmp_path, optim__epochs=3), tmp_path / "run.yaml")
+def test_a_trial_whose_worker_is_killed_resumes_from_its_last_epoch(cluster, coco_folder, tmp_path):
+    photographs, folder, epochs = coco_folder(), tmp_path / "search", 20
+    config.write_yaml(settings(photographs, tmp_path, optim__epochs=epochs), tmp_path / "run.yaml")
     options = ("--space", "loss", "--scheduler", "none", "--trials", "1", "--workers-per-trial", "2")
     driver = start("--config", str(tmp_path / "run.yaml"), *options, address=ray.get_runtime_context().gcs_address)
     wait_for(lambda: driver.poll() is not None or list(folder.glob("trials/*")))
     for picture in photographs.glob("*2017/*.jpg"):
         picture.write_bytes(b"nothing that could be decoded")  # as it was when the search began
-    (victim, _) = wait_for(lambda: len(found := processes_of("ray::RayTrainWorker")) == 2 and found)
-    time.sleep(np.random.default_rng(1).uniform(0, 2))
+    log = next(folder.glob("trials/*")) / "log.txt"
+    wait_for(lambda: driver.poll() is not None or (log.exists() and log_of(log.parent)))
+    assert len(log_of(log.parent)) < epochs
+    (victim, _) = processes_of("ray::RayTrainWorker")
     victim.kill()
     assert driver.wait(timeout=400) == 0, driver.stdout.read()
     search = open_search(folder)
     assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"], [trial.user_attrs for trial in search.frozen()]
-    assert all_epochs(search)
-    assert config.read_yaml(trial_folder(search, 0) / "config.yaml")["run.workers"] == 2
+    assert all_epochs(search, epochs)
+    assert len(list((log.parent / "tb").glob("*tfevents*"))) >= 2  # another process has trained the rest
+    assert config.read_yaml(log.parent / "config.yaml")["run.workers"] == 2
+
+
+SECRET = "marker-of-a-secret-key"
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_in_order_with_a_summary_and_the_way_on(cluster, coco_folder, tmp_path):
+def test_signals_end_a_search_in_order_and_leave_neither_secrets_nor_litter(cluster, coco_folder, tmp_path):
     config.write_yaml(settings(coco_folder(), tmp_path, optim__epochs=10), tmp_path / "run.yaml")
     folder = tmp_path / "search"
-    options = ("--space", "loss", "--trials", "3", "--scheduler", "none", "--concurrent", "1")
-    driver = start("--config", str(tmp_path / "run.yaml"), *options)  # with a Ray of its own
-    wait_for(lambda: ended_trials(folder))
-    os.killpg(driver.pid, signal.SIGINT)  # as a terminal does; another trial is under way or about to begin
-    said, _ = driver.communicate(timeout=120)
-    assert f"raydetr tune --resume {folder}" in said
-    assert "Traceback" not in said
+    first = ("--config", str(tmp_path / "run.yaml"), "--space", "loss", "--trials", "3", "--scheduler", "none")
+    with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp") as session:
+        for sign, flags in ((signal.SIGINT, first), (signal.SIGTERM, ("--resume", str(folder)))):
+            before = ended_trials(folder)
+            # With a Ray of its own; without an address in the environment, where other tests may have one.
+            driver = start(*flags, "--concurrent", "1", environment={"AWS_SECRET_ACCESS_KEY": SECRET, "RAY_TMPDIR": session})
+            wait_for(lambda before=before: len(ended_trials(folder)) > len(before))
+            os.killpg(driver.pid, sign)  # to the group, as a terminal, a scheduler or a service does; another trial is under way
+            said, _ = driver.communicate(timeout=120)
+            assert driver.returncode == 128 + sign, said
+            assert said.endswith(f"raydetr: interrupted; finished epochs are kept: raydetr tune --resume {folder}\n")
+            assert "best settings: raydetr train --config" in said
+            assert "Traceback" not in said
+            assert "Stack" not in said  # of Ray's C++
+        assert list(Path(session).rglob("raylet.out"))
+        left = {str(path): path.read_bytes() for path in [*Path(session).rglob("*"), *folder.rglob("*")] if path.is_file()}
+    assert [where for where, text in {**left, "output": said.encode()}.items() if SECRET.encode() in text] == []
     assert (folder / "best.yaml").exists()
     ended = ended_trials(folder)
-    assert 1 <= len(ended) < 3
+    assert 2 <= len(ended) <= 3
+    finished = trial_folder(open_search(folder), 0)
+    unstripped = {**read_checkpoint(finished / "last.pth"), "optimizer": {"state": {}}}
+    save_checkpoint(finished / "last.pth", unstripped)  # as a driver leaves it that is killed at the wrong moment
+    (finished / ".owner").write_text("a token")
+    (finished / "ray").mkdir()
     search = resume(folder, demands=Demands(concurrent=1))
     assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"] * 3
     assert ended.items() <= ended_trials(folder).items()  # none ran twice
     assert all_epochs(search, 10)
+    names = {path.name for path in folder.rglob("*")}
+    assert names.isdisjoint({"ray", ".owner"})
+    for number in range(3):
+        assert "optimizer" not in read_checkpoint(trial_folder(search, number) / "last.pth")
 
 
 @pytest.mark.slow

@@ -1,0 +1,177 @@
+"""Every private part of Ray that raydetr relies on, in one file. Private means: Ray may change it without notice.
+
+All of it was read in Ray 2.60.0, the version that ``pyproject.toml`` allows. ``HOOKS`` lists what must exist, by its full name and
+with the reason for using it; a test resolves each name and so names what a new version of Ray lacks. To move to another version of
+Ray: change the bound in ``pyproject.toml``, run ``tests/launch/test_ray_private.py``, and read what changed around each hook it names.
+"""
+
+import contextlib
+import functools
+import importlib
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray._private import ray_constants, services
+from ray._private import utils as ray_utils
+
+READ_IN = "2.60.0"  # the version of Ray in which every hook below was read
+
+HOOKS = {
+    "ray._private.ray_constants.ENABLE_RAY_CLUSTER": "a Ray of one's own listens on 127.0.0.1 only where this is False",
+    "ray._private.services.ConsolePopen": "starts the processes of a Ray of one's own, which get process groups of their own",
+    "ray._private.services.get_ray_address_from_environment": "what RAY_ADDRESS=auto means, to see first whether it answers",
+    "ray._private.utils.get_ray_address_file": "names the address file that a killed Ray left",
+    "ray._private.worker._global_node": "the node this driver is on, whose raylet may be lost",
+    "ray._private.node.Node.all_processes": "the processes of a Ray of one's own, which may be lost",
+    "ray._private.node.Node.raylet_socket_name": "where the raylet of this driver's node listens",
+    "ray.tune.execution.class_cache.ENV_VARS_TO_PROPAGATE": "puts the keys of object stores into runtime environments, which Ray logs",
+    "ray.tune.execution.tune_controller.TuneController.search_alg": "a trial that was lost too often is told to the study as failed",
+    "ray.tune.execution.tune_controller.TuneController.stop_trial": "a trial that was lost too often is not started again",
+    "ray.tune.execution.tune_controller.TuneController.request_stop_experiment": "a full disk ends the search",
+    "ray.tune.execution.tune_controller.TuneController.pause_trial": "a member of a population gives its slot to another",
+    "ray.tune.execution.tune_controller.TuneController.get_trials": "which member of a population is next",
+    "ray.tune.experiment.trial.Trial.pickled_error_file": "why Ray Tune lost a trial",
+    "ray.tune.experiment.trial.Trial.set_config": "a member of a population resumes with other settings",
+    "ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError": "wraps the loss of a training worker",
+    "ray.dashboard.modules.dashboard_sdk.SubmissionClient._do_request": "asks a cluster for its versions before a job is submitted",
+}
+
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where this process is a submitted job
+
+# The environment of a Ray of one's own, which leaves more of the machine to the training.
+SPARING = {
+    "RAY_prestart_worker_first_driver": "0",  # no idle worker process for each CPU
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # no process that waits for the notice of a machine that is taken away
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # Ray's agent counts what the machine does once a minute
+}
+
+# What Ray Tune's environment variables are set to for a search. A trial's own ``fit`` writes its events, the study is the record of
+# results (Ray Tune's snapshots would take a sixth of the driver's time), and a failed trial has no metric to report.
+TUNE_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "inf",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # launch/signals.py has the handlers
+}
+PENDING_TRIALS = "TUNE_MAX_PENDING_TRIALS_PG"
+TRAIN_POLL_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+TRAIN_START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+# How long a process waits for a lost head (its GCS) before Ray aborts it with a C++ stack trace, and Ray's default in seconds.
+RECONNECT_TIMEOUT, RECONNECT_TIMEOUT_S = "RAY_gcs_rpc_server_reconnect_timeout_s", 60
+
+LOGGERS = {"train": "ray.train.v2.api.config", "tune": "ray.tune"}
+
+
+def missing_hooks() -> list[str]:
+    """Return the names of ``HOOKS`` that the installed Ray lacks."""
+    return [name for name in HOOKS if not _exists(name)]
+
+
+def _exists(name: str) -> bool:
+    parts = name.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:length]))
+        except ImportError:
+            continue
+        for part in parts[length:]:
+            if not hasattr(found, part):
+                # An attribute that __init__ sets is only in its source.
+                initializer = getattr(getattr(found, "__init__", None), "__code__", None)
+                return initializer is not None and part in initializer.co_names
+            found = getattr(found, part)
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def on_loopback() -> Iterator[None]:
+    """Make a Ray that is started within listen on 127.0.0.1 only.
+
+    On Linux, Ray opens its ports on every interface, and an address of 127.0.0.1 given to ``ray.init`` is replaced by the machine's
+    outer one. Where Ray forms no clusters (macOS, Windows) it stays on the loopback interface: this chooses the same here.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextlib.contextmanager
+def in_own_process_groups() -> Iterator[None]:
+    """Put the processes of a Ray that is started within into process groups of their own.
+
+    A signal to this process's group (a closed terminal, ``kill -- -PGID``) then reaches only this process, which ends Ray in order.
+    Ray's processes still die with it: the kernel tells them (PR_SET_PDEATHSIG).
+    """
+    before = services.ConsolePopen
+    services.ConsolePopen = functools.partial(before, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
+
+
+def keep_keys_out_of_logs() -> None:
+    """Take the keys of object stores out of what Ray Tune puts into each trial's runtime environment, which Ray's agent logs.
+
+    The processes of a Ray of one's own inherit the environment; the nodes of a cluster have keys of their own.
+    """
+    from ray.tune.execution import class_cache
+
+    class_cache.ENV_VARS_TO_PROPAGATE = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}
+
+
+def automatic_address() -> str | None:
+    """Return the ``HOST:PORT`` that ``RAY_ADDRESS=auto`` means, None where no Ray has left one on this machine."""
+    try:
+        return services.get_ray_address_from_environment("auto", None)
+    except ConnectionError:
+        return None
+
+
+def address_file() -> str:
+    """Return the path of the file in which a Ray of this machine leaves its address."""
+    return ray_utils.get_ray_address_file(None)
+
+
+def lost_part(gcs_address: str, timeout_s: float) -> str | None:
+    """Return what this driver has lost of Ray: ``"head"`` (its GCS), ``"node"`` (this node's raylet), or None where both answer.
+
+    Args:
+        gcs_address: ``HOST:PORT`` of the cluster's GCS.
+        timeout_s: How long to wait for a connection, in seconds.
+    """
+    node = ray._private.worker._global_node
+    processes = node.all_processes if node else {}
+    for name, part in ((ray_constants.PROCESS_TYPE_GCS_SERVER, "head"), (ray_constants.PROCESS_TYPE_RAYLET, "node")):
+        if any(each.process.poll() is not None for each in processes.get(name, ())):
+            return part
+    host, _, port = gcs_address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()
+    except OSError:
+        return "head"
+    return None if node is None or _answers(node.raylet_socket_name, timeout_s) else "node"
+
+
+def _answers(path: str, timeout_s: float) -> bool:
+    """Whether a process listens on a Unix socket; True where the path is none, as on Windows."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return True
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(timeout_s)
+            connection.connect(path)
+    except BlockingIOError:
+        return True  # its queue of connections is full, so it exists
+    except OSError:
+        return False
+    return True

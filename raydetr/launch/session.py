@@ -1,0 +1,139 @@
+"""Ray for the length of a run or a search: one of its own on this machine, or a cluster that exists, and what happens if it is lost."""
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray
+
+from raydetr.errors import UserError
+from raydetr.launch import ray_private
+from raydetr.launch.nodes import TOKEN, check_listening
+from raydetr.launch.signals import Received, kept_handlers
+from raydetr.storage import store_environment
+
+DRIVER = "trial_driver"  # the resource that keeps the drivers of multi-worker trials off the CPUs
+WATCH_INTERVAL_S = 1.0  # between two looks at whether Ray is still there
+CONNECT_TIMEOUT_S = 5.0
+LOSS_PATIENCE_S = 4.0  # with the processes of a Ray of one's own and with this node's raylet, which nobody starts again
+HEAD_PATIENCE = 0.7  # with a cluster's head, as a share of the time after which Ray aborts this process
+
+
+@contextlib.contextmanager
+def ray_session(workers: int, drivers: bool = False) -> Iterator[None]:
+    """Connect to the cluster at ``RAY_ADDRESS``, or start a Ray on this machine, and shut it down at the end.
+
+    A Ray that is started here listens on 127.0.0.1 only. Where Ray is initialized already, nothing is started or shut down.
+
+    Args:
+        workers: How many training workers must fit on this machine, at least.
+        drivers: Whether trials start workers of their own.
+
+    Raises:
+        UserError: Ray does not start, or the cluster cannot be reached or has another version of Ray or Python.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _join_cluster(address)
+    else:
+        _start_own(workers, drivers)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _join_cluster(address: str) -> None:
+    check_listening(f"RAY_ADDRESS {address}", address)
+    try:
+        _initialize(address=address, **workers_environment())
+    except Exception as error:  # Ray raises many types here, Exception itself among them
+        text = " ".join(str(error).split())
+        if text.startswith("Version mismatch"):
+            raise UserError(f"RAY_ADDRESS {address}: {text}; take the cluster's versions of Ray and Python here") from error
+        raise UserError(
+            f"cannot reach the Ray cluster at {address} (RAY_ADDRESS): {text or type(error).__name__}; if it wants its token, {TOKEN}"
+        ) from error
+
+
+def _start_own(workers: int, drivers: bool) -> None:
+    os.environ |= {**ray_private.SPARING, **os.environ}
+    cpus = max(os.cpu_count() or 1, workers)
+    try:
+        with ray_private.on_loopback(), ray_private.in_own_process_groups():
+            # The dashboard's server frees the resources of a multi-worker trial that was stopped.
+            _initialize(address="local", num_cpus=cpus, include_dashboard=drivers, resources={DRIVER: 64})
+    except Exception as error:  # as above
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"Ray does not start on this machine: {text[:500]}; it needs a writable folder with a short name for its sockets "
+            "(RAY_TMPDIR, /tmp by default), a gigabyte of memory, and no limit on address space (ulimit -v)"
+        ) from error
+
+
+def _initialize(**options: Any) -> None:
+    with kept_handlers():
+        # What a run has to show comes through its mailbox; the workers' own output stays in Ray's log files.
+        ray.init(**options, logging_level="error", log_to_driver=False)
+
+
+def workers_environment() -> dict[str, Any]:
+    """Return the options of ``ray.init`` by which workers on other nodes find the same object store as this process."""
+    variables = store_environment()
+    # A job's workers get the environment of the job, and Ray refuses to be told a variable twice.
+    return {"runtime_env": {"env_vars": variables}} if variables and ray_private.JOB_CONFIG not in os.environ else {}
+
+
+@contextlib.contextmanager
+def ending_if_ray_is_lost(received: Received, last_words: Callable[[], str]) -> Iterator[None]:
+    """End this process in one line if it loses Ray: the cluster's head, or the node it is on.
+
+    Ray would abort the process after a minute, with a C++ stack trace, and its calls may not return before. The exit code is 1, or that
+    of the signal that was received before (one to all processes of a service or a Slurm job also ends Ray's).
+
+    Args:
+        received: The signal that was received, if any.
+        last_words: Called before the end; returns how to resume.
+    """
+    address, done = ray.get_runtime_context().gcs_address, threading.Event()
+    own = "RAY_ADDRESS" not in os.environ
+    patience_s = HEAD_PATIENCE * float(os.environ.get(ray_private.RECONNECT_TIMEOUT, ray_private.RECONNECT_TIMEOUT_S))
+
+    def watch() -> None:
+        lost_since: float | None = None
+        while not done.wait(WATCH_INTERVAL_S):
+            began = time.monotonic()
+            part = ray_private.lost_part(address, CONNECT_TIMEOUT_S)
+            lost_since = None if part is None else lost_since or began
+            if lost_since and time.monotonic() - lost_since >= (patience_s if part == "head" and not own else LOSS_PATIENCE_S):
+                break
+        else:
+            return
+        what = f"the head of the Ray cluster at {address}" if part == "head" else "Ray on this machine"
+        _exit(f"{what} is lost", received, last_words)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=CONNECT_TIMEOUT_S)
+
+
+def _exit(what: str, received: Received, last_words: Callable[[], str]) -> None:
+    try:
+        text = last_words()
+    except Exception as error:  # the process ends here, whatever else is broken
+        text = str(error)
+    print(f"raydetr: {what}; {text}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1 if received.number is None else 128 + received.number)

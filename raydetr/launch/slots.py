@@ -1,0 +1,152 @@
+"""Slots: the resources that each trial of a search takes, and how many of them a cluster has."""
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray.tune
+import torch
+
+from raydetr import config as settings
+from raydetr.errors import UserError
+from raydetr.launch.nodes import AUTOSCALED, nodes_resources
+from raydetr.launch.session import DRIVER
+
+
+@dataclasses.dataclass(frozen=True)
+class Demands:
+    """What the trials of a search ask of the cluster.
+
+    Attributes:
+        workers: Training workers of each trial.
+        gpus: GPUs of a trial of one worker; below 1, trials share a GPU. Ignored where there are no GPUs.
+        concurrent: Trials at a time; None: as many as fit, also when nodes come and go.
+        placement: ``"pack"`` puts trials on as few nodes as hold them, ``"spread"`` distributes them over all.
+    """
+
+    workers: int = 1
+    gpus: float = 1.0
+    concurrent: int | None = None
+    placement: str = "pack"
+
+    def gpus_per_worker(self) -> float:
+        """Return the GPUs of each worker, where there are GPUs."""
+        return 1.0 if self.workers > 1 else self.gpus
+
+
+ONE_WORKER_EACH = Demands()
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """What the cluster gives each trial, or each worker of a trial.
+
+    Attributes:
+        concurrent: Trials at a time.
+        cpus: CPUs of each trial, or of each of its workers.
+        gpus: GPUs of each; 0 without.
+        placement: As in :class:`Demands`.
+    """
+
+    concurrent: int
+    cpus: int
+    gpus: float
+    placement: str = "pack"
+
+
+def find_slots(config: settings.Config, demands: Demands, trials: int) -> Slots:
+    """Return how many trials run at a time and what each gets.
+
+    Raises:
+        UserError: The cluster cannot hold what is asked for; the message has the numbers.
+    """
+    nodes = nodes_resources()
+    gpus = [node.get("GPU", 0) for node in nodes]
+    use_gpu = config.speed.device != "cpu" and sum(gpus) > 0
+    _check_gpus(config, demands, gpus if use_gpu else [])
+    drivers = int(sum(node.get(DRIVER, 0) for node in nodes))
+    if demands.workers > 1 and not drivers:
+        start = f"""ray start --head --resources='{{"{DRIVER}": 64}}'"""
+        raise UserError(f"--workers-per-trial {demands.workers}: the cluster has no slots for their drivers; start it with {start}")
+    cores = [int(node.get("CPU", 0)) for node in nodes]
+    gpus_per_worker = demands.gpus_per_worker()
+    workers = sum(int(count / gpus_per_worker + 1e-9) for count in gpus) if use_gpu else sum(cores)
+    fitting = workers // demands.workers
+    available = f"{sum(gpus):g} GPUs" if use_gpu else f"{sum(cores)} CPUs"
+    if fitting < 1:
+        raise UserError(f"--workers-per-trial {demands.workers}: asked for that many workers, the cluster has {available}{AUTOSCALED}")
+    if demands.concurrent is not None and demands.concurrent > fitting and not config.run.wait_for_machines_min:
+        raise UserError(f"--concurrent {demands.concurrent}: {available} hold {fitting} trials of {demands.workers} worker(s) at a time")
+    concurrent = min(demands.concurrent or fitting, trials, drivers if demands.workers > 1 else trials)
+    # Trials that are packed on a node leave the other GPUs there their share of its CPUs.
+    packed = cores_each(cores, fitting * demands.workers) if use_gpu and demands.placement == "pack" else None
+    cpus = packed or cores_each(cores, min(concurrent, fitting) * demands.workers)
+    if cpus is None:
+        raise UserError(
+            f"{concurrent} trials of {demands.workers} worker(s) need a CPU each, the cluster has {sum(cores)}; lower --concurrent"
+        )
+    return Slots(concurrent, cpus, gpus_per_worker if use_gpu else 0.0, demands.placement)
+
+
+def _check_gpus(config: settings.Config, demands: Demands, gpus: list[float]) -> None:
+    if config.speed.device == "cuda" and not gpus:
+        raise UserError(f"speed.device: cuda was asked for and Ray sees no GPU; --speed.device cpu searches without{AUTOSCALED}")
+    if demands.workers > 1 and demands.gpus < 1:
+        raise UserError(
+            f"a fraction of a GPU ({demands.gpus}) is for trials of one worker; NCCL wants a whole one for each of {demands.workers}"
+        )
+    if gpus and demands.gpus > max(gpus):
+        raise UserError(f"--gpus-per-trial {demands.gpus}: no machine has more than {max(gpus):g} GPUs")
+
+
+def cores_each(cores: list[int], processes: int) -> int | None:
+    """Return the most CPUs that each of ``processes`` processes can have on nodes with so many cores; None where they do not fit."""
+    return max((each for each in range(1, max(cores) + 1) if sum(node // each for node in cores) >= processes), default=None)
+
+
+def slots_on(node: Mapping[str, float], slots: Slots) -> int:
+    """Return how many trials of one worker, or workers of trials, fit on a node with these resources."""
+    cpus = int(node.get("CPU", 0) // slots.cpus)
+    return min(cpus, int(node.get("GPU", 0) / slots.gpus + 1e-9)) if slots.gpus else cpus
+
+
+def trial_resources(assigned: Mapping[str, Any]) -> ray.tune.PlacementGroupFactory:
+    """Return what Ray Tune reserves for a trial; for one of several workers only its driver's slot, as its workers reserve their own.
+
+    Args:
+        assigned: The trial, as :func:`raydetr.launch.trial.run_trial` takes it.
+    """
+    slots = assigned["slots"]
+    if assigned["config"].run.workers > 1:
+        return ray.tune.PlacementGroupFactory([{DRIVER: 1}])
+    # Whatever the strategy, a group of one bundle goes to the emptiest node; only this hint packs. Where the node is gone or full the
+    # trial goes to another.
+    bundle = {"CPU": slots.cpus, "GPU": slots.gpus}
+    return ray.tune.PlacementGroupFactory([bundle], "STRICT_PACK", _soft_target_node_id=assigned["node"])
+
+
+def check_disk(config: settings.Config, folder: Path, trials: int, concurrent: int) -> str:
+    """Return a forecast of what the search keeps, in words.
+
+    Raises:
+        UserError: The disk of ``folder`` cannot hold it.
+    """
+    weights = weights_bytes(config)
+    needed = trials * 2 * weights + concurrent * 3 * weights  # best and last; optimizer and average of the unfinished
+    forecast = f"{trials} trials x 2 x {weights / 1e6:.0f} MB"
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise UserError(f"run.storage: {forecast} and what runs need {needed / 1e9:.1f} GB, {parent} has {free / 1e9:.1f} GB free")
+    return forecast
+
+
+def weights_bytes(config: settings.Config) -> int:
+    """Return the bytes of a network's weights in float32."""
+    from raydetr.model.detr import build_model
+
+    leaves = {name: value for name, value in settings.to_dict(config)["model"].items() if name not in ("preset", "weights")}
+    with torch.device("meta"):
+        return sum(tensor.numel() for tensor in build_model(config.model.preset, **leaves).state_dict().values()) * 4
