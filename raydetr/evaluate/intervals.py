@@ -15,6 +15,7 @@ matching. The result equals pycocotools on the re-sampled set (where detections 
 result on duplicated images depends on their order; leaving images out keeps the order).
 """
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from raydetr.evaluate.matches import AREAS, IOUS, Matches
 
 CONFIDENCE = 0.95
 RECALLS = np.linspace(0, 1, 101)  # at which COCO reads the precision
-MOST_GROUPS = 1000  # more images than that are left out in groups
+MOST_GROUPS = 500  # more images than that are left out in groups
 _CELLS = 2**17  # numbers worked on at a time, so that they stay in the processor's cache
 
 
@@ -141,12 +142,24 @@ def _area_under(true_positives: np.ndarray, detected: np.ndarray, objects: np.nd
 
 
 def leave_out_weights(images: int) -> np.ndarray:
-    """Return the jackknife's weights [groups, images]: each row leaves out one image.
+    """Return the jackknife's weights [images, images]: each row leaves out one image."""
+    return 1 - np.eye(images, dtype=np.float32)
+
+
+def grouped(matches: Matches, groups: int) -> Matches:
+    """Return ``matches`` with every ``groups``-th image taken as one, so that weights hold for groups of images."""
+    objects = np.stack([matches.objects[:, group::groups].sum(1) for group in range(groups)], 1)
+    return dataclasses.replace(matches, image=matches.image % groups, objects=objects)
+
+
+def left_out_metrics(matches: Matches, names: Sequence[str] = tuple(METRICS)) -> dict[str, np.ndarray]:
+    """Return COCO numbers per category without each image in turn, as :func:`weighted_metrics` does: [images, categories] by name.
 
     Above ``MOST_GROUPS`` images each row leaves out one group of images, which estimates the same variance at a bounded cost.
     """
+    images = matches.objects.shape[1]
     groups = min(images, MOST_GROUPS)
-    return (np.arange(groups)[:, None] != np.arange(images) % groups).astype(np.float32) if images else np.zeros((0, 0), np.float32)
+    return weighted_metrics(matches if groups == images else grouped(matches, groups), leave_out_weights(groups), names)
 
 
 def bootstrap_weights(images: int, resamples: int, seed: int = 0) -> np.ndarray:
@@ -198,17 +211,13 @@ def with_intervals(
         A copy with ``AP_interval: [low, high]`` and so on, over all categories and in each of ``per_category``. An interval is None
         where the number is undefined, or where it hangs on a single image.
     """
-    left_out = _left_out(evaluation, names)
+    left_out = left_out_metrics(evaluation.matches, names)
     per_category = {}
     for number, name in category_names(categories).items():
         own = metrics["per_category"][name]
         column = evaluation.category_ids.index(number)
         per_category[name] = {**own, **_intervals(own, {each: values[:, column] for each, values in left_out.items()})}
     return {**metrics, **_intervals(metrics, {name: overall(values) for name, values in left_out.items()}), "per_category": per_category}
-
-
-def _left_out(evaluation: Evaluation, names: Sequence[str]) -> dict[str, np.ndarray]:
-    return weighted_metrics(evaluation.matches, leave_out_weights(len(evaluation.image_ids)), names)
 
 
 def _intervals(metrics: dict[str, Any], left_out: dict[str, np.ndarray]) -> dict[str, list[float] | None]:
@@ -243,7 +252,7 @@ def compare(evaluation: Evaluation, other: Evaluation, categories: Iterable[dict
         raise UserError("two results can only be compared on the same images and categories")
     ones = np.ones((1, len(evaluation.image_ids)))
     whole = [weighted_metrics(each.matches, ones, names) for each in (evaluation, other)]
-    left_out = [_left_out(each, names) for each in (evaluation, other)]
+    left_out = [left_out_metrics(each.matches, names) for each in (evaluation, other)]
     per_category = {}
     for number, name in category_names(categories).items():
         column = evaluation.category_ids.index(number)

@@ -14,6 +14,7 @@ from raydetr.evaluate.intervals import (
     jackknife_interval,
     jackknife_variance,
     leave_out_weights,
+    left_out_metrics,
     overall,
     verdict,
     weighted_metrics,
@@ -121,13 +122,19 @@ def test_the_variance_of_a_mean_is_the_textbook_one():
 
 
 def test_many_images_are_left_out_in_groups(monkeypatch):
-    monkeypatch.setattr(intervals, "MOST_GROUPS", 100)
-    random = np.random.default_rng(1)
-    values = random.normal(size=(300, 250))  # 300 samples of 250
-    weights = leave_out_weights(250)
-    assert weights.shape == (100, 250)
-    assert ((1 - weights).sum(0) == 1).all()
-    means = values @ weights.T / weights.sum(1)
+    monkeypatch.setattr(intervals, "MOST_GROUPS", 7)
+    coco = random_set(1, images=17)
+    matches = run_coco_eval(coco, noisy(coco)).matches
+    mine = left_out_metrics(matches)
+    expected = weighted_metrics(matches, np.arange(7)[:, None] != np.arange(17) % 7)
+    for name in METRICS:
+        np.testing.assert_array_equal(mine[name], expected[name])
+
+
+def test_groups_estimate_the_variance_that_single_images_do():
+    values = np.random.default_rng(1).normal(size=(400, 250))  # 400 samples of 250
+    groups = (np.arange(100)[:, None] != np.arange(250) % 100).astype(float)  # of two and three
+    means = values @ groups.T / groups.sum(1)
     assert np.mean([jackknife_variance(row) for row in means]) == pytest.approx(1 / 250, rel=0.05)
 
 
