@@ -23,7 +23,7 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from raydetr.errors import UserError
-from raydetr.evaluate.coco import METRICS, Evaluation, category_names
+from raydetr.evaluate.coco import METRICS, Evaluation, category_names, run_coco_eval, summarize
 from raydetr.evaluate.matches import AREAS, IOUS, Matches
 
 CONFIDENCE = 0.95
@@ -194,6 +194,12 @@ def jackknife_interval(value: float, left_out: np.ndarray, low: float = 0.0, hig
         return None
     half = float(student_t.ppf((1 + CONFIDENCE) / 2, len(left_out) - 1)) * jackknife_variance(left_out) ** 0.5
     return [max(low, value - half), min(high, value + half)]
+
+
+def interval_metrics(coco: dict, results: list[dict]) -> dict[str, Any]:
+    """Return the numbers of :func:`raydetr.evaluate.coco.coco_metrics` with the intervals of :func:`with_intervals`."""
+    evaluation = run_coco_eval(coco, results)
+    return with_intervals(summarize(evaluation, coco["categories"]), evaluation, coco["categories"])
 
 
 def with_intervals(
