@@ -205,9 +205,12 @@ def data_check(folder: str | None, quick: bool, **options) -> int:
 @click.argument("checkpoint", required=False, type=click.Path())
 @click.option("--json", "json_file", metavar="FILE", type=click.Path(dir_okay=False), help="Write the numbers to FILE.")
 @click.option("--predictions", metavar="FILE", type=click.Path(dir_okay=False), help="Score a COCO results file instead of a model.")
+@click.option(
+    "--against", metavar="OTHER", type=click.Path(), help="Compare with another checkpoint or results file (.json), image by image."
+)
 @click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="Which photographs.")
 @settings_options("data", "optim", "speed")
-def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | None, split: str, **options) -> None:
+def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | None, against: str | None, split: str, **options) -> None:
     """COCO AP of a checkpoint (or of a results file) on labelled photographs.
 
     Example: raydetr evaluate runs/first/best.pth --data photographs
@@ -217,11 +220,15 @@ def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | N
     if bool(checkpoint) == bool(predictions):
         raise UserError("evaluate: give either a CHECKPOINT or --predictions FILE")
     given = given_settings(options)
-    if predictions:
+    if against:
+        from raydetr.predict.against import against_table, score_against
+
+        metrics = score_against(checkpoint or predictions, against, *given, split=split)
+    elif predictions:
         metrics = score_predictions(predictions, config.load_config(*given).data, split)
     else:
         metrics = score_checkpoint(checkpoint, *given, split=split)
-    click.echo(metrics_table(metrics))
+    click.echo(against_table(metrics) if against else metrics_table(metrics))
     if json_file:
         write_metrics(metrics, json_file)
 

@@ -9,7 +9,8 @@ from raydetr import config as settings
 from raydetr.data.coco import CocoImages, build_loader, find_split
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
-from raydetr.evaluate.coco import METRICS, coco_metrics
+from raydetr.evaluate.coco import METRICS, check_results
+from raydetr.evaluate.intervals import interval_metrics
 from raydetr.loss.criterion import build_criterion
 from raydetr.memory import kept_memory
 from raydetr.training.engine import Detections, choose_device, evaluate
@@ -19,10 +20,25 @@ from raydetr.weights.official import located
 
 
 def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val") -> dict[str, Any]:
-    """COCO numbers (as :func:`raydetr.evaluate.coco.coco_metrics`) of ``checkpoint`` on the set that ``layers`` of settings name.
+    """Evaluate ``checkpoint`` on the data set that ``layers`` of settings name.
 
-    What ``layers`` leave open (image sizes, batch size) is as the checkpoint was trained. Its categories are found in the data
-    set by their names; ``unknown_categories`` lists those that the data set does not have, whose detections cannot count.
+    Returns:
+        The numbers and intervals of :func:`raydetr.evaluate.intervals.interval_metrics`, and ``unknown_categories``: the names of the
+        checkpoint's categories that the data set does not have, whose detections cannot count.
+    """
+    coco, results, categories = detect(checkpoint, *layers, split=split)
+    unknown = [each["name"] for each in categories if each["id"] is None]
+    return {**interval_metrics(coco, results), "unknown_categories": unknown}
+
+
+def detect(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val") -> tuple[dict, list[dict], list[dict]]:
+    """Run ``checkpoint`` on the data set that ``layers`` of settings name.
+
+    What ``layers`` leave open (image sizes, batch size) is as the checkpoint was trained.
+
+    Returns:
+        The COCO data set, the detections as COCO results, and the checkpoint's categories under the data set's ids, where they are
+        found by their names: id None where the data set has no such name.
     """
     model = load(checkpoint)
     config = settings.load_config(trained_with(checkpoint), *layers)
@@ -35,8 +51,7 @@ def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: 
     with kept_memory(device.type):
         _, detections = evaluate(model.to(device), criterion, _without_truth(loader), device)
     categories = in_data_set(model.categories, dataset.categories)
-    unknown = [mine["name"] for mine, its in zip(model.categories, categories, strict=True) if its["id"] is None]
-    return {**coco_metrics(dataset.coco, _known(detections, categories)), "unknown_categories": unknown}
+    return dataset.coco, _known(detections, categories), categories
 
 
 def trained_with(checkpoint: str | Path) -> dict[str, Any]:
@@ -64,7 +79,12 @@ def _known(detections: Detections, categories: list[dict]) -> list[dict]:
 
 
 def score_predictions(predictions: str | Path, data: settings.Data, split: str = "val") -> dict[str, Any]:
-    """COCO numbers of a COCO results file; raises UserError where it cannot be read or names an image that the data set has not."""
+    """Evaluate a COCO results file; raises UserError where it cannot be read or names an image that the data set does not have."""
+    return interval_metrics(*read_predictions(predictions, data, split))
+
+
+def read_predictions(predictions: str | Path, data: settings.Data, split: str = "val") -> tuple[dict, list[dict]]:
+    """Return the COCO data set and the detections of a results file; raises UserError as :func:`score_predictions`."""
     try:
         results = json.loads(Path(predictions).read_text(encoding="utf-8"))
     except OSError as error:
@@ -73,21 +93,23 @@ def score_predictions(predictions: str | Path, data: settings.Data, split: str =
         raise UserError(f"{predictions}: broken JSON ({error})") from None
     dataset = CocoImages(find_split(data, split), val_transforms(data))
     try:
-        return coco_metrics(dataset.coco, results)
+        check_results(dataset.coco, results)
     except UserError as error:
         raise UserError(f"{predictions}: {error}") from None
+    return dataset.coco, results
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
-    """The twelve numbers, then each category's, as aligned text."""
-    lines = [f"{name:<10} {_number(metrics[name])}" for name in METRICS]
+    """Return the twelve numbers, then each category's, as aligned text, with their 95 % intervals over images."""
+    lines = [f"{name:<10} {_number(metrics[name])}{_interval(metrics, name)}" for name in METRICS]
     columns = ("AP", "AP50", "AP75", "AR100")
     names = list(metrics["per_category"])
     width = max([len("category"), *map(len, names)])
     lines += ["", f"{'category':<{width}}  " + "  ".join(f"{column:>5}" for column in columns)]
+    lines[-1] += "  AP, 95 % interval over images"
     for name in names:
         numbers = "  ".join(f"{_number(metrics['per_category'][name][column]):>5}" for column in columns)
-        lines.append(f"{name:<{width}}  {numbers}")
+        lines.append(f"{name:<{width}}  {numbers}{_interval(metrics['per_category'][name], 'AP')}")
     unknown = metrics.get("unknown_categories")
     if unknown:
         lines += ["", f"The data set has no category named {', '.join(unknown)}: what the checkpoint finds of them does not count."]
@@ -96,6 +118,11 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _interval(metrics: Mapping[str, Any], name: str) -> str:
+    interval = metrics.get(f"{name}_interval")
+    return "" if interval is None else f"  ({interval[0]:.3f} to {interval[1]:.3f})"
 
 
 def write_metrics(metrics: Mapping[str, Any], file: str | Path) -> None:
