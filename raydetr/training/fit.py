@@ -30,6 +30,7 @@ from raydetr.data.coco import CocoImages, build_loader, find_split
 from raydetr.data.transforms import train_transforms, val_transforms
 from raydetr.errors import DiskFull, UserError, is_disk_full
 from raydetr.evaluate.coco import METRICS, precision_recall, run_coco_eval, summarize
+from raydetr.evaluate.intervals import with_intervals
 from raydetr.loss.criterion import build_criterion
 from raydetr.memory import kept_memory
 from raydetr.model.detr import build_model
@@ -221,7 +222,8 @@ def _step_shower(run: Run, epoch: int) -> Callable[[dict[str, float]], None]:
 def _score(run: Run, detections: Detections) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     coco = run.val.dataset.coco
     evaluation = run_coco_eval(coco, detections.results(run.val.dataset.categories))
-    return summarize(evaluation, coco["categories"]), precision_recall(evaluation)
+    scores = with_intervals(summarize(evaluation, coco["categories"]), evaluation, coco["categories"], ["AP"])
+    return scores, precision_recall(evaluation)
 
 
 def _metrics(progress: Progress, train: dict[str, float], val: dict[str, float], scores: dict[str, Any]) -> dict[str, Any]:
