@@ -110,12 +110,12 @@ def play_confirmation(surface: Surface, complete: list[tuple[float, np.ndarray]]
     return verdict.better, surface.true(points[verdict.setting]) - surface.true(points[DEFAULTS])
 
 
-def measure_claims(names: list[str], trials: int, noise: float, budget: int, images: int, repeats: int) -> str:
+def measure_claims(names: list[str], trials: int, noise: float, budget: int, images: int, seeds: range) -> str:
     """The table of claims; AP in points."""
     rows = []
     for name in names:
         best_of, confirmed = [], []
-        for seed in range(repeats):
+        for seed in seeds:
             surface = Surface(name, seed, noise / 100)
             complete = play_search(surface, trials, seed)
             if len(complete) < 2:
@@ -184,10 +184,11 @@ def left_out(matches: Matches) -> np.ndarray:
     return overall(left_out_metrics(matches, ["AP"])["AP"])
 
 
-def measure_coverage(sizes: list[int], sets: int, seeds: int) -> str:
+def measure_coverage(sizes: list[int], sets: int, seeds: int, seed: int = 0) -> str:
     """The table of the shares of intervals that hold the truth, and their mean widths in points."""
-    random, skills = np.random.default_rng(0), [0.0, 0.2]
-    truth = [ap_of(each) for each in make_sets(random, 20000, skills)]
+    skills = [0.0, 0.2]
+    truth = [ap_of(each) for each in make_sets(np.random.default_rng(0), 20000, skills)]
+    random = np.random.default_rng([seed, 1])
     rows = []
     for images in sizes:
         held, widths = np.zeros((sets, 3), bool), np.zeros((sets, 3))
@@ -224,14 +225,24 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", help="test images (default 200; of coverage: 13 50 200)")
     parser.add_argument("--sets", type=int, default=1000, help="test sets for coverage (default 1000)")
     parser.add_argument("--seeds", type=int, default=5, help="of each setting for coverage (default 5)")
+    parser.add_argument("--first", type=int, default=0, help="the first seed (default 0)")
     parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, its numbers mean nothing")
     chosen = parser.parse_args()
     repeats, sets = (3, 5) if chosen.quick else (chosen.repeats, chosen.sets)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if chosen.what == "coverage":
-        print(measure_coverage(chosen.images or [13, 50, 200], sets, chosen.seeds))
+        print(measure_coverage(chosen.images or [13, 50, 200], sets, chosen.seeds, chosen.first))
     else:
-        print(measure_claims(chosen.surfaces, chosen.trials, chosen.noise, chosen.budget, (chosen.images or [200])[0], repeats))
+        print(
+            measure_claims(
+                chosen.surfaces,
+                chosen.trials,
+                chosen.noise,
+                chosen.budget,
+                (chosen.images or [200])[0],
+                range(chosen.first, chosen.first + repeats),
+            )
+        )
 
 
 if __name__ == "__main__":
