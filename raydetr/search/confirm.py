@@ -23,6 +23,7 @@ from scipy.special import ndtr
 from scipy.stats import chi2
 from scipy.stats import t as student_t
 
+from raydetr.errors import UserError
 from raydetr.evaluate.intervals import CONFIDENCE, jackknife_variance
 
 LEVEL = 0.05  # of false claims, where no candidate is better than the defaults
@@ -255,12 +256,23 @@ def judge(runs: Mapping[int, Runs], images: int, searched_trials: int = 0, wante
         searched_trials: The number of trials of the search if its own validation images judge, which calls for a stricter correction;
             0 if the images are new to the search.
         wanted: The gain for which the number of images and seeds is worked out.
+
+    Returns:
+        The verdict; below ``LEAST_IMAGES`` images its interval is from -1 to 1.
+
+    Raises:
+        UserError: If a setting that is compared has a single run.
     """
     best = winner({number: each.ap for number, each in runs.items()})
+    seeds = min(runs[best].seeds, runs[DEFAULTS].seeds)
+    if seeds < 2:
+        raise UserError("one training of each setting says nothing about seeds: confirm with two seeds or more (a budget of 6 or more)")
+    if images < LEAST_IMAGES:
+        value = float(runs[best].ap.mean() - runs[DEFAULTS].ap.mean())
+        return Verdict(best, value, -1.0, 1.0, seeds, images, None, None, wanted)
     gain = estimate_gain(runs[best], runs[DEFAULTS], list(runs.values()))
     comparisons = max(len(runs) - 1, searched_trials - 1)
     half = multiplier(comparisons, gain.freedom) * math.sqrt(gain.variance)
-    seeds = min(runs[best].seeds, runs[DEFAULTS].seeds)
     open_question = abs(gain.value) <= half
     more_images, more_seeds = enough(gain, images, seeds, comparisons, wanted) if open_question else (None, None)
     return Verdict(best, gain.value, gain.value - half, gain.value + half, seeds, images, more_images, more_seeds, wanted)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import t as student_t
 
+from raydetr import UserError
 from raydetr.search import confirm
 from raydetr.search.confirm import (
     Gain,
@@ -188,6 +189,20 @@ def test_too_few_images_claim_nothing():
     few = Verdict(**{**VERDICT.__dict__, "images": 4})
     assert not few.better
     assert sentence(few) == "With 4 images no difference can be shown, whatever the number of seeds; at least 5 images are needed to try."
+
+
+@pytest.mark.parametrize("images", [1, 4])
+def test_too_few_images_are_no_reason_to_fail(images):
+    random = np.random.default_rng(0)
+    verdict = judge({0: simulate(random, 0.2, 3, max(images, 2)), 1: simulate(random, 0.9, 3, max(images, 2))}, images)
+    assert not verdict.better
+    assert "no difference can be shown" in sentence(verdict)
+
+
+def test_a_single_seed_is_refused():
+    random = np.random.default_rng(0)
+    with pytest.raises(UserError, match="two seeds or more"):
+        judge({0: simulate(random, 0.5, 1, 20), 1: simulate(random, 0.5, 1, 20)}, 20)
 
 
 def test_caveats():
