@@ -60,7 +60,7 @@ def confusion(evaluation: Evaluation, categories: Iterable[dict], min_score: flo
     objects, detections, matches = evaluation.objects, evaluation.detections, evaluation.matches
     counts = matches.row[~matches.ignored[0, 0] & (matches.score >= min_score)]
     names = category_names(categories)
-    clean = coco_eval(objects[~objects.crowd], detections[np.sort(counts)], len(evaluation.image_ids), len(evaluation.category_ids))
+    clean = coco_eval(objects, detections[np.sort(counts)], len(evaluation.image_ids), len(evaluation.category_ids))
     return [names[number] for number in evaluation.category_ids], clean.confusion_matrix(iou_thr=0.5)["matrix"].astype(np.int64)
 
 

@@ -82,6 +82,13 @@ def test_confusion(coco, evaluation):
     assert confusion(evaluation, coco["categories"], 0.2)[1].tolist() == [[2, 0, 2], [1, 0, 1], [4, 0, 0]]
 
 
+def test_another_category_within_a_crowd_is_a_false_positive(coco):
+    crowd = coco | {"annotations": [each for each in coco["annotations"] if each["iscrowd"]]}
+    result = {"image_id": 14, "category_id": DOG, "bbox": [200.0, 200.0, 50.0, 50.0], "score": 0.9}
+    _, counts = confusion(run_coco_eval(crowd, [result]), coco["categories"])
+    assert counts.tolist() == [[0, 0, 0], [0, 0, 0], [0, 1, 0]]
+
+
 def test_the_curve_of_a_category_has_its_ap():
     coco = random_set(2)
     evaluation, metrics = run_coco_eval(coco, noisy(coco)), coco_metrics(coco, noisy(coco))

@@ -5,11 +5,21 @@ from raydetr.evaluate.coco import run_coco_eval
 from tests.evaluate.sets import many_of_one, noisy, perfect, pycocotools_evaluation, random_set
 
 
+def within_crowds(seed):
+    """Detections that are a small part of a crowd, or of an object."""
+    coco = random_set(seed)
+    for each in coco["annotations"][::2]:
+        each["iscrowd"] = 1
+    results = perfect(coco, crowds=True)
+    return coco, [each | {"bbox": [x, y, w / 3, h / 3]} for each in results for x, y, w, h in [each["bbox"]]] + noisy(coco, seed)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_every_match_is_that_of_pycocotools(seed):
     for coco, results in (
         (random_set(seed), noisy(random_set(seed), seed)),
         many_of_one(seed),
+        within_crowds(seed),
         (random_set(seed), perfect(random_set(seed), True)),
     ):
         evaluation = run_coco_eval(coco, results)
