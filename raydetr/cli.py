@@ -244,10 +244,13 @@ def data_check(folder: str | None, quick: bool, **options) -> int:
 @click.option(
     "--predictions", metavar="FILE", type=click.Path(dir_okay=False), help="Evaluate a COCO results file instead of a checkpoint."
 )
+@click.option(
+    "--against", metavar="OTHER", type=click.Path(), help="Compare with another checkpoint or results file (.json), image by image."
+)
 @click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="The images to evaluate on.")
 @settings_options("data", "optim", "speed")
-def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | None, split: str, **options) -> None:
-    """Evaluate a checkpoint, or a results file, on labeled images: the twelve COCO numbers, and those of each category.
+def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | None, against: str | None, split: str, **options) -> None:
+    """Evaluate a checkpoint, or a results file, on labeled images: the COCO metrics with their 95 % intervals, in all and by category.
 
     Image sizes and batch size are those of the checkpoint's training unless they are given.
 
@@ -258,12 +261,17 @@ def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | N
     if bool(checkpoint) == bool(predictions):
         raise UserError("evaluate: give either a CHECKPOINT or --predictions FILE")
     given = given_settings(options)
-    if checkpoint is None:
-        assert predictions is not None  # one of the two is given
+    source = checkpoint or predictions
+    assert source is not None  # one of the two is given
+    if against:
+        from raydetr.predict.against import against_table, score_against
+
+        metrics = score_against(source, against, *given, split=split)
+    elif predictions:
         metrics = score_predictions(predictions, config.with_settings(config.Config(), *given).data, split)
     else:
         metrics = score_checkpoint(checkpoint, *given, split=split)
-    click.echo(metrics_table(metrics))
+    click.echo(against_table(metrics) if against else metrics_table(metrics))
     if json_file:
         write_metrics(metrics, json_file)
 

@@ -1,5 +1,6 @@
 """Text of messages: counts, short lists, one line. Every room uses these, so that all messages read alike."""
 
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -35,5 +36,6 @@ def one_line(text: object, longest: int = 300) -> str:
 
 
 def fold_name(name: str) -> str:
-    """Return a category name as names are compared: without case and surrounding space, so that ``Straße`` equals ``STRASSE``."""
-    return name.strip().casefold()
+    """Return a category name as names are compared: without differences of case, surrounding or repeated white space, and Unicode
+    composition, so that ``Straße`` equals ``STRASSE``."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", " ".join(name.split())).casefold())

@@ -1,21 +1,17 @@
 """Compare categories of two sources by id and name: the one rule for data sets, checkpoints, predictions, and scores."""
 
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-
-def fold_name(name: str) -> str:
-    """Return ``name`` without differences of case, surrounding or repeated white space, and Unicode composition."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", " ".join(name.split())).casefold())
+from raydetr.text import fold_name
 
 
 def match_categories(categories: Sequence[Mapping[str, Any]], known: Sequence[Mapping[str, Any]]) -> list[int | None]:
     """Find every one of ``categories`` among the ``known`` ones.
 
     A category with the same id and the same name comes first, one with exactly the same name next, and one whose name is the same
-    after :func:`fold_name` last. A name counts only where it is unique on both sides: two categories that differ by case only
+    after :func:`raydetr.text.fold_name` last. A name counts only where it is unique on both sides: two categories that differ by case only
     ("Box" and "box"), or not at all, are never merged.
 
     Args:
@@ -37,7 +33,7 @@ def match_categories(categories: Sequence[Mapping[str, Any]], known: Sequence[Ma
 
 
 def twin_names(names: Iterable[str]) -> list[list[str]]:
-    """Return the groups of two or more names that are the same after :func:`fold_name`, in order of their first appearance."""
+    """Return the groups of two or more names that are the same after :func:`raydetr.text.fold_name`, in order of their first appearance."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(fold_name(name), []).append(name)

@@ -13,13 +13,14 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
 from raydetr.config import Data
-from raydetr.data.categories import fold_name, match_categories, twin_names
+from raydetr.data.categories import match_categories, twin_names
 from raydetr.data.file_names import locate_files
 from raydetr.data.images import MAX_MEGAPIXELS, image_path, read_header, read_image
 from raydetr.data.shared_memory import as_arrays, as_tensors, fits_shared_memory, free_shared_memory
 from raydetr.data.values import as_number, counted, is_finite, is_number, listed, plain, short, whole_number
 from raydetr.errors import UserError
 from raydetr.storage import fetched
+from raydetr.text import fold_name
 
 ANNOTATION_FILES = ("custom_{split}.json", "instances_{split}2017.json")  # under annotations/, the first that exists is taken
 PREFETCH = 2  # batches that each loading process prepares in advance: the default of torch's DataLoader

@@ -1,32 +1,26 @@
-"""COCO average precision of boxes, by faster-coco-eval: the twelve numbers, each category's own, and the curve behind them.
+"""COCO average precision of boxes: the twelve numbers of a data set and of each of its categories.
 
-That is pycocotools in C++: the same numbers, to which the tests hold it, in a fraction of the time. COCO's rules hold as they are: a
-category counts at most 100 detections in one image (the highest scores), so an image with more than 100 objects of one category
-cannot reach recall 1; crowd regions are neither missed nor hit; a number that is not defined (no object of that size, or none at
-all) is None here, where pycocotools says -1.
+The numbers come from hotcoco, an implementation of COCO's protocol in Rust; the tests hold it to pycocotools, the reference. COCO's
+rules apply unchanged: at most 100 detections of a category count in one image (those with the highest scores), so an image with more
+than 100 objects of one category cannot reach a recall of 1; a crowd region is neither a miss nor a hit. A number that is undefined
+(no object of that size, or no object at all) is None here; pycocotools reports -1.
 """
 
-import contextlib
-import io
+import dataclasses
+import functools
 import math
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+import hotcoco
 import numpy as np
 
-try:
-    from faster_coco_eval import COCO
-    from faster_coco_eval import COCOeval_faster as COCOeval
-except ImportError:  # slower, the same numbers
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
 from raydetr.errors import UserError
+from raydetr.evaluate.matches import AREAS, IOUS, Boxes, Matches, coco_eval, match
 from raydetr.memory import without_collections
 
-# In the order of pycocotools' ``stats`` and of the official log's ``test_coco_eval_bbox``: what is averaged (precision or recall),
-# IoU threshold (None: all ten), size, most detections per image and category.
+# In the order of pycocotools' ``stats`` and of the official log's ``test_coco_eval_bbox``: what is averaged (precision or recall), the
+# IoU threshold (None: all ten), the size of the objects, and the number of detections that count per image and category.
 METRICS = {
     "AP": ("precision", None, "all", 100),
     "AP50": ("precision", 0.5, "all", 100),
@@ -43,42 +37,79 @@ METRICS = {
 }
 
 
-def coco_metrics(coco: dict, results: list[dict]) -> dict[str, Any]:
-    """The numbers of ``METRICS`` by name, and under ``per_category`` the same of each category by its name.
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """An accumulated evaluation of detections on a data set.
 
-    ``coco`` is a COCO data set (images, annotations, categories), ``results`` are COCO results (image_id, category_id, bbox xywh
-    in pixels, score); neither is changed, and annotation ids may be anything. Raises UserError as :func:`run_coco_eval`.
+    Images and categories are known by their position in the order of their ids, because hotcoco wants small whole numbers and COCO
+    files hold all kinds of ids.
+
+    Attributes:
+        image_ids: The ids of the images, sorted.
+        category_ids: The ids of the categories, sorted.
+        objects: The annotated boxes, in the order of the annotations.
+        detections: The detected boxes, in the order of the results, without those of unknown categories.
+        numbers: hotcoco's evaluation, which holds precision and recall.
+    """
+
+    image_ids: list
+    category_ids: list
+    objects: Boxes
+    detections: Boxes
+    numbers: hotcoco.COCOeval
+
+    @functools.cached_property
+    def matches(self) -> Matches:
+        """Which detection matches which object, at each IoU threshold and object size."""
+        return match(self.objects, self.detections, len(self.image_ids), len(self.category_ids))
+
+
+def coco_metrics(coco: dict, results: list[dict]) -> dict[str, Any]:
+    """Return the twelve COCO numbers of ``results``, over all categories and per category.
+
+    Args:
+        coco: A COCO data set with ``images``, ``annotations`` and ``categories``. Annotation ids may be anything, and duplicates.
+        results: COCO results: dictionaries with ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels) and ``score``.
+
+    Returns:
+        The numbers under the names of ``METRICS``, None where undefined; and the same of each category by its name under
+        ``per_category``. Neither argument is changed.
+
+    Raises:
+        UserError: As :func:`run_coco_eval`.
     """
     return summarize(run_coco_eval(coco, results), coco["categories"])
 
 
-def run_coco_eval(coco: dict, results: list[dict]) -> COCOeval:
-    """The evaluation, accumulated; it prints nothing.
+def run_coco_eval(coco: dict, results: list[dict]) -> Evaluation:
+    """Evaluate ``results`` on ``coco`` and accumulate precision and recall. Arguments are those of :func:`coco_metrics`.
 
-    Raises UserError for a result that is none, or of an image that is not in ``coco``. Results of categories that ``coco`` does
-    not have are left out, as pycocotools does.
+    Detections of categories that ``coco`` does not have are left out, as pycocotools does.
+
+    Raises:
+        UserError: If an entry of ``results`` is not a detection, or belongs to an image that ``coco`` does not have.
     """
     check_results(coco, results)
-    # A matched annotation of id 0 would be taken for unmatched, and what is given is written into.
-    annotations = [_annotation(annotation, number) for number, annotation in enumerate(coco["annotations"], 1)]
-    detections = [_detection(result, number) for number, result in enumerate(results, 1)]
-    with contextlib.redirect_stdout(io.StringIO()), without_collections():
-        evaluation = COCOeval(_indexed(coco, annotations), _indexed(coco, detections), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-    return evaluation
+    image_ids = sorted(image["id"] for image in coco["images"])
+    category_ids = sorted(category["id"] for category in coco["categories"])
+    with without_collections():
+        objects = _objects(coco, image_ids, category_ids)
+        detections = _detections(results, image_ids, category_ids)
+        numbers = coco_eval(objects, detections, len(image_ids), len(category_ids))
+        numbers.accumulate()
+    return Evaluation(image_ids, category_ids, objects, detections, numbers)
 
 
 def check_results(coco: dict, results: list[dict]) -> None:
-    """Raises UserError naming the first entry of ``results`` that is no COCO detection of an image of ``coco``."""
+    """Raise a UserError that names the first entry of ``results`` that is not a COCO detection of an image of ``coco``."""
     if not isinstance(results, list):
         raise UserError(f"results: expected a list of detections, found a {type(results).__name__}")
     known = {image["id"] for image in coco["images"]}
     for number, result in enumerate(results):
         if not isinstance(result, dict) or not {"image_id", "category_id", "bbox", "score"} <= result.keys():
-            raise UserError(f"results: entry {number} is no detection with image_id, category_id, bbox and score")
+            raise UserError(f"results: entry {number} is not a detection with image_id, category_id, bbox and score")
         if result["image_id"] not in known:
-            raise UserError(f"results: entry {number} is of image {result['image_id']!r}, which the annotations do not have")
+            raise UserError(f"results: entry {number} belongs to image {result['image_id']!r}, which the annotations do not have")
         box_xywh, score = result["bbox"], result["score"]
         if not isinstance(box_xywh, (list, tuple)) or len(box_xywh) != 4 or not all(map(_finite, (*box_xywh, score))):
             raise UserError(f"results: entry {number} (image {result['image_id']}) has bbox {box_xywh!r} and score {score!r}")
@@ -88,64 +119,88 @@ def _finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _annotation(annotation: dict, number: int) -> dict:
-    box_xywh = annotation["bbox"]
-    area = annotation.get("area", box_xywh[2] * box_xywh[3])
-    return {**annotation, "id": number, "area": area, "iscrowd": int(annotation.get("iscrowd", 0))}
+def _objects(coco: dict, image_ids: list, category_ids: list) -> Boxes:
+    annotations = coco["annotations"]
+    boxes = _boxes(annotations, image_ids, category_ids)
+    area = [each.get("area", width * height) for each, (_, _, width, height) in zip(annotations, boxes.xywh.tolist(), strict=True)]
+    crowd = [bool(each.get("iscrowd", 0)) for each in annotations]
+    return dataclasses.replace(boxes, area=np.array(area, float), crowd=np.array(crowd, bool))
 
 
-def _detection(result: dict, number: int) -> dict:
-    box_xywh = result["bbox"]
-    return {**result, "id": number, "area": box_xywh[2] * box_xywh[3], "iscrowd": 0}
+def _detections(results: list[dict], image_ids: list, category_ids: list) -> Boxes:
+    known = set(category_ids)
+    results = [result for result in results if result["category_id"] in known]
+    return dataclasses.replace(_boxes(results, image_ids, category_ids), score=np.array([result["score"] for result in results], float))
 
 
-def _indexed(coco: dict, annotations: list[dict]) -> COCO:
-    indexed = COCO()
-    indexed.dataset = {"images": coco["images"], "categories": coco["categories"], "annotations": annotations}
-    indexed.createIndex()
-    return indexed
+def _boxes(entries: list[dict], image_ids: list, category_ids: list) -> Boxes:
+    image = {number: position for position, number in enumerate(image_ids)}
+    category = {number: position for position, number in enumerate(category_ids)}
+    xywh = np.array([entry["bbox"] for entry in entries], float).reshape(-1, 4)
+    return Boxes(
+        image=np.array([image[entry["image_id"]] for entry in entries], np.int64),
+        category=np.array([category[entry["category_id"]] for entry in entries], np.int64),
+        xywh=xywh,
+        area=xywh[:, 2] * xywh[:, 3],
+    )
 
 
-def summarize(evaluation: COCOeval, categories: Iterable[dict]) -> dict[str, Any]:
-    """The result of :func:`coco_metrics`, of an accumulated evaluation. Categories of one name are told apart by their ids."""
+def summarize(evaluation: Evaluation, categories: Iterable[dict]) -> dict[str, Any]:
+    """Return the result of :func:`coco_metrics` of an evaluation.
+
+    Args:
+        evaluation: The result of :func:`run_coco_eval`.
+        categories: The data set's categories. Those that share a name are told apart by their ids: ``"dog (3)"``.
+    """
+    names = category_names(categories)
+    precision, recall = evaluation.numbers.eval["precision"], evaluation.numbers.eval["recall"]
+    per_category = {
+        names[number]: _numbers(precision, recall, evaluation.category_ids.index(number)) for number in (each["id"] for each in categories)
+    }
+    return {**_numbers(precision, recall, slice(None)), "per_category": per_category}
+
+
+def category_names(categories: Iterable[dict]) -> dict[Any, str]:
+    """Return the name under which each category is shown, by its id; names that are used twice come with the id."""
     categories = list(categories)
     names = [category["name"] for category in categories]
-    ids = [int(number) for number in evaluation.params.catIds]
-    per_category = {}
-    for category in categories:
-        twice = names.count(category["name"]) > 1
-        name = f"{category['name']} ({category['id']})" if twice else category["name"]
-        per_category[name] = _numbers(evaluation, ids.index(category["id"]))
-    return {**_numbers(evaluation, slice(None)), "per_category": per_category}
+    return {each["id"]: f"{each['name']} ({each['id']})" if names.count(each["name"]) > 1 else each["name"] for each in categories}
 
 
-def _numbers(evaluation: COCOeval, category: int | slice) -> dict[str, float | None]:
-    return {name: _mean(evaluation, category, *how) for name, how in METRICS.items()}
+def _numbers(precision: np.ndarray, recall: np.ndarray, category: int | slice) -> dict[str, float | None]:
+    values = {"precision": precision, "recall": recall}
+    return {name: _mean(values[what], category, *how) for name, (what, *how) in METRICS.items()}
 
 
-def _mean(evaluation: COCOeval, category: int | slice, what: str, iou: float | None, size: str, most: int) -> float | None:
-    params = evaluation.params
-    values = evaluation.eval[what]  # precision [IoU, recall, category, size, most], recall [IoU, category, size, most]
-    values = values[..., category, params.areaRngLbl.index(size), params.maxDets.index(most)]
+def _mean(values: np.ndarray, category: int | slice, iou: float | None, size: str, most: int) -> float | None:
+    # Precision is [IoU, recall level, category, size, most], recall [IoU, category, size, most].
+    values = values[..., category, list(AREAS).index(size), (1, 10, 100).index(most)]
     if iou is not None:
-        values = values[np.isclose(params.iouThrs, iou)]
+        values = values[np.isclose(IOUS, iou)]
     values = values[values > -1]
     # Rounded, since pycocotools' precision of one single perfect detection is 1 / (1 + 2e-16).
     return round(float(values.mean()), 12) if values.size else None
 
 
 def stats(metrics: dict[str, Any]) -> list[float]:
-    """pycocotools' ``stats``: the twelve numbers in their order, -1 where undefined."""
+    """Return pycocotools' ``stats``: the twelve numbers in their order, -1 where undefined."""
     return [-1.0 if metrics[name] is None else metrics[name] for name in METRICS]
 
 
-def precision_recall(evaluation: COCOeval, thresholds: int = 101) -> dict[str, np.ndarray]:
-    """Precision and recall of all categories' detections together at IoU 0.5, as the score threshold goes from 0 to 1.
+def precision_recall(evaluation: Evaluation, thresholds: int = 101) -> dict[str, np.ndarray]:
+    """Return precision and recall of all categories together at an IoU of 0.5, as the score threshold goes from 0 to 1.
 
-    Returns arrays [thresholds]: ``threshold``, ``true_positives``, ``false_positives``, ``false_negatives``, ``precision`` (1 where
-    nothing is detected) and ``recall`` (0 where there is nothing to find).
+    Args:
+        evaluation: The result of :func:`run_coco_eval`.
+        thresholds: The number of score thresholds, evenly spaced from 0 to 1.
+
+    Returns:
+        Arrays [thresholds]: ``threshold``, ``true_positives``, ``false_positives``, ``false_negatives``, ``precision`` (1 where
+        nothing is detected) and ``recall`` (0 where there is nothing to find).
     """
-    scores, hits, objects = _matched_at_half(evaluation)
+    matches = evaluation.matches
+    counted = ~matches.ignored[0, 0]
+    scores, hits, objects = matches.score[counted], matches.matched[0, 0][counted], int(matches.objects[0].sum())
     order = np.argsort(scores, kind="stable")
     threshold = np.linspace(0, 1, thresholds)
     below = np.searchsorted(scores[order], threshold, side="left")
@@ -160,46 +215,3 @@ def precision_recall(evaluation: COCOeval, thresholds: int = 101) -> dict[str, n
         "precision": np.divide(true_positives, detected, out=np.ones(thresholds), where=detected > 0),
         "recall": true_positives / max(objects, 1),
     }
-
-
-def _matched_at_half(evaluation: COCOeval) -> tuple[np.ndarray, np.ndarray, int]:
-    """Scores [n] of the detections that count, whether each hits an object (IoU 0.5) [n], and the number of objects."""
-    truth, found = _by_image_and_category(evaluation.cocoGt), _by_image_and_category(evaluation.cocoDt)
-    objects = sum(not each["iscrowd"] for pair, annotations in truth.items() if pair in evaluation.ious for each in annotations)
-    scores, hits = [], []
-    for pair, detections in found.items():
-        if pair not in evaluation.ious:  # a category that does not exist
-            continue
-        ordered = sorted((detection["score"] for detection in detections), reverse=True)[: evaluation.params.maxDets[-1]]
-        if truth[pair]:  # overlaps [detections from the highest score to the lowest, objects in their order]
-            crowd = np.array([annotation["iscrowd"] for annotation in truth[pair]], bool)
-            hit, counted = _greedy(np.asarray(evaluation.ious[pair]), crowd)
-            scores += np.array(ordered)[counted].tolist()
-            hits += hit[counted].tolist()
-        else:
-            scores += ordered
-            hits += [False] * len(ordered)
-    return np.array(scores, float), np.array(hits, bool), objects
-
-
-def _greedy(overlaps: np.ndarray, crowd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """COCO's matching of detections with objects by their IoU [detections, objects]: which hit and which count, bool [detections].
-
-    The detections choose in their order; what only hits a crowd does not count, however often.
-    """
-    hit, counted = np.zeros(len(overlaps), bool), np.ones(len(overlaps), bool)
-    free = ~crowd
-    for row in np.flatnonzero((overlaps >= 0.5).any(1)):
-        best = np.where(free, overlaps[row], -1.0)
-        chosen = len(best) - 1 - best[::-1].argmax()  # of equals the last one
-        hit[row] = best[chosen] >= 0.5
-        free[chosen] &= not hit[row]
-        counted[row] = hit[row] or not (overlaps[row, crowd] >= 0.5).any()
-    return hit, counted
-
-
-def _by_image_and_category(indexed: COCO) -> defaultdict[tuple[int, int], list[dict]]:
-    grouped = defaultdict(list)
-    for annotation in indexed.dataset["annotations"]:
-        grouped[annotation["image_id"], annotation["category_id"]].append(annotation)
-    return grouped

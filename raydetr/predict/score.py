@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,7 +12,8 @@ from raydetr import config as settings
 from raydetr.data.coco import CocoImages, build_loader, find_split
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
-from raydetr.evaluate.coco import METRICS, coco_metrics
+from raydetr.evaluate.coco import METRICS, check_results
+from raydetr.evaluate.intervals import interval_metrics
 from raydetr.loss.criterion import build_criterion
 from raydetr.memory import kept_memory
 from raydetr.model.detr import DETR
@@ -22,6 +23,24 @@ from raydetr.weights.checkpoint import read_checkpoint
 from raydetr.weights.files import written_whole
 from raydetr.weights.fitting import load
 from raydetr.weights.official import located
+
+
+class Detected(NamedTuple):
+    """Detections in a data set.
+
+    Attributes:
+        coco: The data set, as :func:`raydetr.data.coco.load_coco` returns it.
+        results: COCO results under the ids of its categories.
+        names: Names of the categories that were detected; None for a results file, which has none.
+        unknown: Those of ``names`` that the data set does not have.
+        notes: Lines for the user.
+    """
+
+    coco: dict[str, list[dict]]
+    results: list[dict]
+    names: list[str] | None
+    unknown: list[str]
+    notes: list[str]
 
 
 def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val") -> dict[str, Any]:
@@ -36,12 +55,19 @@ def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: 
         split: ``"train"`` or ``"val"``.
 
     Returns:
-        The numbers of :func:`raydetr.evaluate.coco.coco_metrics`, ``unknown_categories`` (names of the categories that the data set does
-        not have; what is detected of them cannot count), and ``notes`` (lines for the user).
+        The numbers and intervals of :func:`raydetr.evaluate.intervals.interval_metrics`, ``unknown_categories`` (names of the categories
+        that the data set does not have; what is detected of them cannot count), and ``notes`` (lines for the user).
 
     Raises:
         UserError: The checkpoint or the data set cannot be read, or nothing tells which classes are which categories.
     """
+    detected = detect(checkpoint, *layers, split=split)
+    metrics = interval_metrics(detected.coco, detected.results)
+    return {**metrics, "unknown_categories": detected.unknown, "notes": detected.notes}
+
+
+def detect(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val") -> Detected:
+    """Run a checkpoint on a labeled data set; arguments and errors are those of :func:`score_checkpoint`."""
     model = load(checkpoint)
     config = settings.load_config(trained_with(checkpoint, model), *layers)
     device = choose_device(config.speed)
@@ -63,7 +89,7 @@ def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: 
     unknown = [category["name"] for category, position in zip(model.categories, found, strict=True) if position is None]
     # COCO's unused ids, and classes without a name, are nobody's category: there is nothing to say about them.
     unknown = [name for name in unknown if name != "N/A" and not notes]
-    return {**coco_metrics(dataset.coco, results), "unknown_categories": unknown, "notes": [*model.notes, *notes]}
+    return Detected(dataset.coco, results, [each["name"] for each in model.categories], unknown, [*model.notes, *notes])
 
 
 def trained_with(checkpoint: str | Path, model: DETR) -> dict[str, Any]:
@@ -98,11 +124,17 @@ def score_predictions(predictions: str | Path, data: settings.Data, split: str =
         split: ``"train"`` or ``"val"``.
 
     Returns:
-        The numbers of :func:`raydetr.evaluate.coco.coco_metrics`, and ``notes`` (lines for the user).
+        The numbers and intervals of :func:`raydetr.evaluate.intervals.interval_metrics`, and ``notes`` (lines for the user).
 
     Raises:
         UserError: The file cannot be read, or has an entry that is no detection in an image of the data set.
     """
+    detected = read_predictions(predictions, data, split)
+    return {**interval_metrics(detected.coco, detected.results), "notes": detected.notes}
+
+
+def read_predictions(predictions: str | Path, data: settings.Data, split: str = "val") -> Detected:
+    """Read a COCO results file; arguments and errors are those of :func:`score_predictions`."""
     try:
         results = json.loads(Path(predictions).read_text(encoding="utf-8-sig"))  # Windows programs put a byte order mark first
     except OSError as error:
@@ -111,26 +143,27 @@ def score_predictions(predictions: str | Path, data: settings.Data, split: str =
         raise UserError(f"{predictions}: not a JSON list of detections ({error})") from None
     dataset = CocoImages(find_split(data, split), val_transforms(data))
     try:
-        metrics = coco_metrics(dataset.coco, results)
+        check_results(dataset.coco, results)
     except UserError as error:
         raise UserError(f"{predictions}: {error}") from None
     known = {category["id"] for category in dataset.coco["categories"]}
     foreign = Counter(result["category_id"] for result in results if result["category_id"] not in known)
     ids = ", ".join(map(str, list(foreign)[:5])) + (", ..." if len(foreign) > 5 else "")
     note = f"{foreign.total()} of {len(results)} detections have a category id that the data set lacks ({ids}) and do not count"
-    return {**metrics, "notes": [note] if foreign else []}
+    return Detected(dataset.coco, results, None, [], [note] if foreign else [])
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
-    """Return the twelve COCO numbers and those of each category as aligned text, with the notes at the end."""
-    lines = [f"{name:<10} {_number(metrics[name])}" for name in METRICS]
+    """Return the twelve COCO numbers and those of each category as aligned text, with 95 % intervals over images, and the notes."""
+    lines = [f"{name:<10} {_number(metrics[name])}{_interval(metrics, name)}" for name in METRICS]
     columns = ("AP", "AP50", "AP75", "AR100")
     names = list(metrics["per_category"])
     width = max([len("category"), *map(len, names)])
     lines += ["", f"{'category':<{width}}  " + "  ".join(f"{column:>5}" for column in columns)]
+    lines[-1] += "  AP, 95 % interval over images"
     for name in names:
         numbers = "  ".join(f"{_number(metrics['per_category'][name][column]):>5}" for column in columns)
-        lines.append(f"{name:<{width}}  {numbers}")
+        lines.append(f"{name:<{width}}  {numbers}{_interval(metrics['per_category'][name], 'AP')}")
     notes = [f"{note[0].upper()}{note[1:]}." for note in metrics.get("notes", ())]
     unknown = metrics.get("unknown_categories")
     if unknown:
@@ -141,6 +174,11 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _interval(metrics: Mapping[str, Any], name: str) -> str:
+    interval = metrics.get(f"{name}_interval")
+    return "" if interval is None else f"  ({interval[0]:.3f} to {interval[1]:.3f})"
 
 
 def write_metrics(metrics: Mapping[str, Any], file: str | Path) -> None:

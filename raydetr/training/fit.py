@@ -17,6 +17,7 @@ import torch
 from raydetr.config import Config
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, precision_recall, run_coco_eval, summarize
+from raydetr.evaluate.intervals import with_intervals
 from raydetr.memory import kept_memory
 from raydetr.storage import fetch, join, working_folder
 from raydetr.training.console import Display, warn
@@ -125,7 +126,8 @@ def _warning_shower(reporter: Reporter) -> Callable[[str], None]:
 def _score(run: Run, detections: Detections) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     coco = run.val_set.coco
     evaluation = run_coco_eval(coco, detections.results(run.val_set.categories))
-    return summarize(evaluation, coco["categories"]), precision_recall(evaluation)
+    scores = with_intervals(summarize(evaluation, coco["categories"]), evaluation, coco["categories"], ["AP"])
+    return scores, precision_recall(evaluation)
 
 
 def _metrics(progress: Progress, train: dict[str, float], val: dict[str, float], scores: dict[str, Any]) -> dict[str, Any]:

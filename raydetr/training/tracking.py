@@ -106,6 +106,7 @@ class Tracker:
         scalars |= {f"train_epoch/{name}": train[name] for name in (*LOSSES, "grad_norm")}
         scalars |= {f"val/{name}": val[name] for name in LOSSES}
         scalars |= {f"val/{name}": metrics[name] for name in METRICS}
+        scalars |= dict(zip(("val/AP_low", "val/AP_high"), metrics.get("AP_interval") or (None, None), strict=True))
         scalars |= {f"val/AP/{category}": numbers["AP"] for category, numbers in metrics["per_category"].items()}
         self._scalars(step, scalars)
         hits, false, missed = (curve[name] for name in ("true_positives", "false_positives", "false_negatives"))
@@ -217,7 +218,8 @@ def custom_scalars() -> dict[str, dict[str, list]]:
 
     return {
         "AP": {
-            "AP": together("val/AP", "val/AP50", "val/AP75"),
+            "AP": ["Margin", ["val/AP", "val/AP_low", "val/AP_high"]],
+            "AP by IoU": together("val/AP", "val/AP50", "val/AP75"),
             "AP by size": together("val/AP_small", "val/AP_medium", "val/AP_large"),
             "AP by category": together("val/AP/.*"),
             "AR": together("val/AR1", "val/AR10", "val/AR100"),

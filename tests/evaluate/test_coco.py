@@ -5,73 +5,10 @@ import sys
 
 import numpy as np
 import pytest
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from raydetr import UserError
 from raydetr.evaluate.coco import METRICS, coco_metrics, precision_recall, run_coco_eval, stats
-
-
-def random_set(seed=0, images=12, categories=(3, 7, 90), crowds=True):
-    random = np.random.default_rng(seed)
-    coco = {"images": [], "annotations": [], "categories": [{"id": each, "name": f"c{each}"} for each in categories]}
-    for image_id in range(100, 100 + images):
-        coco["images"].append({"id": image_id, "width": 640, "height": 480, "file_name": f"{image_id}.jpg"})
-        for _ in range(random.integers(0, 8)):
-            w, h = np.exp(random.uniform(1.5, 5.5, 2)).round(1).tolist()
-            x, y = random.uniform(0, 640 - w), random.uniform(0, 480 - h)
-            crowd = int(crowds and random.random() < 0.15)
-            annotation = {"image_id": image_id, "category_id": int(random.choice(categories)), "bbox": [x, y, w, h], "iscrowd": crowd}
-            coco["annotations"].append({"id": len(coco["annotations"]), "area": w * h * random.uniform(0.4, 1), **annotation})
-    return coco
-
-
-def perfect(coco, crowds=False):
-    return [
-        {"image_id": each["image_id"], "category_id": each["category_id"], "bbox": list(each["bbox"]), "score": 0.9}
-        for each in coco["annotations"]
-        if crowds or not each["iscrowd"]
-    ]
-
-
-def noisy(coco, seed=1):
-    random = np.random.default_rng(seed)
-    results = perfect(coco)
-    for each in results:
-        x, y, w, h = each["bbox"]
-        moved = np.array([x, y, w, h]) + random.uniform(-0.15, 0.15, 4) * [w, h, w, h]
-        each["bbox"] = moved.tolist()
-    wrong = [each | {"category_id": 7, "bbox": [1.0, 2.0, 30.0, 40.0]} for each in results[::3]]
-    return [each | {"score": float(random.random())} for each in results + wrong]
-
-
-def pycocotools_evaluation(coco, results):
-    """As its own documentation uses it, on annotation ids from 1."""
-    coco = copy.deepcopy(coco)
-    for number, each in enumerate(coco["annotations"], 1):
-        each["id"] = number
-    truth = COCO()
-    truth.dataset = coco
-    truth.createIndex()
-    evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), "bbox")
-    evaluation.evaluate()
-    evaluation.accumulate()
-    return evaluation
-
-
-def pycocotools_stats(coco, results):
-    evaluation = pycocotools_evaluation(coco, results)
-    evaluation.summarize()
-    return evaluation.stats
-
-
-def many_of_one(seed):
-    """More detections of a category in an image than count, scores that are equal, boxes that are equal, crowds found."""
-    coco = random_set(seed, images=3, categories=(3, 7))
-    coco["annotations"][0]["iscrowd"] = 1
-    coco["annotations"] = [each | {"id": number} for number, each in enumerate(coco["annotations"] + coco["annotations"][::2])]
-    results = [each for number in range(6) for each in noisy(coco, number)] + perfect(coco, crowds=True)
-    return coco, [each | {"score": round(each["score"], 1)} for each in results * 4]
+from tests.evaluate.sets import many_of_one, noisy, perfect, pycocotools_evaluation, pycocotools_stats, random_set
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -88,7 +25,7 @@ def test_precision_and_recall_at_every_level_are_those_of_pycocotools(seed):
     for coco, results in ((random_set(seed), noisy(random_set(seed), seed)), many_of_one(seed)):
         ours, theirs = run_coco_eval(coco, results), pycocotools_evaluation(coco, results)
         for name in ("precision", "recall", "scores"):
-            np.testing.assert_allclose(ours.eval[name], theirs.eval[name], rtol=0, atol=1e-12, err_msg=name)
+            np.testing.assert_allclose(ours.numbers.eval[name], theirs.eval[name], rtol=0, atol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -188,7 +125,7 @@ def test_input_is_left_alone_and_nothing_is_printed(capfd):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"image_id": 5}, "entry 1 is of image 5"),
+        ({"image_id": 5}, "entry 1 belongs to image 5"),
         ({"bbox": [1, 2, 3]}, r"entry 1 \(image 1\d\d\) has bbox \[1, 2, 3\]"),
         ({"bbox": [1, 2, 3, float("nan")]}, "entry 1"),
         ({"score": "high"}, "score 'high'"),
@@ -205,7 +142,7 @@ def test_bad_results_are_named(change, words):
 def test_results_that_are_no_list():
     with pytest.raises(UserError, match="expected a list"):
         coco_metrics(random_set(), {"annotations": []})
-    with pytest.raises(UserError, match="entry 0 is no detection"):
+    with pytest.raises(UserError, match="entry 0 is not a detection"):
         coco_metrics(random_set(), [{"id": 3}])
 
 

@@ -41,7 +41,7 @@ PER_STEP = {
 PER_EPOCH = {
     *("val/loss", "val/loss_ce", "val/loss_bbox", "val/loss_giou", "val/class_error", "val/cardinality_error"),
     *("val/AP", "val/AP50", "val/AP75", "val/AP_small", "val/AR1", "val/AR10", "val/AR100", "val/AR_small"),
-    *("val/AP/square", "val/AP/oblong", "epoch"),
+    *("val/AP_low", "val/AP_high", "val/AP/square", "val/AP/oblong", "epoch"),
     *(f"train_epoch/{name}" for name in (*LOSSES, "grad_norm")),
 }
 
@@ -176,11 +176,13 @@ def test_custom_scalars_name_tags_that_are_there(finished):
     assert set(layout) == {"AP", "losses"}
     tags = events.Tags()["scalars"]
     by_chart = {
-        name: [tag for tag in tags if any(re.match(each, tag) for each in chart[1])]
+        name: [tag for tag in tags if any(re.fullmatch(each, tag) for each in chart[1])]
         for charts in layout.values()
         for name, chart in charts.items()
     }
-    assert set(by_chart["AP"]) == {"val/AP", "val/AP50", "val/AP75"}
+    assert layout["AP"]["AP"] == ["Margin", ["val/AP", "val/AP_low", "val/AP_high"]]  # the value within its interval
+    assert set(by_chart["AP"]) == {"val/AP", "val/AP_low", "val/AP_high"}
+    assert set(by_chart["AP by IoU"]) == {"val/AP", "val/AP50", "val/AP75"}
     assert set(by_chart["AP by category"]) == {"val/AP/square", "val/AP/oblong"}
     assert set(by_chart["loss_ce"]) == {"train/loss_ce", "train_epoch/loss_ce", "val/loss_ce"}
     assert all(by_chart.values())

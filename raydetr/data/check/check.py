@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from raydetr.config import Data
-from raydetr.data.categories import fold_name, match_categories, twin_names
+from raydetr.data.categories import match_categories, twin_names
 from raydetr.data.check.box_format import guess_box_format
 from raydetr.data.check.findings import GRAVE, MINOR, Report
 from raydetr.data.check.images import CheckedImage, check_images, check_pixels
 from raydetr.data.coco import Split, box_of, category_name, find_split, read_coco
 from raydetr.data.values import as_number, is_finite, listed, short, whole_number
 from raydetr.errors import UserError
+from raydetr.text import fold_name
 
 SMALL, MEDIUM = 32**2, 96**2  # COCO's bounds between small, medium and large, in square pixels
 

@@ -1,0 +1,249 @@
+"""What may be claimed from a search, played where the truth is known: ``python -m benchmarks.claims [claims|coverage]``.
+
+``claims`` plays searches on response surfaces (no training): seeds differ, and the search's validation images favor some settings. It
+prints how often today's "best of N trials" announces a gain, and what a confirmation with new seeds on new images claims: false claims
+where nothing is better than the defaults, and power where something is. ``coverage`` draws synthetic test sets whose true AP is known,
+and prints how often the 95 % intervals of an AP, of the gain of one model on another, and of one setting on another with several seeds
+hold the truth.
+"""
+
+import argparse
+import math
+
+import numpy as np
+import optuna
+
+from benchmarks.measure import table
+from raydetr.evaluate.intervals import grouped, jackknife_interval, left_out_metrics, overall, weighted_metrics
+from raydetr.evaluate.matches import AREAS, IOUS, Matches
+from raydetr.search.confirm import DEFAULTS, Runs, candidate_count, estimate_gain, judge, multiplier, next_round
+from raydetr.search.study import make_pruner, make_sampler
+
+SURFACES = {  # standard deviation of the distance from the defaults to the best settings, and the mean AP that a random setting loses
+    "flat": (0.0, 0.0),  # no setting is better or worse than another
+    "at": (0.0, 0.12),  # the defaults are the best
+    "near": (0.15, 0.12),
+    "mid": (0.3, 0.12),
+}
+SETTINGS, EPOCHS, GRACE = 5, 27, 2
+IMAGE_SD, OWN_SD, RUN_SD = 0.22, 0.08, 0.08  # of one image's share in AP: common to all, of a setting, of a run
+VAL_SD = 0.01  # by which the search's images favor some settings
+
+
+class Surface:
+    """AP of settings in the unit cube, the defaults in its middle."""
+
+    def __init__(self, name: str, seed: int, seed_sd: float):
+        self.random = np.random.default_rng([seed, 77])
+        distance, spread = SURFACES[name]
+        self.seed_sd = seed_sd
+        self.best = (0.5 + distance * self.random.standard_normal(SETTINGS)).clip(0.03, 0.97)
+        self.weight = np.exp(self.random.normal(0, 0.8, SETTINGS)) * spread
+        if spread:
+            points = self.random.uniform(size=(400, SETTINGS))
+            self.weight *= spread / ((points - self.best) ** 2 @ self.weight).mean()
+        self.waves = self.random.normal(0, 3, (32, SETTINGS)), self.random.uniform(0, 2 * np.pi, 32), self.random.standard_normal(32)
+
+    def true(self, point: np.ndarray) -> float:
+        """AP over all seeds and images."""
+        return max(0.0, 0.6 - float((point - self.best) ** 2 @ self.weight))
+
+    def curve(self, point: np.ndarray) -> np.ndarray:
+        """AP [epochs] of one training on the search's images."""
+        frequency, phase, height = self.waves
+        favor = VAL_SD * math.sqrt(2 / 32) * float(height @ np.cos(frequency @ point + phase))
+        final = self.true(point) + favor + self.random.normal(0, self.seed_sd)
+        epochs = np.arange(1, EPOCHS + 1)
+        progress = 1 - np.exp(-((epochs / (EPOCHS * 0.16)) ** 0.9))
+        return progress * final / progress[-1] + 0.25 * self.seed_sd * self.random.standard_normal(EPOCHS)
+
+
+def play_search(surface: Surface, trials: int, seed: int) -> list[tuple[float, np.ndarray]]:
+    """AP and settings of the complete trials, trial 0 first, then from the best to the worst."""
+    study = optuna.create_study(direction="maximize", sampler=make_sampler("tpe", seed, trials), pruner=make_pruner("asha", GRACE, trials))
+    names = [f"x{number}" for number in range(SETTINGS)]
+    study.enqueue_trial(dict.fromkeys(names, 0.5))
+
+    def objective(trial: optuna.Trial) -> float:
+        point = np.array([trial.suggest_float(name, 0, 1) for name in names])
+        for epoch, ap in enumerate(surface.curve(point), 1):
+            trial.report(ap, epoch)
+            if trial.number and epoch < EPOCHS and trial.should_prune():  # trial 0 is never stopped
+                raise optuna.TrialPruned
+        return ap
+
+    study.optimize(objective, n_trials=trials)
+    complete = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    scored = [(trial.value, np.array([trial.params[name] for name in names])) for trial in complete]
+    return scored[:1] + sorted(scored[1:], key=lambda each: -each[0])
+
+
+class TestSet:
+    """New images that score settings: the mean of a share of each image, which is enough for what is judged here."""
+
+    def __init__(self, surface: Surface, images: int):
+        self.surface, self.random = surface, surface.random
+        self.image = self.random.normal(0, IMAGE_SD, images)
+        self.own: dict[int, np.ndarray] = {}
+
+    def train(self, number: int, point: np.ndarray) -> np.ndarray:
+        """The shares [images] in the AP of one more training of setting ``number``."""
+        random, images = self.random, len(self.image)
+        own = self.own.setdefault(number, random.normal(0, OWN_SD, images))
+        return self.surface.true(point) + random.normal(0, self.surface.seed_sd) + self.image + own + random.normal(0, RUN_SD, images)
+
+
+def runs_of(shares: list[np.ndarray]) -> Runs:
+    """The runs of one setting, from each run's shares."""
+    each = np.stack(shares)
+    return Runs(each.mean(1), (each.sum(1, keepdims=True) - each) / (each.shape[1] - 1))
+
+
+def play_confirmation(surface: Surface, complete: list[tuple[float, np.ndarray]], budget: int, images: int) -> tuple[bool, float]:
+    """Whether a confirmation of the best complete trials claims a gain, and the true gain of its winner."""
+    points = dict(enumerate(point for _, point in complete[: candidate_count(budget) + 1]))
+    test, shares = TestSet(surface, images), {number: [] for number in points}
+    while chosen := next_round({number: [each.mean() for each in some] for number, some in shares.items()}, budget):
+        for number in chosen:
+            shares[number].append(test.train(number, points[number]))
+    verdict = judge({number: runs_of(some) for number, some in shares.items()}, images)
+    return verdict.better, surface.true(points[verdict.setting]) - surface.true(points[DEFAULTS])
+
+
+def measure_claims(names: list[str], trials: int, noise: float, budget: int, images: int, seeds: range) -> str:
+    """The table of claims; AP in points."""
+    rows = []
+    for name in names:
+        best_of, confirmed = [], []
+        for seed in seeds:
+            surface = Surface(name, seed, noise / 100)
+            complete = play_search(surface, trials, seed)
+            if len(complete) < 2:
+                continue  # nothing to confirm
+            announced = max(0.0, complete[1][0] - complete[0][0])
+            gained = surface.true(complete[1][1]) - surface.true(complete[0][1]) if announced else 0.0
+            best_of.append((announced > 0, announced, gained))
+            confirmed.append(play_confirmation(surface, complete, budget, images))
+        claims, announced, gained = np.array(best_of, float).T
+        better, true = np.array([each[0] for each in confirmed]), np.array([each[1] for each in confirmed])
+        large = true > 0.01
+        rows.append(
+            [
+                name,
+                len(confirmed),
+                f"{100 * claims.mean():.0f} %",
+                f"{100 * announced.mean():.1f} / {100 * gained.mean():.1f}",
+                f"{100 * (claims * (gained <= 0)).mean():.0f} %",
+                f"{100 * (better & (true <= 0)).mean():.1f} %",
+                f"{100 * better.mean():.0f} %",
+                f"{100 * better[large].mean():.0f} % of {large.sum()}" if large.any() else "-",
+            ]
+        )
+    header = ["surface", "searches", "best of N: claims", "announced / true gain", "false", "confirm: false", "claims", "over 1 AP: shown"]
+    return table(rows, header)
+
+
+# ----------------------------------------------------------------------------------------------- coverage of the intervals
+
+
+def make_sets(random: np.random.Generator, images: int, skills: list[float], run_sd: float = 0.6) -> list[Matches]:
+    """Matches of several detectors, each of a given skill, on the same ``images`` of one category.
+
+    Images differ in difficulty, and objects within them; a detector sees each object a little differently from another.
+    """
+    counts = 1 + random.poisson(2.5, images)
+    image = np.repeat(np.arange(images), counts)
+    object_counts = np.zeros((len(AREAS), images, 1), np.int64)
+    object_counts[0, :, 0] = counts
+    ease = random.normal(0, 0.8, images)[image] + random.normal(0, 0.8, len(image))
+    clutter = random.gamma(2, 1, images)  # false positives of an image, on average
+    return [_detect(random, image, object_counts, ease + skill, clutter, run_sd) for skill in skills]
+
+
+def _detect(random, image: np.ndarray, objects: np.ndarray, ease: np.ndarray, clutter: np.ndarray, run_sd: float) -> Matches:
+    own = ease + random.normal(0, run_sd, len(image))
+    iou = 1 / (1 + np.exp(-(own + 1)))
+    score = 1 / (1 + np.exp(-(own + random.normal(0, 1, len(own)))))
+    false = np.repeat(np.arange(len(clutter)), random.poisson(clutter))
+    images, scores = np.r_[image, false], np.r_[score, random.beta(1, 2.5, len(false))]
+    hits = np.r_[iou, np.zeros(len(false))] >= IOUS[:, None]
+    order = np.argsort(-scores, kind="stable")
+    matched = np.zeros((len(AREAS), len(IOUS), len(order)), bool)
+    matched[0] = hits[:, order]
+    zeros = np.zeros(len(order), np.int64)
+    return Matches(images[order], zeros, scores[order], zeros, order, matched, np.zeros_like(matched), objects)
+
+
+def ap_of(matches: Matches) -> float:
+    """AP on all images."""
+    return float(overall(weighted_metrics(grouped(matches, 1), np.ones((1, 1)), ["AP"])["AP"])[0])
+
+
+def left_out(matches: Matches) -> np.ndarray:
+    """AP [images] without each image."""
+    return overall(left_out_metrics(matches, ["AP"])["AP"])
+
+
+def measure_coverage(sizes: list[int], sets: int, seeds: int, seed: int = 0) -> str:
+    """The table of the shares of intervals that hold the truth, and their mean widths in points."""
+    skills = [0.0, 0.2]
+    truth = [ap_of(each) for each in make_sets(np.random.default_rng(0), 20000, skills)]
+    random = np.random.default_rng([seed, 1])
+    rows = []
+    for images in sizes:
+        held, widths = np.zeros((sets, 3), bool), np.zeros((sets, 3))
+        for number in range(sets):
+            pair = make_sets(random, images, skills)
+            one, other = (ap_of(each) for each in pair)
+            without_one, without_other = (left_out(each) for each in pair)
+            # A setting is a number of seeds around one skill; both settings have the same, so the true gain is 0.
+            runs = make_sets(random, images, list(random.normal(0, 0.1, 2 * seeds)))
+            ap, without = np.array([ap_of(each) for each in runs]), np.stack([left_out(each) for each in runs])
+            gain = estimate_gain(Runs(ap[:seeds], without[:seeds]), Runs(ap[seeds:], without[seeds:]))
+            half = multiplier(1, gain.freedom) * math.sqrt(gain.variance)
+            ends = [
+                (jackknife_interval(one, without_one), truth[0]),
+                (jackknife_interval(other - one, without_other - without_one, -1), truth[1] - truth[0]),
+                ((gain.value - half, gain.value + half), 0.0),
+            ]
+            for column, ((low, high), value) in enumerate(ends):
+                held[number, column], widths[number, column] = low <= value <= high, high - low
+        cells = [f"{100 * share:.1f} % ({100 * width:.1f})" for share, width in zip(held.mean(0), widths.mean(0), strict=True)]
+        rows.append([images, sets, *cells])
+    return table(rows, ["images", "sets", "AP", "gain of one model", f"gain of a setting, {seeds} seeds"])
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=["claims", "coverage"], default="claims")
+    parser.add_argument("--surfaces", nargs="+", choices=list(SURFACES), default=list(SURFACES))
+    parser.add_argument("--repeats", type=int, default=200, help="searches on each surface (default 200)")
+    parser.add_argument("--trials", type=int, default=32, help="of a search (default 32)")
+    parser.add_argument("--noise", type=float, default=2.0, help="by how many AP seeds differ (default 2)")
+    parser.add_argument("--budget", type=int, default=20, help="trainings of a confirmation (default 20)")
+    parser.add_argument("--images", type=int, nargs="+", help="test images (default 200; of coverage: 13 50 200)")
+    parser.add_argument("--sets", type=int, default=1000, help="test sets for coverage (default 1000)")
+    parser.add_argument("--seeds", type=int, default=5, help="of each setting for coverage (default 5)")
+    parser.add_argument("--first", type=int, default=0, help="the first seed (default 0)")
+    parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, its numbers mean nothing")
+    chosen = parser.parse_args()
+    repeats, sets = (3, 5) if chosen.quick else (chosen.repeats, chosen.sets)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if chosen.what == "coverage":
+        print(measure_coverage(chosen.images or [13, 50, 200], sets, chosen.seeds, chosen.first))
+    else:
+        print(
+            measure_claims(
+                chosen.surfaces,
+                chosen.trials,
+                chosen.noise,
+                chosen.budget,
+                (chosen.images or [200])[0],
+                range(chosen.first, chosen.first + repeats),
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""Why objects are missed: AP lost to each kind of error, confusion, calibration, the worst images, and labels that look wrong.
+
+hotcoco finds the errors; the functions here give them the data set's own ids and names. An AP here is at an IoU of 0.5, as in TIDE
+(Bolya et al., 2020, "TIDE: A General Toolbox for Identifying Object Detection Errors"), where a detection's error is
+
+- ``classification``: the right place (IoU 0.5 or more), the wrong category;
+- ``localization``: the right category, but an IoU of 0.1 to 0.5;
+- ``both``: a wrong category and an IoU of 0.1 to 0.5;
+- ``duplicate``: a better detection has the object already;
+- ``background``: no object there (IoU below 0.1);
+- ``missed``: an object that no detection of the other kinds explains.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raydetr.evaluate.coco import Evaluation, category_names
+from raydetr.evaluate.matches import coco_eval
+
+KINDS = {
+    "Cls": "classification",
+    "Loc": "localization",
+    "Both": "both",
+    "Dupe": "duplicate",
+    "Bkg": "background",
+    "Miss": "missed",
+}
+SURE = 0.5  # the score from which a detection is taken at its word
+
+
+def lost_ap(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """Return for each kind of error how often it occurs and how much AP50 would rise without it.
+
+    The gains do not add up to what is missing: one error hides another.
+
+    Returns:
+        ``{"classification": {"count": 3, "AP": 0.021}, ...}``.
+    """
+    found = evaluation.numbers.tide_errors()
+    return {name: {"count": found["counts"][kind], "AP": max(0.0, found["delta_ap"][kind])} for kind, name in KINDS.items()}
+
+
+def confusion(evaluation: Evaluation, categories: Iterable[dict], min_score: float = SURE) -> tuple[list[str], np.ndarray]:
+    """Return how often objects of each category are detected as each category.
+
+    Crowd regions, and what is detected in them, are left out.
+
+    Args:
+        evaluation: The result of :func:`raydetr.evaluate.coco.run_coco_eval`.
+        categories: The data set's categories.
+        min_score: Detections below it are left out.
+
+    Returns:
+        The names of the categories in the order of their ids, K of them, and the counts, int64 [K + 1, K + 1]: rows are annotated
+        categories, columns detected ones; the last column counts missed objects, the last row detections where there is no object.
+    """
+    objects, detections, matches = evaluation.objects, evaluation.detections, evaluation.matches
+    counts = matches.row[~matches.ignored[0, 0] & (matches.score >= min_score)]
+    names = category_names(categories)
+    clean = coco_eval(objects, detections[np.sort(counts)], len(evaluation.image_ids), len(evaluation.category_ids))
+    return [names[number] for number in evaluation.category_ids], clean.confusion_matrix(iou_thr=0.5)["matrix"].astype(np.int64)
+
+
+def category_curves(evaluation: Evaluation, categories: Iterable[dict]) -> dict[str, np.ndarray | None]:
+    """Return each category's precision at the recalls 0, 0.01, ..., 1 at an IoU of 0.5, [101] by name; None without objects."""
+    precision = evaluation.numbers.eval["precision"][0, :, :, 0, -1]  # [recall, category]
+    columns = {name: precision[:, evaluation.category_ids.index(number)] for number, name in category_names(categories).items()}
+    return {name: None if (column < 0).all() else column for name, column in columns.items()}
+
+
+def calibration(evaluation: Evaluation, bins: int = 10) -> dict[str, Any]:
+    """Return how well scores say how often a detection is right (at an IoU of 0.5).
+
+    Returns:
+        ``error``: the mean gap between score and share of hits, weighted by the number of detections (ECE); ``bins``: for each bin of
+        scores that holds detections ``low``, ``high``, ``score`` (mean), ``hits`` (share) and ``count``.
+    """
+    found = evaluation.numbers.calibration(n_bins=bins, iou_threshold=0.5)
+    names = {"low": "bin_lower", "high": "bin_upper", "score": "avg_confidence", "hits": "avg_accuracy", "count": "count"}
+    rows = [{mine: each[theirs] for mine, theirs in names.items()} for each in found["bins"] if each["count"]]
+    return {"error": found["ece"], "bins": rows}
+
+
+def worst_images(evaluation: Evaluation, count: int = 12, min_score: float = SURE) -> list[dict[str, Any]]:
+    """Return the images with the most errors, the worst first, without those that have none.
+
+    Returns:
+        ``{"image_id", "hits", "false", "missed"}`` of each, counted at an IoU of 0.5 over the detections from ``min_score`` on.
+    """
+    matches = evaluation.matches
+    sure = matches.score >= min_score
+    images = len(evaluation.image_ids)
+    hits = np.bincount(matches.image[sure & matches.matched[0, 0]], minlength=images)
+    false = np.bincount(matches.image[sure & ~matches.matched[0, 0] & ~matches.ignored[0, 0]], minlength=images)
+    missed = matches.objects[0].sum(1) - hits
+    order = np.lexsort((np.arange(images), -(false + missed)))
+    numbers = [(evaluation.image_ids[image], int(hits[image]), int(false[image]), int(missed[image])) for image in order[:count]]
+    return [dict(zip(("image_id", "hits", "false", "missed"), each, strict=True)) for each in numbers if each[2] + each[3]]
+
+
+def suspected_labels(evaluation: Evaluation, coco: dict, min_score: float = SURE) -> list[dict[str, Any]]:
+    """Return labels that are probably wrong or missing, the most certain first.
+
+    A model that is sure of a category where the annotation says another, or sure of an object where nothing is annotated, is often
+    right. Somebody has to look: the model learned from labels of the same hand.
+
+    Args:
+        evaluation: The result of :func:`raydetr.evaluate.coco.run_coco_eval`.
+        coco: Its data set.
+        min_score: How sure the model has to be.
+
+    Returns:
+        Dictionaries with ``kind`` (``"wrong category"`` or ``"missing"``), ``image_id``, ``bbox`` (xywh in pixels), ``score``,
+        ``category_id`` that the model suggests, and for a wrong category ``annotation_id`` and ``annotated_category_id``, else None.
+    """
+    kinds = {"wrong_label": "wrong category", "missing_annotation": "missing"}
+    found = []
+    for each in evaluation.numbers.image_diagnostics(iou_thr=0.5, score_thr=min_score)["label_errors"]:
+        annotation = None if each["gt_id"] is None else coco["annotations"][each["gt_id"] - 1]
+        found.append(
+            {
+                "kind": kinds[each["type"]],
+                "image_id": evaluation.image_ids[each["image_id"] - 1],
+                "bbox": evaluation.detections.xywh[each["dt_id"] - 1].tolist() if annotation is None else list(annotation["bbox"]),
+                "score": each["dt_score"],
+                "category_id": evaluation.category_ids[each["dt_category_id"] - 1],
+                "annotation_id": annotation and annotation["id"],
+                "annotated_category_id": annotation and annotation["category_id"],
+            }
+        )
+    return sorted(found, key=lambda suspect: -suspect["score"])
+
+
+def suspects_as_coco(suspects: list[dict[str, Any]], coco: dict) -> dict:
+    """Return the suspected labels as a COCO data set for a labeling tool: the images concerned, with what the model suggests.
+
+    Each annotation carries its ``kind`` and ``score`` under ``attributes``, where CVAT and Label Studio show them.
+    """
+    concerned = {suspect["image_id"] for suspect in suspects}
+    annotations = [
+        {
+            "id": number,
+            "image_id": suspect["image_id"],
+            "category_id": suspect["category_id"],
+            "bbox": suspect["bbox"],
+            "area": suspect["bbox"][2] * suspect["bbox"][3],
+            "iscrowd": 0,
+            "attributes": {name: suspect[name] for name in ("kind", "score", "annotation_id")},
+        }
+        for number, suspect in enumerate(suspects, 1)
+    ]
+    images = [image for image in coco["images"] if image["id"] in concerned]
+    return {"images": images, "categories": coco["categories"], "annotations": annotations}
+
+
+def suspects_as_via(suspects: list[dict[str, Any]], coco: dict, sizes: Mapping[Any, int]) -> dict:
+    """Return the suspected labels as annotations of the VGG Image Annotator, version 2.
+
+    Args:
+        suspects: The result of :func:`suspected_labels`.
+        coco: The data set.
+        sizes: The size of each image's file in bytes, by image id: VIA knows an image by its name and size.
+    """
+    names = category_names(coco["categories"])
+    files: dict[str, dict] = {}
+    for image in coco["images"]:
+        regions = [_via_region(suspect, names) for suspect in suspects if suspect["image_id"] == image["id"]]
+        if regions:
+            name, size = Path(image["file_name"]).name, sizes[image["id"]]
+            files[f"{name}{size}"] = {"filename": name, "size": size, "regions": regions, "file_attributes": {}}
+    return files
+
+
+def _via_region(suspect: dict[str, Any], names: Mapping[Any, str]) -> dict:
+    x, y, width, height = suspect["bbox"]
+    attributes = {"name": names[suspect["category_id"]], "suspect": suspect["kind"], "score": f"{suspect['score']:.2f}"}
+    return {"shape_attributes": {"name": "rect", "x": x, "y": y, "width": width, "height": height}, "region_attributes": attributes}

@@ -1,0 +1,145 @@
+"""Which detection matches which object, as arrays: the part of a COCO evaluation that does not depend on how images are weighted.
+
+hotcoco does the matching. Reading its matches image by image costs far more than computing them, so it is given only the detections
+that overlap an object enough to match it; all others are unmatched, whatever happens.
+"""
+
+import dataclasses
+
+import hotcoco
+import numpy as np
+
+IOUS = np.linspace(0.5, 0.95, 10)  # COCO's IoU thresholds
+AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}  # in square pixels
+MOST_DETECTIONS = 100  # that count of a category in one image
+
+
+@dataclasses.dataclass(frozen=True)
+class Boxes:
+    """Annotated or detected boxes [N]; images and categories are positions from 0.
+
+    Attributes:
+        image: Which image each box belongs to, int64 [N].
+        category: Which category, int64 [N].
+        xywh: Left, top, width and height in pixels, float64 [N, 4].
+        area: Of the object in square pixels, which may be less than its box, float64 [N].
+        crowd: Whether an annotation is a crowd region, bool [N]; None for detections.
+        score: Of detections, float64 [N]; None for annotations.
+    """
+
+    image: np.ndarray
+    category: np.ndarray
+    xywh: np.ndarray
+    area: np.ndarray
+    crowd: np.ndarray | None = None
+    score: np.ndarray | None = None
+
+    def __getitem__(self, chosen: np.ndarray) -> "Boxes":
+        values = dataclasses.asdict(self)
+        return Boxes(**{name: None if value is None else value[chosen] for name, value in values.items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class Matches:
+    """The detections [D] that count, in COCO's order: by category, then from the highest score to the lowest.
+
+    Attributes:
+        image: Which image each detection belongs to, int64 [D].
+        category: Which category, int64 [D], ascending.
+        score: float64 [D].
+        rank: The detection's place among those of its image and category, from 0; COCO counts the first 1, 10 or 100. int64 [D].
+        row: Its row in the detections that were given, int64 [D].
+        matched: Whether it hits an object that counts, bool [sizes of ``AREAS``, ``IOUS``, D].
+        ignored: Whether it counts neither as a hit nor as a false positive, bool of the same shape.
+        objects: The number of objects that count, int64 [sizes of ``AREAS``, images, categories].
+    """
+
+    image: np.ndarray
+    category: np.ndarray
+    score: np.ndarray
+    rank: np.ndarray
+    row: np.ndarray
+    matched: np.ndarray
+    ignored: np.ndarray
+    objects: np.ndarray
+
+
+def coco_eval(objects: Boxes, detections: Boxes, images: int, categories: int) -> hotcoco.COCOeval:
+    """Return hotcoco's evaluation of ``detections``, matched but not accumulated yet; its ids are positions from 1."""
+    truth = hotcoco.COCO.from_arrays(
+        [{"id": number} for number in range(1, images + 1)],
+        [{"id": number, "name": str(number)} for number in range(1, categories + 1)],
+        objects.image + 1,
+        objects.category + 1,
+        objects.xywh,
+        area=objects.area,
+        iscrowd=objects.crowd,
+    )
+    found = np.column_stack([detections.image + 1, detections.xywh, detections.score, detections.category + 1])
+    evaluation = hotcoco.COCOeval(truth, truth.load_res(found), "bbox")
+    evaluation.evaluate()
+    return evaluation
+
+
+def match(objects: Boxes, detections: Boxes, images: int, categories: int) -> Matches:
+    """Match ``detections`` with ``objects`` as COCO does.
+
+    Args:
+        objects: The annotated boxes, with ``crowd``.
+        detections: The detected boxes, with ``score``.
+        images: The number of images.
+        categories: The number of categories.
+    """
+    row, rank = _counted(detections)
+    detections = detections[row]
+    candidates = np.flatnonzero(_may_match(objects, detections, images))
+    low, high = np.array(list(AREAS.values())).T[:, :, None]
+    outside = (detections.area < low) | (detections.area > high)
+    matched = np.zeros((len(AREAS), len(IOUS), len(row)), bool)
+    ignored = np.repeat(outside[:, None], len(IOUS), 1)
+    area_numbers = {limits: number for number, limits in enumerate(AREAS.values())}
+    for pair in coco_eval(objects, detections[candidates], images, categories).eval_imgs:
+        if pair is not None and pair["dtIds"]:
+            number, chosen = area_numbers[tuple(pair["aRng"])], candidates[np.array(pair["dtIds"]) - 1]
+            ignored[number][:, chosen] = pair["dtIgnore"]
+            matched[number][:, chosen] = np.array(pair["dtMatched"]) & ~np.array(pair["dtIgnore"])
+    return Matches(
+        detections.image, detections.category, detections.score, rank, row, matched, ignored, _object_counts(objects, images, categories)
+    )
+
+
+def _counted(detections: Boxes) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the detections that count, in the order of ``Matches``, and the rank of each in its image and category."""
+    order = np.lexsort((-detections.score, detections.image, detections.category))  # stable, as pycocotools' sorting
+    image, category = detections.image[order], detections.category[order]
+    first = np.r_[True, (np.diff(image) != 0) | (np.diff(category) != 0)][: len(order)]
+    rank = np.arange(len(order)) - np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))
+    order, rank = order[rank < MOST_DETECTIONS], rank[rank < MOST_DETECTIONS]
+    by_score = np.lexsort((-detections.score[order], detections.category[order]))
+    return order[by_score], rank[by_score]
+
+
+def _may_match(objects: Boxes, detections: Boxes, images: int) -> np.ndarray:
+    """Whether each detection overlaps an object of its category and image by nearly the lowest IoU threshold or more, bool [D]."""
+    keys, wanted = (images * boxes.category + boxes.image for boxes in (detections, objects))
+    order = np.argsort(keys, kind="stable")
+    first, end = np.searchsorted(keys[order], wanted, "left"), np.searchsorted(keys[order], wanted, "right")
+    of_object = np.repeat(np.arange(len(wanted)), end - first)
+    within = np.arange(len(of_object)) - np.repeat(np.cumsum(end - first) - (end - first), end - first)
+    of_detection = order[first[of_object] + within]
+    theirs, ours = objects.xywh[of_object], detections.xywh[of_detection]
+    corner = np.minimum(theirs[:, :2] + theirs[:, 2:], ours[:, :2] + ours[:, 2:]) - np.maximum(theirs[:, :2], ours[:, :2])
+    shared = corner.clip(0).prod(1)
+    area, object_area = ours[:, 2:].prod(1), theirs[:, 2:].prod(1)
+    whole = np.where(objects.crowd[of_object], area, area + object_area - shared)  # of a crowd, any part suffices
+    found = np.zeros(len(keys), bool)
+    found[of_detection[shared >= (IOUS[0] - 1e-3) * whole]] = True
+    return found
+
+
+def _object_counts(objects: Boxes, images: int, categories: int) -> np.ndarray:
+    counts = np.zeros((len(AREAS), images, categories), np.int64)
+    for number, (low, high) in enumerate(AREAS.values()):
+        counted = ~objects.crowd & (objects.area >= low) & (objects.area <= high)
+        np.add.at(counts[number], (objects.image[counted], objects.category[counted]), 1)
+    return counts

@@ -1,0 +1,76 @@
+"""Two models, or results files, on the same labeled images: what each scores, and what their difference is worth."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from raydetr import config as settings
+from raydetr.errors import UserError
+from raydetr.evaluate.coco import METRICS, run_coco_eval, summarize
+from raydetr.evaluate.intervals import compare, verdict, with_intervals
+from raydetr.predict.score import Detected, detect, metrics_table, read_predictions
+from raydetr.text import fold_name, shortlist
+
+
+def score_against(mine: str | Path, other: str | Path, *layers: Mapping[str, Any], split: str = "val") -> dict[str, Any]:
+    """Evaluate ``mine`` and compare it with ``other``, image by image.
+
+    Args:
+        mine: A checkpoint, or a COCO results file (``.json``).
+        other: Another.
+        *layers: Settings, later ones winning; they name the data set.
+        split: Which of its images.
+
+    Returns:
+        The numbers and intervals of ``mine``, with the result of :func:`raydetr.evaluate.intervals.compare` under ``against`` and the
+        ``verdict`` in words.
+
+    Raises:
+        UserError: If the two were trained on different categories, or one of them cannot be read.
+    """
+    detected, others = _detections(mine, layers, split), _detections(other, layers, split)
+    names, other_names = _folded(detected), _folded(others)
+    if names is not None and other_names is not None and names != other_names:
+        raise UserError(
+            f"--against: {other} detects {shortlist(sorted(other_names), 5)}, {mine} {shortlist(sorted(names), 5)}: "
+            "only the same categories can be compared"
+        )
+    coco, categories = detected.coco, detected.coco["categories"]
+    evaluation, other_evaluation = run_coco_eval(coco, detected.results), run_coco_eval(coco, others.results)
+    metrics = with_intervals(summarize(evaluation, categories), evaluation, categories)
+    difference = compare(evaluation, other_evaluation, categories)
+    notes = [*detected.notes, *(note for note in others.notes if note not in detected.notes)]
+    return {
+        **metrics,
+        "unknown_categories": detected.unknown,
+        "notes": notes,
+        "against": {"other": str(other), **difference},
+        "verdict": verdict(difference, len(coco["images"])),
+    }
+
+
+def _detections(source: str | Path, layers: tuple[Mapping[str, Any], ...], split: str) -> Detected:
+    if Path(source).suffix.lower() == ".json":
+        return read_predictions(source, settings.load_config(*layers).data, split)
+    return detect(source, *layers, split=split)
+
+
+def _folded(detected: Detected) -> set[str] | None:
+    return None if detected.names is None else set(map(fold_name, detected.names))
+
+
+def against_table(metrics: Mapping[str, Any]) -> str:
+    """Return the numbers of :func:`score_against` as text: the table of the one, the differences, and the verdict."""
+    difference = metrics["against"]
+    lines = [metrics_table(metrics), "", f"difference to {difference['other']}, with its 95 % interval over the same images"]
+    lines += [f"{name:<10} {_signed(difference, name)}" for name in METRICS]
+    width = max(map(len, difference["per_category"]), default=0)
+    lines += ["", *(f"{name:<{width}}  AP {_signed(numbers, 'AP')}" for name, numbers in difference["per_category"].items())]
+    return "\n".join([*lines, "", metrics["verdict"]])
+
+
+def _signed(numbers: Mapping[str, Any], name: str) -> str:
+    value, interval = numbers[name], numbers[f"{name}_interval"]
+    if value is None:
+        return "-"
+    return f"{value:+.3f}" + ("" if interval is None else f"  ({interval[0]:+.3f} to {interval[1]:+.3f})")
