@@ -56,6 +56,16 @@ def test_kuberay_takes_its_objects_and_kubernetes_their_pods(each):
 
 
 @pytest.mark.parametrize("each", RAY_OBJECTS, ids=named)
+def test_loading_processes_have_shared_memory(each):
+    for pod in pods(each):
+        (container,) = pod["spec"]["containers"]
+        (volume,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
+        (memory,) = [each["emptyDir"] for each in pod["spec"]["volumes"] if each["name"] == volume]
+        assert memory["medium"] == "Memory"
+        assert 2 * int(memory["sizeLimit"].removesuffix("Gi")) == int(container["resources"]["limits"]["memory"].removesuffix("Gi"))
+
+
+@pytest.mark.parametrize("each", RAY_OBJECTS, ids=named)
 def test_a_cluster_asks_for_its_token_and_trains_on_its_workers_only(each):
     cluster = cluster_of(each)
     assert cluster["authOptions"]["mode"] == "token"
