@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _HOME = {
     "build_model": "raydetr.model.detr",
     "build_criterion": "raydetr.loss.criterion",
-    "load": "raydetr.weights.checkpoint",
+    "load": "raydetr.weights.fitting",
     "load_config": "raydetr.config",
     "train": "raydetr.launch.train",
     "tune": "raydetr.launch.command",

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from raydetr import draw
 from raydetr.draw import Box, category_colours, draw_boxes
-from raydetr.predict import gallery
 from raydetr.predict.gallery import Card, Column, gallery_page
 
 GREY = (90, 90, 90)
@@ -74,7 +74,7 @@ def test_letters_that_no_font_has_are_left_out_of_a_label_instead_of_becoming_bo
         after = draw_boxes(_picture(), [box], [], {name: (0, 255, 0)}, letters=1 / 21, name_true=False)  # a height of no other test
         return np.asarray(after)[:48].tolist()
 
-    monkeypatch.setattr(gallery, "FONTS", ())
+    monkeypatch.setattr(draw, "FONTS", ())
     assert label("\ue000\ue001") == label(""), "the score alone"
     assert label("a") != label("")
 

@@ -374,7 +374,7 @@ def test_an_unfinished_last_line_is_cut_off(make):
 
 RUNNER = """
 import sys, time
-from raydetr.search import open_search
+from raydetr.search.study import open_search
 search = open_search(sys.argv[1])
 search.reclaim(())
 while (asked := search.ask()) is not None:
@@ -492,7 +492,7 @@ def test_a_search_can_be_sent_to_another_process(make):
 
 
 def test_neither_search_nor_report_needs_ray():
-    code = "import sys, raydetr.search, raydetr.report; sys.exit('ray' in sys.modules or 'torch' in sys.modules)"
+    code = "import sys, raydetr.search.study, raydetr.search.report; sys.exit('ray' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ}).returncode == 0
 
 

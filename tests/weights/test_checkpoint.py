@@ -25,11 +25,12 @@ from raydetr.config import load_config, to_dict
 from raydetr.errors import UserError
 from raydetr.model.detr import build_model
 from raydetr.weights import checkpoint, files
+from raydetr.weights import official as official_files
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
 from raydetr.weights.fitting import load, load_weights
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-COCO_IDS = [each["id"] for each in checkpoint.COCO_CATEGORIES_IN_USE]
+COCO_IDS = [each["id"] for each in official_files.COCO_CATEGORIES_IN_USE]
 
 
 def official_values(shapes):
@@ -284,7 +285,7 @@ def test_unused_coco_ids_are_nobodys_category(tmp_path, small):
 def test_head_of_the_same_categories_is_unchanged(tmp_path, small):
     path = saved(tmp_path / "official.pth", {"model": small})
     model = small_model(91)
-    assert f"{len(small)} tensors loaded, 0 replaced" in load_weights(model, path, checkpoint.COCO_CATEGORIES)
+    assert f"{len(small)} tensors loaded, 0 replaced" in load_weights(model, path, official_files.COCO_CATEGORIES)
     assert torch.equal(model.class_embed.weight, small["class_embed.weight"])
 
 
@@ -321,7 +322,7 @@ def test_head_taken_off_is_reported_missing(tmp_path, small):
 def test_num_queries_keeps_the_first_rows(tmp_path, small, number):
     model = small_model(91, num_queries=number)
     fresh = model.query_embed.weight.detach().clone()
-    report = load_weights(model, saved(tmp_path / "official.pth", {"model": small}), checkpoint.COCO_CATEGORIES)
+    report = load_weights(model, saved(tmp_path / "official.pth", {"model": small}), official_files.COCO_CATEGORIES)
     kept = min(number, 100)
     assert torch.equal(model.query_embed.weight[:kept], small["query_embed.weight"][:kept])
     assert torch.equal(model.query_embed.weight[kept:], fresh[kept:])
@@ -334,14 +335,16 @@ def test_wrapped_and_bare_state_dicts(tmp_path, small, prefix):
         prefix + "backbone.0.body.bn1.num_batches_tracked": torch.tensor(3)
     }
     for content in (wrapped, {"state_dict": wrapped}, {"model": wrapped}):
-        report = load_weights(small_model(91), saved(tmp_path / "wrapped.pth", content), checkpoint.COCO_CATEGORIES)
+        report = load_weights(small_model(91), saved(tmp_path / "wrapped.pth", content), official_files.COCO_CATEGORIES)
         assert f"{len(small)} tensors loaded, 0 replaced, 0 missing, 0 unexpected" in report
 
 
 def test_fewer_and_more_layers_are_reported(tmp_path, small):
     path = saved(tmp_path / "official.pth", {"model": small})
-    assert "18 unexpected (transformer.decoder.layers.2." in load_weights(small_model(91, dec_layers=2), path, checkpoint.COCO_CATEGORIES)
-    assert "12 missing (transformer.encoder.layers.2." in load_weights(small_model(91, enc_layers=3), path, checkpoint.COCO_CATEGORIES)
+    assert "18 unexpected (transformer.decoder.layers.2." in load_weights(
+        small_model(91, dec_layers=2), path, official_files.COCO_CATEGORIES
+    )
+    assert "12 missing (transformer.encoder.layers.2." in load_weights(small_model(91, enc_layers=3), path, official_files.COCO_CATEGORIES)
 
 
 @pytest.mark.parametrize(
@@ -420,7 +423,7 @@ def test_none_changes_nothing():
 def test_bundled_is_for_tiny_alone(tmp_path, monkeypatch):
     content = own_content()
     save_checkpoint(tmp_path / "detr_tiny.pth", content)
-    monkeypatch.setattr(checkpoint, "BUNDLED", tmp_path / "detr_tiny.pth")
+    monkeypatch.setattr(official_files, "BUNDLED", tmp_path / "detr_tiny.pth")
     model = build_model("detr_tiny", 1)
     assert "1 of 1 categories kept (balloon)" in load_weights(model, "bundled", categories("balloon"))
     assert torch.equal(model.class_embed.weight, content["model"]["class_embed.weight"][1:])
@@ -467,7 +470,7 @@ def server(tmp_path, monkeypatch):
 
 def test_coco_is_chosen_by_backbone_and_dilation(server, monkeypatch):
     """With stand-ins of the official names: their sha256 is not the promised one, which must be noticed."""
-    monkeypatch.setattr(checkpoint, "OFFICIAL_FOLDER", server.url)
+    monkeypatch.setattr(official_files, "OFFICIAL_FOLDER", server.url)
     names = {
         "detr_resnet50": "detr-r50-e632da11.pth",
         "detr_resnet50_dc5": "detr-r50-dc5-f0fb7ef5.pth",
@@ -497,11 +500,11 @@ def test_tiny_has_no_weights_of_others():
 
 
 def test_imagenet_fills_the_backbone(server, monkeypatch):
-    assert re.fullmatch(r"https://download.pytorch.org/models/resnet50-[0-9a-f]{8}.pth", checkpoint.IMAGENET["resnet50"])
-    assert re.fullmatch(r"https://download.pytorch.org/models/resnet101-[0-9a-f]{8}.pth", checkpoint.IMAGENET["resnet101"])
+    assert re.fullmatch(r"https://download.pytorch.org/models/resnet50-[0-9a-f]{8}.pth", official_files.IMAGENET["resnet50"])
+    assert re.fullmatch(r"https://download.pytorch.org/models/resnet101-[0-9a-f]{8}.pth", official_files.IMAGENET["resnet101"])
     resnet = torchvision.models.resnet101()
     saved(server.folder / "resnet101.pth", resnet.state_dict())
-    monkeypatch.setitem(checkpoint.IMAGENET, "resnet101", server.url + "resnet101.pth")
+    monkeypatch.setitem(official_files.IMAGENET, "resnet101", server.url + "resnet101.pth")
     model = build_model("detr_tiny", 1, backbone="resnet101")
     report = load_weights(model, "imagenet", categories("balloon"))
     assert "520 tensors loaded, 0 replaced, 0 missing, 0 unexpected; a backbone only" in report
@@ -516,11 +519,11 @@ def test_url(server):
 
 
 def test_cocos_categories():
-    ids = {each["name"]: each["id"] for each in checkpoint.COCO_CATEGORIES_IN_USE}
+    ids = {each["name"]: each["id"] for each in official_files.COCO_CATEGORIES_IN_USE}
     assert len(ids) == 80
     known = {"person": 1, "stop sign": 13, "wine glass": 46, "dining table": 67, "tv": 72, "book": 84, "hair drier": 89, "toothbrush": 90}
     assert known.items() <= ids.items()
-    assert [each["id"] for each in checkpoint.COCO_CATEGORIES] == list(range(91))
+    assert [each["id"] for each in official_files.COCO_CATEGORIES] == list(range(91))
 
 
 # ---------------------------------------------------------------------------------------------------------------- reading
@@ -692,7 +695,7 @@ def test_save_refuses_what_could_not_be_read(tmp_path, value):
 SAVE = """
     import sys, torch
     from raydetr.errors import UserError
-    from raydetr.model.checkpoint import save_checkpoint
+    from raydetr.weights.checkpoint import save_checkpoint
     for numbers in (1_000_000, 262_144 - 300, 262_144 - 50):
         try:
             save_checkpoint(sys.argv[1], {"model": {"a": torch.randn(numbers), "b": torch.ones(3)}})

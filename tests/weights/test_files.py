@@ -69,7 +69,7 @@ def whole_files(cache):
 
 
 def download_in_processes(url, number):
-    code = "import sys; from raydetr.model.files import download; print(download(sys.argv[1]))"
+    code = "import sys; from raydetr.weights.files import download; print(download(sys.argv[1]))"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, url]
     return [
@@ -201,7 +201,7 @@ def test_progress_bar_in_a_terminal(server, cache):
     pty = pytest.importorskip("pty")
     server.answers[f"/{NAME}"] = send(CONTENT, pause=0.2)
     terminal, end = pty.openpty()
-    code = "import sys; from raydetr.model.files import download; download(sys.argv[1])"
+    code = "import sys; from raydetr.weights.files import download; download(sys.argv[1])"
     process = subprocess.Popen([sys.executable, "-c", code, f"{server.url}/{NAME}"], stderr=end, env=os.environ | {"TERM": "xterm"})
     os.close(end)
     shown = b""
@@ -223,7 +223,7 @@ def test_progress_bar_in_a_terminal(server, cache):
 def test_full_disk_while_downloading(server, cache):
     server.answers[f"/{NAME}"] = send(CONTENT)
     limit = 1_000_000
-    code = "import sys; from raydetr.model.files import download; download(sys.argv[1])"
+    code = "import sys; from raydetr.weights.files import download; download(sys.argv[1])"
     process = subprocess.run(
         [sys.executable, "-c", code, f"{server.url}/{NAME}"],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
