@@ -19,6 +19,7 @@ from benchmarks.measure import machine, options, table
 from raydetr.config import load_config
 from raydetr.launch import train as launcher
 from raydetr.training import engine, fit
+from raydetr.training.recorder import Recorder
 
 TARGET = 1.05
 STEPS, INPUT, LOGGING = "training steps", "waiting for input", "steps to TensorBoard and terminal"
@@ -60,13 +61,12 @@ class Parts:
         return whole(training, self.batches(loader), epoch, self.timed(LOGGING, show))
 
     def end_of_epoch(self, epoch: Callable) -> Callable:
-        """``fit._one_epoch``, after which the times are those of the next epoch."""
+        """``fit._train_epoch``, after which the times are those of the next epoch."""
 
-        def called(run: fit.Run) -> dict[str, Any]:
-            metrics = self.timed(EPOCH, epoch)(run)
+        def called(*arguments: Any) -> None:
+            self.timed(EPOCH, epoch)(*arguments)
             self.epochs.append(complete(self._seconds))
             self._seconds.clear()
-            return metrics
 
         return called
 
@@ -83,10 +83,11 @@ def complete(seconds: Counter[str]) -> dict[str, float]:
 def measured() -> Iterator[Parts]:
     """Within it the parts of every epoch that ``fit`` trains are timed."""
     parts = Parts()
-    named = {"evaluate": FORWARD, "_score": SCORING, "_write_down": TEXT, "_draw": PICTURES, "_save": CHECKPOINTS}
-    replaced = {name: parts.timed(part, getattr(fit, name)) for name, part in named.items()}
-    replaced |= {"train_one_epoch": parts.train, "_one_epoch": parts.end_of_epoch(fit._one_epoch)}
-    with mock.patch.multiple(fit, **replaced):
+    replaced = {name: parts.timed(part, getattr(fit, name)) for name, part in {"evaluate": FORWARD, "_score": SCORING}.items()}
+    replaced |= {"train_one_epoch": parts.train, "_train_epoch": parts.end_of_epoch(fit._train_epoch)}
+    named = {"_write_logs": TEXT, "_draw": PICTURES, "_save": CHECKPOINTS}
+    recorded = {name: parts.timed(part, getattr(Recorder, name)) for name, part in named.items()}
+    with mock.patch.multiple(fit, **replaced), mock.patch.multiple(Recorder, **recorded):
         yield parts
 
 

@@ -164,7 +164,7 @@ def trial_watched(folder: Path, assigned: dict[str, Any], images: Sequence[ray.O
                 epochs.append(watch.restart())
 
     Reporter.report = watch.over(REPORT, Reporter.report)
-    with mock.patch.object(launched, "TuneReporter", Reporter), mock.patch("raydetr.training.fit.Tracker", Tracker):
+    with mock.patch.object(launched, "TuneReporter", Reporter), mock.patch("raydetr.training.recorder.Tracker", Tracker):
         launched.run_trial(assigned, images)
     (folder / f"{assigned['number']}.json").write_text(json.dumps(epochs[2:]))  # not the first epoch, and not what was before it
 

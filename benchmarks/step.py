@@ -19,7 +19,7 @@ from raydetr.config import Optim, Speed
 from raydetr.loss.criterion import build_criterion
 from raydetr.memory import kept_memory
 from raydetr.model.detr import build_model
-from raydetr.training.engine import Training, choose_device, choose_dtype, loss_names, take_step
+from raydetr.training.engine import Training, choose_device, choose_dtype, take_step
 from raydetr.training.schedule import build_optimizer, build_scheduler
 
 OURS, PEER = "raydetr", "transformers"
@@ -53,7 +53,7 @@ def our_step(images: Tensor, targets: list[dict[str, Tensor]], dtype: torch.dtyp
     scaler = torch.amp.GradScaler(images.device.type, enabled=False)
     scheduler = build_scheduler(optimizer, optim, 1000)
     training = Training(model, criterion, optimizer, scheduler, scaler, None, images.device, dtype, clip_max_norm=CLIP)
-    return functools.partial(take_step, training, loss_names(criterion), [(images, None, targets)])
+    return functools.partial(take_step, training, [(images, None, targets)])
 
 
 def peer_step(

@@ -141,7 +141,7 @@ def cli() -> None:
 
 
 @cli.command(cls=SettingsCommand)
-@click.option("--resume", metavar="RUN", help="Go on with the run in this folder; other settings than --epochs stay as they were.")
+@click.option("--resume", metavar="RUN", help="Resume the run in this folder, or from its best.pth; most settings stay as they were.")
 @settings_options("model", "loss", "matcher", "data", "optim", "speed", "run")
 def train(resume: str | None, **options) -> None:
     """Fine-tune on a folder of photographs, with Ray Train.
@@ -149,10 +149,13 @@ def train(resume: str | None, **options) -> None:
     Example: raydetr train --data photographs --epochs 100 --workers 2
     """
     with without_collections():  # half a million objects of torch and Ray, which stay
-        from raydetr.launch.train import resume_config, train
+        from raydetr.launch.train import names_checkpoint, resume_config, train
 
     given = given_settings(options)
-    train(resume_config(resume, *given) if resume else config.load_config(*given), resume=bool(resume))
+    if resume:
+        train(resume_config(resume, *given), resume=True, from_best=names_checkpoint(resume, ["best.pth"]))
+    else:
+        train(config.load_config(*given))
 
 
 @cli.group()

@@ -1,10 +1,15 @@
-"""The one tree of settings: default, bounds and meaning of every knob, once.
+"""The tree of settings: the default, the bounds and the meaning of every setting, defined once.
 
 A dotted name such as ``optim.lr`` is an attribute (``config.optim.lr``), a flag (``--optim.lr``), a key in a YAML file, a
 dimension of a search space, a row of the HPARAMS page and a field of the saved checkpoint. Leaf names are those of the
 official DETR's ``main.py`` where it has them.
+
+Values are parsed and checked against their bounds once, where they come in: :func:`load_config` takes unchecked values from
+Python, :func:`read_yaml` those of a file, :func:`parse_settings` those of the command line. From there on the tree itself is passed
+on; :func:`with_settings` makes a changed copy of it.
 """
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -17,18 +22,31 @@ from typing import Any
 import yaml
 
 from raydetr.errors import UserError
+from raydetr.files import atomic_write_text
 from raydetr.storage import check_place, is_uri
 
+LONGEST_NAME = 200  # bytes of a run's name: file systems allow 255, and locks add an ending to it
+DEEPEST = 20  # levels of nesting in a YAML file
 
-def setting(default, meaning: str, *, low=None, high=None, choices=None, span=False):
-    """A field of the tree. ``low`` and ``high`` are inclusive; for a list they bound every entry, of a ``span`` MIN:MAX both ends."""
+
+def setting(default: Any, meaning: str, *, low: float | None = None, high: float | None = None, choices: list | None = None, span=False):
+    """Declare a field of the tree.
+
+    Args:
+        default: The value where nothing else is given.
+        meaning: One line for ``--help`` and the documentation.
+        low: The smallest value allowed; of a list, for every entry.
+        high: The largest value allowed; of a list, for every entry.
+        choices: The values allowed, where they can be listed.
+        span: Whether the setting also takes text ``MIN:MAX``; both ends are within the bounds.
+    """
     metadata = {"meaning": meaning, "low": low, "high": high, "choices": choices, "span": span}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-# What a preset changes in the tree; the other defaults are those of detr_resnet50.
+# What each preset changes; all other defaults are those of detr_resnet50.
 PRESETS: dict[str, dict[str, Any]] = {
     "detr_resnet50": {},
     "detr_resnet50_dc5": {"model.dilation": True},
@@ -44,8 +62,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "model.dim_feedforward": 256,
         "model.num_queries": 25,
         "model.dropout": 0.0,
-        "loss.eos_coef": 0.4,  # a quarter of DETR's queries: their no-object weighs as much as that of its 100 does at 0.1
-        # The resolution that its weights were made at, and little else: its positions are sure of no other.
+        "loss.eos_coef": 0.4,  # with a quarter of DETR's queries, no-object weighs as much in total as 0.1 does with 100
+        # The resolution of its pre-training; at others its position encoding is less accurate.
         "data.train_sizes": [96],
         "data.val_size": 96,
         "data.crop": 0.0,
@@ -57,32 +75,32 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Model:
-    """The network."""
+    """The architecture of the network and the weights it starts from."""
 
-    preset: str = setting("detr_resnet50", "a named network; sets the other model settings", choices=list(PRESETS))
+    preset: str = setting("detr_resnet50", "a named model; sets the settings that define it", choices=list(PRESETS))
     weights: str = setting(
         "coco",
-        "what to start from: coco (official DETR), imagenet (backbone only), bundled (detr_tiny's own), none, a path or a URL",
+        "initial weights: coco (official DETR), imagenet (backbone only), bundled (for detr_tiny), none, a path or a URL",
     )
     backbone: str = setting("resnet50", "convolutional backbone", choices=["resnet50", "resnet101", "tiny"])
-    dilation: bool = setting(False, "DC5: stride 16 instead of 32 in the backbone's last stage")
+    dilation: bool = setting(False, "DC5: dilated convolutions in the last stage of the backbone, for stride 16 instead of 32")
     position_embedding: str = setting("sine", "position encoding of the feature map", choices=["sine", "learned"])
-    hidden_dim: int = setting(256, "width of the transformer", low=8, high=4096)
-    nheads: int = setting(8, "attention heads", low=1, high=64)
-    enc_layers: int = setting(6, "encoder layers", low=0, high=24)
-    dec_layers: int = setting(6, "decoder layers", low=1, high=24)
-    dim_feedforward: int = setting(2048, "width of the feed-forward layers", low=1, high=65536)
-    dropout: float = setting(0.1, "drop-out in the transformer", low=0.0, high=0.9)
-    num_queries: int = setting(100, "object queries: the most objects one image can have", low=1, high=2000)
-    pre_norm: bool = setting(False, "normalize before attention instead of after")
-    aux_loss: bool = setting(True, "losses after every decoder layer, not only the last")
+    hidden_dim: int = setting(256, "embedding dimension of the transformer", low=8, high=4096)
+    nheads: int = setting(8, "number of attention heads", low=1, high=64)
+    enc_layers: int = setting(6, "number of encoder layers", low=0, high=24)
+    dec_layers: int = setting(6, "number of decoder layers", low=1, high=24)
+    dim_feedforward: int = setting(2048, "hidden dimension of the feed-forward layers", low=1, high=65536)
+    dropout: float = setting(0.1, "dropout probability in the transformer", low=0.0, high=0.9)
+    num_queries: int = setting(100, "number of object queries, which is the largest number of objects found in one image", low=1, high=2000)
+    pre_norm: bool = setting(False, "apply layer normalization before attention instead of after it")
+    aux_loss: bool = setting(True, "auxiliary losses: compute the losses after every decoder layer, not only after the last")
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Loss:
-    """Weights of the losses."""
+    """Weights of the terms of the loss."""
 
     cls_loss_coef: float = setting(1.0, "weight of the classification loss", low=0.0, high=100.0)
     bbox_loss_coef: float = setting(5.0, "weight of the L1 box loss", low=0.0, high=100.0)
@@ -90,99 +108,118 @@ class Loss:
     eos_coef: float = setting(0.1, "weight of the no-object class in the classification loss", low=0.0, high=1.0)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Matcher:
-    """Weights of the matching cost."""
+    """Weights of the terms of the matching cost."""
 
     set_cost_class: float = setting(1.0, "weight of the class probability in the matching cost", low=0.0, high=100.0)
     set_cost_bbox: float = setting(5.0, "weight of the L1 distance in the matching cost", low=0.0, high=100.0)
     set_cost_giou: float = setting(2.0, "weight of the GIoU in the matching cost", low=0.0, high=100.0)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Data:
-    """The photographs and what happens to them on the way in."""
+    """The data set, and how its images are loaded and transformed."""
 
-    path: str | None = setting(None, "folder with annotations/, train2017/ and val2017/; also s3://bucket/folder and gs://bucket/folder")
-    train_images: str | None = setting(None, "folder of training images, where it is not in data.path's layout")
-    train_annotations: str | None = setting(None, "COCO file of the training set, where it is not in data.path's layout")
-    val_images: str | None = setting(None, "folder of validation images, where it is not in data.path's layout")
-    val_annotations: str | None = setting(None, "COCO file of the validation set, where it is not in data.path's layout")
-    train_sizes: list[int] = setting(
-        [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800], "short sides drawn from in training (pixels)", low=16, high=4096
+    path: str | None = setting(
+        None, "data set folder with annotations/, train2017/ and val2017/; a path, s3://bucket/folder or gs://bucket/folder"
     )
-    val_size: int = setting(800, "short side in evaluation (pixels)", low=16, high=4096)
-    max_size: int = setting(1333, "longest side (pixels)", low=16, high=8192)
+    train_images: str | None = setting(None, "folder of the training images (default: train2017 in data.path)")
+    train_annotations: str | None = setting(None, "COCO annotation file of the training set (default: found in annotations/ of data.path)")
+    val_images: str | None = setting(None, "folder of the validation images (default: val2017 in data.path)")
+    val_annotations: str | None = setting(None, "COCO annotation file of the validation set (default: found in annotations/ of data.path)")
+    train_sizes: list[int] = setting(
+        [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
+        "lengths of the short side after resizing in training, one drawn per image (pixels)",
+        low=16,
+        high=4096,
+    )
+    val_size: int = setting(800, "length of the short side after resizing in evaluation (pixels)", low=16, high=4096)
+    max_size: int = setting(1333, "upper limit of the long side after resizing (pixels)", low=16, high=8192)
     flip: float = setting(0.5, "probability of a horizontal flip in training", low=0.0, high=1.0)
     crop: float = setting(0.5, "probability of a random crop in training", low=0.0, high=1.0)
-    crop_resize: list[int] = setting([400, 500, 600], "short sides drawn from before a crop (pixels)", low=16, high=4096)
-    crop_min: int = setting(384, "shortest side of a crop (pixels)", low=8, high=4096)
-    crop_max: int = setting(600, "longest side of a crop (pixels)", low=8, high=4096)
-    group_sizes: bool = setting(
-        False, "training batches of images that came out of their transforms alike in size: less is filled up, and they are less random"
+    crop_resize: list[int] = setting(
+        [400, 500, 600],
+        "lengths of the short side after the resizing that precedes a crop, one drawn per image (pixels)",
+        low=16,
+        high=4096,
     )
-    num_workers: int = setting(2, "processes that load images, per training worker", low=0, high=64)
+    crop_min: int = setting(384, "smallest side of a crop (pixels)", low=8, high=4096)
+    crop_max: int = setting(600, "largest side of a crop (pixels)", low=8, high=4096)
+    group_sizes: bool = setting(False, "group images of similar size into training batches: less padding, but batches are less random")
+    val_batch_size: int | None = setting(
+        None, "images per batch in evaluation (default: 8 on a GPU, optim.batch_size on a CPU)", low=1, high=1024
+    )
+    num_workers: int = setting(2, "processes that load images, for each training worker", low=0, high=64)
     cache_gb: float | None = setting(
-        None, "memory for decoded pictures on a machine (GB): a quarter of what it has when not given; 0 decodes them every time", low=0.0
+        None, "memory for decoded images on each node (GB; default: a quarter of its memory); 0 decodes images every time", low=0.0
     )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Optim:
-    """Optimizer, schedule and length of the training."""
+    """The optimizer, its schedule, and the length of the training."""
 
     lr: float = setting(1e-4, "learning rate of the transformer", low=0.0, high=1.0)
     lr_backbone: float = setting(1e-5, "learning rate of the backbone", low=0.0, high=1.0)
-    weight_decay: float = setting(1e-4, "AdamW's weight decay", low=0.0, high=1.0)
-    batch_size: int = setting(2, "images per worker and step", low=1, high=1024)
-    accumulate: int = setting(1, "batches whose gradients make one optimizer step", low=1, high=1024)
-    epochs: int = setting(50, "epochs to train", low=1, high=100000)
+    weight_decay: float = setting(1e-4, "weight decay of AdamW", low=0.0, high=1.0)
+    batch_size: int = setting(2, "images per worker and batch", low=1, high=1024)
+    accumulate: int = setting(1, "number of batches whose gradients are accumulated for one optimizer step", low=1, high=1024)
+    epochs: int = setting(50, "number of epochs", low=1, high=100000)
     schedule: str = setting("step", "learning-rate schedule", choices=["step", "cosine", "constant"])
     lr_drop: float = setting(
-        0.667, "how often the step schedule divides the rates by 10: below 1 a fraction of the run, else epochs; 0 is never", low=0.0
+        0.667,
+        "when the step schedule divides learning rates by 10: below 1 after each such fraction of the run, else in epochs; 0: never",
+        low=0.0,
     )
-    warmup: float = setting(0.0, "linear warm-up: below 1 a fraction of the run, else epochs", low=0.0)
-    clip_max_norm: float = setting(0.1, "largest gradient norm; 0 turns clipping off", low=0.0)
-    freeze_backbone: bool = setting(False, "train the transformer only")
+    warmup: float = setting(0.0, "length of the linear warm-up: below 1 a fraction of the run, else epochs", low=0.0)
+    clip_max_norm: float = setting(0.1, "gradient norm above which gradients are clipped; 0: no clipping", low=0.0)
+    freeze_backbone: bool = setting(False, "keep the backbone fixed and train the rest")
     ema_decay: float = setting(
-        0.0, "decay of the moving average of the weights that is evaluated and kept; 0 is off", low=0.0, high=0.99999
+        0.0, "decay of the exponential moving average of the weights, which is evaluated and saved; 0: no averaging", low=0.0, high=0.99999
     )
-    patience: int = setting(0, "stop after so many epochs without a better AP; 0 is off", low=0)
+    patience: int = setting(0, "early stopping: end the run after so many epochs without a better AP; 0: off", low=0)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Speed:
-    """What makes it fast on a device."""
+    """The device, and what makes training fast on it."""
 
-    device: str = setting("auto", "where to train: auto takes a GPU where there is one", choices=["auto", "cpu", "cuda"])
+    device: str = setting("auto", "device to train on; auto: a GPU where there is one", choices=["auto", "cpu", "cuda"])
     precision: str = setting(
-        "auto", "arithmetic of the forward pass; auto: bf16 on GPUs that have it, else fp32", choices=["auto", "fp32", "bf16", "fp16"]
+        "auto",
+        "precision of the forward pass; auto: bf16 on GPUs that support it, else fp32; tf32: fp32 with faster, less exact products on GPUs",
+        choices=["auto", "fp32", "tf32", "bf16", "fp16"],
     )
     compile: str = setting(
         "auto",
-        "torch.compile of the backbone, a minute at the start; auto: off until a device is known where it pays",
+        "compile the backbone with torch.compile, which takes a minute at the start; auto: off",
         choices=["auto", "on", "off"],
     )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Run:
-    """One training run: where it is kept and how it is spread."""
+    """One training run: its name, where it is stored, and its workers."""
 
-    name: str | None = setting(None, "name of the run's folder; made from preset and time when not given")
-    storage: str = setting("runs", "folder that holds the runs; also s3://bucket/folder and gs://bucket/folder")
-    seed: int = setting(42, "seed of everything that is drawn", low=0, high=2**31 - 1)
+    name: str | None = setting(None, "name of the run folder (default: preset and time)")
+    storage: str = setting("runs", "folder that holds the runs; a path, s3://bucket/folder or gs://bucket/folder")
+    seed: int = setting(42, "seed of all random numbers", low=0, high=2**31 - 1)
     workers: int | str = setting(
-        1, "training processes, one per GPU where there are GPUs; 2:8 takes what there is from time to time", low=1, high=4096, span=True
+        1,
+        "number of training workers, one per GPU where there are GPUs; MIN:MAX, such as 2:8, follows the size of the cluster",
+        low=1,
+        high=4096,
+        span=True,
     )
-    wait_for_machines_min: float = setting(0.0, "minutes to wait for the machines that Ray's autoscaler brings", low=0.0, high=10080.0)
-    max_failures: int = setting(3, "how often a lost worker is replaced before the run fails", low=0, high=1000)
-    pictures: int = setting(8, "validation pictures shown in TensorBoard", low=0, high=100)
+    wait_for_machines_min: float = setting(0.0, "how long to wait for nodes that Ray's autoscaler starts (minutes)", low=0.0, high=10080.0)
+    max_failures: int = setting(3, "how often lost workers are replaced before the run fails", low=0, high=1000)
+    pictures: int = setting(8, "number of validation images shown in TensorBoard", low=0, high=100)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Config:
-    """The tree. Build it with :func:`load_config`."""
+    """All settings, by section. Make one with :func:`load_config`."""
 
     model: Model = dataclasses.field(default_factory=Model)
     loss: Loss = dataclasses.field(default_factory=Loss)
@@ -193,12 +230,12 @@ class Config:
     run: Run = dataclasses.field(default_factory=Run)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Setting:
-    """What is known of one setting: its dotted name, type, default, bounds, choices and meaning."""
+    """The description of one setting: dotted name, type, default, bounds, choices and meaning."""
 
     name: str
-    type: type  # bool, int, float or str; of a list, its entries' type
+    type: type  # bool, int, float or str; of a list, the type of its entries
     is_list: bool
     optional: bool
     default: Any
@@ -206,10 +243,10 @@ class Setting:
     high: float | None
     choices: list | None
     meaning: str
-    span: bool  # a whole number, or text "MIN:MAX" of two
+    span: bool  # an integer, or text "MIN:MAX" with two
 
     def bounds(self) -> str:
-        """The permitted values in words, e.g. ``0.0 to 1.0``; empty where every value is."""
+        """Return the allowed values in words, such as ``0.0 to 1.0``; empty if every value is allowed."""
         if self.choices:
             return "one of " + ", ".join(map(str, self.choices))
         if self.low is not None and self.high is not None:
@@ -219,7 +256,17 @@ class Setting:
         return ""
 
     def parse(self, value: Any) -> Any:
-        """``value`` (from Python, YAML or the command line) in this setting's type; raises UserError where it does not fit."""
+        """Convert a value from Python, YAML or the command line to this setting's type, and check it against the bounds.
+
+        Args:
+            value: A value of the setting's type, or its text.
+
+        Returns:
+            The value as the tree holds it.
+
+        Raises:
+            UserError: The value has another type or is out of bounds.
+        """
         if self.optional and (value is None or (isinstance(value, str) and value.lower() in ("null", "~"))):
             return None
         if self.span and isinstance(value, str) and ":" in value:
@@ -229,7 +276,7 @@ class Setting:
         if isinstance(value, str):
             value = [part for part in value.strip("[]").replace(",", " ").split() if part]
         if not isinstance(value, (list, tuple)) or not value:
-            raise UserError(f"{self.name}: {value!r} is not a list of {self.type.__name__}")
+            raise UserError(f"{self.name}: {_shown(value)} is not a list of {self.type.__name__}")
         return [self._parse_one(entry) for entry in value]
 
     def _parse_span(self, text: str) -> int | str:
@@ -241,10 +288,10 @@ class Setting:
     def _parse_one(self, value: Any) -> Any:
         parsed = _as_type(value, self.type)
         if parsed is None:
-            raise UserError(f"{self.name}: {value!r} is not {_ARTICLE[self.type]}")
+            raise UserError(f"{self.name}: {_shown(value)} is not {_ARTICLE[self.type]}")
         outside = (self.low is not None and parsed < self.low) or (self.high is not None and parsed > self.high)
         if outside or (self.choices and parsed not in self.choices):
-            raise UserError(f"{self.name}: {value!r} is out of bounds; it takes {self.bounds()}")
+            raise UserError(f"{self.name}: {_shown(value)} is out of bounds; it takes {self.bounds()}")
         return parsed
 
 
@@ -252,8 +299,13 @@ _ARTICLE = {bool: "true or false", int: "a whole number", float: "a number", str
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
 def _as_type(value: Any, kind: type) -> Any:
-    """``value`` as ``kind``, or None where it cannot be read as that (NaN and infinity are no numbers here)."""
+    """Return ``value`` as ``kind``, or None if it cannot be read as that. NaN and infinity do not count as numbers."""
     if kind is bool:
         return value if isinstance(value, bool) else _BOOLEANS.get(str(value).lower())
     if kind is str:
@@ -262,7 +314,7 @@ def _as_type(value: Any, kind: type) -> Any:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if not math.isfinite(number):
         return None
@@ -279,29 +331,30 @@ def _describe(section: str, field: dataclasses.Field, annotation: Any) -> Settin
     is_list = typing.get_origin(annotation) is list
     if is_list:
         (annotation,) = typing.get_args(annotation)
-    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     return Setting(f"{section}.{field.name}", annotation, is_list, optional, default, **field.metadata)
 
 
 def _describe_all() -> Iterator[Setting]:
-    for section in dataclasses.fields(Config):
-        annotations = typing.get_type_hints(section.type)
-        for field in dataclasses.fields(section.type):
-            yield _describe(section.name, field, annotations[field.name])
+    sections = typing.get_type_hints(Config)
+    for section, kind in sections.items():
+        annotations = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            yield _describe(section, field, annotations[field.name])
 
 
 SETTINGS: dict[str, Setting] = {each.name: each for each in _describe_all()}
 
 
-# Settings that say where something is: a path, or an address in an object store.
+# Settings whose values are paths or URIs.
 PLACES = ("data.path", "data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations", "run.storage")
 
-# What a preset goes back to before it is laid, so that nothing of another one stays.
+# Applied before a preset, so that nothing of an earlier preset remains.
 _PRESET_DEFAULTS = {name: SETTINGS[name].default for changes in PRESETS.values() for name in changes}
 
 
 def find_setting(name: str) -> Setting:
-    """The setting of that dotted name; an unknown name is a UserError that names the nearest one."""
+    """Return the setting with that dotted name. An unknown name raises a UserError that suggests the nearest one."""
     if name in SETTINGS:
         return SETTINGS[name]
     by_leaf = {known.split(".")[1]: known for known in SETTINGS}
@@ -309,34 +362,60 @@ def find_setting(name: str) -> Setting:
     near = by_leaf.get(leaf) or next(iter(difflib.get_close_matches(name, SETTINGS, 1, 0.5)), None)
     near = near or by_leaf.get(next(iter(difflib.get_close_matches(leaf, by_leaf, 1, 0.5)), ""))
     hint = f"; did you mean {near!r}?" if near else f"; the sections are {', '.join(f.name for f in dataclasses.fields(Config))}"
-    raise UserError(f"unknown setting {name!r}{hint}")
+    raise UserError(f"unknown setting {_shown(name)}{hint}")
 
 
 def preset_settings(preset: str) -> dict[str, Any]:
-    """Every setting (dotted name to value) of a preset: the defaults with what the preset changes."""
+    """Return the value of every setting, by dotted name, that a preset starts from: the defaults with the preset's changes."""
     preset = SETTINGS["model.preset"].parse(preset)
     defaults = {name: each.default for name, each in SETTINGS.items()}
     return {**defaults, "model.preset": preset, **PRESETS[preset]}
 
 
-def load_config(*layers: Mapping[str, Any]) -> Config:
-    """The tree with ``layers`` of dotted names (or nested sections) laid over the defaults, later ones winning.
+def parse_settings(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Parse the values of a mapping from dotted names (or nested sections) to unchecked values.
 
-    A layer that names ``model.preset`` first lays that preset, then its own values. Raises UserError for an unknown name or
-    a value outside its bounds.
+    Returns:
+        The parsed values by dotted name, as :func:`with_settings` takes them.
+
+    Raises:
+        UserError: A name is unknown, or a value has the wrong type or is out of bounds.
     """
-    values = {name: each.default for name, each in SETTINGS.items()}
+    return {name: find_setting(name).parse(value) for name, value in flatten(layer).items()}
+
+
+def load_config(*layers: Mapping[str, Any]) -> Config:
+    """Return the default settings with ``layers`` applied one after the other.
+
+    Args:
+        layers: Mappings from dotted names (or nested sections) to values, which are parsed and checked. Later layers override
+            earlier ones. A layer that names ``model.preset`` applies the preset before its own values.
+
+    Raises:
+        UserError: A name is unknown, a value has the wrong type or is out of bounds, or two values contradict each other.
+    """
+    return with_settings(Config(), *map(parse_settings, layers))
+
+
+def with_settings(config: Config, *layers: Mapping[str, Any]) -> Config:
+    """Return a copy of ``config`` with ``layers`` applied one after the other.
+
+    Args:
+        config: The settings to start from; they are not changed.
+        layers: Mappings from dotted names to values of the settings' own types: from :func:`parse_settings`, :func:`read_yaml` or
+            another tree. They are not parsed again.
+
+    Raises:
+        UserError: Two values contradict each other.
+    """
+    changed = copy.deepcopy(config)
     for layer in layers:
-        layer = {name: find_setting(name).parse(value) for name, value in flatten(layer).items()}
-        if "model.preset" in layer:
-            values.update(_PRESET_DEFAULTS | PRESETS[layer["model.preset"]])
-        values.update(layer)
-    config = Config()
-    for name, value in values.items():
-        section, leaf = name.split(".")
-        setattr(getattr(config, section), leaf, list(value) if isinstance(value, list) else value)
-    _check_together(config)
-    return config
+        values = {**_PRESET_DEFAULTS, **PRESETS[layer["model.preset"]], **layer} if "model.preset" in layer else layer
+        for name, value in values.items():
+            section, leaf = name.split(".")
+            setattr(getattr(changed, section), leaf, list(value) if isinstance(value, list) else value)
+    _check_together(changed)
+    return changed
 
 
 def _check_together(config: Config) -> None:
@@ -349,21 +428,37 @@ def _check_together(config: Config) -> None:
     if model.hidden_dim % model.nheads:
         raise UserError(f"model.hidden_dim: {model.hidden_dim} is not a multiple of model.nheads ({model.nheads})")
     if model.hidden_dim % 4:
-        raise UserError(f"model.hidden_dim: {model.hidden_dim} is not a multiple of 4, which the position encoding needs")
+        raise UserError(f"model.hidden_dim: {model.hidden_dim} is not a multiple of 4, which the position encoding requires")
     if data.crop_min > data.crop_max:
         raise UserError(f"data.crop_min: {data.crop_min} is larger than data.crop_max ({data.crop_max})")
     if not any((config.matcher.set_cost_class, config.matcher.set_cost_bbox, config.matcher.set_cost_giou)):
         raise UserError("matcher: all three costs are 0; nothing would tell a good match from a bad one")
+    if config.run.name is not None:
+        check_run_name(config.run.name)
+
+
+def check_run_name(name: str) -> None:
+    """Check that ``run.name`` can be the name of a folder.
+
+    Raises:
+        UserError: The name is blank, too long, or has a slash, a backslash or a control character in it.
+    """
+    if not name.strip():
+        raise UserError("run.name: is blank; give the run a name, or leave the setting out for a name made from preset and time")
+    if name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
+        raise UserError(f"run.name: {_shown(name)} is not the name of a folder; use letters, digits, '-', '_' and '.'")
+    if len(name.encode()) > LONGEST_NAME:
+        raise UserError(f"run.name: {name[:20]!r}... is {len(name.encode())} bytes long; it may have {LONGEST_NAME}")
 
 
 def least_and_most_workers(config: Config) -> tuple[int, int]:
-    """The two ends of ``run.workers``, which are one where it is a plain number."""
+    """Return both ends of ``run.workers``; they are equal if it is a plain number."""
     least, _, most = str(config.run.workers).partition(":")
     return int(least), int(most or least)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted names: ``{"optim": {"lr": 1}}`` and ``{"optim.lr": 1}`` both give ``{"optim.lr": 1}``."""
+    """Return nested sections as dotted names: ``{"optim": {"lr": 1}}`` and ``{"optim.lr": 1}`` both give ``{"optim.lr": 1}``."""
     flat = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -374,12 +469,25 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """The tree as nested plain data: section, leaf, value."""
+    """Return the settings as nested plain data: section, leaf, value."""
     return dataclasses.asdict(config)
 
 
+def by_name(config: Config) -> dict[str, Any]:
+    """Return the value of every setting by its dotted name."""
+    return flatten(to_dict(config))
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A settings file as dotted names, each checked; errors name file and line."""
+    """Read a settings file.
+
+    Returns:
+        The parsed values of the settings in the file, by dotted name; empty if the file is.
+
+    Raises:
+        UserError: The file cannot be read, is not a YAML mapping, or holds an unknown setting or a bad value. The message names the
+            file and the line.
+    """
     values = {}
     for name, value, line in yaml_leaves(path):
         try:
@@ -389,45 +497,101 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def yaml_leaves(path: str | Path, depth: int | None = None) -> Iterator[tuple[str, Any, int]]:
-    """Dotted name, value and line of every leaf of a YAML mapping; ``depth`` limits how many dots are unfolded.
+def read_config(path: str | Path) -> Config:
+    """Read the ``config.yaml`` of a run or a search, which :func:`write_yaml` wrote.
 
-    Raises UserError where the file cannot be read, is no YAML or no mapping, or says one name twice.
+    Settings that the file does not have, because an earlier version wrote it, get their defaults.
+
+    Raises:
+        UserError: As :func:`read_yaml`, and if the file is empty: no run has only default settings.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not a YAML file ({getattr(error, 'problem', None) or 'bad encoding'})") from None
+    values = read_yaml(path)
+    if not values:
+        raise UserError(f"{path}: is empty, and it should hold the settings of the run; restore the file or start a new run")
+    return with_settings(Config(), values)
+
+
+def yaml_leaves(path: str | Path, depth: int | None = None) -> Iterator[tuple[str, Any, int]]:
+    """Iterate over the leaves of a YAML mapping.
+
+    Args:
+        path: The file.
+        depth: How many dots a name gets from nested mappings; None: all mappings are unfolded.
+
+    Yields:
+        Dotted name, value and line number of each leaf.
+
+    Raises:
+        UserError: The file cannot be read, is not a YAML mapping, or has a name twice.
+    """
+    root = read_yaml_nodes(path)
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
         raise UserError(f"{path}, line {root.start_mark.line + 1}: expected settings by name, found a {root.id}")
     seen: dict[str, int] = {}
-    for name, value, line in _leaves_of(root, "", depth):
+    for name, node, line in _leaves_of(root, "", depth):
         if name in seen:
             raise UserError(f"{path}, line {line}: {name} stands twice (first on line {seen[name]})")
         seen[name] = line
-        yield name, value, line
+        # YAML 1.1 reads 1:4 as 64, in base 60, which nobody means.
+        in_base_60 = isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and ":" in node.value
+        yield name, node.value if in_base_60 else yaml_value(node, path), line
 
 
-def _leaves_of(node: yaml.MappingNode, prefix: str, depth: int | None) -> Iterator[tuple[str, Any, int]]:
-    constructor = yaml.SafeLoader("")
+def _leaves_of(node: yaml.MappingNode, prefix: str, depth: int | None) -> Iterator[tuple[str, yaml.Node, int]]:
     for key, value in node.value:
-        name = f"{prefix}{key.value}"
+        name = f"{prefix}{key.value if isinstance(key, yaml.ScalarNode) else f'({key.id})'}"
         if isinstance(value, yaml.MappingNode) and (depth is None or name.count(".") < depth):
             yield from _leaves_of(value, f"{name}.", depth)
         else:
-            # YAML 1.1 reads 1:4 as 64, to the base of 60, which nobody means.
-            based_on_60 = isinstance(value, yaml.ScalarNode) and value.tag.endswith((":int", ":float")) and ":" in value.value
-            yield name, value.value if based_on_60 else constructor.construct_object(value, deep=True), key.start_mark.line + 1
+            yield name, value, key.start_mark.line + 1
+
+
+def read_yaml_nodes(path: str | Path) -> yaml.Node | None:
+    """Read a YAML file as PyYAML's nodes, which know their lines; None if the file is empty.
+
+    Raises:
+        UserError: The file cannot be read, is not YAML, refers to itself, or is nested too deeply. The message names the line.
+    """
+    try:
+        with Path(path).open(encoding="utf-8-sig") as file:
+            root = yaml.compose(file.read(), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: is nested too deeply; settings are at most a few levels deep") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not a YAML file ({getattr(error, 'problem', None) or 'bad encoding'})") from None
+    if root is not None:
+        _check_nesting(root, path, (), set())
+    return root
+
+
+def _check_nesting(node: yaml.Node, path: str | Path, above: tuple[yaml.Node, ...], checked: set[yaml.Node]) -> None:
+    where = f"{path}, line {node.start_mark.line + 1}"
+    if node in above:
+        raise UserError(f"{where}: refers to itself; write the value out")
+    if len(above) > DEEPEST:
+        raise UserError(f"{where}: is nested too deeply; settings are at most a few levels deep")
+    if isinstance(node, yaml.CollectionNode) and node not in checked:
+        children = (each for pair in node.value for each in pair) if isinstance(node, yaml.MappingNode) else node.value
+        for child in children:
+            _check_nesting(child, path, (*above, node), checked)
+        checked.add(node)
+
+
+def yaml_value(node: yaml.Node, path: str | Path) -> Any:
+    """Return the plain value of a node of :func:`read_yaml_nodes`; ``path`` is the file that a UserError names."""
+    try:
+        return yaml.SafeLoader("").construct_document(node)
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # a date of month 13 raises ValueError
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{path}, line {node.start_mark.line + 1}: not a YAML file ({problem})") from None
 
 
 def write_yaml(config: Config, path: str | Path) -> None:
-    """The complete tree as YAML: starting from the file repeats the run."""
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    """Write all settings as YAML, atomically. A run started from the file repeats this one. Raises OSError."""
+    atomic_write_text(Path(path), yaml.safe_dump(to_dict(config), sort_keys=False))

@@ -1,12 +1,14 @@
-"""What the process asks of Python's and the C library's memory, where they take time to tidy up after every step."""
+"""How this process uses memory: when Python collects garbage, and when freed memory is kept or given back."""
 
 import contextlib
 import ctypes
 import gc
 import platform
+import sys
+import traceback
 from collections.abc import Iterator
 
-# glibc's mallopt: its parameters (malloc.h), what they are set to, and what glibc's own adjustment to a network's maps ends with.
+# Parameters of glibc's mallopt (malloc.h). GIVE_BACK holds what glibc's own adjustment to a network's feature maps ends with.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 KEEP = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}
 GIVE_BACK = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 * 2**20, M_TRIM_THRESHOLD: 64 * 2**20}
@@ -14,7 +16,7 @@ GIVE_BACK = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 * 2**20, M_TRIM_THRESHOLD: 
 
 @contextlib.contextmanager
 def without_collections() -> Iterator[None]:
-    """Within it Python does not look for garbage, which it does again and again as objects become many; among these there is none."""
+    """Turn Python's garbage collection off within the ``with`` block, for code that creates many objects and no garbage."""
     on = gc.isenabled()
     gc.disable()
     try:
@@ -26,14 +28,40 @@ def without_collections() -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept_memory(device_type: str) -> Iterator[None]:
-    """Within it, on a ``"cpu"``, the C library keeps freed memory for the next use, as PyTorch does on a GPU; afterwards it is given back.
+    """Keep freed memory for the next use within the ``with`` block, and give it back at its end.
 
-    Else every large feature map comes from the system anew, as pages to be zeroed first: a hundred thousand of them in a step of
-    ``detr_resnet50``. Without glibc nothing changes.
+    On a CPU this is what PyTorch's allocator does on a GPU anyway: otherwise every large feature map is allocated by the system, which
+    has to zero its pages first, a hundred thousand of them in a step of ``detr_resnet50``. It has no effect without glibc. On a GPU
+    other processes can use the memory afterwards, also if the block ended with an exception, such as running out of memory.
+
+    Args:
+        device_type: ``"cpu"`` or ``"cuda"``.
     """
-    if device_type != "cpu" or platform.libc_ver()[0] != "glibc":
-        yield
-        return
+    try:
+        if device_type == "cpu" and platform.libc_ver()[0] == "glibc":
+            with _kept_by_glibc():
+                yield
+        else:
+            yield
+    except BaseException as error:
+        if device_type == "cuda":
+            _clear_frames(error)
+        raise
+    finally:
+        if device_type == "cuda" and "torch" in sys.modules:
+            gc.collect()  # a model and its optimizer refer to each other
+            sys.modules["torch"].cuda.empty_cache()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    # The local variables of the functions that failed hold tensors for as long as somebody has the exception.
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+@contextlib.contextmanager
+def _kept_by_glibc() -> Iterator[None]:
     libc = ctypes.CDLL(None)
     _set(libc, KEEP)
     try:

@@ -1,4 +1,5 @@
 import dataclasses
+import pickle
 
 import pytest
 import yaml
@@ -63,6 +64,13 @@ def test_a_span_written_by_hand_is_not_read_to_the_base_of_60(tmp_path):
         ({"optim.lr": float("nan")}, "not a number"),
         ({"optim.lr": "fast"}, "not a number"),
         ({"optim.lr": None}, "not a number"),
+        ({"optim.epochs": 10**400}, "not a whole number"),
+        ({"run.name": " "}, "run.name: is blank"),
+        ({"run.name": "x" * 300}, "run.name: 'xxxxxxxxxxxxxxxxxxxx'... is 300 bytes long; it may have 200"),
+        ({"run.name": "\u00e9" * 101}, "is 202 bytes long"),
+        ({"run.name": "one\ntwo"}, "run.name: 'one\\ntwo' is not the name of a folder"),
+        ({"run.name": "\x1b[2J"}, "is not the name of a folder"),
+        ({"run.name": "../up"}, "is not the name of a folder"),
         ({"model.pre_norm": "perhaps"}, "not true or false"),
         ({"model.preset": "detr_resnet18"}, "one of detr_resnet50"),
         ({"data.train_sizes": []}, "not a list"),
@@ -93,6 +101,14 @@ def test_bad_settings_are_one_line_that_says_what_is_right(layer, says):
         ("optim: {lr: 1\n", "not a YAML file"),
         ("optim.lr: 1\noptim:\n  lr: 2\n", "line 3: optim.lr stands twice (first on line 1)"),
         ("optim.lr: !!python/object/apply:os.system ['true']\n", "not a YAML file"),
+        ("optim: &o\n  lr: *o\n", "line 1: refers to itself"),
+        ("optim.lr: 1\ndata.train_sizes: &s [1, *s]\n", "line 2: refers to itself"),
+        ("optim: " + "{a: " * 100_000, "is nested too deeply"),
+        ("optim.lr: " + "[" * 100_000, "is nested too deeply"),
+        ("optim.lr: " + "[" * 30 + "1" + "]" * 30, "line 1: is nested too deeply"),
+        ("run.name: 2026-13-45\n", "line 1: not a YAML file (month must be in 1..12)"),
+        ("optim.epochs: " + "9" * 5000, "line 1: not a YAML file"),
+        ("? [1, 2]\n: 3\n", "line 1: unknown setting '(sequence)'"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path, text, says):
@@ -124,3 +140,42 @@ def test_loading_leaves_the_defaults_alone():
     config.load_config({}).data.train_sizes.append(1)
     assert config.load_config({}).data.train_sizes == config.SETTINGS["data.train_sizes"].default
     assert dataclasses.asdict(config.load_config({})) == dataclasses.asdict(config.Config())
+
+
+def test_settings_are_parsed_once_on_the_way_from_a_file_to_a_changed_copy(tmp_path, monkeypatch):
+    (tmp_path / "run.yaml").write_text("optim.lr: 2e-4\n")
+    parsed, parse = [], config.Setting.parse
+    monkeypatch.setattr(config.Setting, "parse", lambda self, value: parsed.append(self.name) or parse(self, value))
+    loaded = config.with_settings(config.Config(), config.read_yaml(tmp_path / "run.yaml"))
+    changed = config.with_settings(loaded, {"run.name": "second"})
+    assert (changed.optim.lr, changed.run.name, loaded.run.name) == (2e-4, "second", None)
+    assert parsed == ["optim.lr"]
+
+
+def test_a_changed_copy_follows_presets_and_is_checked():
+    changed = config.with_settings(config.load_config({"optim.epochs": 7}), {"model.preset": "detr_tiny", "model.nheads": 2})
+    assert (changed.model.backbone, changed.model.nheads, changed.optim.epochs) == ("tiny", 2, 7)
+    with pytest.raises(UserError, match=r"not a multiple of model\.nheads"):
+        config.with_settings(changed, {"model.nheads": 3})
+
+
+def test_a_misspelt_setting_in_python_is_an_error():
+    loaded = config.load_config({})
+    with pytest.raises(AttributeError):
+        loaded.optim.lrr = 5
+
+
+def test_settings_travel_to_other_processes():
+    loaded = config.load_config({"model.preset": "detr_tiny", "data.train_sizes": [96, 128]})
+    assert pickle.loads(pickle.dumps(loaded)) == loaded
+
+
+def test_an_empty_file_of_a_run_says_so(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(UserError, match=r"config\.yaml: is empty, and it should hold the settings of the run"):
+        config.read_config(tmp_path / "config.yaml")
+
+
+def test_a_file_of_an_earlier_version_gets_the_defaults_of_newer_settings(tmp_path):
+    (tmp_path / "config.yaml").write_text("optim: {lr: 3e-4}\n")
+    assert config.read_config(tmp_path / "config.yaml") == config.load_config({"optim.lr": 3e-4})

@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ray.train.torch import TorchTrainer
 from raydetr import config as settings
 from raydetr.data.check.check import check
 from raydetr.errors import UserError
+from raydetr.files import one_process
 from raydetr.launch import ray_private
 from raydetr.launch.mailbox import Mailbox
 from raydetr.launch.nodes import (
@@ -53,17 +54,19 @@ OUT_OF_MEMORY = (
 RESUMABLE = {
     "optim.epochs",
     "optim.patience",
+    *settings.PLACES,  # where the data is now; fit checks that it is the run's own
     "data.num_workers",
+    "data.val_batch_size",
     "data.cache_gb",
     "run.max_failures",
     "run.wait_for_machines_min",
     "run.workers",
     "speed.device",
     "speed.compile",
-}
+} - {"run.storage"}
 
 
-def train(config: settings.Config, resume: bool = False) -> dict[str, Any]:
+def train(config: settings.Config, resume: bool = False, from_best: bool = False) -> dict[str, Any]:
     """Fine-tune with ``config.run.workers`` Ray Train workers.
 
     One worker without a cluster is this process itself (Ray Train's local mode). For more, Ray is started on this machine unless
@@ -73,6 +76,7 @@ def train(config: settings.Config, resume: bool = False) -> dict[str, Any]:
     Args:
         config: The settings of the run.
         resume: Whether to resume the run that is there.
+        from_best: Whether to resume it from ``best.pth`` instead of ``last.pth``, and train all later epochs again.
 
     Returns:
         The last epoch's metrics, as :func:`raydetr.training.fit.fit` returns them.
@@ -83,10 +87,16 @@ def train(config: settings.Config, resume: bool = False) -> dict[str, Any]:
     """
     config = with_absolute_paths(config)
     check_data(config)
+    check_name(config)
     least, most = settings.least_and_most_workers(config)
-    if not resume:
-        claim_run_folder(config)
-    with naming_the_file(), interruptible(lambda: how_to_resume(config) if _has_begun(config) else "") as received:
+    interrupted = interruptible(lambda: how_to_resume(config) if _has_begun(config) else "")
+    with naming_the_file(), driving(config), interrupted as received:
+        if not resume:
+            claim_run_folder(config)
+        elif from_best:
+            from raydetr.training.resume import restart_from_best
+
+            restart_from_best(run_root(config))
         try:
             if most == 1 and not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
                 check_nodes(config)
@@ -95,6 +105,24 @@ def train(config: settings.Config, resume: bool = False) -> dict[str, Any]:
                 return _run(config, least, received)
         finally:
             shutil.rmtree(run_folder(config) / RAY_FOLDER, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def driving(config: settings.Config) -> Iterator[None]:
+    """Keep a second ``raydetr train`` out of the run for the length of the context. The lock of a killed process is free.
+
+    Of two that a lock cannot keep apart (on two machines, with an object store or a file system without locks), the one that started
+    first ends after its epoch, since the other one has become the owner of the run folder.
+
+    Raises:
+        UserError: Another process runs it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(one_process(run_folder(config) / ".lock", wait=False))
+        except TimeoutError:
+            raise UserError(f"{run_root(config)}: another raydetr is training this run; wait for its end or stop it first") from None
+        yield
 
 
 def run_root(config: settings.Config) -> str:
@@ -131,9 +159,8 @@ def claim_run_folder(config: settings.Config) -> Path:
     """Create the run's folder.
 
     Raises:
-        UserError: There is a run in it already, it cannot be created, or ``run.name`` cannot name a folder.
+        UserError: There is a run in it already, or it cannot be created.
     """
-    check_name(config)
     root, folder = run_root(config), fetch(run_root(config), only="config.yaml")
     try:
         if (folder / "config.yaml").exists():
@@ -148,17 +175,25 @@ def resume_config(run: str, *layers: Mapping[str, Any]) -> settings.Config:
     """Return the settings of an existing run, changed by ``layers``.
 
     Args:
-        run: The folder or URI of the run.
+        run: The folder or URI of the run, or of a checkpoint in it.
         layers: Settings by dotted name that may change when a run is resumed; later ones win.
 
     Raises:
         UserError: There is no run, or a changed setting would make it another run.
     """
     root = absolute(run)
-    file = fetch(root, only="config.yaml") / "config.yaml"
-    if not file.is_file():
-        raise UserError(f"--resume: there is no run in {root} (no config.yaml)")
+    if names_checkpoint(run):
+        root, _ = split(root)
+    with naming_the_file():
+        file = fetch(root, only="config.yaml") / "config.yaml"
+        if not file.is_file():
+            raise UserError(f"--resume: there is no run in {root} (no config.yaml)")
     before = settings.read_yaml(file)
+    if not before:
+        raise UserError(
+            f"--resume: {file} is empty, which holds the settings of the run; bring it back, or start a new run with "
+            f"--model.weights {join(root, 'best.pth')}"
+        )
     after = {name: value for layer in layers for name, value in settings.flatten(layer).items()}
     for name, value in after.items():
         value = after[name] = settings.find_setting(name).parse(value)
@@ -166,6 +201,11 @@ def resume_config(run: str, *layers: Mapping[str, Any]) -> settings.Config:
             raise UserError(f"--resume: {name} is {before.get(name)!r} in {root} and {value!r} here; it may not change, start a new run")
     storage, name = split(root)
     return settings.load_config(before, after, {"run.storage": storage, "run.name": name})
+
+
+def names_checkpoint(run: str, names: Collection[str] = ("best.pth", "last.pth")) -> bool:
+    """Return whether what ``--resume`` was given is one of the checkpoints of a run."""
+    return split(run)[1] in names
 
 
 def how_to_resume(config: settings.Config) -> str:

@@ -83,7 +83,7 @@ class Criterion(nn.Module):
         numerators, wrong = self._numerators(outputs, targets)
         cardinality = numerators.pop("cardinality_error")[-1]
         counts = {"num_boxes": boxes, "class_weight": class_weight, "matched": matched, "images": images}
-        sums = {name: wrong.new_tensor(value, dtype=torch.float64) for name, value in counts.items()}
+        sums = {name: wrong.new_full((), value, dtype=torch.float64) for name, value in counts.items()}
         return {
             **{name: each.double() for name, each in _by_layer(numerators).items()},
             "correct": matched - wrong.double(),

@@ -1,20 +1,23 @@
-"""One search: an Optuna study in a journal file, asked for settings and told results.
+"""A search: an Optuna study in a journal file.
 
-The study is the only memory. Whoever runs the trials asks for settings, reports the objective after every epoch and tells how a
-trial ended; each of these may be said again after a crash without harm. The folder of a search holds
+The study is the only record of a search. The driver asks it for the settings of the next trial, reports the objective after every
+epoch, and tells it how a trial ended. Each of these calls can be repeated after a crash without harm. The folder of a search holds
 
-    space.yaml      what is drawn (a space file again)
-    config.yaml     the base settings, which are also trial 0's
-    study.journal   the study; ``optuna-dashboard`` and ``optuna.load_study`` read it while the search runs
+    space.yaml      the search space
+    config.yaml     the base settings, which are those of trial 0
+    study.journal   the study; ``optuna-dashboard`` and ``optuna.load_study`` can read it while the search runs
 """
 
+import contextlib
 import difflib
 import importlib.util
+import json
 import math
+import os
 import re
 import time
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,48 +30,75 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from raydetr.config import Config, flatten, load_config, read_yaml, to_dict, write_yaml
+from raydetr.config import PLACES, Config, by_name, read_config, read_yaml_nodes, with_settings, write_yaml, yaml_value
 from raydetr.errors import UserError
 from raydetr.search.population import better_trial, check_population, moved
 from raydetr.search.space import Space, as_drawn, draw, read_space
 from raydetr.storage import PATIENCE_S, check_owner, fetched, push, working_folder
+from raydetr.text import count, shortlist
+from raydetr.training.metrics import REPORTED, WHERE
+from raydetr.values import is_finite
 
 if TYPE_CHECKING:
     import pandas
 
 SAMPLERS = ("tpe", "gp", "random", "cmaes")
 SCHEDULERS = ("asha", "median", "none", "pbt")
-GIVEN_UP = "given up"  # marks a trial that its pruner stops
-TAKEN_OVER = "taken over"  # what a trial went on from in population-based training: [{"after": epoch, "from": trial, "settings": drawn}]
-REDUCTION = 3  # of the trials that reach a rung of ASHA, a third goes on to the next, three times as many epochs away
-LOCK_SECONDS = 2  # a living writer holds the journal's lock for milliseconds
+GIVEN_UP = "given up"  # the user attribute of a trial that the pruner stops
+# The user attribute for population-based training, a list of {"after": epoch, "from": trial, "settings": drawn}.
+TAKEN_OVER = "taken over"
+REDUCTION = 3  # ASHA promotes a third of the trials at a rung to the next rung, at three times as many epochs
+LOCK_SECONDS = 2  # a live writer holds the journal's lock for milliseconds
 SPACE_FILE, CONFIG_FILE, STUDY_FILE = "space.yaml", "config.yaml", "study.journal"
 STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 STATE_NAMES = {**{state: name for name, state in STATES.items()}, TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}
 
 
 class Search:
-    """The search at a place. Make one with :func:`create_search`, go on with one with :func:`open_search`.
+    """A search in a folder or an object store. Make one with :func:`create_search`, resume one with :func:`open_search`.
 
-    Of a search in an object store, ``folder`` is the working copy: whoever made it had it fetched, and pushes what changes.
+    For a search in an object store, ``folder`` is its working copy on this computer. The caller fetches it, and pushes changes with
+    :meth:`push`.
+
+    Args:
+        place: Path or URI of the search.
+
+    Raises:
+        UserError: There is no search, its files cannot be read, or its space or base settings were edited since it began.
     """
 
     def __init__(self, place: str | Path) -> None:
         self.place, self.folder = str(place), working_folder(place)
         self.study = read_study(self.folder)
-        self.space = read_space(self.folder / SPACE_FILE)
-        self.base = self.space.ground(read_yaml(self.folder / CONFIG_FILE))
-        self.owner = ""  # of the place, in the process that runs the search; others push what they were asked to
-        self._again: list[int] = []
-        self._numbers: dict[str, int] = {}  # by key, which a trial keeps while this process runs the search
+        self.space = _read_own_space(self.folder / SPACE_FILE)
+        self.base_config = read_config(self.folder / CONFIG_FILE)
+        self.base = by_name(self.base_config)
+        self._check_unedited()
+        self.owner = ""  # the token of this process, where it runs the search
+        self._again: list[int] = []  # the trials to hand out again
+        self._numbers: dict[str, int] = {}  # the trials by key, which a trial keeps while this process runs the search
 
     def __reduce__(self):
         return Search, (self.place,)
 
-    def push(self, patience_s: float = PATIENCE_S) -> None:
-        """Bring what changed of the search's own files, not its trials', to its store; nothing for a folder.
+    def _check_unedited(self) -> None:
+        """Raise a UserError if the space or the base settings differ from those that the study began with."""
+        began = self._plan.get("space")  # missing in studies of version 0.1
+        edits = read_space(began).differences(self.space) if began else []
+        if edits:
+            raise UserError(f"{self.folder / SPACE_FILE}: was edited after the search began: {'; '.join(edits)}; undo the edit")
+        edits = [f"{name} was {old}, is {self.base[name]}" for name, old in self._plan.get("base", {}).items() if self.base[name] != old]
+        if edits:
+            raise UserError(f"{self.folder / CONFIG_FILE}: was edited after the search began: {shortlist(edits)}; undo the edit")
 
-        Raises UserError of the store, and where another process has begun to run the search that this one owns.
+    def push(self, patience_s: float = PATIENCE_S) -> None:
+        """Push changed files of the search, but not of its trials, to the object store. Does nothing for a local folder.
+
+        Args:
+            patience_s: How long to retry while the store does not answer, in seconds.
+
+        Raises:
+            UserError: The store refuses or does not answer, or another process has taken over the search that this one runs.
         """
         if self.owner:
             check_owner(self.place, self.owner, patience_s)
@@ -76,17 +106,17 @@ class Search:
 
     @property
     def metric(self) -> str:
-        """Name of the objective, which is maximized."""
+        """The name of the objective, which is maximized."""
         return self._plan["metric"]
 
     @property
     def trials(self) -> int:
-        """How many trials were asked for, trial 0 and failed ones included."""
+        """The number of trials requested, including trial 0 and failed ones."""
         return self._plan["trials"]
 
     @property
     def scheduler(self) -> str:
-        """What stops trials early (``SCHEDULERS``)."""
+        """The name of the scheduler that stops trials early, one of ``SCHEDULERS``."""
         return self._plan["pruner"]
 
     @property
@@ -94,18 +124,24 @@ class Search:
         return self.study.user_attrs["search"]
 
     def extend(self, trials: int) -> None:
-        """Ask for ``trials`` in all from now on."""
+        """Set the total number of trials requested. Raises a UserError if it is less than one."""
         self.study.set_user_attr("search", {**self._plan, "trials": _trial_count(trials)})
 
     def frozen(self) -> list[FrozenTrial]:
-        """Every trial as it stands, by number; not to be changed."""
+        """Return every trial in its current state, by number. The trials must not be changed."""
         return self.study.get_trials(deepcopy=False)
 
     def ask(self, key: str = "") -> tuple[int, dict[str, Any]] | None:
-        """The next trial's number and settings (dotted names; the others stay as in the base), None where all were handed out.
+        """Draw the settings of the next trial.
 
-        ``key`` is the runner's own name for the trial; asking again with the same one gives the same trial. Trial 0 has the base
-        settings whatever the space says, then come the enqueued points.
+        Trial 0 has the base settings, whatever the space says. The points given to :func:`create_search` follow, then drawn trials.
+
+        Args:
+            key: The caller's name for the trial. Asking again with the same key returns the same trial.
+
+        Returns:
+            The number of the trial and the settings of the space by dotted name, for :meth:`complete`. None if all trials were
+            handed out.
         """
         if key and (known := self.number(key)) is not None:
             return known, self._draw(optuna.Trial(self.study, self.frozen()[known]._trial_id))
@@ -113,8 +149,8 @@ class Search:
         handed_out = sum(trial.state != TrialState.WAITING for trial in trials)
         if not self._again and handed_out >= self.trials:
             return None
-        # A fresh sampler for every draw: it depends on the seed, the trial's turn and the study alone, so a search that was
-        # interrupted draws on as if it had not been.
+        # A new sampler for every draw depends on the seed, the number of the draw and the study alone. An interrupted search
+        # therefore draws the same settings as an undisturbed one.
         turn = [self._again[0], 1] if self._again else [handed_out, 0]
         self.study.sampler = make_sampler(self._plan["sampler"], [self._plan["seed"], *turn], self.trials)
         trial = optuna.Trial(self.study, trials[self._again.pop(0)]._trial_id) if self._again else self.study.ask()
@@ -125,20 +161,20 @@ class Search:
     def _draw(self, trial: optuna.Trial) -> dict[str, Any]:
         if trial.number:
             return self.space.suggest(trial, self.base)
-        with warnings.catch_warnings():  # a default outside a range is kept as it is
+        with warnings.catch_warnings():  # Optuna keeps a default value outside of a range, and warns
             warnings.filterwarnings("ignore", "Fixed parameter", UserWarning)
             for name in self.space.drawn(self.base):
                 draw(trial, self.space.dimensions[name])
         return self.settings(0)
 
     def number(self, key: str) -> int | None:
-        """The trial that was handed out under ``key``."""
+        """Return the number of the trial that was handed out under ``key``, or None."""
         if key not in self._numbers:
             self._numbers = {trial.user_attrs["key"]: trial.number for trial in self.frozen() if "key" in trial.user_attrs}
         return self._numbers.get(key)
 
     def settings(self, number: int) -> dict[str, Any]:
-        """The settings of a trial that was handed out: drawn, tied and fixed ones by dotted name."""
+        """Return the drawn, tied and fixed settings of a trial that was handed out, by dotted name."""
         if number == 0:
             return {name: self.base[name] for name in self.space.dimensions}
         trial = self.frozen()[number]
@@ -146,13 +182,23 @@ class Search:
         return self.space.suggest(optuna.trial.FixedTrial(changes[-1]["settings"]) if changes else trial, self.base)
 
     def config(self, number: int) -> Config:
-        """The complete settings of a trial."""
-        return load_config(self.base, self.settings(number))
+        """Return the complete settings of a trial that was handed out."""
+        return self.complete(self.settings(number))
+
+    def complete(self, settings: Mapping[str, Any]) -> Config:
+        """Return the base settings with those of a trial, as :meth:`ask` returns them."""
+        return with_settings(self.base_config, settings)
 
     def better_trial(self, number: int, epoch: int) -> int | None:
-        """Whose weights a trial at ``epoch`` goes on from in population-based training; None where it keeps its own.
+        """Choose the trial whose weights a trial continues from in population-based training.
 
-        Trial 0 always does: the others are compared with it.
+        Args:
+            number: The trial that has finished ``epoch``.
+            epoch: The epoch at which trials are compared.
+
+        Returns:
+            The number of a better running trial, or None if the trial keeps its own weights. Trial 0 always does, because the
+            others are compared with it.
         """
         trials = self.frozen()
         values = {trial.number: _value_at(trial, epoch) for trial in trials if (trial.last_step or 0) >= epoch}
@@ -162,7 +208,7 @@ class Search:
         return better_trial(values, number, running - {number}, self._random(number, epoch))
 
     def take_over(self, number: int, other: int, epoch: int) -> None:
-        """Note that a trial goes on from ``other`` after ``epoch``, with its settings a little changed."""
+        """Record that a trial continues from the weights of trial ``other`` after ``epoch``, with perturbed settings of that trial."""
         drawn = moved(self.space, self.space.drawn({**self.base, **self.settings(other)}), self._random(number, epoch, 1))
         trial = optuna.Trial(self.study, self.frozen()[number]._trial_id)
         change = {"after": epoch, "from": other, "settings": drawn}
@@ -172,16 +218,19 @@ class Search:
         return np.random.default_rng([self._plan["seed"], *numbers])
 
     def report(self, number: int, epoch: int, value: float | None) -> None:
-        """Note the objective (the best so far) after ``epoch``; what was noted before, and what is no number, is passed over."""
+        """Record the objective of a running trial (the best so far) after ``epoch``.
+
+        A value for an epoch that already has one, and a value that is not a finite number, are ignored.
+        """
         trial = self.frozen()[number]
-        if trial.state == TrialState.RUNNING and epoch not in trial.intermediate_values and _is_finite(value):
+        if trial.state == TrialState.RUNNING and epoch not in trial.intermediate_values and is_finite(value):
             optuna.Trial(self.study, trial._trial_id).report(value, epoch)
 
     def should_stop(self, number: int) -> bool:
-        """Whether a running trial, by what was reported of it, is to be given up; once it is, it stays so.
+        """Return whether the pruner stops a running trial, judging by the reported values. The decision is final.
 
-        Trial 0 never is: it is what the others must beat, and what they are compared with on the way. Nor is one after its last epoch,
-        which would save nothing.
+        Trial 0 is never stopped, because the others are compared with it. Nor is a trial after its last epoch, which would save
+        nothing.
         """
         trial = self.frozen()[number]
         if trial.state != TrialState.RUNNING:
@@ -192,34 +241,44 @@ class Search:
         live = optuna.Trial(self.study, trial._trial_id)
         if not live.should_prune() or number == 0 or trial.last_step >= self.config(number).optim.epochs:
             return False
-        live.set_user_attr(GIVEN_UP, True)  # a pruner decides at a rung once, and may not be asked again
+        live.set_user_attr(GIVEN_UP, True)  # a pruner decides at a rung only once
         return True
 
     def tell(
         self, number: int, state: str, value: float | None = None, *, reason: str = "", metrics: Mapping[str, Any] | None = None
     ) -> bool:
-        """Say how a trial ended: ``complete`` with its objective, ``pruned`` (the last reported value counts) or ``failed``.
+        """Record how a trial ended.
 
-        A complete trial whose objective is no finite number is failed. ``reason`` says why one failed; ``metrics`` are kept beside the
-        objective. Returns False, and changes nothing, where the trial had ended before.
+        Args:
+            number: The trial.
+            state: ``complete``, ``pruned`` (the last reported value becomes the objective) or ``failed``.
+            value: The objective of a complete trial. If it is not a finite number, the trial is recorded as failed.
+            reason: Why the trial failed.
+            metrics: The metrics to keep beside the objective. Numbers that are not finite are left out.
+
+        Returns:
+            False if the trial had already ended; then nothing changes.
         """
         trial = self.frozen()[number]
         if trial.state != TrialState.RUNNING:
             return False
-        if state == "complete" and not _is_finite(value):
+        if state == "complete" and not is_finite(value):
             state, reason = "failed", reason or f"its {self.metric} is {value}"
         live = optuna.Trial(self.study, trial._trial_id)
         if state == "failed":
             live.set_user_attr("reason", " ".join(reason.split()))
         if metrics:
-            live.set_user_attr("metrics", {name: each for name, each in metrics.items() if isinstance(each, str) or _is_finite(each)})
+            live.set_user_attr("metrics", {name: each for name, each in metrics.items() if isinstance(each, str) or is_finite(each)})
         self.study.tell(number, value if state == "complete" else None, STATES[state])
         return True
 
     def reclaim(self, known: Collection[str]) -> list[int]:
-        """Hand unfinished trials whose key is not ``known`` (the runner lost them in a crash) out again, before any new one.
+        """Hand out unfinished trials again, before any new one, if their key is not in ``known`` because their driver crashed.
 
-        Those that had been given up are told as pruned instead. Returns the numbers of the others.
+        Trials that the pruner had stopped are recorded as pruned instead.
+
+        Returns:
+            The numbers of the trials to hand out again.
         """
         lost = self._unfinished(known)
         for trial in lost:
@@ -229,7 +288,7 @@ class Search:
         return list(self._again)
 
     def fail_unknown(self, known: Collection[str], reason: str = "its runner is gone") -> list[int]:
-        """Mark unfinished trials whose key is not ``known`` as failed."""
+        """Record unfinished trials whose key is not in ``known`` as failed, and return their numbers."""
         numbers = [trial.number for trial in self._unfinished(known)]
         for number in numbers:
             self.tell(number, "failed", reason=reason)
@@ -239,16 +298,16 @@ class Search:
         return [trial for trial in self.frozen() if trial.state == TrialState.RUNNING and trial.user_attrs.get("key") not in known]
 
     def best(self) -> FrozenTrial | None:
-        """The ended trial with the highest objective, the earliest of equals; None where none has one."""
+        """Return the ended trial with the highest objective, the first of equals; None if no trial has one."""
         return next(iter(self.ranked()), None)
 
     def ranked(self) -> list[FrozenTrial]:
-        """The ended trials that have an objective, best first."""
-        ended = [trial for trial in self.frozen() if trial.state.is_finished() and _is_finite(trial.value)]
+        """Return the ended trials that have an objective, best first."""
+        ended = [trial for trial in self.frozen() if trial.state.is_finished() and is_finite(trial.value)]
         return sorted(ended, key=lambda trial: (-trial.value, trial.number))
 
     def trial_name(self, number: int) -> str:
-        """A folder name that tells the drawn settings, such as ``003_lr=3e-4_eos=0.05``; trial 0 is ``000_default``."""
+        """Return a folder name that shows the drawn settings, such as ``003_lr=3e-4_eos=0.05``; trial 0 is ``000_default``."""
         if number == 0:
             return "000_default"
         drawn = self.frozen()[number].params
@@ -269,43 +328,67 @@ def create_search(
     seed: int = 0,
     points: Sequence[Mapping[str, Any]] = (),
 ) -> Search:
-    """A new search at ``place``: trial 0 with the settings of ``config``, then ``points`` (of :meth:`Space.check_point`), then draws.
+    """Make a new search: trial 0 with the settings of ``config``, then ``points``, then drawn trials.
 
-    ``grace`` is the epoch before which ``pruner`` stops no trial. Raises UserError where the place holds a search already, for an
-    unknown sampler or pruner, and where ``trials`` are too few.
+    Args:
+        place: Path or URI of the search.
+        space: The search space.
+        config: The base settings.
+        trials: The number of trials, including trial 0.
+        metric: The name of the objective, which is maximized.
+        sampler: How settings are drawn, one of ``SAMPLERS``.
+        pruner: What stops trials early, one of ``SCHEDULERS``.
+        grace: The first epoch after which a trial may be stopped.
+        seed: The seed of the draws.
+        points: Settings to try after trial 0, as :meth:`Space.check_point` takes them.
+
+    Raises:
+        UserError: There is a search already, the folder cannot be written, a name is unknown, a point is not in the space, or there
+            are more points than trials.
     """
     folder = working_folder(place)
-    base = flatten(to_dict(config))
+    base = by_name(config)
     make_sampler(sampler, seed, _trial_count(trials))
     make_pruner(pruner, grace, trials)
     if pruner == "pbt":
         check_population(space)
     points = _without_repeats([space.check_point(point, base) for point in points])
     if len(points) >= trials:
-        raise UserError(f"{len(points)} points to start from and trial 0 need {len(points) + 1} trials; {trials} were asked for")
-    if (folder / STUDY_FILE).exists():
-        raise UserError(f"{place}: holds a search already; go on with it (--resume {place}) or take another name")
+        raise UserError(f"{len(points)} points to start from and trial 0 need {len(points) + 1} trials; {trials} were requested")
+    with _readable(folder):
+        if (folder / STUDY_FILE).exists():
+            raise UserError(f"{place}: holds a search already; resume it (--resume {place}) or choose another --name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         space.write(folder / SPACE_FILE)
         write_yaml(config, folder / CONFIG_FILE)
+        study = optuna.create_study(storage=_storage(folder), study_name=folder.name, direction="maximize")
     except OSError as error:
-        raise UserError(f"{folder}: cannot write there ({error.strerror or error})") from None
-    study = optuna.create_study(storage=_storage(folder), study_name=folder.name, direction="maximize")
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        study.set_metric_names([metric])  # labels the axes of Optuna's pictures and dashboard
-    study.enqueue_trial(space.drawn(space.ground(base)), user_attrs={"origin": "default settings"})
+        study.set_metric_names([metric])  # labels the axes of Optuna's plots and dashboard
+    study.enqueue_trial(space.drawn(base), user_attrs={"origin": "default settings"})
     for point in points:
         study.enqueue_trial(point, user_attrs={"origin": "given point"})
-    # Last, so that a search without it is known to be half made.
+    # Set last: a search without it was interrupted while it was made.
     plan = {"metric": metric, "trials": trials, "sampler": sampler, "seed": seed, "pruner": pruner, "grace": grace}
-    study.set_user_attr("search", plan)
+    kept = {name: value for name, value in base.items() if name not in PLACES and not name.startswith(("run.", "speed."))}
+    study.set_user_attr("search", {**plan, "space": space.to_dict(), "base": kept})
     return Search(place)
 
 
 def open_search(place: str | Path, space: Space | None = None, trials: int | None = None) -> Search:
-    """The search at ``place``, to go on with. Raises UserError where ``space`` is given and is not the one it began with."""
+    """Open a search to resume it.
+
+    Args:
+        place: Path or URI of the search.
+        space: The search space that the user names again; it must be the one that the search began with.
+        trials: The new total number of trials; None keeps it.
+
+    Raises:
+        UserError: There is no search, it cannot be written, or ``space`` is another one.
+    """
     _mend(working_folder(place) / STUDY_FILE)
     search = Search(place)
     changes = search.space.differences(space) if space else []
@@ -317,19 +400,53 @@ def open_search(place: str | Path, space: Space | None = None, trials: int | Non
 
 
 def read_study(folder: str | Path) -> optuna.Study:
-    """The Optuna study in ``folder``, also while somebody else writes it. Raises UserError where there is none."""
+    """Load the Optuna study of a search; another process may be writing it.
+
+    Raises:
+        UserError: There is no study, or it cannot be read.
+    """
     path = Path(folder) / STUDY_FILE
-    if not path.is_file():  # Optuna would make an empty one
-        raise UserError(f"{folder}: holds no search ({STUDY_FILE} is missing)")
-    try:
-        study = optuna.load_study(study_name=None, storage=_storage(Path(folder)))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise UserError(f"{path}: not the journal of an Optuna study, or a damaged one") from None
+    with _readable(path):
+        if not path.is_file():  # Optuna would create an empty one
+            raise UserError(f"{folder}: holds no search ({STUDY_FILE} is missing)")
+        try:
+            study = optuna.load_study(study_name=None, storage=_storage(Path(folder)))
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise UserError(f"{path}{_damage(path)}") from None
     if "search" not in study.user_attrs:
         raise UserError(f"{folder}: this search was interrupted while it was being made; delete the folder and start it again")
     return study
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+
+
+def _read_own_space(path: Path) -> Space:
+    with _readable(path):
+        if not path.is_file():
+            raise UserError(f"{path}: is missing, and with it what the search draws; restore the file")
+    return read_space(path)
+
+
+def _damage(path: Path) -> str:
+    """Say which line of a journal that cannot be replayed is damaged."""
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+        except ValueError:  # also bytes that are not Unicode
+            entry = None
+        if not isinstance(entry, dict) or not {"op_code", "worker_id"} <= entry.keys():
+            if number == 1:
+                break
+            keep = f"; to resume with what was recorded before it, keep the first {count(number - 1, 'line')} of {len(lines)}"
+            return f", line {number}: the journal is damaged{keep} (head -n {number - 1})"
+    return ": not the journal of an Optuna study, or a damaged one"
 
 
 def _storage(folder: Path) -> JournalStorage:
@@ -338,22 +455,25 @@ def _storage(folder: Path) -> JournalStorage:
 
 
 def _mend(path: Path) -> None:
-    """Clear away what a killed writer leaves: its lock, which Optuna would wait for half a minute, and a last line that is cut short.
+    """Remove what a killed writer left behind: the lock, for which Optuna would wait half a minute, and an incomplete last line.
 
-    What is appended to such a line would make the whole journal unreadable.
+    Appending to an incomplete line would make the whole journal unreadable.
     """
     lock = Path(f"{path}.lock")
-    if lock.is_symlink():
-        taken = lock.lstat().st_mtime_ns
-        time.sleep(LOCK_SECONDS)
-        if lock.is_symlink() and lock.lstat().st_mtime_ns == taken:
-            lock.unlink()
-    if not path.is_file():
-        return
-    with path.open("rb+") as file:
-        content = file.read()
-        if not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
+    with _readable(path):
+        if lock.is_symlink():
+            taken = lock.lstat().st_mtime_ns
+            time.sleep(LOCK_SECONDS)
+            if lock.is_symlink() and lock.lstat().st_mtime_ns == taken:
+                lock.unlink()
+        if not path.is_file():
+            return
+        if not os.access(path.parent, os.W_OK):  # Optuna makes its lock there
+            raise UserError(f"{path.parent}: cannot be written (Permission denied); a search that is resumed needs to")
+        with path.open("rb+") as file:
+            content = file.read()
+            if not content.endswith(b"\n"):
+                file.truncate(content.rfind(b"\n") + 1)
 
 
 def _trial_count(trials: int) -> int:
@@ -363,19 +483,25 @@ def _trial_count(trials: int) -> int:
 
 
 def make_sampler(name: str, seed: int | Sequence[int], trials: int) -> optuna.samplers.BaseSampler:
-    """Optuna's sampler of that name (``SAMPLERS``) for a search of ``trials``, seeded.
+    """Return a seeded Optuna sampler for a search of so many trials.
 
-    Raises UserError for an unknown name and for a missing package.
+    Args:
+        name: One of ``SAMPLERS``.
+        seed: One or several numbers that seed it.
+        trials: The number of trials of the search.
+
+    Raises:
+        UserError: The name is unknown, or a package is missing.
     """
     _check_name("sampler", name, SAMPLERS)
     if name == "cmaes" and importlib.util.find_spec("cmaes") is None:
-        raise UserError("the sampler cmaes needs the package of that name: pip install cmaes")
+        raise UserError("--sampler cmaes needs the package cmaes: pip install cmaes")
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    startup = min(10, max(3, trials // 4))  # random draws before the sampler learns; Optuna's 10 would be all of a short search
+    startup = min(10, max(3, trials // 4))  # random draws first; Optuna's 10 would be all of a short search
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         if name == "tpe":
-            # Groups keep settings that are drawn only under a condition from spoiling the joint model of the others.
+            # Grouping models conditional settings apart from the others.
             return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True)
         if name == "gp":
             return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
@@ -385,13 +511,21 @@ def make_sampler(name: str, seed: int | Sequence[int], trials: int) -> optuna.sa
 
 
 def make_pruner(name: str, grace: int, trials: int) -> optuna.pruners.BasePruner:
-    """What stops trials under that scheduler (``SCHEDULERS``), none before epoch ``grace``; UserError for an unknown name.
+    """Return the Optuna pruner of a scheduler.
 
-    Population-based training stops none: its trials go on from better ones instead.
+    Population-based training stops no trial: a trial that falls behind continues from a better one instead.
+
+    Args:
+        name: One of ``SCHEDULERS``.
+        grace: The first epoch after which a trial may be stopped.
+        trials: The number of trials of the search.
+
+    Raises:
+        UserError: The name is unknown, or ``grace`` is less than 1.
     """
     _check_name("scheduler", name, SCHEDULERS)
     if grace < 1:
-        raise UserError(f"a grace of {grace} epochs: a trial runs for one epoch at least")
+        raise UserError(f"a grace of {grace} epochs: a trial runs for at least one epoch")
     if name == "asha":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=grace, reduction_factor=REDUCTION)
     if name == "median":
@@ -406,43 +540,54 @@ def _check_name(what: str, name: str, known: Sequence[str]) -> None:
 
 
 def read_points(path: str | Path, space: Space, config: Config) -> list[dict[str, Any]]:
-    """Hand-written points, a YAML or JSON list of settings by dotted name, each checked against ``space``; errors name file and line.
+    """Read points to try from a YAML or JSON file.
 
-    A point may leave settings out; they are drawn.
+    Args:
+        path: A list of points; a point maps dotted names to values. Settings that it leaves out are drawn.
+        space: The search space, which every point must fit.
+        config: The base settings.
+
+    Returns:
+        The points, as :func:`create_search` takes them.
+
+    Raises:
+        UserError: The file cannot be read, or a point is not in the space. The message names file and line.
     """
-    try:
-        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"{path}{f', line {mark.line + 1}' if mark else ''}: not a YAML or JSON file") from None
-    if not isinstance(given, list) or not given:
+    root = read_yaml_nodes(path)
+    if not isinstance(root, yaml.SequenceNode) or not root.value:
         raise UserError(f"{path}: expected a list of points, such as  - {{optim.lr: 2e-4, loss.eos_coef: 0.05}}")
     points = []
-    for node, point in zip(root.value, given, strict=True):
-        where = f"{path}, line {node.start_mark.line + 1}"
+    for node in root.value:
+        where, point = f"{path}, line {node.start_mark.line + 1}", yaml_value(node, path)
         if not isinstance(point, dict):
             raise UserError(f"{where}: a point is a mapping from settings to values, not {point!r}")
         try:
-            points.append(space.check_point(point, flatten(to_dict(config))))
+            points.append(space.check_point(point, by_name(config)))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     return points
 
 
 def best_points(folder: str | Path, space: Space, config: Config, count: int = 3) -> list[dict[str, Any]]:
-    """The best ``count`` points of an earlier search that fit ``space``, best first.
+    """Return the best points of an earlier search that fit a new space.
 
-    Of each earlier trial's complete settings those count that ``space`` draws; a point outside its ranges does not fit. They are run
-    again rather than believed: their values were measured on other data or for other epochs.
+    From the complete settings of each earlier trial, a point has those that ``space`` draws. Points outside of its ranges are left
+    out. The new search trains the points again, because their objectives were measured on other data or for other epochs.
+
+    Args:
+        folder: Path or URI of the earlier search.
+        space: The new search space.
+        config: The base settings of the new search.
+        count: The number of points to return at most.
+
+    Returns:
+        The points, best first.
     """
     earlier = Search(fetched(folder, recursive=False))
     points: list[dict[str, Any]] = []
     for trial in earlier.ranked():
-        point = space.drawn(space.ground(flatten(to_dict(earlier.config(trial.number)))))
-        if point and space.contains(point, flatten(to_dict(config))):
+        point = space.drawn(space.ground(by_name(earlier.config(trial.number))))
+        if point and space.contains(point, by_name(config)):
             points = _without_repeats([*points, point])
     return points[:count]
 
@@ -452,36 +597,41 @@ def _without_repeats(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def importances(study: optuna.Study) -> dict[str, float]:
-    """Of each drawn setting its share in what tells the better trials from the rest (PED-ANOVA), largest first.
+    """Return the importance of each drawn setting by PED-ANOVA, largest first.
 
-    Empty where nothing can be told: fewer than four complete trials, or all with the same objective.
+    The importance is the share of a setting in what distinguishes the better trials from the rest. The result is empty if nothing
+    can be said: there are fewer than four complete trials, or all have the same objective.
     """
     values = [trial.value for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
     if len(values) < 4 or len(set(values)) == 1:
         return {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that few trials make it rough, which the report says itself
+        warnings.simplefilter("ignore")  # about few trials; the report says so itself
         evaluator = importance_evaluator(len(values))
         found = get_param_importances(study, evaluator=evaluator)
     return found if all(math.isfinite(each) for each in found.values()) else {}
 
 
 def importance_evaluator(complete: int) -> PedAnovaImportanceEvaluator:
-    """The evaluator for so many complete trials; "better" are the best tenth, but at least five trials or half of them."""
+    """Return the evaluator for a number of complete trials. "Better" means the best tenth, but at least five trials or half of them."""
     return PedAnovaImportanceEvaluator(target_quantile=min(0.5, max(0.1, 5 / max(complete, 1))))
 
 
 def best_config(search: Search) -> Config:
-    """The complete settings of the best trial, ready for a run of their own; UserError where no trial has an objective yet."""
+    """Return the complete settings of the best trial for a run of its own.
+
+    Raises:
+        UserError: No trial has an objective yet.
+    """
     best = search.best()
     if best is None:
         raise UserError(f"{search.folder}: no trial has ended with a value of {search.metric} yet")
-    # The search's own name would collide with it.
-    return load_config(flatten(to_dict(search.config(best.number))), {"run.name": None})
+    # A run with the name of the search would collide with it.
+    return with_settings(search.config(best.number), {"run.name": None})
 
 
 def write_best(folder: str | Path, out: str | Path | None = None) -> Path:
-    """:func:`best_config` as YAML (``best.yaml`` in the folder), ready for ``raydetr train --config``."""
+    """Write :func:`best_config` as YAML for ``raydetr train --config``, and return the path (default: ``best.yaml`` in the folder)."""
     search = Search(folder)
     out = Path(out) if out else search.folder / "best.yaml"
     write_yaml(best_config(search), out)
@@ -489,7 +639,11 @@ def write_best(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def trials_frame(search: Search) -> "pandas.DataFrame":
-    """One row a trial: number, state, objective, epochs, seconds, times, then its settings, then its metrics, then why it failed."""
+    """Return the trials as a data frame with one row per trial.
+
+    The columns are: ``trial``, ``state``, the objective, ``epochs``, ``seconds``, ``started``, ``ended``; the settings that vary; the
+    metrics of the last epoch; ``node`` and ``cards``, where the trial ran; its ``name``; and the ``reason`` why it failed.
+    """
     import pandas
 
     rows = []
@@ -504,13 +658,19 @@ def trials_frame(search: Search) -> "pandas.DataFrame":
         }
         row |= {"seconds": seconds, "started": trial.datetime_start, "ended": trial.datetime_complete}
         row |= {name: as_drawn(settings.get(name)) for name in search.space.names}
-        row |= {name: value for name, value in trial.user_attrs.get("metrics", {}).items() if name not in row}
+        row |= {name: value for name, value in reported_metrics(trial).items() if name not in row}
         rows.append({**row, "name": search.trial_name(trial.number), "reason": trial.user_attrs.get("reason")})
     return pandas.DataFrame(rows)
 
 
+def reported_metrics(trial: FrozenTrial) -> dict[str, Any]:
+    """Return the metrics of a trial's last epoch by name, and where it ran; studies of version 0.1 also hold values of Ray's own."""
+    kept = trial.user_attrs.get("metrics", {})
+    return {name: kept[name] for name in (*REPORTED, *WHERE) if name in kept}
+
+
 def write_trials(folder: str | Path) -> list[Path]:
-    """The trials as ``trials.csv`` and ``trials.parquet`` in the search's folder."""
+    """Write the trials as ``trials.csv`` and ``trials.parquet`` to the folder of the search, and return both paths."""
     search = Search(folder)
     frame = trials_frame(search)
     frame.to_csv(search.folder / "trials.csv", index=False)
@@ -519,7 +679,7 @@ def write_trials(folder: str | Path) -> list[Path]:
 
 
 def top_trials(search: Search, count: int = 5) -> str:
-    """The best trials and trial 0 as a table in plain text."""
+    """Return a plain text table of the best trials and trial 0."""
     from rich.console import Console
     from rich.table import Table
 
@@ -543,7 +703,7 @@ def top_trials(search: Search, count: int = 5) -> str:
 
 
 def epochs_of(trial: FrozenTrial) -> int:
-    """How many epochs a trial was trained: the last one reported (one in between may be missing after a crash)."""
+    """Return the number of epochs that a trial was trained, which is the last one reported."""
     return trial.last_step or 0
 
 
@@ -552,7 +712,7 @@ def _value_at(trial: FrozenTrial, epoch: int) -> float:
 
 
 def _is_drawn(search: Search, trial: FrozenTrial) -> bool:
-    """False for a trial that waits, and for one whose runner died in the middle of drawing it."""
+    """Return whether a trial has all of its settings: it is not waiting, and no driver died in the middle of drawing it."""
     try:
         search.settings(trial.number)
     except ValueError:
@@ -560,16 +720,12 @@ def _is_drawn(search: Search, trial: FrozenTrial) -> bool:
     return trial.state != TrialState.WAITING
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
 def _short(name: str) -> str:
     return name.split(".")[1].removesuffix("_coef").removesuffix("_loss")
 
 
 def _compact(value: Any) -> str:
-    """A value in few characters: ``0.05``, ``3.2e-4``, ``cosine``."""
+    """Return a value in few characters: ``0.05``, ``3.2e-4``, ``cosine``."""
     if not isinstance(value, float):
         return str(as_drawn(value))
     if value == 0 or 0.01 <= abs(value) < 10000:

@@ -1,25 +1,28 @@
-"""What a training run shows on the terminal: a progress bar and a small table per epoch; plain lines where it is no terminal.
+"""The terminal output of a training run: a progress bar and a small table per epoch, or plain lines if the output is not a terminal.
 
-A run tells what happens in events, dicts of plain data with a ``kind``:
+A run describes its progress in events, dicts of plain data with a ``kind``:
 
 - ``message``: ``text``, a line to print;
 - ``start``: ``epochs``, ``steps`` (optimizer steps in an epoch), ``done`` (epochs finished before);
-- ``step``: ``epoch`` (from 1), ``step`` (in the epoch, from 1), ``loss``, ``images_per_second``; any of them may be left out;
-- ``evaluate``: ``epoch``, whose evaluation begins;
+- ``step``: ``epoch`` (from 1), ``step`` (in the epoch, from 1), ``loss``, ``images_per_second``; some steps may be left out;
+- ``evaluate``: ``epoch``, whose evaluation starts;
 - ``epoch``: ``epoch``, ``metrics`` (as ``fit`` reports them), ``seconds``, ``best`` (whether it is the best so far);
-- ``end``: ``epochs`` (finished), ``best_AP``, ``best_epoch``, ``checkpoint``; nothing follows.
+- ``end``: ``epochs`` (finished), ``best_AP``, ``best_epoch``, ``checkpoint``; the last event.
 """
 
+import contextlib
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-PLAIN_INTERVAL_S = 10.0  # between two lines about steps where there is no terminal
+PLAIN_INTERVAL_S = 10.0  # between two lines about steps if the output is not a terminal
 
-# Of an epoch's table: heading and name among the metrics.
+# The columns of an epoch's table: heading, and name among the metrics.
 COLUMNS = (
     ("train loss", "train_loss"),
     ("val loss", "val_loss"),
@@ -31,28 +34,49 @@ COLUMNS = (
 
 
 class Display:
-    """Shows events as they come. A context manager: leaving it gives the terminal back however the run ended."""
+    """Shows events as they come. Use it as a context manager, which restores the terminal however the run ends.
+
+    A terminal that fails (a closed pipe, a lost connection, an encoding without the characters) is a warning on the standard error
+    stream; nothing more is shown then.
+
+    Args:
+        console: Where to show events; default: the standard output.
+    """
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(highlight=False)
         self._progress: Progress | None = None
         self._epochs = self._steps = self._done = 0
         self._began = self._last_line = time.monotonic()
+        self._failed = False
 
-    def __enter__(self):
+    def __enter__(self) -> "Display":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Take the progress bar away."""
-        if self._progress:
-            self._progress.stop()
-            self._progress = None
+        """Remove the progress bar."""
+        with self._warning_once():
+            self._stop_progress()
+
+    def _stop_progress(self) -> None:
+        progress, self._progress = self._progress, None
+        if progress:
+            progress.stop()
+
+    @contextlib.contextmanager
+    def _warning_once(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not self._failed:
+                warn(f"warning: the terminal: {error}; nothing more is shown, the training continues")
+            self._failed = True
 
     def show(self, event: dict[str, Any]) -> None:
-        """Show one event."""
+        """Show an event; after a failure of the terminal, do nothing."""
         handlers = {
             "message": self._message,
             "start": self._start,
@@ -61,13 +85,15 @@ class Display:
             "epoch": self._epoch,
             "end": self._end,
         }
-        handlers[event["kind"]](event)
+        if not self._failed:
+            with self._warning_once():
+                handlers[event["kind"]](event)
 
     def _message(self, event: dict[str, Any]) -> None:
         self.console.print(event["text"], markup=False, soft_wrap=True)
 
     def _start(self, event: dict[str, Any]) -> None:
-        self.close()  # a worker that was lost and replaced starts again
+        self._stop_progress()  # a worker that was lost and replaced starts again
         self._epochs, self._steps, self._done = event["epochs"], event["steps"], event["done"]
         self._began = self._last_line = time.monotonic()
         if not self.console.is_terminal:
@@ -106,7 +132,7 @@ class Display:
         self._last_line = time.monotonic()
 
     def _end(self, event: dict[str, Any]) -> None:
-        self.close()
+        self._stop_progress()
         best = f"best AP {_number(event['best_AP'])} in epoch {event['best_epoch']}"
         self._plain(f"{event['epochs']} epochs finished, {best}: {event['checkpoint']}")
 
@@ -117,9 +143,15 @@ class Display:
         return f"epoch {epoch}/{self._epochs}"
 
     def _left(self, steps: int) -> str:
-        """The time left, as the steps since the start took it."""
+        """Return the time left at the average speed since the start."""
         taken = steps - self._done * self._steps
         return clock((time.monotonic() - self._began) / max(taken, 1) * (self._epochs * self._steps - steps))
+
+
+def warn(text: str) -> None:
+    """Print a line on the standard error stream, if there still is one."""
+    with contextlib.suppress(OSError, ValueError):  # the same terminal may be gone
+        print(text, file=sys.stderr, flush=True)
 
 
 def _number(value: float | None) -> str:
@@ -127,7 +159,7 @@ def _number(value: float | None) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, with hours where there are any: ``1:02:03``."""
+    """Return a duration as ``2:03`` (minutes and seconds) or ``1:02:03`` (with hours)."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,4 +1,4 @@
-"""The training step, an epoch of them, and the evaluation."""
+"""One optimizer step, one epoch of steps, and one pass over the validation set."""
 
 import contextlib
 import dataclasses
@@ -22,126 +22,131 @@ from raydetr.loss.matcher import NonFiniteCost
 from raydetr.model.detr import postprocess
 from raydetr.training.schedule import MovingAverage
 
-# On a GPU the host reads losses only every so many steps, so that it stays ahead of the device; a CPU has nothing to wait for.
+# Reading a loss makes the host wait for the device. On a GPU the host reads the losses of many steps at once and stays ahead of it.
 READ_EVERY = {"cuda": 20, "cpu": 1}
-SMALLEST_SCALE = 1e-3  # of the losses in fp16
+MIN_LOSS_SCALE = 1e-3  # with fp16; a scale this small means that the gradients overflow whatever the scale
 
-Batch = tuple[Tensor, Tensor | None, list[dict[str, Tensor]]]
+Batch = tuple[Tensor, Tensor | None, list[dict[str, Tensor]]]  # images, padding mask, targets: what data.coco.collate returns
 
 
 @dataclasses.dataclass
 class Training:
-    """All that a training step uses and changes."""
+    """The state that optimizer steps use and change."""
 
-    model: nn.Module  # what is called: the DETR, or DistributedDataParallel around it
+    model: nn.Module  # the DETR, or DistributedDataParallel around it
     criterion: Criterion
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
-    scaler: torch.amp.GradScaler  # enabled for fp16 only
+    scaler: torch.amp.GradScaler  # enabled with fp16 only
     average: MovingAverage | None
     device: torch.device
-    dtype: torch.dtype  # of the forward pass; the losses are float32
-    accumulate: int = 1
-    clip_max_norm: float = 0.0
-    step: int = 0  # optimizer steps so far, over all epochs
+    dtype: torch.dtype  # of the forward pass; the losses are always computed in float32
+    accumulate: int = 1  # batches per optimizer step
+    clip_max_norm: float = 0.0  # 0 turns clipping off
+    step: int = 0  # optimizer steps taken so far, over all epochs
 
     @property
     def detr(self) -> nn.Module:
-        """The network itself, as it is trained."""
+        """The trained network, without the wrapper for several workers."""
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network that is evaluated and kept: the moving average of the weights where there is one."""
+        """The network that is evaluated and saved as the best: the moving average of the weights if there is one."""
         return self.average.module if self.average else self.detr
 
 
 def choose_device(speed: Speed, local_rank: int = 0) -> torch.device:
-    """The device of ``speed.device``; with GPUs the one of this process, ``local_rank`` counting the processes of the machine."""
+    """Return the device of ``speed.device`` and, for a GPU, make it this process's current device.
+
+    Args:
+        speed: The ``speed`` section of the settings.
+        local_rank: Index of this process among the worker processes of its node.
+
+    Raises:
+        UserError: ``speed.device`` is ``cuda`` and PyTorch finds no GPU.
+    """
     if speed.device == "cpu" or (speed.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("speed.device: cuda was asked for and PyTorch sees no GPU; cpu trains without")
+    configure_cuda(speed)
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 
 
+def configure_cuda(speed: Speed) -> None:
+    """Set the CUDA libraries to the arithmetic of ``speed.precision``, for the whole process."""
+    # cuDNN's attention builds a plan for every new shape of a batch, which takes longer than the step itself.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # PyTorch's own default is TF32 in convolutions, with a relative error of 1e-3 where float32 is asked for.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = speed.precision == "tf32"
+
+
 def choose_dtype(speed: Speed, device: torch.device) -> torch.dtype:
-    """The arithmetic of ``speed.precision`` for the forward pass."""
+    """Return the dtype of the forward pass that ``speed.precision`` names; ``auto`` is bfloat16 on GPUs that support it."""
     if speed.precision == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[speed.precision]
+    return {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[speed.precision]
 
 
-class Taken(NamedTuple):
-    """An optimizer step whose losses the host has not read yet."""
+class StepRecord(NamedTuple):
+    """What is kept of an optimizer step until its losses are read."""
 
-    step: int
-    losses: Tensor  # float32, as loss_names, on the device; of this worker
+    step: int  # counted over the whole run, from 1
+    losses: Tensor  # float32 on the device, one for each of loss_names; those of this worker
     image_ids: list[int]
-    rates: list[float]
-
-
-class Means:
-    """Means of numbers by their name; those that are not finite (fp16's overflowing gradients) are left out."""
-
-    def __init__(self):
-        self._sums, self._counts = {}, {}
-
-    def add(self, numbers: dict[str, float]) -> None:
-        """One number for each name."""
-        for name, number in numbers.items():
-            finite = math.isfinite(number)
-            self._sums[name] = self._sums.get(name, 0.0) + (number if finite else 0.0)
-            self._counts[name] = self._counts.get(name, 0) + finite
-
-    def values(self) -> dict[str, float]:
-        """The means; NaN where no number was finite."""
-        return {name: value / self._counts[name] if self._counts[name] else math.nan for name, value in self._sums.items()}
+    learning_rates: list[float]  # transformer, backbone
 
 
 def train_one_epoch(training: Training, loader: Iterable[Batch], epoch: int, show: Callable[[dict], None]) -> dict[str, float]:
-    """One pass over the training set; returns the means over its steps by :func:`loss_names`, of the rates ``lr_transformer`` and
-    ``lr_backbone``, and ``images_per_second``.
+    """Train on every batch of ``loader`` once.
 
-    ``show`` is given every step's numbers (averaged over the workers), also ``step`` and ``images_per_second`` (of all workers).
-    Raises UserError, on all workers, where a loss or gradient is not finite.
+    Args:
+        training: The model, optimizer and so on; changed in place.
+        loader: Batches as :func:`raydetr.data.coco.collate` makes them. Every worker must have the same number.
+        epoch: Number of the epoch, from 1; used in error messages.
+        show: Called with the numbers of every optimizer step, averaged over the workers: ``step``, those of :func:`loss_names`,
+            ``lr_transformer``, ``lr_backbone`` and ``images_per_second`` (of all workers together).
+
+    Returns:
+        The means over the epoch of what ``show`` is called with, except ``step``.
+
+    Raises:
+        UserError: On every worker, if a loss or a gradient is not finite, or if ``loader`` is empty.
     """
     training.model.train()
-    names, means, unread, began = loss_names(training.criterion), Means(), [], time.perf_counter()
-    batches, images, since = iter(loader), 0, began
+    losses = EpochLosses(training, epoch, show)
+    batches = iter(loader)
     while group := list(itertools.islice(batches, training.accumulate)):
-        unread.append(take_step(training, names, group))
-        images += len(unread[-1].image_ids)
-        if len(unread) >= READ_EVERY[training.device.type]:
-            since = _read(training, names, unread, means, epoch, since, show)
-    if unread:
-        _read(training, names, unread, means, epoch, since, show)
-    if not images:
+        losses.add(take_step(training, group))
+    losses.read()
+    if not losses.images:
         raise UserError("the training set gives no batch: it has no image for each worker")
-    if training.scaler.is_enabled() and training.scaler.get_scale() < SMALLEST_SCALE:
-        raise UserError(f"the gradients overflow in fp16 whatever their scale (epoch {epoch}); take speed.precision bf16 or fp32")
-    return {**means.values(), "images_per_second": images * workers() / (time.perf_counter() - began)}
+    if training.scaler.is_enabled() and training.scaler.get_scale() < MIN_LOSS_SCALE:
+        raise UserError(f"the gradients overflow in fp16 at every loss scale (epoch {epoch}); use speed.precision bf16 or fp32")
+    return losses.means()
 
 
-def take_step(training: Training, names: list[str], batches: list[Batch]) -> Taken:
-    """One optimizer step on the micro-batches ``batches``, whose gradients add up to that of the one big batch."""
-    targets = [[_on_device(target, training.device) for target in batch[2]] for batch in batches]
+def take_step(training: Training, batches: list[Batch]) -> StepRecord:
+    """Take one optimizer step on ``batches``, whose gradients add up to the gradient of one large batch."""
+    names = loss_names(training.criterion)
+    targets = [[_boxes_and_labels(target, training.device) for target in batch[2]] for batch in batches]
     normalizers = training.criterion.normalizers(targets, training.detr.query_embed.num_embeddings)
     total = None
     for number, (images, mask, _) in enumerate(batches):
         more_to_come = number < len(batches) - 1 and isinstance(training.model, DistributedDataParallel)
         with training.model.no_sync() if more_to_come else contextlib.nullcontext():
             outputs = _forward(training.model, images, mask, training.device, training.dtype)
-            losses = _losses(training.criterion, outputs, targets[number], normalizers, names)
+            losses = _losses(training.criterion, outputs, targets[number], normalizers)
             training.scaler.scale(losses["loss"]).backward()
         losses = torch.stack([losses[name].detach() for name in names[:-1]])
         total = losses if total is None else total + losses
     training.scaler.unscale_(training.optimizer)
     norm = nn.utils.clip_grad_norm_(training.detr.parameters(), training.clip_max_norm or math.inf)
-    rates = training.scheduler.get_last_lr()
+    learning_rates = training.scheduler.get_last_lr()
     training.scaler.step(training.optimizer)
     training.scaler.update()
     training.optimizer.zero_grad()
@@ -150,16 +155,89 @@ def take_step(training: Training, names: list[str], batches: list[Batch]) -> Tak
         training.average.update()
     training.step += 1
     image_ids = [int(target["image_id"]) for batch in batches for target in batch[2]]
-    return Taken(training.step, torch.cat([total, norm[None]]), image_ids, rates)
+    return StepRecord(training.step, torch.cat([total, norm[None]]), image_ids, learning_rates)
 
 
 def loss_names(criterion: Criterion) -> list[str]:
-    """The numbers of a step in their order: ``loss`` (weighted sum), every unweighted loss and error, ``grad_norm`` (before clipping)."""
+    """Return the names of a step's numbers, in order.
+
+    These are ``loss`` (the weighted sum), every unweighted loss, ``class_error`` and ``cardinality_error`` with their copies for the
+    earlier decoder layers, and ``grad_norm`` (before clipping).
+    """
     cardinality = [name.replace("loss_ce", "cardinality_error") for name in criterion.weight_dict if name.startswith("loss_ce")]
     return ["loss", *criterion.weight_dict, "class_error", *cardinality, "grad_norm"]
 
 
-def _on_device(target: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+class EpochLosses:
+    """Reads the losses of optimizer steps from the device, ``READ_EVERY`` steps at a time, and averages them over an epoch.
+
+    Args:
+        training: Says how the losses are named, on which device they are, and whether fp16 is in use.
+        epoch: Number of the epoch, from 1.
+        show: Called with the numbers of every step that is read; see :func:`train_one_epoch`.
+    """
+
+    def __init__(self, training: Training, epoch: int, show: Callable[[dict], None]):
+        self.images = 0  # of this worker
+        self._training, self._epoch, self._show = training, epoch, show
+        self._names = loss_names(training.criterion)
+        self._unread: list[StepRecord] = []
+        self._means = Means()
+        self._started = self._last_read = time.perf_counter()
+
+    def add(self, record: StepRecord) -> None:
+        """Keep a step, and read all kept steps if they are many."""
+        self._unread.append(record)
+        self.images += len(record.image_ids)
+        if len(self._unread) >= READ_EVERY[self._training.device.type]:
+            self.read()
+
+    def read(self) -> None:
+        """Read, average over the workers, check and show the steps that were not read yet.
+
+        Raises:
+            UserError: On every worker, if a loss or a gradient is not finite. With fp16 an infinite gradient is normal: the scaler
+                skips that step and lowers its scale.
+        """
+        if not self._unread:
+            return
+        values = _mean_over_workers(torch.stack([record.losses for record in self._unread])).tolist()
+        now = time.perf_counter()
+        images_per_second = sum(len(record.image_ids) for record in self._unread) * workers() / (now - self._last_read)
+        for record, numbers in zip(self._unread, values, strict=True):
+            row = dict(zip(self._names, numbers, strict=True))
+            if not math.isfinite(row["loss"]) or not (math.isfinite(row["grad_norm"]) or self._training.scaler.is_enabled()):
+                raise _non_finite(row, record, self._epoch)
+            row |= zip(("lr_transformer", "lr_backbone"), record.learning_rates, strict=True)
+            self._means.add(row)
+            self._show({"step": record.step, **row, "images_per_second": images_per_second})
+        self._unread, self._last_read = [], now
+
+    def means(self) -> dict[str, float]:
+        """Return the means over the steps read so far, and ``images_per_second`` since the epoch started."""
+        return {**self._means.values(), "images_per_second": self.images * workers() / (time.perf_counter() - self._started)}
+
+
+class Means:
+    """Running means of named numbers. Numbers that are not finite are left out."""
+
+    def __init__(self):
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, numbers: dict[str, float]) -> None:
+        """Add one number for each name."""
+        for name, number in numbers.items():
+            finite = math.isfinite(number)
+            self._sums[name] = self._sums.get(name, 0.0) + (number if finite else 0.0)
+            self._counts[name] = self._counts.get(name, 0) + finite
+
+    def values(self) -> dict[str, float]:
+        """Return the means; NaN for a name without a finite number."""
+        return {name: value / self._counts[name] if self._counts[name] else math.nan for name, value in self._sums.items()}
+
+
+def _boxes_and_labels(target: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: target[name].to(device, non_blocking=True) for name in ("boxes", "labels")}
 
 
@@ -170,53 +248,38 @@ def _forward(model: nn.Module, images: Tensor, mask: Tensor | None, device: torc
         return model(images, mask)
 
 
-def _losses(criterion: Criterion, outputs: dict[str, Any], targets: list[dict], normalizers: Any, names: list[str]) -> dict[str, Tensor]:
+def _losses(criterion: Criterion, outputs: dict[str, Any], targets: list[dict], normalizers: Any) -> dict[str, Tensor]:
     try:
         losses = criterion(outputs, targets, normalizers)
     except NonFiniteCost:
-        # Go on to the backward pass, where the other workers wait for this one; all stop together when they read the losses.
+        # The other workers wait for this one in the backward pass. All of them stop together when they read the losses.
         broken = (outputs["pred_logits"].sum() + outputs["pred_boxes"].sum()) * math.nan
-        return dict.fromkeys(names, broken)
+        return dict.fromkeys(loss_names(criterion), broken)
     return {**losses, "loss": criterion.weighted_sum(losses)}
 
 
-def _read(training: Training, names: list[str], unread: list[Taken], means: Means, epoch: int, since: float, show: Callable) -> float:
-    """Take the ``unread`` steps, averaged over the workers, into ``means`` and show them; returns the time now."""
-    here = torch.stack([taken.losses for taken in unread])
-    everywhere = here.clone()
-    if workers() > 1:
-        dist.all_reduce(everywhere)
-        everywhere /= workers()
-    values = everywhere.tolist()
-    now = time.perf_counter()
-    images_per_second = sum(len(taken.image_ids) for taken in unread) * workers() / (now - since)
-    for taken, numbers in zip(unread, values, strict=True):
-        row = dict(zip(names, numbers, strict=True))
-        # With fp16 an infinite gradient is normal: the scaler leaves that step out and lowers its scale.
-        if not math.isfinite(row["loss"]) or not (math.isfinite(row["grad_norm"]) or training.scaler.is_enabled()):
-            raise _non_finite(row, taken, epoch)
-        rates = dict(zip(("lr_transformer", "lr_backbone"), taken.rates, strict=True))
-        row |= rates
-        means.add(row)
-        show({"step": taken.step, **row, "images_per_second": images_per_second})
-    unread.clear()
-    return now
+def _mean_over_workers(values: Tensor) -> Tensor:
+    if workers() == 1:
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / workers()
 
 
-def _non_finite(row: dict[str, float], taken: Taken, epoch: int) -> UserError:
+def _non_finite(row: dict[str, float], record: StepRecord, epoch: int) -> UserError:
     what = "loss" if not math.isfinite(row["loss"]) else "grad_norm"
-    # The gradient is everybody's; a loss is of the worker that has it.
-    mine = taken.image_ids if what == "grad_norm" or not torch.isfinite(taken.losses[0]) else []
+    # All workers share the gradient; a loss is that of one worker.
+    mine = record.image_ids if what == "grad_norm" or not torch.isfinite(record.losses[0]) else []
     ids = sorted(set(itertools.chain.from_iterable(gathered(mine))))
     name = "loss" if what == "loss" else "gradient"
     return UserError(
-        f"the {name} became {row[what]} in epoch {epoch}, step {taken.step}, on the images {_shown(ids)}; "
-        "look at their boxes, lower optim.lr, or take speed.precision fp32"
+        f"the {name} became {row[what]} in epoch {epoch}, step {record.step}, on the images {_shortened(ids)}; "
+        "look at their boxes, lower optim.lr, or use speed.precision fp32"
     )
 
 
 class Detections(NamedTuple):
-    """What the network found in images [N], each of its Q queries."""
+    """The detections of a network in N images, one for each of its Q object queries."""
 
     image_ids: np.ndarray  # int64 [N], ascending, each once
     boxes_xywh: np.ndarray  # float32 [N, Q, 4], pixels of the original image
@@ -224,7 +287,11 @@ class Detections(NamedTuple):
     labels: np.ndarray  # int64 [N, Q], 0..K-1
 
     def results(self, categories: list[dict]) -> list[dict]:
-        """As COCO results, under the ids of ``categories`` (in label order)."""
+        """Return them as COCO results: a list of dicts with ``image_id``, ``category_id``, ``bbox`` (xywh, pixels) and ``score``.
+
+        Args:
+            categories: Dicts with ``id``, in label order.
+        """
         ids = np.array([category["id"] for category in categories])[self.labels]
         rows = zip(self.image_ids.tolist(), ids.tolist(), self.boxes_xywh.tolist(), self.scores.tolist(), strict=True)
         return [
@@ -238,10 +305,21 @@ class Detections(NamedTuple):
 def evaluate(
     model: nn.Module, criterion: Criterion, loader: Iterable[Batch], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, float], Detections]:
-    """Losses of the whole set (``loss`` weighted, the others not) and all workers' detections; the same on every worker.
+    """Compute the losses and detections of a whole data set.
 
-    ``model`` is the network itself, not wrapped for distributed training: workers may have different numbers of batches, which
-    should not share images. Raises UserError, on all workers, where the outputs are not finite.
+    Args:
+        model: The network itself, not wrapped in DistributedDataParallel: workers may have different numbers of batches.
+        criterion: Computes the losses.
+        loader: This worker's batches. An image should be in the batches of one worker only.
+        device: Where ``model`` is.
+        dtype: Of the forward pass.
+
+    Returns:
+        The losses by name (``loss`` is the weighted sum, the others are not weighted) and the detections in the images of all workers.
+        Every worker gets the same.
+
+    Raises:
+        UserError: On every worker, if the network's outputs are not finite or the data set is empty.
     """
     model.eval()
     names, sums, found, broken = (), [], [], []
@@ -249,53 +327,58 @@ def evaluate(
         outputs = _forward(model, images, mask, device, dtype)
         image_ids = [int(target["image_id"]) for target in targets]
         try:
-            names, values = zip(*criterion.sums(outputs, [_on_device(target, device) for target in targets]).items(), strict=True)
+            names, values = zip(*criterion.sums(outputs, [_boxes_and_labels(target, device) for target in targets]).items(), strict=True)
         except NonFiniteCost:
             broken += image_ids
             continue
         sums.append(torch.stack(values))
-        sizes = torch.stack([target["orig_size"] for target in targets]).to(device, non_blocking=True)
-        per_image = postprocess(outputs, sizes)
+        per_image = postprocess(outputs, _sent(torch.stack([target["orig_size"] for target in targets]), device))
         found.append((torch.tensor(image_ids), *(torch.stack([one[name] for one in per_image]) for name in ("boxes", "scores", "labels"))))
     sums = torch.stack(sums).tolist() if sums else []
     columns = [torch.cat(column).cpu().numpy() for column in zip(*found, strict=True)]
     everyone = list(zip(*gathered((names, sums, columns, broken)), strict=True))
     if any(everyone[3]):
         ids = sorted(itertools.chain.from_iterable(everyone[3]))
-        raise UserError(f"evaluation: the network's outputs are not finite on the images {_shown(ids)}; take speed.precision fp32")
-    return _losses_of(criterion, everyone[0], everyone[1]), _detections_of(everyone[2])
+        raise UserError(f"evaluation: the network's outputs are not finite on the images {_shortened(ids)}; use speed.precision fp32")
+    return _combined_losses(criterion, everyone[0], everyone[1]), _combined_detections(everyone[2])
 
 
-def _losses_of(criterion: Criterion, names: list[tuple], sums: list[list]) -> dict[str, float]:
-    names = next((each for each in names if each), ())
-    # Summed exactly, so that the order, and with it the number of workers, does not matter.
-    totals = [math.fsum(column) for column in zip(*itertools.chain.from_iterable(sums), strict=True)]
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    # From pinned memory, so that the host does not wait for the copy.
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
+def _combined_losses(criterion: Criterion, names_of_workers: list[tuple], sums_of_workers: list[list]) -> dict[str, float]:
+    names = next((names for names in names_of_workers if names), ())
+    # fsum is exact, so that neither the order of the batches nor the number of workers changes the result.
+    totals = [math.fsum(column) for column in zip(*itertools.chain.from_iterable(sums_of_workers), strict=True)]
     if not totals:
         raise UserError("the validation set has no image")
     losses = criterion.means(dict(zip(names, totals, strict=True)))
     return {"loss": criterion.weighted_sum(losses), **losses}
 
 
-def _detections_of(workers: list[list[np.ndarray]]) -> Detections:
-    image_ids, boxes_xyxy, scores, labels = (np.concatenate(column) for column in zip(*filter(None, workers), strict=True))
+def _combined_detections(columns_of_workers: list[list[np.ndarray]]) -> Detections:
+    columns = zip(*filter(None, columns_of_workers), strict=True)
+    image_ids, boxes_xyxy, scores, labels = (np.concatenate(column) for column in columns)
     image_ids, first = np.unique(image_ids, return_index=True)
     low, high = np.split(boxes_xyxy[first], 2, axis=-1)
     return Detections(image_ids, np.concatenate([low, high - low], axis=-1), scores[first], labels[first])
 
 
 def workers() -> int:
-    """How many processes train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def gathered(mine: Any) -> list[Any]:
-    """Every worker's object, by rank, on every worker."""
+    """Return the ``mine`` of every worker, by rank, on every worker. All workers must call it together."""
     if workers() == 1:
         return [mine]
-    everyone = [None] * workers()
+    everyone: list[Any] = [None] * workers()
     dist.all_gather_object(everyone, mine)
     return everyone
 
 
-def _shown(image_ids: list[int]) -> str:
+def _shortened(image_ids: list[int]) -> str:
     return ", ".join(map(str, image_ids[:20])) + (f" and {len(image_ids) - 20} more" if len(image_ids) > 20 else "")

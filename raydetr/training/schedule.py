@@ -1,4 +1,4 @@
-"""How fast what learns: the optimizer's two groups, the learning rates' way through the run, the moving average of the weights."""
+"""The optimizer with its two parameter groups, the learning-rate schedules, and the moving average of the weights."""
 
 import copy
 import math
@@ -14,9 +14,11 @@ GROUPS = ("transformer", "backbone")
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """AdamW, fused, with the groups ``transformer`` (rate ``lr``) and ``backbone`` (``lr_backbone``).
+    """Return a fused AdamW with the groups ``transformer`` (learning rate ``lr``) and ``backbone`` (``lr_backbone``).
 
-    ``freeze_backbone`` or a rate of 0 for the backbone takes it out of the training altogether (as the official ``main.py``).
+    Args:
+        model: The DETR. Its backbone is frozen, as in the official ``main.py``, if ``freeze_backbone`` is set or ``lr_backbone`` is 0.
+        optim: The ``optim`` section of the settings.
     """
     if optim.freeze_backbone or optim.lr_backbone == 0:
         model.backbone.requires_grad_(False)
@@ -30,18 +32,30 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, optim: Optim, steps_per_epoch: int, done: int = 0) -> LambdaLR:
-    """The schedule of ``optim``, to be stepped after every optimizer step; it stands after ``done`` steps already taken."""
+    """Return the learning-rate schedule of ``optim``. Step it after every optimizer step.
+
+    Args:
+        optimizer: From :func:`build_optimizer`.
+        optim: The ``optim`` section of the settings.
+        steps_per_epoch: Optimizer steps in an epoch.
+        done: Optimizer steps of the schedule that are already taken.
+    """
     for group in optimizer.param_groups:
         group["initial_lr"] = optim.lr if group["name"] == "transformer" else optim.lr_backbone
     return LambdaLR(optimizer, lambda step: lr_factor(optim, step, steps_per_epoch), last_epoch=done - 1)
 
 
 def lr_factor(optim: Optim, step: int, steps_per_epoch: int) -> float:
-    """What the learning rates are multiplied by in step ``step`` (from 0) of the run.
+    """Return the factor of the learning rates in an optimizer step.
 
-    ``step`` divides by 10 after every ``lr_drop`` (the official ``StepLR``; 0: never), ``cosine`` goes to 0 at the end of the
-    run, ``constant`` stays. Before it the rates rise linearly during ``warmup``. Both lengths are fractions of the run below
-    1, else epochs.
+    The schedule ``step`` divides by 10 after every ``lr_drop`` (the official ``StepLR``; 0 means never), ``cosine`` falls to 0 at the
+    end of the run, and ``constant`` is 1. During ``warmup``, the factor also rises linearly to 1. Both lengths are fractions of the
+    run if they are below 1, and epochs otherwise.
+
+    Args:
+        optim: The ``optim`` section of the settings.
+        step: Number of the step in the run, from 0.
+        steps_per_epoch: Optimizer steps in an epoch.
     """
     total = optim.epochs * steps_per_epoch
     warmup, drop = (round(each * (total if each < 1 else steps_per_epoch)) for each in (optim.warmup, optim.lr_drop))
@@ -54,10 +68,18 @@ def lr_factor(optim: Optim, step: int, steps_per_epoch: int) -> float:
 
 
 class MovingAverage:
-    """An exponential moving average of a model's trained weights, itself a model: ``module``.
+    """An exponential moving average of the trained weights of a model.
 
-    The decay rises to its full value as (1 + n) / (10 + n) over the first n updates, so that a short run does not end with its
-    starting weights.
+    After n updates the decay is the smaller of ``decay`` and (1 + n) / (10 + n), as in TensorFlow's ``ExponentialMovingAverage``, so
+    that the average of a short run does not stay close to the initial weights.
+
+    Args:
+        model: The trained model.
+        decay: Weight of the previous average in an update.
+
+    Attributes:
+        module: A copy of the model with the averaged weights, in eval mode.
+        updates: Number of updates so far.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -68,7 +90,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the model's weights as they are now; the device is not waited for."""
+        """Update the average with the current weights. The host does not wait for the device."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         get_ema_multi_avg_fn(decay)(list(self._averages), list(self._weights), None)
         self.updates += 1

@@ -1,12 +1,13 @@
-"""What a training run writes down for people: TensorBoard events and the official log.txt.
+"""Logs of a training run for people: TensorBoard events, and log.txt in the format of the official DETR.
 
-Tags, all at x = optimizer steps taken so far, so that a run that goes on after a stop can tell what to take back:
+The step of all TensorBoard events is the number of optimizer steps taken so far, by which a resumed run hides events that an interrupted
+process wrote after its last checkpoint. Tags:
 
 - per step: ``train/loss`` (weighted sum), ``train/loss_ce``, ``train/loss_bbox``, ``train/loss_giou`` (unweighted),
   ``train/class_error``, ``train/cardinality_error``, ``train/grad_norm``, ``lr/transformer``, ``lr/backbone``,
   ``speed/images_per_second``;
 - per epoch: their means under ``train_epoch/``, the same losses and errors under ``val/``, ``val/AP`` and the other eleven COCO
-  numbers, ``val/AP/<category>``, ``epoch``, the curve ``val/precision_recall``, and from time to time ``pictures/<file name>``;
+  numbers, ``val/AP/<category>``, ``epoch``, the curve ``val/precision_recall``, and in some epochs ``pictures/<file name>``;
 - once: the settings as text and as hparams, and the layout of the custom scalars.
 """
 
@@ -26,11 +27,12 @@ from raydetr.config import SETTINGS, Config, flatten, to_dict
 from raydetr.data.coco import CocoImages
 from raydetr.data.images import image_path
 from raydetr.draw import Box, category_colours, draw_boxes
+from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, stats
 from raydetr.training.engine import Detections
+from raydetr.training.metrics import LOSSES
 from raydetr.weights.files import written_whole
 
-LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
 STEP_TAGS = {
     **{name: f"train/{name}" for name in (*LOSSES, "grad_norm")},
     "lr_transformer": "lr/transformer",
@@ -39,22 +41,25 @@ STEP_TAGS = {
 }
 HPARAM_METRICS = ("val/AP", "val/AP50", "val/AP75", "val/loss_ce", "val/loss_bbox", "val/loss_giou")
 
-PICTURE_SIDE = 640  # longest side (pixels) of the pictures in TensorBoard
+PICTURE_SIDE = 640  # longest side of the images in TensorBoard (pixels)
 PICTURE_SCORE = 0.5  # lowest score of a box that is drawn
 
 
 class Tracker:
-    """Writes a run's TensorBoard events into ``folder``; one worker of a run has one.
+    """Writes the TensorBoard events of a run. Every method raises OSError if the disk does.
 
-    ``step`` is how many optimizer steps the run has behind it: what an earlier process wrote after that is taken back.
-    ``searched`` are the settings that the HPARAMS page shows, with their domains, ``(low, high)`` or a list of values; without it the
-    page shows all. Every method raises OSError where the disk does.
+    Args:
+        folder: Folder of the event files; created if it does not exist.
+        config: The settings of the run.
+        step: Number of optimizer steps that the run has taken. Events of later steps, by an earlier process, are hidden.
+        searched: The settings that the HPARAMS page shows, by dotted name, with their domains: ``(low, high)`` or a list of values.
+            Default: all settings.
     """
 
     def __init__(self, folder: Path, config: Config, step: int = 0, searched: Mapping[str, tuple | list] | None = None):
         folder.mkdir(parents=True, exist_ok=True)
         before = list(folder.glob("*tfevents*"))
-        if not step:  # a first epoch that was stopped: the run starts anew
+        if not step:  # the run starts again after a first epoch that was interrupted
             while before:
                 before.pop().unlink()
         self._events = _Events(folder, step + 1 if before else None)
@@ -81,13 +86,22 @@ class Tracker:
         return experiment, start, end
 
     def log_step(self, numbers: dict[str, float]) -> None:
-        """A step's numbers, as ``train_one_epoch`` shows them."""
+        """Write the numbers of a step, as :func:`raydetr.training.engine.train_one_epoch` shows them."""
         self._scalars(numbers["step"], {tag: numbers[name] for name, tag in STEP_TAGS.items()})
 
     def log_epoch(
         self, step: int, epoch: int, train: dict[str, float], val: dict[str, float], metrics: dict[str, Any], curve: dict
     ) -> None:
-        """An epoch's means, the validation losses, the result of ``coco_metrics`` and of ``precision_recall``."""
+        """Write the numbers of an epoch.
+
+        Args:
+            step: Number of optimizer steps taken so far.
+            epoch: Number of the epoch, from 1.
+            train: Means over the epoch, of :func:`raydetr.training.engine.train_one_epoch`.
+            val: Losses, of :func:`raydetr.training.engine.evaluate`.
+            metrics: Of :func:`raydetr.evaluate.coco.summarize`.
+            curve: Of :func:`raydetr.evaluate.coco.precision_recall`.
+        """
         scalars = {"epoch": epoch}
         scalars |= {f"train_epoch/{name}": train[name] for name in (*LOSSES, "grad_norm")}
         scalars |= {f"val/{name}": val[name] for name in LOSSES}
@@ -95,16 +109,16 @@ class Tracker:
         scalars |= {f"val/AP/{category}": numbers["AP"] for category, numbers in metrics["per_category"].items()}
         self._scalars(step, scalars)
         hits, false, missed = (curve[name] for name in ("true_positives", "false_positives", "false_negatives"))
-        counts = (hits, false, 0 * hits, missed)  # nobody counts where rightly nothing was found
-        curve = summary().pr_curve_raw("val/precision_recall", *counts, curve["precision"], curve["recall"], num_thresholds=len(hits))
-        self._events.add(curve, step)
+        counts = (hits, false, 0 * hits, missed)  # detection has no true negatives
+        event = summary().pr_curve_raw("val/precision_recall", *counts, curve["precision"], curve["recall"], num_thresholds=len(hits))
+        self._events.add(event, step)
 
     def log_pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
-        """Pictures by name."""
+        """Write images by their file names."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         for name, picture in pictures.items():
-            # JPEG, which TensorBoard shows as well, takes a fifth of the room and a fiftieth of the time of torch's PNG.
+            # JPEG takes a fifth of the space and a fiftieth of the time of the PNG that torch would write.
             encoded = io.BytesIO()
             picture.save(encoded, "JPEG", quality=90, subsampling=0)  # coloured lines stay sharp
             image = Summary.Image(height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encoded.getvalue())
@@ -113,35 +127,35 @@ class Tracker:
     def _scalars(self, step: int, scalars: dict[str, float | None]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        # One event for all: an event each would cost a tenth of a small model's step.
+        # One event for all: one for each would take a tenth of a small model's step.
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items() if value is not None]
         self._events.add(Summary(value=values), step)
 
     def flush(self) -> None:
-        """Bring everything so far to the disk."""
+        """Write everything so far to the disk."""
         self._events.flush()
 
     def finish(self) -> None:
-        """The run has come to its end."""
+        """Mark the run as finished on the HPARAMS page."""
         self._events.add(self._hparams()[2], 0)
         self._events.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the event file."""
         self._events.close()
 
 
 def summary():
-    """The module that makes TensorBoard's messages; importing it takes a second or more, which only a training run has to wait."""
+    """Return the module that makes TensorBoard's messages. Importing it takes a second or more, so only a training run does."""
     from torch.utils.tensorboard import summary
 
     return summary
 
 
 class _Events:
-    """An event file that is written at once and by the caller's own thread, where an error of the disk can be told to the user.
+    """An event file written by the calling thread, so that errors of the disk are raised there.
 
-    TensorBoard takes back what the folder's earlier files have at ``purge_step`` and after it.
+    TensorBoard hides what earlier files of the folder hold at ``purge_step`` and later.
     """
 
     flush_interval_s = 10.0
@@ -150,7 +164,7 @@ class _Events:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        # TensorBoard reads the files of a folder in the order of their names.
+        # TensorBoard reads the files of a folder in the order of their names: the time comes first.
         file = folder / f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         self._event, self._writer, self._flushed = Event, RecordWriter(file.open("wb")), time.monotonic()
         self._write(Event(file_version="brain.Event:2"))
@@ -175,7 +189,7 @@ class _Events:
 
 
 def _plain(value: Any) -> str | int | float:
-    """A setting as hparams take it: number or text."""
+    """Return a setting as hparams take it: a number or text."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
@@ -184,7 +198,7 @@ def _plain(value: Any) -> str | int | float:
 
 
 def _set_intervals(experiment, intervals: Mapping[str, tuple[float, float]]) -> None:
-    """Give an experiment's summary the domains that torch cannot say."""
+    """Add to an experiment's summary the intervals that torch has no argument for."""
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     plugin = experiment.value[0].metadata.plugin_data
@@ -196,7 +210,7 @@ def _set_intervals(experiment, intervals: Mapping[str, tuple[float, float]]) -> 
 
 
 def custom_scalars() -> dict[str, dict[str, list]]:
-    """The layout of TensorBoard's custom scalars: AP together, losses together. Tags are regular expressions there."""
+    """Return the layout of TensorBoard's custom scalars: charts of AP, and of losses. Tags are regular expressions there."""
 
     def together(*tags: str) -> list:
         return ["Multiline", [f"^{tag}$" for tag in tags]]
@@ -213,18 +227,23 @@ def custom_scalars() -> dict[str, dict[str, list]]:
 
 
 class Pictures:
-    """A few of the validation pictures, spread over the set, with their true boxes; read once and kept small."""
+    """Some validation images, spread over the set, which are drawn with their true boxes and the detections.
+
+    Args:
+        dataset: The validation set. The images are read once, and kept in the size in which they are shown.
+        number: How many images, at most.
+    """
 
     def __init__(self, dataset: CocoImages, number: int):
         images = dataset.coco["images"]
         number = min(number, len(images))
-        self._images = [images[place * len(images) // number] for place in range(number)]
+        self._images = [images[index * len(images) // number] for index in range(number)]
         self._dataset = dataset
         self._names = {category["id"]: category["name"] for category in dataset.categories}
-        self._shown: dict[int, tuple[Image.Image, float]] = {}  # by image id: picture and how much smaller it is
+        self._resized: dict[int, tuple[Image.Image, float]] = {}  # by image id: the image, and its size relative to the original
 
     def draw(self, detections: Detections) -> dict[str, Image.Image]:
-        """By file name the pictures with true boxes and those detected with a score of ``PICTURE_SCORE`` or more."""
+        """Return the images, by file name, with true boxes and the detections whose score is ``PICTURE_SCORE`` or more."""
         labels = [category["id"] for category in self._dataset.categories]
         drawn = {}
         for image in self._images:
@@ -244,13 +263,13 @@ class Pictures:
         return drawn
 
     def _picture(self, image: dict) -> tuple[Image.Image, float]:
-        if image["id"] not in self._shown:
+        if image["id"] not in self._resized:
             path = image_path(self._dataset.split.images, image["file_name"])
             picture = to_pil_image(self._dataset.images(path, (image["width"], image["height"])))
             longest = max(picture.size)
             picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-            self._shown[image["id"]] = picture, max(picture.size) / longest
-        return self._shown[image["id"]]
+            self._resized[image["id"]] = picture, max(picture.size) / longest
+        return self._resized[image["id"]]
 
     def _box(self, box_xywh: list[float], scale: float, category_id: int, score: float | None = None) -> Box:
         x, y, width, height = (scale * side for side in box_xywh)
@@ -260,9 +279,15 @@ class Pictures:
 def log_line(
     epoch: int, train: dict[str, float], val: dict[str, float], metrics: dict[str, Any], weights: dict[str, float], parameters: int
 ) -> dict[str, Any]:
-    """A line of the official log.txt, which counts epochs from 0: losses weighted, and unweighted with the suffix ``_unscaled``.
+    """Return a line of log.txt as the official ``main.py`` writes it: losses weighted, and unweighted with the suffix ``_unscaled``.
 
-    ``weights`` is the criterion's ``weight_dict``, ``parameters`` how many are trained.
+    Args:
+        epoch: Number of the epoch, from 0 as in the official log.
+        train: Means over the epoch, of :func:`raydetr.training.engine.train_one_epoch`.
+        val: Losses, of :func:`raydetr.training.engine.evaluate`.
+        metrics: Of :func:`raydetr.evaluate.coco.summarize`.
+        weights: ``weight_dict`` of the criterion.
+        parameters: Number of trained parameters.
     """
     line: dict[str, Any] = {"train_lr": train["lr_transformer"]}
     for split, losses in (("train", train), ("test", val)):
@@ -273,12 +298,58 @@ def log_line(
     return {**line, "test_coco_eval_bbox": stats(metrics), "epoch": epoch, "n_parameters": parameters}
 
 
-def write_log(path: Path, line: dict[str, Any]) -> None:
-    """Append ``line`` to log.txt, after taking out what stands there of its epoch and later ones (by a process that was stopped)."""
-    earlier = [text for text in _lines(path) if json.loads(text)["epoch"] < line["epoch"]]
-    with written_whole(path) as file:
-        file.write("".join(f"{text}\n" for text in (*earlier, json.dumps(line, allow_nan=False))).encode())
+class Log:
+    """A run's log.txt: one line of JSON for each epoch.
+
+    Lines of unfinished epochs, by a process that was interrupted, are dropped, and so is a last line that was cut short. The file is
+    written as a whole with every line, so that a line that could not be written is not lost while the run lasts.
+
+    Args:
+        path: The file; it need not exist.
+        epochs: How many epochs the run has finished.
+
+    Attributes:
+        was_cut: Whether the last line of the file was cut short.
+
+    Raises:
+        UserError: The file cannot be read, or a line of it is damaged.
+    """
+
+    def __init__(self, path: Path, epochs: int):
+        self._path = path
+        lines, self.was_cut = _read_log(path)
+        self._lines = [text for epoch, text in lines if epoch < epochs]
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add the line of an epoch. Raises OSError if the disk does."""
+        self._lines.append(json.dumps(line, allow_nan=False))
+        with written_whole(self._path) as file:
+            file.write("".join(f"{text}\n" for text in self._lines).encode())
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+def logged_epochs(path: Path) -> int:
+    """Return how many epochs a log.txt has; 0 if it does not exist or cannot be read."""
+    try:
+        lines, _ = _read_log(path)
+    except UserError:
+        return 0
+    return max((epoch + 1 for epoch, _ in lines), default=0)
+
+
+def _read_log(path: Path) -> tuple[list[tuple[int, str]], bool]:
+    """Return the epoch and the text of every line, and whether a last line was left out because it was cut short."""
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return [], False
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a log of this run ({getattr(error, 'strerror', None) or error}); move it away") from None
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            lines.append((int(json.loads(text)["epoch"]), text))
+        except (ValueError, TypeError, KeyError):
+            if number == len(texts):
+                return lines, True
+            raise UserError(f"{path}, line {number}: not a line of a training log; correct it, remove it, or move the file away") from None
+    return lines, False

@@ -4,6 +4,7 @@ import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from raydetr.search.study import (
     write_best,
     write_trials,
 )
+from raydetr.training.metrics import REPORTED
 
 SPACE = {
     "optim.lr": {"loguniform": [1e-5, 1e-3]},
@@ -448,14 +450,14 @@ def test_a_missing_package_is_named(make, monkeypatch):
 
 def test_a_folder_with_a_search_is_not_overwritten(make):
     search = run(make())
-    with pytest.raises(UserError, match=r"holds a search already; go on with it \(--resume .*search\) or take another name"):
+    with pytest.raises(UserError, match=r"holds a search already; resume it \(--resume .*search\) or choose another --name"):
         make()
     assert len(read_study(search.folder).trials) == 8
 
 
 def test_a_folder_that_cannot_be_made_is_named(make, tmp_path):
     (tmp_path / "search").write_text("a file")
-    with pytest.raises(UserError, match="search: cannot write there"):
+    with pytest.raises(UserError, match=r"search: (cannot be written|Not a directory)"):
         make()
 
 
@@ -483,6 +485,91 @@ def test_a_folder_without_a_whole_search_is_refused(make, tmp_path):
     journal.write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match="interrupted while it was being made"):
         open_search(journal.parent)
+
+
+@pytest.mark.parametrize("damage", [b'{"op_code":8,"work', b"\xff\xfe", b"[1]", b'{"some": "json"}', b""])
+def test_damage_in_the_middle_of_the_journal_names_the_line(make, damage):
+    journal = run(make()).folder / "study.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:20], damage + b"\n", *lines[21:]]))
+    with pytest.raises(UserError) as caught:
+        open_search(journal.parent)
+    says = f"line 21: the journal is damaged; to resume with what was recorded before it, keep the first 20 lines of {len(lines)}"
+    assert f"study.journal, {says} (head -n 20)" in str(caught.value)
+    journal.write_bytes(b"".join(lines[:20]))  # as the message says
+    assert len(open_search(journal.parent).frozen()) >= 1
+
+
+def test_an_edited_space_is_noticed(make):
+    search = run(make())
+    file = search.folder / "space.yaml"
+    before = file.read_text()
+    file.write_text(before.replace("0.001", "0.01"))
+    for opened in (open_search, Search):
+        with pytest.raises(UserError, match=r"space\.yaml: was edited after the search began: optim\.lr was .*; undo the edit"):
+            opened(search.folder)
+    file.write_text(before)
+    assert open_search(search.folder).trials == search.trials
+    file.unlink()
+    with pytest.raises(UserError, match=r"space\.yaml: is missing"):
+        open_search(search.folder)
+
+
+def test_edited_base_settings_are_noticed_but_data_may_move(make):
+    search = run(make())
+    file = search.folder / "config.yaml"
+    before = file.read_text()
+    file.write_text(before.replace("path: null", "path: /elsewhere").replace("device: auto", "device: cpu"))
+    assert open_search(search.folder).config(0).data.path == "/elsewhere"
+    file.write_text(before.replace("weight_decay: 0.0001", "weight_decay: 0.1"))
+    with pytest.raises(UserError, match=r"config\.yaml: was edited after the search began: optim\.weight_decay was 0\.0001, is 0\.1"):
+        open_search(search.folder)
+    file.write_text("")
+    with pytest.raises(UserError, match=r"config\.yaml: is empty"):
+        open_search(search.folder)
+
+
+def test_a_search_of_an_earlier_version_opens_without_the_record_of_its_space(make):
+    search = run(make())
+    plan = search.study.user_attrs["search"]
+    search.study.set_user_attr("search", {name: plan[name] for name in plan if name not in ("space", "base")})
+    assert open_search(search.folder).ranked()
+
+
+WITHOUT_PRIVILEGES = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []  # root may read anything
+
+
+@pytest.mark.skipif(bool(WITHOUT_PRIVILEGES) and not shutil.which("setpriv"), reason="needs setpriv to give up root's privileges")
+@pytest.mark.parametrize(
+    ("file", "mode"), [("study.journal", 0o000), ("study.journal", 0o400), (".", 0o500), (".", 0o000), ("space.yaml", 0o000)]
+)
+def test_missing_permissions_are_one_line(make, file, mode):
+    search = make()
+    target = search.folder / file
+    target.chmod(mode)
+    code = "import sys; from raydetr.errors import UserError\nfrom raydetr.search.study import open_search\n"
+    code += "try: open_search(sys.argv[1])\nexcept UserError as error: print(error)"
+    try:
+        said = subprocess.run([*WITHOUT_PRIVILEGES, sys.executable, "-c", code, search.folder], capture_output=True, text=True, check=False)
+    finally:
+        target.chmod(0o700)
+    assert "Permission denied" in said.stdout, said.stderr
+    assert str(target) in said.stdout
+    assert said.stdout.count("\n") == 1
+
+
+def test_trials_have_the_columns_of_settings_and_metrics_and_no_others(make):
+    search = make(trials=2)
+    internals = {"trial_id": "a1", "pid": 7, "experiment_tag": "1", "config/number": 0, "timestamp": 1, "done": "no", "hostname": "h"}
+    for number in range(2):
+        search.ask(str(number))
+        search.report(number, 1, 0.5)
+        search.tell(number, "complete", 0.5, metrics={**dict.fromkeys(REPORTED, 0.25), "node": "n", "cards": "0", **internals})
+    columns = ["trial", "state", "AP", "epochs", "seconds", "started", "ended", *search.space.names]
+    columns += [name for name in REPORTED if name not in columns] + ["node", "cards", "name", "reason"]
+    assert trials_frame(search).columns.to_list() == columns
+    header = write_trials(search.folder)[0].read_text().splitlines()[0]
+    assert header.split(",") == columns
 
 
 def test_a_search_can_be_sent_to_another_process(make):
@@ -529,7 +616,8 @@ def test_points_are_read_from_yaml_and_json(tmp_path, name, text):
         ("[]\n", "expected a list of points"),
         ("- {optim.lr: 2e-4}\n- 3\n", "line 2: a point is a mapping"),
         ("- {optim.lr: 2e-4}\n\n- {optim.lr: 2e-2}\n", "line 3: optim.lr: 0.02 is not in {loguniform"),
-        ("- {optim.lr: [\n", "not a YAML or JSON file"),
+        ("- {optim.lr: [\n", "line 2: not a YAML file"),
+        ("- &p {optim.lr: 2e-4}\n- &q [*q]\n", "line 2: refers to itself"),
     ],
 )
 def test_faults_in_points_are_told_with_their_line(tmp_path, text, expected):

@@ -20,91 +20,9 @@ from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, coco_metrics, stats
 from raydetr.loss.criterion import build_criterion
 from raydetr.training.engine import evaluate
-from raydetr.training.fit import LocalReporter, Progress, fit
+from raydetr.training.fit import fit
 from raydetr.weights.checkpoint import read_checkpoint
-
-TINY = {
-    "model.preset": "detr_tiny",
-    "model.weights": "none",
-    "model.num_queries": 9,
-    "model.dec_layers": 2,
-    "data.train_sizes": [48, 64],
-    "data.val_size": 48,
-    "data.crop_resize": [48, 56],
-    "data.crop_min": 32,
-    "data.crop_max": 48,
-    "data.num_workers": 0,
-    "optim.batch_size": 2,
-    "optim.epochs": 3,
-    "run.pictures": 0,
-}
-# Everything whose state must survive a stop.
-STATEFUL = {"model.dropout": 0.2, "optim.ema_decay": 0.9, "optim.accumulate": 2, "optim.schedule": "cosine", "optim.warmup": 0.3}
-
-
-def settings(folder, name, **changes):
-    changes = {key.replace("__", "."): value for key, value in changes.items()}
-    return load_config(TINY, {"data.path": str(folder), "run.storage": str(Path(folder).parent / "runs"), "run.name": name, **changes})
-
-
-def folder_of(config):
-    return Path(config.run.storage) / config.run.name
-
-
-class Watcher(LocalReporter):
-    """Keeps all that it is told, and stops the run where ``stop(event)`` says so (events of kind ``report`` for reports)."""
-
-    def __init__(self, stop=lambda event: False, checkpoint=None):
-        super().__init__(checkpoint)
-        self.events, self.stop = [], stop
-
-    def show(self, event):
-        self.events.append(event)
-        if self.stop(event):
-            raise KeyboardInterrupt
-
-    def report(self, metrics, checkpoint=None):
-        self.show({"kind": "report", "metrics": metrics, "checkpoint": checkpoint})
-
-    def of_kind(self, kind):
-        return [event for event in self.events if event["kind"] == kind]
-
-
-def run(config, **settings):
-    watcher = Watcher(**settings)
-    return fit(config, watcher), watcher
-
-
-def interrupted(config, stop):
-    with pytest.raises(KeyboardInterrupt):
-        fit(config, Watcher(stop))
-    torch.manual_seed(99)
-    np.random.seed(99)
-
-
-def same(first, second, where=""):
-    """Asserts that two checkpoints hold the same, bit for bit, but for clocks, their places and torch's count of calls in a process."""
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), where
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys(), where
-        for name in first.keys() - {"seconds", "images_per_second", "run", "_step_count"}:
-            same(first[name], second[name], f"{where}.{name}")
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second), where
-        for index, pair in enumerate(zip(first, second, strict=True)):
-            same(*pair, f"{where}[{index}]")
-    else:
-        assert first == second, where
-
-
-def last_of(config):
-    return read_checkpoint(folder_of(config) / "last.pth")
-
-
-def log_of(config):
-    return [json.loads(line) for line in (folder_of(config) / "log.txt").read_text().splitlines()]
-
+from tests.training.runs import STATEFUL, Watcher, folder_of, interrupted, last_of, log_of, run, same, settings
 
 # --- one run ---
 
@@ -208,8 +126,9 @@ def test_a_finished_run_returns_at_once(finished):
     before = {path: path.stat().st_mtime_ns for path in folder_of(config).rglob("*")}
     again, watcher = run(config)
     assert again == metrics
-    assert [event["kind"] for event in watcher.events] == ["message", "report"]
-    assert watcher.events[1]["metrics"] == metrics
+    assert [event["kind"] for event in watcher.events] == ["message", "message", "report"]
+    assert watcher.events[1]["text"] == f"{folder_of(config)} is finished: all 3 epochs are done; a larger --epochs trains on"
+    assert watcher.events[2]["metrics"] == metrics
     assert {path: path.stat().st_mtime_ns for path in folder_of(config).rglob("*")} == before
 
 
@@ -413,16 +332,6 @@ def test_early_stopping(coco_folder):
     again, watcher = run(config)
     assert again == metrics
     assert not watcher.of_kind("step")
-
-
-def test_progress():
-    progress = Progress()
-    epochs = [(0.0, 3.0), (0.0, 2.0), (0.0, 2.5), (0.3, 9.0), (0.2, 1.0), (0.3, 9.0)]
-    assert [progress.take(*each) for each in epochs] == [True, True, False, True, False, False]
-    assert (progress.epoch, progress.best_epoch, progress.best_AP, progress.stale) == (6, 4, 0.3, 2)
-    undefined = Progress()
-    assert [undefined.take(None, loss) for loss in (1.0, 2.0, 3.0)] == [True] * 3
-    assert (undefined.best_AP, undefined.stale) == (None, 0)
 
 
 def test_frozen_backbone_stays_as_it_was(coco_folder):

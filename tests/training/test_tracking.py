@@ -14,9 +14,10 @@ from tensorboard.util import tensor_util
 from raydetr.config import SETTINGS, load_config
 from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.transforms import val_transforms
+from raydetr.errors import UserError
 from raydetr.training.engine import Detections
 from raydetr.training.fit import LocalReporter, fit
-from raydetr.training.tracking import LOSSES, Pictures, Tracker, custom_scalars, write_log
+from raydetr.training.tracking import LOSSES, Log, Pictures, Tracker, custom_scalars, logged_epochs
 
 TINY = {
     "model.preset": "detr_tiny",
@@ -250,12 +251,53 @@ def test_more_pictures_than_there_are(coco_folder):
     assert Pictures(images, 0).draw(nothing) == {}
 
 
+def line(epoch, loss=1.0):
+    return {"epoch": epoch, "train_loss": loss}
+
+
+def lines_of(path):
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
 def test_the_log_has_each_epoch_once(tmp_path):
-    log = tmp_path / "log.txt"
-    for epoch, value in ((0, 1.0), (1, 2.0), (2, 3.0), (1, 4.0)):
-        write_log(log, {"epoch": epoch, "train_loss": value})
-    assert [json.loads(line) for line in log.read_text().splitlines()] == [
-        {"epoch": 0, "train_loss": 1.0},
-        {"epoch": 1, "train_loss": 4.0},
-    ]
-    assert list(tmp_path.iterdir()) == [log]
+    path = tmp_path / "log.txt"
+    log = Log(path, 0)
+    for epoch in range(3):
+        log.append(line(epoch))
+    Log(path, 1).append(line(1, 4.0))  # resumed after the first epoch
+    assert lines_of(path) == [line(0), line(1, 4.0)]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("half", ['{"epoch": 2, "train_lo', '{"train_loss": 1.0}', "[]", "\x00\x00", '{"epoch": null}'])
+def test_a_last_line_that_was_cut_short_is_removed(tmp_path, half):
+    path = tmp_path / "log.txt"
+    path.write_text(f"{json.dumps(line(0))}\n{json.dumps(line(1))}\n{half}")
+    assert logged_epochs(path) == 2
+    log = Log(path, 2)
+    assert log.was_cut
+    log.append(line(2))
+    assert lines_of(path) == [line(0), line(1), line(2)]
+    assert not Log(path, 3).was_cut
+
+
+def test_damage_elsewhere_in_the_log_is_named(tmp_path):
+    path = tmp_path / "log.txt"
+    path.write_text(f"{json.dumps(line(0))}\nnonsense\n{json.dumps(line(2))}\n")
+    with pytest.raises(UserError, match=r"log\.txt, line 2: not a line of a training log; correct it, remove it, or move the file away"):
+        Log(path, 3)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"log\.txt: not a log of this run .*; move it away"):
+        Log(path, 3)
+    assert logged_epochs(path) == 0
+
+
+def test_a_line_that_could_not_be_written_comes_with_the_next(tmp_path):
+    path = tmp_path / "log.txt"
+    log = Log(path, 0)
+    path.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        log.append(line(0))
+    path.rmdir()
+    log.append(line(1))
+    assert lines_of(path) == [line(0), line(1)]

@@ -1,0 +1,16 @@
+"""The metrics that a run reports after every epoch, by name. Imports no torch, so that a report of a search starts quickly."""
+
+from raydetr.evaluate.coco import METRICS
+
+# Unweighted terms of the loss, and what the official DETR logs beside them; "loss" is their weighted sum.
+LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
+REPORTED = (
+    *METRICS,
+    *(f"train_{name}" for name in LOSSES),
+    *(f"val_{name}" for name in LOSSES),
+    "best_AP",
+    "best_epoch",
+    "images_per_second",
+    "seconds",
+)
+WHERE = ("node", "cards")  # of a trial: the Ray node that it ran on last, and its GPUs there

@@ -1,0 +1,182 @@
+"""What only rank 0 of a run does: write the run folder, and bring it to its object store."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from raydetr.config import to_dict, write_yaml
+from raydetr.errors import UserError, is_disk_full
+from raydetr.storage import OWNER, become_owner, check_owner, push, remove_tokens
+from raydetr.training.engine import Detections
+from raydetr.training.resume import BEST, LAST
+from raydetr.training.run import Run
+from raydetr.training.tracking import Log, Pictures, Tracker, log_line
+from raydetr.weights.checkpoint import save_checkpoint
+
+PICTURE_SETS = 10  # in how many epochs of a run validation images are drawn, at most
+
+
+@dataclasses.dataclass
+class EpochResults:
+    """The results of an epoch."""
+
+    train: dict[str, float]  # means over the epoch, of train_one_epoch
+    val: dict[str, float]  # losses, of evaluate
+    detections: Detections
+    scores: dict[str, Any]  # of evaluate.coco.summarize
+    curve: dict[str, np.ndarray]  # of evaluate.coco.precision_recall
+    best: bool  # whether this epoch is the best so far
+    random_states: list[dict[str, Any]]  # of every worker
+
+
+class Recorder:
+    """Writes the run folder: config.yaml, log.txt, tb/, best.pth and last.pth. Use it as a context manager.
+
+    A checkpoint that cannot be written ends the run. Pictures, TensorBoard events and log.txt that cannot be written are a warning.
+
+    Args:
+        run: The run, before its first step.
+
+    Raises:
+        UserError: The folder cannot be written, or what is in it is damaged.
+    """
+
+    def __init__(self, run: Run):
+        self._run = run
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            _write_config(run)
+            self._log = Log(run.folder / "log.txt", run.progress.epoch)
+            self._tracker: Tracker | None = self._open_tracker()
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+            raise UserError(f"run.storage: cannot write to {error.filename or run.folder}: {error.strerror}") from None
+        if self._log.was_cut:
+            run.show({"kind": "message", "text": f"{run.folder / 'log.txt'}: the last line was cut short and is removed"})
+        self._owner = become_owner(run.root)
+        self._pictures = Pictures(run.val.dataset, run.config.run.pictures)
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._track(Tracker.close)
+
+    def record_step(self, numbers: dict[str, float]) -> None:
+        """Write the numbers of a step to TensorBoard."""
+        self._track(lambda tracker: tracker.log_step(numbers))
+
+    def record_epoch(self, results: EpochResults) -> None:
+        """Write everything about an epoch, the checkpoint ``last.pth`` last.
+
+        Raises:
+            UserError: A checkpoint cannot be written, the object store cannot be reached, or another process has taken over the run.
+        """
+        check_owner(self._run.root, self._owner)
+        self._write_logs(results)
+        self._draw(results)
+        self._track(Tracker.flush)
+        self._save(results)
+        push(self._run.root)
+        if not self._tracker:
+            with self._run.best_effort("TensorBoard events"):
+                self._tracker = self._open_tracker()
+
+    def finish(self) -> None:
+        """Mark the run as finished."""
+        self._track(Tracker.finish)
+        push(self._run.root)
+        remove_tokens(self._run.root, OWNER)
+
+    def _open_tracker(self) -> Tracker:
+        run = self._run
+        return Tracker(run.folder / "tb", run.config, run.training.step, run.reporter.searched)
+
+    def _track(self, write: Callable[[Tracker], None]) -> None:
+        if not self._tracker:
+            return
+        tracker, self._tracker = self._tracker, None
+        with self._run.best_effort("TensorBoard events"):
+            write(tracker)
+            self._tracker = tracker  # not after a failure: the file may end with half an event, and the next epoch starts another
+
+    def _write_logs(self, results: EpochResults) -> None:
+        training, epoch = self._run.training, self._run.progress.epoch
+        train, val, scores = results.train, results.val, results.scores
+        self._track(lambda tracker: tracker.log_epoch(training.step, epoch, train, val, scores, results.curve))
+        trained = sum(parameter.numel() for parameter in training.detr.parameters() if parameter.requires_grad)
+        with self._run.best_effort("log.txt"):
+            self._log.append(log_line(epoch - 1, train, val, scores, training.criterion.weight_dict, trained))
+
+    def _draw(self, results: EpochResults) -> None:
+        epoch, epochs = self._run.progress.epoch, self._run.config.optim.epochs
+        sets = 1 if self._run.reporter.searched else PICTURE_SETS  # trials are short, and many
+        if epoch % math.ceil(epochs / sets) == 0 or epoch in (1, epochs):
+            with self._run.best_effort("pictures for TensorBoard"):
+                pictures = self._pictures.draw(results.detections)
+                self._track(lambda tracker: tracker.log_pictures(self._run.training.step, pictures))
+
+    def _save(self, results: EpochResults) -> None:
+        run, training, average = self._run, self._run.training, self._run.training.average
+        about = {
+            "model": training.evaluated.state_dict(),
+            "settings": to_dict(run.config),
+            "categories": run.train.dataset.categories,
+            "data": run.data,
+            "epoch": run.progress.epoch,
+            "step": training.step,
+            "metrics": run.metrics,
+        }
+        if results.best:
+            save_checkpoint(run.folder / BEST, about)
+        state = {
+            "optimizer": training.optimizer.state_dict(),
+            "lr_scheduler": training.scheduler.state_dict(),
+            "scaler": training.scaler.state_dict(),
+            # With a moving average, "model" is the average. The same tensors under a second name take no space in the file.
+            "ema": average.module.state_dict() if average else None,
+            "ema_updates": average.updates if average else 0,
+            "trained": training.detr.state_dict() if average else None,
+            "random": results.random_states,
+            "progress": dataclasses.asdict(run.progress),
+        }
+        save_checkpoint(run.folder / LAST, about | state)
+
+
+class NoRecorder:
+    """The recorder of every rank but 0: it does nothing."""
+
+    def __enter__(self) -> "NoRecorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close nothing."""
+
+    def record_step(self, numbers: dict[str, float]) -> None:
+        """Write nothing."""
+
+    def record_epoch(self, results: EpochResults) -> None:
+        """Write nothing."""
+
+    def finish(self) -> None:
+        """Write nothing."""
+
+
+def open_recorder(run: Run) -> Recorder | NoRecorder:
+    """Return the recorder of this worker."""
+    return Recorder(run) if run.reporter.rank == 0 else NoRecorder()
+
+
+def _write_config(run: Run) -> None:
+    temporary = run.folder / "config.yaml.new"
+    try:
+        write_yaml(run.config, temporary)
+        temporary.replace(run.folder / "config.yaml")
+    finally:
+        with contextlib.suppress(OSError):  # it exists only if it could not be moved
+            temporary.unlink()

@@ -1,0 +1,75 @@
+"""What a training run tells whoever started it, and what it is told by them."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from raydetr.data.cache import DecodedImages
+from raydetr.training.console import Display
+
+
+class Reporter(Protocol):
+    """The connection between :func:`raydetr.training.fit.fit` and a plain process, a Ray Train worker or a trial of a search.
+
+    Attributes:
+        rank: Index of this worker among all workers of the run.
+        world_size: Number of workers of the run.
+        local_rank: Index of this worker among those of its node.
+        searched: The settings that a search varies, by dotted name, with their domains: ``(low, high)`` or a list of values. They are
+            the columns of TensorBoard's HPARAMS page. None if the run is not part of a search.
+        images: Reads images that were decoded once for several runs. None if the run decodes its own.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    searched: Mapping[str, tuple | list] | None
+    images: DecodedImages | None
+
+    def checkpoint(self) -> Path | None:
+        """Return the checkpoint to start from, or None for the ``last.pth`` of the run folder, if there is one."""
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Show one of the events that :mod:`raydetr.training.console` describes. Every worker calls it."""
+
+    def report(self, metrics: dict[str, Any], checkpoint: Path | None = None) -> None:
+        """Receive the metrics of an epoch. Every worker calls it after every epoch.
+
+        Args:
+            metrics: Flat numbers by name, as :func:`raydetr.training.fit.fit` returns them.
+            checkpoint: On rank 0, the file ``last.pth`` of that epoch.
+        """
+
+
+class LocalReporter:
+    """The reporter of a plain process, or of one of several processes that ``torchrun`` started.
+
+    Args:
+        checkpoint: The checkpoint to start from; default: the run folder's own ``last.pth``.
+        display: Where rank 0 shows events; default: this terminal.
+    """
+
+    searched: Mapping[str, tuple | list] | None = None
+    images: DecodedImages | None = None
+
+    def __init__(self, checkpoint: Path | None = None, display: Display | None = None):
+        together = dist.is_available() and dist.is_initialized()
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+        self._checkpoint = checkpoint
+        self._display = display or Display()
+
+    def checkpoint(self) -> Path | None:
+        """Return the checkpoint that was given at the start."""
+        return self._checkpoint
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Show an event on the terminal if this is rank 0."""
+        if self.rank == 0:
+            self._display.show(event)
+
+    def report(self, metrics: dict[str, Any], checkpoint: Path | None = None) -> None:
+        """Do nothing: the caller of ``fit`` gets the last epoch's metrics, and ``show`` those of every epoch."""

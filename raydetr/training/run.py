@@ -1,0 +1,218 @@
+"""A training run: its data, network and progress, built from the settings and, to resume, from a checkpoint."""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from raydetr.config import Config, Optim
+from raydetr.data.cache import DecodedImages, cache_limit
+from raydetr.data.coco import CocoImages, build_loader, find_split
+from raydetr.data.fingerprint import data_fingerprint
+from raydetr.data.transforms import train_transforms, val_transforms
+from raydetr.errors import UserError
+from raydetr.loss.criterion import build_criterion
+from raydetr.model.detr import DETR
+from raydetr.storage import working_folder
+from raydetr.training.engine import Training, choose_dtype
+from raydetr.training.failures import BestEffort
+from raydetr.training.random_state import seed_everything, set_random_state
+from raydetr.training.reporter import Reporter
+from raydetr.training.resume import check_same_data, check_same_network, read_resumable
+from raydetr.training.schedule import MovingAverage, build_optimizer, build_scheduler
+from raydetr.weights.fitting import load_weights
+
+GPU_VAL_BATCH_SIZE = 8
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is. AP is None if the validation set has no object to find."""
+
+    epoch: int = 0  # epochs finished
+    best_epoch: int = 0
+    best_AP: float | None = None
+    best_loss: float = math.inf  # the validation loss, which decides between epochs of equal AP
+    stale: int = 0  # epochs since AP last rose
+
+    def update(self, ap: float | None, loss: float) -> bool:
+        """Count an epoch and return whether it is the best so far; without an AP every epoch is.
+
+        Args:
+            ap: AP on the validation set.
+            loss: Weighted loss on the validation set.
+        """
+        self.epoch += 1
+        higher = ap is None or self.best_AP is None or ap > self.best_AP
+        best = higher or (ap == self.best_AP and loss < self.best_loss)
+        self.stale = 0 if higher else self.stale + 1
+        if best:
+            self.best_epoch, self.best_AP, self.best_loss = self.epoch, ap, loss
+        return best
+
+
+@dataclasses.dataclass
+class Run:
+    """A run as one of its workers has it."""
+
+    config: Config
+    reporter: Reporter
+    root: str  # the run folder: a path, or a URI in an object store
+    train: DataLoader
+    val: DataLoader
+    training: Training
+    progress: Progress
+    data: dict[str, dict[str, Any]]  # fingerprints of the training and the validation set
+    best_effort: BestEffort
+    metrics: dict[str, Any]  # of the last epoch that is finished
+    batches: Iterator = iter(())  # of the next epoch; loading starts while the last epoch is still being saved
+
+    @property
+    def folder(self) -> Path:
+        """The run folder on this node."""
+        return working_folder(self.root)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch."""
+        return math.ceil(len(self.train) / self.config.optim.accumulate)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or AP has not risen for ``optim.patience`` epochs."""
+        optim = self.config.optim
+        return self.progress.epoch >= optim.epochs or (optim.patience > 0 and self.progress.stale >= optim.patience)
+
+    def show(self, event: dict[str, Any]) -> None:
+        """Show an event; a terminal that fails does not end the run."""
+        with self.best_effort("the terminal"):
+            self.reporter.show(event)
+
+    def load_ahead(self) -> None:
+        """Start to load the next epoch's first batches."""
+        self.train.dataset.set_epoch(self.progress.epoch + 1)
+        self.batches = iter(self.train)
+
+
+def build_run(config: Config, reporter: Reporter, root: str, device: torch.device, start: Path | None, best_effort: BestEffort) -> Run:
+    """Build a run from its settings and, to resume, from a checkpoint.
+
+    Args:
+        config: The settings.
+        reporter: Says which worker this is.
+        root: The run folder, a path or a URI.
+        device: Where to train.
+        start: The checkpoint to resume from; None to start a run.
+        best_effort: Shows warnings.
+
+    Raises:
+        UserError: The data, the weights or the checkpoint cannot be used, or the checkpoint is of another network or of other data.
+    """
+    content = read_resumable(start, root) if start else None
+    seed_everything(config.run.seed)  # every worker initializes the same network
+    train, val = _loaders(config, reporter, device, content)
+    data = {"train": data_fingerprint(train.dataset.coco), "val": data_fingerprint(val.dataset.coco)}
+    if content:
+        check_same_network(config, content, start)
+        check_same_data(data, content, root)
+    categories = train.dataset.categories
+    model = DETR(config.model, len(categories))
+    if content:
+        message = f"resuming after epoch {content['epoch']} from {start}"
+        model.load_state_dict(content["trained"] or content["model"])
+    else:
+        message = load_weights(model, config.model.weights, categories)
+    steps_per_epoch = math.ceil(len(train) / config.optim.accumulate)
+    training = _training(config, reporter, model.to(device), len(categories), steps_per_epoch, content)
+    progress = Progress(**content["progress"]) if content else Progress()
+    _restore_random_state(config, reporter.rank, progress.epoch, device, content)
+    run = Run(config, reporter, root, train, val, training, progress, data, best_effort, content["metrics"] if content else {})
+    for text in (*train.dataset.warnings, *val.dataset.warnings, message):
+        run.show({"kind": "message", "text": text})
+    return run
+
+
+def _loaders(config: Config, reporter: Reporter, device: torch.device, content: dict[str, Any] | None) -> tuple[DataLoader, DataLoader]:
+    data = config.data
+    known = content["categories"] if content else None
+    train = CocoImages(find_split(data, "train"), train_transforms(data), config.run.seed, known)
+    val = CocoImages(find_split(data, "val"), val_transforms(data), config.run.seed, train.categories)
+    limit = cache_limit(data) // reporter.world_size  # as if all workers were on one node
+    train.images = val.images = reporter.images or DecodedImages(train.files + val.files, limit)
+    common = {"num_workers": data.num_workers, "seed": config.run.seed, "device": device}
+    share = {"rank": reporter.rank, "world_size": reporter.world_size}
+    return (
+        build_loader(train, config.optim.batch_size, **share, shuffle=True, group_sizes=data.group_sizes, **common),
+        build_loader(val, val_batch_size(config, device), **share, **common),
+    )
+
+
+def val_batch_size(config: Config, device: torch.device) -> int:
+    """Return the number of images in a batch of the validation set; it changes AP and losses by rounding errors at most."""
+    return config.data.val_batch_size or (GPU_VAL_BATCH_SIZE if device.type == "cuda" else config.optim.batch_size)
+
+
+def _training(
+    config: Config, reporter: Reporter, model: DETR, num_classes: int, steps_per_epoch: int, content: dict[str, Any] | None
+) -> Training:
+    optim, device = config.optim, next(model.parameters()).device
+    dtype = choose_dtype(config.speed, device)
+    if config.speed.compile == "on":
+        # In place, so that the names in checkpoints stay. Compiled once for all sizes of batches.
+        model.backbone[0].body.compile(dynamic=True)
+    losses = dataclasses.asdict(config.loss) | dataclasses.asdict(config.matcher)
+    criterion = build_criterion(num_classes, aux_loss=config.model.aux_loss, dec_layers=config.model.dec_layers, **losses)
+    optimizer = build_optimizer(model, optim)
+    average = MovingAverage(model, optim.ema_decay) if optim.ema_decay else None
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    epoch, step = 0, 0
+    if content:
+        epoch = content["epoch"]
+        step = epoch * steps_per_epoch if content["step"] is None else content["step"]
+        _load_optimizer(optimizer, content["optimizer"], optim)
+        if content["scaler"]:
+            scaler.load_state_dict(content["scaler"])
+        if average:
+            average.module.load_state_dict(content["ema"] or content["model"])
+            average.updates = content["ema_updates"]
+    scheduler = build_scheduler(optimizer, optim, steps_per_epoch, epoch * steps_per_epoch)
+    if reporter.world_size > 1:
+        model = _distributed(model, device)
+    return Training(model, criterion, optimizer, scheduler, scaler, average, device, dtype, optim.accumulate, optim.clip_max_norm, step)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, optim: Optim) -> None:
+    if state is None:  # resumed from weights alone
+        return
+    try:
+        optimizer.load_state_dict(state)
+    except ValueError:
+        raise UserError(
+            "last.pth trains other parameters than these settings: optim.freeze_backbone and optim.lr_backbone may not change"
+        ) from None
+    for group in optimizer.param_groups:
+        group["weight_decay"] = optim.weight_decay
+
+
+def _distributed(model: nn.Module, device: torch.device) -> DistributedDataParallel:
+    # The buffers are constants and need not be sent at every step. Older versions of torch have the other name for that.
+    name = (
+        "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"
+    )
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True, **{name: False})
+
+
+def _restore_random_state(config: Config, rank: int, epoch: int, device: torch.device, content: dict[str, Any] | None) -> None:
+    # Seeded first: the checkpoint may be of fewer workers, or of a CPU when this is a GPU.
+    seed_everything(config.run.seed, rank, epoch)
+    states = content["random"] if content else []
+    if rank < len(states):
+        set_random_state(states[rank], device)

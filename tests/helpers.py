@@ -1,0 +1,29 @@
+"""What tests of several rooms share: settings of a run that takes a second or two."""
+
+from pathlib import Path
+from typing import Any
+
+from raydetr.config import Config, load_config
+
+# The smallest network on images of 48 pixels. A test lays its own settings over these: TINY | {"optim.epochs": 3}.
+TINY: dict[str, Any] = {
+    "model.preset": "detr_tiny",
+    "model.weights": "none",
+    "data.train_sizes": [48],
+    "data.val_size": 48,
+    "data.num_workers": 0,
+    "run.pictures": 0,
+}
+
+
+def tiny_config(layer: dict[str, Any], data: str | Path, storage: str | Path, **changes: Any) -> Config:
+    """Return the settings of a run on the COCO folder ``data`` that is kept in ``storage``.
+
+    Args:
+        layer: dotted names and values, usually ``TINY`` with a module's own.
+        data: COCO folder, as the fixture ``coco_folder`` makes one.
+        storage: folder of runs, or the URI of one.
+        changes: further settings; a double underscore stands for the dot (``optim__lr=1e-3``).
+    """
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    return load_config(layer, {"data.path": str(data), "run.storage": str(storage)}, dotted)

@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from raydetr.config import load_config
+from raydetr.training import run as module
+from raydetr.training.run import Progress, val_batch_size
+from tests.training.runs import last_of, run, settings
+
+
+def test_progress_counts_epochs_and_finds_the_best():
+    progress = Progress()
+    epochs = [(0.0, 3.0), (0.0, 2.0), (0.0, 2.5), (0.3, 9.0), (0.2, 1.0), (0.3, 9.0)]
+    assert [progress.update(*each) for each in epochs] == [True, True, False, True, False, False]
+    assert (progress.epoch, progress.best_epoch, progress.best_AP, progress.stale) == (6, 4, 0.3, 2)
+    undefined = Progress()
+    assert [undefined.update(None, loss) for loss in (1.0, 2.0, 3.0)] == [True] * 3
+    assert (undefined.best_AP, undefined.stale) == (None, 0)
+
+
+@pytest.mark.parametrize(("given", "device", "expected"), [(None, "cpu", 3), (None, "cuda", 8), (5, "cpu", 5), (5, "cuda", 5)])
+def test_batches_of_the_validation_set_have_their_own_size(given, device, expected):
+    config = load_config({"optim.batch_size": 3, "data.val_batch_size": given})
+    assert val_batch_size(config, torch.device(device)) == expected
+
+
+def test_the_size_of_validation_batches_changes_no_result(coco_folder):
+    folder = coco_folder(train=2, val=3)
+    metrics = [run(settings(folder, str(size), optim__epochs=1, data__val_batch_size=size))[0] for size in (1, 3)]
+    for name in ("AP", "AR100", "val_loss", "val_loss_giou"):
+        assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-5), name
+
+
+def test_a_run_resumed_on_a_gpu_seeds_each_rank_of_it_anew(coco_folder, monkeypatch):
+    config = settings(coco_folder(), "run", optim__epochs=1)
+    run(config)
+    content = last_of(config)
+    assert content["random"][0]["cuda"] is None
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    drawn = []
+    for rank in (0, 1):
+        module._restore_random_state(config, rank, 1, torch.device("cuda"), content)
+        drawn.append(torch.rand(1))
+    assert len(set(seeds)) == 2
+    assert drawn[0] != drawn[1]
+    torch.set_rng_state(content["random"][0]["torch"])
+    assert torch.rand(1) == drawn[0]  # what the checkpoint has is continued
