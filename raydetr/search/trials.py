@@ -1,4 +1,4 @@
-"""What a search shows while it runs: one live table of its trials; a line per trial that ends where there is no terminal."""
+"""The display of a running search: a live table of its trials, or a line for each trial that ends if there is no terminal."""
 
 import math
 import time
@@ -11,18 +11,24 @@ from rich.live import Live
 from rich.table import Table
 
 from raydetr.search.study import STATE_NAMES, Search, epochs_of
+from raydetr.text import count
 from raydetr.training.console import clock
 
-SHOWN = 20  # rows: the running trials, then the best ended ones
-SHOW_INTERVAL_S = 0.5  # between two looks at the study: Ray Tune's loop, which calls for them, hears no trial meanwhile
+SHOWN = 20  # rows: the running trials, then the best of those that ended
+SHOW_INTERVAL_S = 0.5  # between two updates: while the study is read, Ray Tune's loop handles no result
 
 
 class TrialsDisplay:
-    """Shows the trials of ``search``. A context manager: leaving it gives the terminal back."""
+    """Show the trials of a search while it runs. Use it as a context manager, which restores the terminal at its end.
+
+    Args:
+        search: The search.
+        console: Where to show the trials; a terminal gets a live table.
+    """
 
     def __init__(self, search: Search, console: Console):
         self.search, self.console = search, console
-        self.last: dict[int, Mapping[str, Any]] = {}  # each trial's last epoch
+        self.last: dict[int, Mapping[str, Any]] = {}  # the last result of each trial
         self.began, self.ended_before = time.monotonic(), len(self._ended())
         self.told = set(self._ended())
         self.shown_at = -math.inf
@@ -39,12 +45,12 @@ class TrialsDisplay:
             self.live.stop()
 
     def epoch(self, number: int, result: Mapping[str, Any]) -> None:
-        """A trial has finished an epoch."""
+        """Show that a trial has finished an epoch with this result."""
         self.last[number] = result
         self.refresh()
 
     def refresh(self) -> None:
-        """Show what the study says, unless that was done a moment ago; what is passed over is shown the next time or at the end."""
+        """Show the current state of the study, at most every ``SHOW_INTERVAL_S`` seconds."""
         if time.monotonic() - self.shown_at >= SHOW_INTERVAL_S:
             self._show()
             self.shown_at = time.monotonic()
@@ -59,20 +65,26 @@ class TrialsDisplay:
             self.console.print(self.line(self.search.frozen()[number], best, len(ended)), markup=False, soft_wrap=True)
 
     def line(self, trial: FrozenTrial, best: FrozenTrial | None, ended: int) -> str:
-        """How a trial ended, in words; ``ended`` trials have, the ``best`` of them is told beside it."""
+        """Return one line about how a trial ended.
+
+        Args:
+            trial: The trial.
+            best: The best trial so far, None if there is none.
+            ended: The number of trials that have ended.
+        """
         state = STATE_NAMES[trial.state]
-        how = (
-            trial.user_attrs["reason"] if state == "failed" else f"{self.search.metric} {_number(trial.value)} in {epochs_of(trial)} epochs"
-        )
+        if state == "failed":
+            how = trial.user_attrs.get("reason", "unknown reason")
+        else:
+            how = f"{self.search.metric} {_number(trial.value)} in {count(epochs_of(trial), 'epoch')}"
         so_far = f"; best so far {_number(best.value)} in trial {best.number}" if best else ""
-        done = f"{ended}/{self.search.trials}"
-        return f"{done} {self.search.trial_name(trial.number)} {state}: {how}{so_far}, {self._left(ended)} left"
+        return f"{ended}/{self._total(ended)} {self.search.trial_name(trial.number)} {state}: {how}{so_far}, {self._left(ended)} left"
 
     def table(self) -> Table:
-        """Running trials first, then the best."""
+        """Return a table of the running trials, followed by the best of those that ended."""
         best = self.search.best()
         ended = len(self._ended())
-        title = f"{ended} of {self.search.trials} trials ended, {self._left(ended)} left"
+        title = f"{ended} of {count(self._total(ended), 'trial')} ended, {self._left(ended)} left"
         names = self.search.space.names
         table = Table("trial", "state", "epoch", self.search.metric, "best", *(name.split(".")[-1] for name in names), title=title)
         running = [trial for trial in self.search.frozen() if trial.state == TrialState.RUNNING]
@@ -89,11 +101,19 @@ class TrialsDisplay:
     def _ended(self) -> list[int]:
         return [trial.number for trial in self.search.frozen() if trial.state.is_finished()]
 
+    def _total(self, ended: int) -> int:
+        """The number of trials there will be: a resumed search may have been asked for fewer than it already has."""
+        started = sum(trial.state != TrialState.WAITING for trial in self.search.frozen())
+        return max(self.search.trials, started, ended)
+
     def _left(self, ended: int) -> str:
-        """The time left, as the trials since the start took it."""
+        """The estimated time left, from the time that the trials took since this process began."""
+        left = self._total(ended) - ended
+        if left == 0:
+            return clock(0)
         if ended == self.ended_before:
             return "?"
-        return clock((time.monotonic() - self.began) / (ended - self.ended_before) * (self.search.trials - ended))
+        return clock((time.monotonic() - self.began) / (ended - self.ended_before) * left)
 
 
 def _number(value: Any) -> str:

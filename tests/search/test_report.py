@@ -11,6 +11,7 @@ from raydetr.errors import UserError
 from raydetr.search.report import report
 from raydetr.search.space import read_space
 from raydetr.search.study import create_search
+from raydetr.training.metrics import REPORTED
 
 SPACE = {
     "optim.lr": {"loguniform": [1e-5, 1e-3]},
@@ -23,7 +24,7 @@ SPACE = {
 class Page(HTMLParser):
     """What a reader of the page meets: headings, tables as lists of rows, pictures by their div, scripts and links that leave it."""
 
-    VOID = frozenset({"meta", "br", "hr", "img", "link", "input"})
+    VOID = frozenset({"meta", "br", "hr", "img", "link", "input", "wbr"})
 
     def __init__(self, text: str):
         super().__init__()
@@ -35,7 +36,7 @@ class Page(HTMLParser):
         attrs = dict(attrs)
         self.links += [attrs[name] for name in ("src", "href") if name in attrs]
         if "plotly-graph-div" in attrs.get("class", ""):
-            self.pictures.append(attrs["id"])
+            self.pictures.append(re.sub(r"-\d+$", "", attrs["id"]))  # of several in one card, the card's
         if tag == "table":
             self.tables.append([])
         if tag == "tr":
@@ -68,7 +69,7 @@ def page_of(path) -> Page:
 def make(tmp_path):
     """``make(name, ends)``: a search whose trials end as told: a number (complete), ("pruned", number), "failed" or "running"."""
 
-    def make(name="search", ends=(), metric="AP", trials=None):
+    def make(name="search", ends=(), metric="AP", trials=None, metrics=None):
         search = create_search(tmp_path / name, read_space(SPACE), load_config(), trials=trials or max(1, len(ends)), metric=metric)
         for number, end in enumerate(ends):
             search.ask()
@@ -77,7 +78,7 @@ def make(tmp_path):
                 if value is not None:
                     search.report(number, epoch, value * epoch / 4 if state == "complete" else value)
             if state != "running":
-                search.tell(number, state, value, reason="out of memory: lower <optim.batch_size>", metrics={"AP50": 0.875})
+                search.tell(number, state, value, reason="out of memory: lower <optim.batch_size>", metrics=metrics or {"AP50": 0.875})
         return search
 
     return make
@@ -86,7 +87,8 @@ def make(tmp_path):
 def test_a_search_is_told_with_all_its_pictures(make):
     search = make(ends=[0.4, 0.5, ("pruned", 0.1), 0.3, "failed", 0.625, 0.2, "running"])
     page = page_of(report([search.folder]))
-    assert page.pictures == [f"s0-{name}" for name in ("history", "curves", "importances", "parallel", "slices", "timeline")]
+    names = ("history", "curves", "importances", "parallel", "slices", "slices", "slices", "slices", "timeline")  # four settings are drawn
+    assert page.pictures == [f"s0-{name}" for name in names]
     assert "Trial 5 reaches AP 0.6250; the default settings (trial 0) reach 0.4000: +0.2250." in page.words
     beside = {row[0]: row[1:] for row in page.tables[0]}
     assert beside[""] == ["trial 0 (default)", "trial 5 (best)"]
@@ -100,6 +102,19 @@ def test_a_search_is_told_with_all_its_pictures(make):
     ]
     assert "loguniform: [1.0e-05, 0.001]" in page.words
     assert "nan" not in page.words.lower()
+
+
+def test_the_tables_hold_metrics_and_settings_and_nothing_else(make):
+    """Studies of earlier versions also hold what Ray Tune adds to a result."""
+    internals = {"trial_id": "a1", "pid": 7, "experiment_tag": "1_x=2", "config/number": 0, "timestamp": 1, "hostname": "h"}
+    metrics = {**dict.fromkeys(REPORTED, 0.25), "node": "f00", "cards": "0", **internals}
+    search = make(ends=[0.4, 0.5], metrics=metrics)
+    beside, trials = page_of(report([search.folder])).tables
+    reported = [name for name in REPORTED if name not in ("AP", "seconds")]
+    varied = [name for name in search.space.dimensions if search.settings(1).get(name, search.base[name]) != search.base[name]]
+    assert [row[0] for row in beside] == ["", "AP", "epochs", *reported, *varied]
+    drawn = [name for name in search.space.names if name != "optim.lr_drop" or "optim.lr_drop" in trials[0]]
+    assert trials[0] == ["trial", "state", "AP", "epochs", "seconds", *drawn, *reported]
 
 
 def test_the_report_needs_no_network(make):
@@ -119,7 +134,7 @@ def test_the_report_needs_no_network(make):
         (["failed", "failed", "failed"], ["timeline"], "No trial has ended with a value of AP yet."),
         (["failed", 0.5], ["history", "curves", "timeline"], "Trial 1 reaches AP 0.5000; the default settings (trial 0) have no value."),
         ([("pruned", 0.1), ("pruned", 0.2)], ["curves", "timeline"], "Trial 1 reaches AP 0.2000"),
-        ([0.0] * 6, ["history", "curves", "parallel", "slices", "timeline"], "No trial beats the default settings"),
+        ([0.0] * 6, ["history", "curves", "parallel", *["slices"] * 4, "timeline"], "No trial beats the default settings"),
     ],
 )
 def test_a_search_with_little_to_show_is_told_all_the_same(make, ends, pictures, words):
@@ -133,7 +148,8 @@ def test_searches_are_compared(make):
     other = make("random", [0.4, 0.5, "failed", 0.3])
     page = page_of(report([tpe.folder, other.folder], tpe.folder.parent / "both.html"))
     assert page.pictures[:2] == ["compared-trials", "compared-epochs"]
-    assert len(set(page.pictures)) == len(page.pictures)
+    ids = re.findall(r'id="(s\d-[\w-]+)"', (tpe.folder.parent / "both.html").read_text())
+    assert len(set(ids)) == len(ids) > 6
     rows = [row[:-1] for row in page.tables[0]]  # without the time
     assert rows[1:] == [
         ["tpe", "0.6", "2", "0.4", "+0.2000", "3", "0", "10"],
@@ -179,17 +195,45 @@ def test_what_cannot_be_reported_is_one_line(make, tmp_path):
         report([first.folder], tmp_path / "missing" / "out.html")
 
 
+MEASURE = """
+<iframe src="{address}" style="width: 1280px; height: 2000px"></iframe>
+<iframe src="{address}" style="width: 400px; height: 2000px"></iframe>
+<script>
+const frames = [...document.querySelectorAll("iframe")];
+const loaded = frames.map((frame) => new Promise((done) => frame.addEventListener("load", done)));
+Promise.all(loaded).then(() => setTimeout(() => {{
+  for (const frame of frames) {{
+    const page = frame.contentDocument.documentElement, said = [];
+    if (page.scrollWidth > page.clientWidth) said.push("the page is wider than the window");
+    for (const each of page.querySelectorAll(".chart, table, .tile, pre")) {{
+      const card = each.closest("section, .tiles"), box = each.closest(".scroll, pre, .tile").getBoundingClientRect();
+      if (box.right > card.getBoundingClientRect().right) said.push(each.outerHTML.slice(0, 80));
+    }}
+    for (const each of page.querySelectorAll(".chart")) {{
+      const drawn = each.querySelector(".main-svg");
+      if (!drawn || drawn.getBoundingClientRect().width > each.getBoundingClientRect().width + 1) said.push("a chart leaves its card");
+    }}
+    const beside = page.querySelector("table");
+    if (beside.scrollWidth > beside.closest(".scroll").clientWidth) said.push("the table of the best trial is cut");
+    document.body.append(`[${{frame.clientWidth}}: ${{page.querySelectorAll(".chart").length}} charts, ${{said.join("; ") || "well"}}]`);
+  }}
+}}, 3000));
+</script>
+"""
+
+
 @pytest.mark.slow
-def test_a_browser_draws_every_picture_without_an_error(make, tmp_path):
+def test_a_browser_draws_every_chart_within_its_card_at_both_widths(make, tmp_path):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not chromium:
         pytest.skip("no Chromium to look at the page with")
-    path = report([make(ends=[0.4, 0.5, ("pruned", 0.1), 0.3, "failed", 0.625]).folder])
+    metrics = dict.fromkeys(REPORTED, 0.123456)
+    path = report([make(ends=[0.4, 0.5, ("pruned", 0.1), 0.3, "failed", 0.625], metrics=metrics).folder])
+    (tmp_path / "measure.html").write_text(MEASURE.format(address=path.as_uri()))
     command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
     command += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--enable-logging=stderr", "--virtual-time-budget=8000", "--dump-dom", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-    drawn = re.findall(r'id="(s0-\w+)" class="[^"]*js-plotly-plot', done.stdout)
-    assert drawn == page_of(path).pictures
-    assert len(re.findall(r'class="main-svg"', done.stdout)) >= len(drawn)
+    command += ["--enable-logging=stderr", "--allow-file-access-from-files", "--virtual-time-budget=12000", "--dump-dom"]
+    done = subprocess.run([*command, (tmp_path / "measure.html").as_uri()], capture_output=True, text=True, timeout=180)
+    charts = len(page_of(path).pictures)
+    assert re.findall(r"\[(\d+): (\d+) charts, (.*?)\]", done.stdout) == [("1280", str(charts), "well"), ("400", str(charts), "well")]
     assert "Uncaught" not in done.stderr

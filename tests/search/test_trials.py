@@ -6,7 +6,7 @@ from rich.console import Console
 from raydetr.config import load_config
 from raydetr.search import trials
 from raydetr.search.space import read_space
-from raydetr.search.study import create_search
+from raydetr.search.study import create_search, open_search
 from raydetr.search.trials import TrialsDisplay
 
 
@@ -31,9 +31,9 @@ def test_every_trial_that_ended_gets_one_line_without_a_terminal(search):
         assert [line.split()[0] for line in out.getvalue().splitlines()] == ["1/4"]
     lines = out.getvalue().splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("1/4 000_default complete: AP 0.25 in 1 epochs; best so far 0.25 in trial 0, ")
+    assert lines[0].startswith("1/4 000_default complete: AP 0.25 in 1 epoch; best so far 0.25 in trial 0, ")
     assert lines[1].startswith("2/4 001_lr=")
-    assert "AP 0.5 in 1 epochs; best so far 0.5 in trial 1" in lines[1]
+    assert "AP 0.5 in 1 epoch; best so far 0.5 in trial 1" in lines[1]
 
 
 def test_the_study_is_looked_at_again_after_the_interval(search, monkeypatch):
@@ -55,3 +55,19 @@ def test_a_terminal_shows_one_table_the_running_trials_first(search):
     assert table.title == "1 of 4 trials ended, ? left"
     assert [list(column.cells)[:2] for column in table.columns[:2]] == [["1", "0"], ["running", "complete"]]
     assert next(iter(table.columns[3].cells)) == "0.5"
+
+
+def test_fewer_trials_than_have_ended_are_counted_as_they_are(search):
+    """As after ``raydetr tune --resume SEARCH --trials 1`` of a search that ran two."""
+    for value in (0.25, 0.5):
+        end_a_trial(search, value)
+    number, _ = search.ask()  # was under way when the search was interrupted
+    search = open_search(search.folder, trials=1)
+    out = io.StringIO()
+    with TrialsDisplay(search, Console(file=out)) as display:
+        assert display.table().title == "2 of 3 trials ended, ? left"
+        search.report(number, 1, 0.1)
+        search.tell(number, "complete", 0.1)
+    assert out.getvalue().startswith("3/3 002_lr=")
+    assert out.getvalue().endswith("best so far 0.5 in trial 1, 0:00 left\n")
+    assert display.table().title == "3 of 3 trials ended, 0:00 left"
