@@ -19,6 +19,7 @@ from raydetr import config as settings
 from raydetr.errors import UserError
 from raydetr.launch import ray_private
 from raydetr.storage import is_uri, remove_tokens, write_token
+from raydetr.text import shortlist
 
 CONNECT_TIMEOUT_S = 5  # for an answer from the cluster's address
 QUIET_S = 5  # a wait for slots that is not worth a message
@@ -104,7 +105,7 @@ def check_nodes(config: settings.Config, probe: Callable[..., dict[str, Any]] | 
     storage, alone = config.run.storage, len(nodes) < 2
     if alone and not is_uri(storage):
         return
-    values = settings.flatten(settings.to_dict(config))
+    values = settings.by_name(config)
     paths = [values[name] for name in settings.PLACES if name.startswith("data.") and values[name]]
     token = secrets.token_hex(8)
     try:
@@ -128,21 +129,21 @@ def check_answers(answers: Sequence[tuple[str, dict[str, Any]]], written: set[st
     """
     without = [name for name, answer in answers if answer["version"] is None]
     if without:
-        raise UserError(f"no raydetr on the cluster's machines: {listed(without)}; take an image that has it, or pip install it there")
+        raise UserError(f"no raydetr on the cluster's machines: {shortlist(without)}; take an image that has it, or pip install it there")
     others = [f"{answer['version']} on {name}" for name, answer in answers if answer["version"] != raydetr.__version__]
     if others:
-        raise UserError(f"raydetr is {raydetr.__version__} here and {listed(others)}; install the same on all machines")
+        raise UserError(f"raydetr is {raydetr.__version__} here and {shortlist(others)}; install the same on all machines")
     lacked = next((answer["lacking"][0] for _, answer in answers if answer["lacking"]), None)
     if lacked:
         without = [name for name, answer in answers if lacked in answer["lacking"]]
-        raise UserError(f"{lacked} is not on {listed(without)}; the photographs belong in a folder that all machines see")
+        raise UserError(f"{lacked} is not on {shortlist(without)}; the photographs belong in a folder that all machines see")
     refused = next(((name, answer["refusal"]) for name, answer in answers if answer["refusal"]), None)
     if refused:
         raise UserError(f"{refused[0]}: {refused[1]}")
     apart = [name for name, answer in answers if not answer["token"] or answer["wrote"] not in written]
     if apart:
         raise UserError(
-            f"run.storage: {storage} is another folder on {listed(apart)} than here; "
+            f"run.storage: {storage} is another folder on {shortlist(apart)} than here; "
             "with several machines give --storage one that all of them share (NFS, a ReadWriteMany volume)"
         )
 
@@ -167,7 +168,7 @@ def probe_nodes(
     finally:
         ray.cloudpickle.unregister_pickle_by_value(module)
     if silent:
-        names = listed([nodes[node_of[each]] for each in silent])
+        names = shortlist([nodes[node_of[each]] for each in silent])
         raise UserError(f"no answer in {PROBE_TIMEOUT_S} s from {names}; look at `ray status`")
     answers = {}
     for reference, node in node_of.items():
@@ -264,8 +265,3 @@ def node_name(node: dict[str, Any]) -> str:
 def nodes_resources() -> list[dict[str, float]]:
     """Return the resources of each node of the cluster."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def listed(names: Sequence[str], most: int = 4) -> str:
-    """Return the first ``most`` names, comma-separated, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -18,16 +18,16 @@ from ray.tune.search import Searcher
 
 from raydetr import config as settings
 from raydetr.errors import UserError
+from raydetr.files import atomic_write
 from raydetr.launch.nodes import is_node_failure, out_of_memory
 from raydetr.launch.signals import Received
 from raydetr.launch.slots import Demands, Slots, slots_on
 from raydetr.launch.train import OUT_OF_MEMORY, RAY_FOLDER
-from raydetr.launch.trial import REPORTED
 from raydetr.search.study import Search
 from raydetr.search.trials import TrialsDisplay
 from raydetr.storage import LAST, OWNER, copy, fetch, is_uri, join, push, remove_tokens, working_folder
+from raydetr.training.metrics import REPORTED, WHERE
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
-from raydetr.weights.files import written_whole
 
 TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
 RESUME_STATE = ("optimizer", "lr_scheduler", "scaler", "ema", "random")  # what a checkpoint holds only to be resumed from
@@ -99,7 +99,7 @@ class StudySearcher(Searcher):
             number: The trial's number.
             drawn: Its settings as they were drawn; None: as the study has them now.
         """
-        config = self.search.config(number) if drawn is None else settings.load_config(self.search.base, drawn)
+        config = self.search.config(number) if drawn is None else self.search.complete(drawn)
         config.run.storage, config.run.name = join(self.search.place, TRIALS_FOLDER), self.search.trial_name(number)
         config.run.workers = self.demands.workers
         return {
@@ -338,8 +338,8 @@ def best_so_far(search: Search, number: int, result: Mapping[str, Any]) -> float
 
 
 def reported_metrics(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the trial itself reported, without what Ray Tune adds."""
-    return {name: result[name] for name in result.get(REPORTED, ()) if name in result}
+    """Return what ``fit`` reported and where the trial ran, without what Ray Tune adds."""
+    return {name: result[name] for name in (*REPORTED, *WHERE) if name in result}
 
 
 def copy_weights(source: str, target: str) -> None:
@@ -358,7 +358,7 @@ def copy_weights(source: str, target: str) -> None:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file by an atomic write."""
-    with source.open("rb") as content, written_whole(target) as out:
+    with source.open("rb") as content, atomic_write(target) as out:
         shutil.copyfileobj(content, out)
 
 

@@ -15,6 +15,7 @@ from raydetr.launch import ray_private
 from raydetr.launch.nodes import TOKEN, check_listening
 from raydetr.launch.signals import Received, kept_handlers
 from raydetr.storage import store_environment
+from raydetr.text import one_line
 
 DRIVER = "trial_driver"  # the resource that keeps the drivers of multi-worker trials off the CPUs
 WATCH_INTERVAL_S = 1.0  # between two looks at whether Ray is still there
@@ -56,7 +57,7 @@ def _join_cluster(address: str) -> None:
     try:
         _initialize(address=address, **workers_environment())
     except Exception as error:  # Ray raises many types here, Exception itself among them
-        text = " ".join(str(error).split())
+        text = one_line(error, longest=600)
         if text.startswith("Version mismatch"):
             raise UserError(f"RAY_ADDRESS {address}: {text}; take the cluster's versions of Ray and Python here") from error
         raise UserError(
@@ -72,9 +73,9 @@ def _start_own(workers: int, drivers: bool) -> None:
             # The dashboard's server frees the resources of a multi-worker trial that was stopped.
             _initialize(address="local", num_cpus=cpus, include_dashboard=drivers, resources={DRIVER: 64})
     except Exception as error:  # as above
-        text = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise UserError(
-            f"Ray does not start on this machine: {text[:500]}; it needs a writable folder with a short name for its sockets "
+            f"Ray does not start on this machine: {reason}; it needs a writable folder with a short name for its sockets "
             "(RAY_TMPDIR, /tmp by default), a gigabyte of memory, and no limit on address space (ulimit -v)"
         ) from error
 

@@ -87,10 +87,10 @@ def train(config: settings.Config, resume: bool = False, from_best: bool = False
     """
     config = with_absolute_paths(config)
     check_data(config)
-    check_name(config)
     least, most = settings.least_and_most_workers(config)
+    busy = f"{run_root(config)}: another raydetr is training this run; wait for its end or stop it first"
     interrupted = interruptible(lambda: how_to_resume(config) if _has_begun(config) else "")
-    with naming_the_file(), driving(config), interrupted as received:
+    with naming_the_file(), alone(run_folder(config) / ".lock", busy), interrupted as received:
         if not resume:
             claim_run_folder(config)
         elif from_best:
@@ -108,20 +108,24 @@ def train(config: settings.Config, resume: bool = False, from_best: bool = False
 
 
 @contextlib.contextmanager
-def driving(config: settings.Config) -> Iterator[None]:
-    """Keep a second ``raydetr train`` out of the run for the length of the context. The lock of a killed process is free.
+def alone(lock_file: Path, busy: str) -> Iterator[None]:
+    """Keep every other process of this machine out of a run or a search for the length of the context.
 
-    Of two that a lock cannot keep apart (on two machines, with an object store or a file system without locks), the one that started
-    first ends after its epoch, since the other one has become the owner of the run folder.
+    The lock of a killed process is free. Of two that a lock cannot keep apart (on two machines, with an object store or a file system
+    without locks), the one that started first ends after its epoch, since the other one has become the owner of the run folder.
+
+    Args:
+        lock_file: The file to lock.
+        busy: The error message where another process holds it.
 
     Raises:
         UserError: Another process runs it.
     """
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(one_process(run_folder(config) / ".lock", wait=False))
+            stack.enter_context(one_process(lock_file, wait=False))
         except TimeoutError:
-            raise UserError(f"{run_root(config)}: another raydetr is training this run; wait for its end or stop it first") from None
+            raise UserError(busy) from None
         yield
 
 
@@ -137,22 +141,13 @@ def run_folder(config: settings.Config) -> Path:
 
 def with_absolute_paths(config: settings.Config) -> settings.Config:
     """Return the same settings with every path absolute (a worker has another working directory) and the run named."""
-    values = settings.flatten(settings.to_dict(config))
-    for name in settings.PLACES:
-        if values[name]:
-            values[name] = absolute(values[name])
-    weights = Path(values["model.weights"]).expanduser()
+    values = settings.by_name(config)
+    changed = {name: absolute(values[name]) for name in settings.PLACES if values[name]}
+    weights = Path(config.model.weights).expanduser()
     if weights.is_file():
-        values["model.weights"] = str(weights.absolute())
-    values["run.name"] = values["run.name"] or f"{config.model.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return settings.load_config(values)
-
-
-def check_name(config: settings.Config) -> None:
-    """Raise UserError where ``run.name`` cannot name a folder."""
-    name = config.run.name
-    if name in (".", "..") or "/" in name or "\\" in name:
-        raise UserError(f"run.name: {name!r} is not the name of a folder")
+        changed["model.weights"] = str(weights.absolute())
+    changed["run.name"] = config.run.name or f"{config.model.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return settings.with_settings(config, changed)
 
 
 def claim_run_folder(config: settings.Config) -> Path:

@@ -104,7 +104,7 @@ def test_a_trial_that_fits_no_memory_says_so_and_what_to_lower(search, tmp_path)
 
 
 def test_what_ray_tune_adds_to_a_result_is_no_metric():
-    result = {"AP": 0.5, "node": "a", "reported": ["AP", "node"], "pid": 7, "time_total_s": 3.0, "trial_log_path": "x", "config": {}}
+    result = {"AP": 0.5, "node": "a", "pid": 7, "time_total_s": 3.0, "trial_log_path": "x", "config": {}}
     assert reported_metrics(result) == {"AP": 0.5, "node": "a"}
 
 

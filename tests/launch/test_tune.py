@@ -269,7 +269,7 @@ def test_fewer_trials_than_have_begun_are_refused(coco_folder, tmp_path, monkeyp
 def test_a_file_that_cannot_be_written_is_named(coco_folder, tmp_path):
     launcher.create_search(tmp_path / "search", read_space(SPACE), settings(coco_folder(), tmp_path), trials=2)
     (tmp_path / "search" / "driver.lock").mkdir()  # no permission would do the same, but not to the root user
-    with pytest.raises(UserError, match=rf"{tmp_path}/search/driver\.lock: Is a directory"):
+    with pytest.raises(UserError, match=rf"{tmp_path}/search/driver\.lock: cannot be locked \(Is a directory\)"):
         resume(tmp_path / "search")
 
 
