@@ -11,6 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import ray
+import ray.exceptions
+from ray import cloudpickle
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -77,7 +79,7 @@ def reserved_slots(config: settings.Config, workers: int, gpus_per_worker: float
         return
     if device == "auto" and not ray.cluster_resources().get("GPU"):
         raise UserError("run.wait_for_machines_min: no GPU is there yet, and machines without may be meant; say --speed.device cuda or cpu")
-    bundle = {"CPU": 1} if device == "cpu" else {"CPU": 1, "GPU": gpus_per_worker}
+    bundle: dict[str, float] = {"CPU": 1} if device == "cpu" else {"CPU": 1, "GPU": gpus_per_worker}
     what = f"{workers} x {', '.join(f'{number:g} {name}' for name, number in bundle.items())}"
     reserved = placement_group([bundle] * workers)
     try:
@@ -157,16 +159,16 @@ def probe_nodes(
         UserError: A node does not answer, or ``probe`` fails there.
     """
     module = importlib.import_module(probe.__module__)
-    ray.cloudpickle.register_pickle_by_value(module)  # a node without raydetr could not import it to find the function
+    cloudpickle.register_pickle_by_value(module)  # a node without raydetr could not import it to find the function
     try:
-        task = ray.remote(num_cpus=0, max_retries=0)(probe)
+        task: Any = ray.remote(num_cpus=0, max_retries=0)(probe)
         node_of = {
             task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(paths, *storage): node
             for node in nodes
         }
         _, silent = ray.wait(list(node_of), num_returns=len(node_of), timeout=PROBE_TIMEOUT_S)
     finally:
-        ray.cloudpickle.unregister_pickle_by_value(module)
+        cloudpickle.unregister_pickle_by_value(module)
     if silent:
         names = shortlist([nodes[node_of[each]] for each in silent])
         raise UserError(f"no answer in {PROBE_TIMEOUT_S} s from {names}; look at `ray status`")

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 import ray.tune
 import torch
+from ray import cloudpickle
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
@@ -59,8 +60,8 @@ class StudySearcher(Searcher):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stripping": None}  # Ray Tune pickles a copy that nothing reads; a thread cannot be pickled
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the next trial, as :func:`raydetr.launch.trial.run_trial` takes it; None while there is no slot for one."""
+    def suggest(self, trial_id: str) -> Any:
+        """Return the next trial, as :func:`raydetr.launch.trial.run_trial` takes it; None while there is no slot, FINISHED at the end."""
         population = self.search.scheduler == "pbt"
         if not population and len(self.live) >= self.room():
             return None
@@ -160,7 +161,7 @@ class StudyScheduler(FIFOScheduler):
     def on_trial_error(self, tune_controller, trial) -> None:
         """Count the loss of a trial's process, unless its node was lost with it. Ray Tune starts the trial again."""
         file = trial.pickled_error_file
-        error = ray.cloudpickle.loads(Path(file).read_bytes()) if file else None
+        error = cloudpickle.loads(Path(file).read_bytes()) if file else None
         if error is None or not is_node_failure(error):
             self.losses[trial.trial_id] += 1
         if out_of_memory(error):
@@ -224,8 +225,8 @@ class PopulationScheduler(StudyScheduler):
 
     def _turn(self, trial) -> None:
         number, epoch = self.search.number(trial.trial_id), trial.last_result["epoch"]
-        other = self.search.better_trial(number, epoch)
-        if other is not None:
+        other = None if number is None else self.search.better_trial(number, epoch)
+        if number is not None and other is not None:
             copy_weights(trial_root(self.search, other), trial_root(self.search, number))
             self.search.take_over(number, other, epoch)
             self.search.push()

@@ -1,6 +1,7 @@
 """Ray for the length of a run or a search: one of its own on this machine, or a cluster that exists, and what happens if it is lost."""
 
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -83,7 +84,7 @@ def _start_own(workers: int, drivers: bool) -> None:
 def _initialize(**options: Any) -> None:
     with kept_handlers():
         # What a run has to show comes through its mailbox; the workers' own output stays in Ray's log files.
-        ray.init(**options, logging_level="error", log_to_driver=False)
+        ray.init(**options, logging_level=logging.ERROR, log_to_driver=False)
 
 
 def workers_environment() -> dict[str, Any]:

@@ -8,9 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
+import ray.exceptions
 import ray.train
 from ray.train.torch import TorchTrainer
 
@@ -131,7 +132,7 @@ def alone(lock_file: Path, busy: str) -> Iterator[None]:
 
 def run_root(config: settings.Config) -> str:
     """Return ``<run.storage>/<run.name>``, a folder or a URI."""
-    return join(config.run.storage, config.run.name)
+    return join(config.run.storage, str(config.run.name))
 
 
 def run_folder(config: settings.Config) -> Path:
@@ -260,7 +261,7 @@ def _run_here(config: settings.Config) -> dict[str, Any]:
         from raydetr.training.fit import fit
     trainer = TorchTrainer(lambda: fit(config), scaling_config=ray.train.ScalingConfig(num_workers=0))
     try:
-        return trainer.fit().return_value
+        return cast(dict[str, Any], trainer.fit().return_value)
     except UserError:
         raise
     except Exception as error:
@@ -298,7 +299,7 @@ def ray_run_config(config: settings.Config, callbacks: list | None = None) -> ra
     )
 
 
-def fit_with_retries(trainer: TorchTrainer, mailbox, config: settings.Config) -> dict[str, Any]:
+def fit_with_retries(trainer: TorchTrainer, mailbox: Any, config: settings.Config) -> dict[str, Any]:
     """Return the last epoch's metrics of ``trainer.fit()``.
 
     Ray Train retries lost workers itself. It is started again where a node was lost, which Ray counts as the run's own failure, and up
@@ -317,7 +318,7 @@ def fit_with_retries(trainer: TorchTrainer, mailbox, config: settings.Config) ->
             raise KeyboardInterrupt from None
         except ray.train.TrainingFailedError as error:
             on_node = any(map(is_node_failure, getattr(error, "worker_failures", {}).values()))
-            if ray.get(mailbox.failure.remote()) or not (on_node or lost_another_node(lost_before)):
+            if user_error(mailbox) or not (on_node or lost_another_node(lost_before)):
                 raise failure_of(error, mailbox, config) from error
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             controllers_lost += not is_node_failure(error)
@@ -325,7 +326,7 @@ def fit_with_retries(trainer: TorchTrainer, mailbox, config: settings.Config) ->
                 raise failed(error, "Ray Train's controller", config) from error
         else:
             if last is None:
-                raise ray.get(mailbox.failure.remote())
+                raise user_error(mailbox) or UserError(f"the run ended without metrics; {how_to_resume(config)}")
             return last
 
 
@@ -343,19 +344,27 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
         from raydetr.training.fit import fit
 
     mailbox = loop_config["mailbox"]
-    if ray.get(mailbox.failure.remote()):
+    if user_error(mailbox):
         return None  # Ray Train retries every failure; one that only the user can fix would come again
     try:
-        images = [ray.get(each) for each in loop_config.get("images", ())]
+        images: list[Any] = [ray.get(each) for each in loop_config.get("images", ())]
         return fit(loop_config["config"], TrainReporter(mailbox, loop_config.get("searched"), *images))
     except UserError as error:
-        ray.get(mailbox.fail.remote(error))
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            ray.get(mailbox.fail.remote(error))
         raise
 
 
-def failure_of(error: Exception, mailbox, config: settings.Config) -> UserError:
+def user_error(mailbox: Any) -> UserError | None:
+    """Return the first error that the workers of a run posted for the user to fix; None also of a mailbox that was just lost."""
+    with contextlib.suppress(ray.exceptions.RayActorError):
+        return cast(UserError | None, ray.get(mailbox.failure.remote()))
+    return None
+
+
+def failure_of(error: Exception, mailbox: Any, config: settings.Config) -> UserError:
     """Return the error to show for a failed run: the user's to fix, or what the workers died of and how to resume."""
-    own = ray.get(mailbox.failure.remote())
+    own = user_error(mailbox)
     if own:
         return own
     causes = getattr(error, "worker_failures", None) or {0: error}
@@ -385,7 +394,7 @@ def naming_the_file() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def showing(mailbox, show: Callable[[dict], None]) -> Iterator[None]:
+def showing(mailbox: Any, show: Callable[[dict], None]) -> Iterator[None]:
     """Show what the workers post with ``show`` for the length of the context."""
     done = threading.Event()
 

@@ -32,8 +32,10 @@ class TuneReporter:
     """
 
     rank, world_size, local_rank = 0, 1, 0
+    searched: Mapping[str, tuple | list] | None
+    images: DecodedImages | None
 
-    def __init__(self, metric: str, searched: dict[str, Any], images: DecodedImages | None = None):
+    def __init__(self, metric: str, searched: Mapping[str, tuple | list], images: DecodedImages | None = None):
         self.metric, self.searched, self.images = metric, searched, images
 
     def checkpoint(self) -> None:
@@ -111,7 +113,7 @@ def fit_with_workers(config: settings.Config, slots: Slots, searched: dict[str, 
         train_worker,
         train_loop_config={"config": config, "mailbox": mailbox, "searched": searched, "images": list(images)},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.run.workers,
+            num_workers=int(config.run.workers),
             use_gpu=slots.gpus > 0,
             resources_per_worker={"CPU": slots.cpus, **({"GPU": slots.gpus} if slots.gpus else {})},
             placement_strategy=slots.placement.upper(),

@@ -284,7 +284,7 @@ def share_images(config: settings.Config) -> list[ray.ObjectRef]:
     """
     store = min(node["object_store_memory"] for node in nodes_resources())
     limit = min(cache_limit(config.data), int(store * STORE_SHARE))
-    splits = [CocoImages(find_split(config.data, split), None) for split in ("train", "val")]
+    splits = [CocoImages(find_split(config.data, split), lambda *sample: sample) for split in ("train", "val")]
     images = DecodedImages([file for split in splits for file in split.files], limit)
     images.fill()
     return [ray.put(images)]
