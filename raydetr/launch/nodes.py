@@ -28,6 +28,7 @@ QUIET_S = 5  # a wait for slots that is not worth a message
 TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (~/.ray/auth_token)"
 AUTOSCALED = "; with an autoscaler, --run.wait_for_machines_min says how long to wait for its machines"
 LOSS_TIMEOUT_S = 30  # for Ray to notice that a node is gone (five health checks, 3 s apart); workers elsewhere notice at once
+NO_MEMORY = "running low on memory"  # what Ray's memory monitor says of the processes that it kills
 PROBE_TIMEOUT_S = 120  # for an answer from each node; its first worker process has to be started
 
 
@@ -243,7 +244,7 @@ def lost_another_node(before: Collection[str]) -> bool:
 def out_of_memory(error: BaseException | None) -> bool:
     """Return whether Ray's memory monitor killed the process whose loss ``error`` reports."""
     while error is not None:
-        if isinstance(error, ray.exceptions.OutOfMemoryError) or "running low on memory" in str(error):
+        if isinstance(error, ray.exceptions.OutOfMemoryError) or NO_MEMORY in str(error):
             return True
         error = getattr(error, "health_check_failure", None) or error.__cause__
     return False

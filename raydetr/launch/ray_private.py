@@ -12,6 +12,7 @@ import os
 import socket
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ray._common.utils import get_ray_address_file
@@ -34,6 +35,8 @@ HOOKS = {
     "ray.tune.execution.tune_controller.TuneController.pause_trial": "a member of a population gives its slot to another",
     "ray.tune.execution.tune_controller.TuneController.get_trials": "which member of a population is next",
     "ray.tune.experiment.trial.Trial.pickled_error_file": "why Ray Tune lost a trial",
+    "ray.tune.experiment.trial.Trial.error_file": "why Ray Tune lost a trial, of errors that it does not pickle",
+    "ray.tune.progress_reporter.TrialProgressCallback": "prints lines of its own unless the search has one",
     "ray.tune.experiment.trial.Trial.set_config": "a member of a population resumes with other settings",
     "ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError": "wraps the loss of a training worker",
     "ray.dashboard.modules.dashboard_sdk.SubmissionClient._do_request": "asks a cluster for its versions before a job is submitted",
@@ -139,6 +142,14 @@ def automatic_address() -> str | None:
 def address_file() -> str:
     """Return the path of the file in which a Ray of this machine leaves its address."""
     return get_ray_address_file(None)
+
+
+def last_trial_error(trial: Any) -> str:
+    """Return the text of the last error of a trial of Ray Tune; empty without one."""
+    try:
+        return Path(trial.error_file).read_text(errors="replace").rpartition("Failure # ")[2] if trial.error_file else ""
+    except OSError:
+        return ""
 
 
 def lost_part(gcs_address: str, timeout_s: float) -> str | None:

@@ -14,13 +14,15 @@ import ray.tune
 import torch
 from ray import cloudpickle
 from ray.tune.experiment import Trial
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from raydetr import config as settings
 from raydetr.errors import UserError
 from raydetr.files import atomic_write
-from raydetr.launch.nodes import is_node_failure, out_of_memory
+from raydetr.launch import ray_private
+from raydetr.launch.nodes import NO_MEMORY, is_node_failure
 from raydetr.launch.signals import Received
 from raydetr.launch.slots import Demands, Slots, slots_on
 from raydetr.launch.train import OUT_OF_MEMORY, RAY_FOLDER
@@ -160,12 +162,13 @@ class StudyScheduler(FIFOScheduler):
 
     def on_trial_error(self, tune_controller, trial) -> None:
         """Count the loss of a trial's process, unless its node was lost with it. Ray Tune starts the trial again."""
-        file = trial.pickled_error_file
-        error = cloudpickle.loads(Path(file).read_bytes()) if file else None
-        if error is None or not is_node_failure(error):
-            self.losses[trial.trial_id] += 1
-        if out_of_memory(error):
+        if NO_MEMORY in ray_private.last_trial_error(trial):  # Ray Tune keeps this error as text only
             self.reasons[trial.trial_id] = OUT_OF_MEMORY
+            self.losses[trial.trial_id] += 1
+            return
+        file = trial.pickled_error_file
+        if not (file and is_node_failure(cloudpickle.loads(Path(file).read_bytes()))):
+            self.losses[trial.trial_id] += 1
 
     def on_trial_add(self, tune_controller, trial) -> None:
         """Fail a trial that is to be started again and was lost too often."""
@@ -266,8 +269,11 @@ class UntilSignal(ray.tune.Stopper):
         return self.received.number is not None
 
 
-class Watcher(ray.tune.Callback):
-    """Shows the trials as they run, and names those that stopped reporting."""
+class Watcher(TrialProgressCallback):
+    """Shows the trials as they run, and names those that stopped reporting.
+
+    It takes the place of Ray Tune's own callback of this kind, which would print lines of its own.
+    """
 
     def __init__(self, search: Search, display: TrialsDisplay):
         self.search, self.display = search, display
@@ -289,6 +295,12 @@ class Watcher(ray.tune.Callback):
         self.heard[number] = now
         self.silent.discard(number)
         self.display.epoch(number, result)
+
+    def on_trial_error(self, iteration: int, trials: list, trial, **info) -> None:
+        """Do nothing: the table shows why a trial failed."""
+
+    def on_trial_complete(self, iteration: int, trials: list, trial, **info) -> None:
+        """Do nothing: the table shows how a trial ended."""
 
     def on_step_end(self, iteration: int, trials: list, **info) -> None:
         """Show that trials began, ended, or stopped reporting."""

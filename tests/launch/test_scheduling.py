@@ -3,7 +3,6 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import ray
 from ray.tune.experiment import Trial
 from rich.console import Console
 
@@ -86,9 +85,9 @@ def test_a_trial_that_stops_reporting_is_named_once_with_since_when(search, monk
 
 def test_a_trial_that_fits_no_memory_says_so_and_what_to_lower(search, tmp_path):
     trial, ended = trial_of(search, "a"), []
-    trial.pickled_error_file = tmp_path / "error.pkl"
-    trial.pickled_error_file.write_bytes(
-        ray.cloudpickle.dumps(ray.exceptions.OutOfMemoryError("killed due to the node running low on memory"))
+    trial.error_file = tmp_path / "error.txt"
+    trial.error_file.write_text(
+        "Failure # 1\nsomething else\nFailure # 2\n1 worker(s) were killed due to the node running low on memory.\n"
     )
     controller = SimpleNamespace(
         search_alg=SimpleNamespace(on_trial_complete=lambda key, error: ended.append(key)), stop_trial=lambda trial: ended.append(trial)
