@@ -86,9 +86,7 @@ def test_a_trial_that_stops_reporting_is_named_once_with_since_when(search, monk
 def test_a_trial_that_fits_no_memory_says_so_and_what_to_lower(search, tmp_path):
     trial, ended = trial_of(search, "a"), []
     trial.error_file = tmp_path / "error.txt"
-    trial.error_file.write_text(
-        "Failure # 1\nsomething else\nFailure # 2\n1 worker(s) were killed due to the node running low on memory.\n"
-    )
+    trial.error_file.write_text("Failure # 1\nsomething else\nFailure # 2\n1 worker was killed due to the node running low on memory.\n")
     controller = SimpleNamespace(
         search_alg=SimpleNamespace(on_trial_complete=lambda key, error: ended.append(key)), stop_trial=lambda trial: ended.append(trial)
     )
