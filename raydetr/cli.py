@@ -1,4 +1,4 @@
-"""The command line: one short function per verb that parses, calls the API and prints."""
+"""The command line: one short function per command, which parses, calls the API and prints."""
 
 import os
 import sys
@@ -27,7 +27,7 @@ SHORT_FLAGS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0 done, 1 findings or failure, 2 bad input, 128 + N ended by signal N (130: Ctrl-C)."""
+    """Run one command and return its exit code: 0 success, 1 findings or failure, 2 bad input, 128 + N ended by signal N."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
@@ -58,18 +58,19 @@ def _fail(message: str, code: int, debug: bool) -> int:
 
 
 class SettingsCommand(click.Command):
-    """A command whose help shows the flags everyone sets first and the rest of the tree with ``--help-all``."""
+    """A command whose ``--help`` shows the common settings, and whose ``--help-all`` shows all of them."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the common flags; name the sections of the others."""
-        common = [param for param in self.get_params(ctx) if setting_name(param) not in config.SETTINGS or len(param.opts) > 1]
+        """Write the common flags, and name the sections of the others."""
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        common = [param for param in options if setting_name(param) not in config.SETTINGS or len(param.opts) > 1]
         with formatter.section("Options"):
             formatter.write_dl([record for record in (param.get_help_record(ctx) for param in common) if record])
         sections = sorted({setting_name(param).split(".")[0] for param in self.params if setting_name(param) in config.SETTINGS})
         with formatter.section("Settings"):
             formatter.write_text(
-                f"Every knob of the sections {', '.join(sections)} is a flag too, such as --{sections[0]}.{_first_leaf(sections[0])}, and "
-                "a key of the file given with --config. --help-all lists them with their defaults and bounds."
+                f"Every setting of the sections {', '.join(sections)} is also a flag, such as --{sections[0]}.{_first_leaf(sections[0])}, "
+                "and a key of the file given with --config. --help-all lists them with their defaults and bounds."
             )
 
 
@@ -78,7 +79,7 @@ def _first_leaf(section: str) -> str:
 
 
 def setting_name(param: click.Parameter) -> str:
-    """The dotted name that a parameter's Python name stands for: ``optim__lr`` is ``optim.lr``."""
+    """Return the dotted name of the setting that a parameter stands for: ``optim.lr`` for ``optim__lr``."""
     return param.name.replace("__", ".")
 
 
@@ -93,12 +94,12 @@ def _list_settings(ctx: click.Context, _param: click.Parameter, wanted: bool) ->
 
 
 def settings_options(*sections: str):
-    """Decorator: ``--config`` and the flags of those sections of the tree."""
+    """Return a decorator that adds ``--config`` and the flags of these sections of the settings to a command."""
 
     def decorate(function):
         flags = [_flag(each) for each in config.SETTINGS.values() if each.name.split(".")[0] in sections]
         config_file = click.option(
-            "--config", "config_file", type=click.Path(dir_okay=False), metavar="FILE", help="YAML file of settings; flags win over it."
+            "--config", "config_file", type=click.Path(dir_okay=False), metavar="FILE", help="YAML file of settings; flags override it."
         )
         help_all = click.option(
             "--help-all", is_flag=True, expose_value=False, is_eager=True, callback=_list_settings, help="List every setting."
@@ -117,71 +118,75 @@ def _flag(each: config.Setting):
         *reversed(names),
         each.name.replace(".", "__"),
         metavar="TEXT" if each.type is str else each.type.__name__.upper(),
-        help=f"{each.meaning[0].upper()}{each.meaning[1:]} (default: {each.default}).",
+        help=f"{each.meaning[0].upper()}{each.meaning[1:]}{'' if each.default is None else f' (default: {each.default})'}.",
         shell_complete=lambda _ctx, _param, typed: [CompletionItem(choice) for choice in choices if choice.startswith(typed)],
     )
 
 
 def given_settings(options: dict) -> list[dict]:
-    """The layers of settings that the command line gives: those of ``--config``, then the flags; takes them out of ``options``."""
+    """Remove the settings from ``options`` and return them parsed, in two layers: those of ``--config``, and those of flags."""
     file = options.pop("config_file")
     flags = {name.replace("__", "."): options.pop(name) for name in list(options) if name.replace("__", ".") in config.SETTINGS}
     flags = {name: value for name, value in flags.items() if value is not None}
-    return [config.read_yaml(fetched(file)) if file else {}, flags]
+    return [config.read_yaml(fetched(file)) if file else {}, config.parse_settings(flags)]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="raydetr")
 def cli() -> None:
-    """Fine-tune DETR on your own labelled photographs, on one machine or a Ray cluster.
+    """Fine-tune DETR on your own labeled images, on one computer or a Ray cluster.
 
-    Start with `raydetr demo`. With photographs of your own: `raydetr data convert`, `raydetr data check`, `raydetr train`,
-    `raydetr tensorboard`, `raydetr predict`. Add --debug to any command for the stack trace of an error.
+    Start with `raydetr demo`. With your own images, run `raydetr data convert`, `raydetr data check`, `raydetr train`,
+    `raydetr tensorboard` and `raydetr predict`. Add --debug to any command to see the stack trace of an error.
     """
 
 
-@cli.command(cls=SettingsCommand)
-@click.option("--resume", metavar="RUN", help="Resume the run in this folder, or from its best.pth; most settings stay as they were.")
+@cli.command(cls=SettingsCommand, short_help="Fine-tune a model on your images.")
+@click.option(
+    "--resume",
+    metavar="RUN",
+    help="Resume the run in this folder, or from its best.pth. It keeps its settings, apart from those that may change, such as --epochs.",
+)
 @settings_options("model", "loss", "matcher", "data", "optim", "speed", "run")
 def train(resume: str | None, **options) -> None:
-    """Fine-tune on a folder of photographs, with Ray Train.
+    """Fine-tune a model on a data set folder, with Ray Train.
 
     Example: raydetr train --data photographs --epochs 100 --workers 2
     """
-    with without_collections():  # half a million objects of torch and Ray, which stay
+    with without_collections():  # importing torch and Ray makes half a million objects that stay
         from raydetr.launch.train import names_checkpoint, resume_config, train
 
     given = given_settings(options)
     if resume:
         train(resume_config(resume, *given), resume=True, from_best=names_checkpoint(resume, ["best.pth"]))
     else:
-        train(config.load_config(*given))
+        train(config.with_settings(config.Config(), *given))
 
 
 @cli.group()
 def data() -> None:
-    """Convert and check a folder of photographs."""
+    """Convert and check data sets."""
 
 
-@data.command("convert")
+@data.command("convert", short_help="Convert annotations to COCO.")
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path))
 @click.option(
     "--from", "source", type=click.Choice(["via", "voc", "yolo"]), default="via", show_default=True, help="Annotation format of SRC."
 )
-@click.option("--category", metavar="NAME", help="The category of every region that names none itself (VIA).")
-@click.option("--attribute", metavar="NAME", help="The region attribute that holds the category, where there are several (VIA).")
-@click.option("--copy", is_flag=True, help="Copy the images instead of linking them.")
+@click.option("--category", metavar="NAME", help="The category of all regions that do not name one (VIA).")
+@click.option("--attribute", metavar="NAME", help="The region attribute that holds the category, if there are several (VIA).")
+@click.option("--copy", is_flag=True, help="Copy the images instead of linking to them.")
 @click.option(
     "--val-fraction",
     type=click.FloatRange(0, 1, True, True),
     default=0.2,
     show_default=True,
-    help="Drawn for validation where SRC has no val.",
+    help="Fraction of the images to draw for validation if SRC has no validation set.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of that draw.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of this draw.")
 def data_convert(src: Path, dst: Path, source: str, **options) -> None:
-    """Convert annotations in SRC to a COCO folder DST that `raydetr train` takes.
+    """Convert the data set in SRC to a COCO folder DST, for `raydetr train`.
 
     Example: raydetr data convert balloon balloon-coco --from via --category balloon
     """
@@ -190,28 +195,33 @@ def data_convert(src: Path, dst: Path, source: str, **options) -> None:
     click.echo(convert(src, dst, source=source, **options).text())
 
 
-@data.command("check", cls=SettingsCommand)
+@data.command("check", cls=SettingsCommand, short_help="Report problems of a data set.")
 @click.argument("folder", required=False, metavar="DIR", type=click.Path())
-@click.option("--quick", is_flag=True, help="Leave out what needs every picture decoded.")
+@click.option("--quick", is_flag=True, help="Skip the checks that decode every image.")
 @settings_options("data", "model")
 def data_check(folder: str | None, quick: bool, **options) -> int:
-    """Report what is wrong with the photographs and annotations in DIR; exit code 1 where training would fail or lie."""
+    """Report problems of the images and annotations in DIR.
+
+    The exit code is 1 if training would fail or its metrics would be wrong.
+    """
     from raydetr.data.check.check import check
 
-    settings = config.load_config({"data.path": folder}, *given_settings(options))
+    settings = config.with_settings(config.Config(), config.parse_settings({"data.path": folder}), *given_settings(options))
     report = check(settings.data, quick=quick, num_queries=settings.model.num_queries)
     click.echo(report.text())
     return 0 if report.ok else 1
 
 
-@cli.command(cls=SettingsCommand)
+@cli.command(cls=SettingsCommand, short_help="Compute the COCO AP of a checkpoint.")
 @click.argument("checkpoint", required=False, type=click.Path())
-@click.option("--json", "json_file", metavar="FILE", type=click.Path(dir_okay=False), help="Write the numbers to FILE.")
-@click.option("--predictions", metavar="FILE", type=click.Path(dir_okay=False), help="Score a COCO results file instead of a model.")
-@click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="Which photographs.")
+@click.option("--json", "json_file", metavar="FILE", type=click.Path(dir_okay=False), help="Also write the metrics to FILE.")
+@click.option(
+    "--predictions", metavar="FILE", type=click.Path(dir_okay=False), help="Evaluate a COCO results file instead of a checkpoint."
+)
+@click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="Which split to evaluate.")
 @settings_options("data", "optim", "speed")
 def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | None, split: str, **options) -> None:
-    """COCO AP of a checkpoint (or of a results file) on labelled photographs.
+    """Compute the COCO AP of a checkpoint, or of a results file, on a data set.
 
     Example: raydetr evaluate runs/first/best.pth --data photographs
     """
@@ -221,7 +231,7 @@ def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | N
         raise UserError("evaluate: give either a CHECKPOINT or --predictions FILE")
     given = given_settings(options)
     if predictions:
-        metrics = score_predictions(predictions, config.load_config(*given).data, split)
+        metrics = score_predictions(predictions, config.with_settings(config.Config(), *given).data, split)
     else:
         metrics = score_checkpoint(checkpoint, *given, split=split)
     click.echo(metrics_table(metrics))
@@ -229,32 +239,47 @@ def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | N
         write_metrics(metrics, json_file)
 
 
-@cli.command(cls=SettingsCommand)
-@click.option("--space", metavar="FILE", help="What is searched: a YAML file, or the name of a ready one (learning_rates, loss, ...).")
-@click.option("--trials", type=int, metavar="N", help="Trials in all, the first with the default settings (default: 32).")
-@click.option("--concurrent", type=click.IntRange(1), metavar="M", help="Trials at a time (default: as many as fit).")
-@click.option("--workers-per-trial", type=click.IntRange(1), default=1, show_default=True, help="Ray Train workers of each trial.")
+@cli.command(cls=SettingsCommand, short_help="Search for better settings.")
+@click.option("--space", metavar="FILE", help="The search space: a YAML file, or the name of a bundled one (learning_rates, loss, ...).")
+@click.option("--trials", type=int, metavar="N", help="Total number of trials; the first has the default settings (default: 32).")
 @click.option(
-    "--gpus-per-trial", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="Below 1 trials share a GPU."
+    "--concurrent", type=click.IntRange(1), metavar="M", help="Number of trials that run at the same time (default: as many as fit)."
+)
+@click.option(
+    "--workers-per-trial", type=click.IntRange(1), default=1, show_default=True, help="Number of Ray Train workers of each trial."
+)
+@click.option(
+    "--gpus-per-trial",
+    type=click.FloatRange(0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="GPUs of each trial; below 1, trials share a GPU.",
 )
 @click.option(
     "--placement",
     type=click.Choice(["pack", "spread"]),
     default="pack",
     show_default=True,
-    help="Trials on as few machines as hold them, or spread over all (pbt always does).",
+    help="Pack trials on as few nodes as possible, or spread them over all nodes (pbt always spreads).",
 )
-@click.option("--max-epochs", metavar="E", help="Epochs of a trial that is not stopped early; --optim.epochs by another name.")
-@click.option("--scheduler", default="asha", show_default=True, help="Which trials are stopped early: asha, median or none; or pbt.")
+@click.option("--max-epochs", metavar="E", help="Number of epochs of a trial that is not stopped early; the same as --optim.epochs.")
+@click.option(
+    "--scheduler",
+    default="asha",
+    show_default=True,
+    help="How trials are stopped early (asha, median, none), or pbt for population-based training.",
+)
 @click.option("--sampler", default="tpe", show_default=True, help="How settings are drawn: tpe, gp, random or cmaes.")
-@click.option("--metric", default="AP", show_default=True, help="COCO number that is maximized.")
-@click.option("--time-budget", metavar="TIME", help="Stop after that long: 90s, 30m, 2h.")
-@click.option("--points", metavar="FILE", help="YAML or JSON list of settings to try first.")
-@click.option("--warm-start", metavar="SEARCH", help="Folder of an earlier search whose best settings are tried first.")
-@click.option("--resume", metavar="SEARCH", help="Go on with the search in this folder.")
+@click.option("--metric", default="AP", show_default=True, help="The COCO metric to maximize.")
+@click.option("--time-budget", metavar="TIME", help="Stop after this time, such as 90s, 30m or 2h.")
+@click.option("--points", metavar="FILE", help="YAML or JSON list of points to try first.")
+@click.option("--warm-start", metavar="SEARCH", help="Folder of an earlier search; its best settings are tried first.")
+@click.option("--resume", metavar="SEARCH", help="Resume the search in this folder.")
 @settings_options("model", "loss", "matcher", "data", "optim", "speed", "run")
 def tune(**options) -> None:
-    """Search settings with Ray Tune and Optuna; trial 0 has the defaults, so that the result says whether it paid.
+    """Search for better settings, with Ray Tune and Optuna.
+
+    Trial 0 has the default settings, so that the result shows what the search gained.
 
     Example: raydetr tune --space loss --trials 32 --max-epochs 20 --data photographs
     """
@@ -268,28 +293,39 @@ def tune(**options) -> None:
     click.echo(tune_command(layers, **options))
 
 
-@cli.command()
+@cli.command(short_help="Run train or tune on a Ray cluster.")
 @click.option(
-    "--address", metavar="URL", help="The cluster's dashboard, http://HOST:8265 (default: RAY_API_SERVER_ADDRESS or RAY_ADDRESS)."
+    "--address",
+    metavar="URL",
+    help="Address of the cluster's dashboard, http://HOST:8265 (default: RAY_API_SERVER_ADDRESS or RAY_ADDRESS).",
 )
-@click.option("--name", help="What the job is called; the time is added.")
+@click.option("--name", help="Name of the job; the time is added.")
 @click.option(
-    "--working-dir", default=".", show_default=True, metavar="DIR", help="Folder that goes along; data/, runs/ and .venv/ in it do not."
+    "--working-dir",
+    default=".",
+    show_default=True,
+    metavar="DIR",
+    help="Folder to send to the cluster, without data/, runs/ and .venv/ in it.",
 )
-@click.option("--exclude", "excludes", multiple=True, metavar="PATTERN", help="What else stays here, as in .gitignore; may be repeated.")
 @click.option(
-    "--entrypoint-num-cpus", type=float, metavar="N", help="CPUs of the command itself, beside its workers' (default: none, on the head)."
+    "--exclude", "excludes", multiple=True, metavar="PATTERN", help="Pattern of files not to send, as in .gitignore; may be repeated."
+)
+@click.option(
+    "--entrypoint-num-cpus",
+    type=float,
+    metavar="N",
+    help="CPUs of the command itself, in addition to its workers' (default: none; it runs on the head node).",
 )
 @click.option("--entrypoint-num-gpus", type=float, metavar="N", help="GPUs of the command itself.")
 @click.option("--entrypoint-memory", type=int, metavar="BYTES", help="Memory of the command itself.")
-@click.option("--entrypoint-resources", metavar="JSON", help="""Custom resources of the command itself, '{"trial_driver": 1}'.""")
-@click.option("--no-wait", is_flag=True, help="Do not follow the job.")
+@click.option("--entrypoint-resources", metavar="JSON", help="""Custom resources of the command itself, such as '{"trial_driver": 1}'.""")
+@click.option("--no-wait", is_flag=True, help="Do not follow the output of the job.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="-- train|tune ...")
 def submit(command: tuple[str, ...], no_wait: bool, **options) -> int:
-    """Run `raydetr train` or `raydetr tune` as a job on a Ray cluster: its output is shown here, its exit code is this one's.
+    """Run `raydetr train` or `raydetr tune` as a job on a Ray cluster.
 
-    Photographs and runs are folders that all machines of the cluster see. A job that was stopped goes on when it is submitted again
-    with --resume and its run's folder.
+    The command shows the output of the job and ends with its exit code. Data and runs must be in folders that all nodes of the
+    cluster see, or in an object store. To resume a stopped job, submit it again with --resume and the folder of its run.
 
     Example: raydetr submit --address http://127.0.0.1:8265 -- train --data /shared/photographs --storage /shared/runs --workers 4
     """
@@ -302,56 +338,60 @@ def submit(command: tuple[str, ...], no_wait: bool, **options) -> int:
 
 
 def check_submitted(command: Sequence[str]) -> None:
-    """Raises UserError where a command is none for a cluster, has a wrong flag, or names folders that the cluster cannot find."""
+    """Check a command for a cluster.
+
+    Raises:
+        UserError: It is neither train nor tune, has a wrong flag, or names folders that the cluster cannot find.
+    """
     if command[0] not in ("train", "tune"):
-        raise UserError(f"submit: {command[0]!r} is no job for a cluster; it takes -- train ... or -- tune ...")
+        raise UserError(f"submit: {command[0]!r} cannot run as a job; use -- train ... or -- tune ...")
     options = cli.commands[command[0]].make_context(f"raydetr {command[0]}", list(command[1:])).params
-    places = {"--resume": options["resume"]}
+    paths = {"--resume": options["resume"]}
     if not options["resume"]:
         file = options["config_file"]
-        # A file that is not here may be there.
+        # A file that does not exist here may exist on the cluster.
         layers = given_settings(options | {"config_file": file if file and Path(file).exists() else None})
         known = {name: value for layer in layers for name, value in config.flatten(layer).items()}
-        places = {"--data": known.get("data.path"), "--storage": known.get("run.storage")}
-        if places["--storage"] is None and (not file or Path(file).exists()):
-            raise UserError("submit: say where the run is kept, --storage and a folder that all machines of the cluster see")
-    for flag, place in places.items():
-        check_place(flag, place or "")
-        if place and "://" not in place and not Path(place).is_absolute():
+        paths = {"--data": known.get("data.path"), "--storage": known.get("run.storage")}
+        if paths["--storage"] is None and (not file or Path(file).exists()):
+            raise UserError("submit: say where to keep the run: --storage and a folder that all nodes of the cluster see")
+    for flag, path in paths.items():
+        check_place(flag, path or "")
+        if path and "://" not in path and not Path(path).is_absolute():
             raise UserError(
-                f"submit: {flag} {place}: a job has another working folder; give the absolute path of a folder that all machines see"
+                f"submit: {flag} {path}: a job has another working directory; give the absolute path of a folder that all nodes see"
             )
 
 
-@cli.command()
+@cli.command(short_help="Write the report of a search.")
 @click.argument("searches", nargs=-1, required=True, type=click.Path(), metavar="SEARCH...")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="The file to write (default: report.html in SEARCH, or here for several).",
+    help="The file to write (default: report.html, in SEARCH or, for several searches, in the current folder).",
 )
 def report(searches: tuple[str, ...], out: Path | None) -> None:
-    """Pictures and tables of a search, or of several beside each other, in one HTML file."""
+    """Write charts and tables of a search, or of several side by side, to one HTML file."""
     from raydetr.search.report import report
 
-    click.echo(f"look at {report(searches, out)}")
+    click.echo(f"report written to {report(searches, out)}")
 
 
-@cli.command()
+@cli.command(short_help="Predict on images and draw the boxes.")
 @click.argument("checkpoint", type=click.Path())
 @click.argument("sources", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE_OR_FOLDER...")
 @click.option(
-    "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for pictures, predictions and index.html."
+    "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for drawn images, predictions and index.html."
 )
-@click.option("--threshold", type=click.FloatRange(0, 1), default=0.7, show_default=True, help="Lowest score that is drawn.")
-@click.option("--compare", metavar="OTHER_CHECKPOINT", type=click.Path(), help="Show another checkpoint's predictions beside these.")
+@click.option("--threshold", type=click.FloatRange(0, 1), default=0.7, show_default=True, help="Lowest score of the boxes to draw.")
+@click.option("--compare", metavar="OTHER_CHECKPOINT", type=click.Path(), help="Also show the predictions of another checkpoint.")
 @click.option(
-    "--annotations", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="COCO file whose true boxes are drawn."
+    "--annotations", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="COCO file with the true boxes to draw."
 )
-@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Images at a time.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute.")
+@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Number of images per batch.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Device to compute on.")
 def predict(checkpoint: str, sources: tuple[Path, ...], out: Path, **options) -> None:
-    """Draw a checkpoint's predictions on photographs and collect them in OUT/index.html.
+    """Predict on images, draw the boxes, and show all of them in OUT/index.html.
 
     Example: raydetr predict runs/first/best.pth holiday/ --out seen
     """
@@ -360,27 +400,27 @@ def predict(checkpoint: str, sources: tuple[Path, ...], out: Path, **options) ->
     click.echo(predict(checkpoint, list(sources), out, **options).text())
 
 
-@cli.command()
+@cli.command(short_help="Show runs in TensorBoard.")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(), metavar="RUN...")
-@click.option("--port", type=click.IntRange(0, 65535), default=6006, show_default=True, help="Port; 0 takes a free one.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 opens it to the network.")
+@click.option("--port", type=click.IntRange(0, 65535), default=6006, show_default=True, help="Port to listen on; 0: any free one.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 allows access from the network.")
 def tensorboard(runs: tuple[str, ...], port: int, host: str) -> None:
-    """Open TensorBoard on runs, or on a folder of runs; also on those at s3:// and gs://."""
+    """Show runs, or a folder of runs, in TensorBoard. RUN may also be s3://bucket/folder or gs://bucket/folder."""
     from raydetr.tensorboard import serve_tensorboard
 
     serve_tensorboard(runs, host, port, click.echo)
 
 
-@cli.command()
+@cli.command(short_help="Try everything in a few minutes.")
+@click.option("--out", default="demo", show_default=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for all results.")
+@click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Number of Ray workers.")
+@click.option("--epochs", default=10, show_default=True, type=click.IntRange(1), help="Number of epochs.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the images and of the training.")
 @click.option(
-    "--out", default="demo", show_default=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for everything it makes."
+    "--trials", default=8, show_default=True, type=click.IntRange(0), help="Number of trials of the search at the end; 0: no search."
 )
-@click.option("--workers", default=2, show_default=True, type=click.IntRange(1), help="Ray workers.")
-@click.option("--epochs", default=10, show_default=True, type=click.IntRange(1), help="Epochs to fine-tune.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the pictures and of the training.")
-@click.option("--trials", default=8, show_default=True, type=click.IntRange(0), help="Trials of the search at the end; 0: no search.")
 def demo(out: Path, **options) -> None:
-    """See it work in a few minutes: make pictures of balloons, fine-tune a small DETR on them, search for better settings."""
+    """Try everything in a few minutes: generate images of balloons, fine-tune a small DETR on them, search for better settings."""
     from raydetr.demo.demo import demo
 
     demo(out, **options)

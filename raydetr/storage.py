@@ -1,12 +1,13 @@
-"""Runs, searches and photographs in an object store: a folder at ``s3://`` or ``gs://`` and its copies on this machine.
+"""Runs, searches and data sets in an object store: folders at ``s3://`` or ``gs://`` and their copies on this computer.
 
-A *place* is a local path or such an address. For a local path every function here does nothing and hands it back, so that callers need
-not ask. Of an address there are two copies below :func:`cache_folder`: a *working copy*, which a run writes and pushes, and a *reading
-copy* for whoever only looks, who may do so beside a run on the same machine.
+Every function takes a path or a URI. For a local path it does nothing or returns the path, so that callers need not distinguish.
+For a URI there are two local copies below :func:`cache_folder`: the *working copy*, which a run writes and pushes, and the *reading
+copy* for processes that only read, possibly beside a run on the same computer.
 
-A file is the same here and there where size and time of change agree, as with rsync: fetching and pushing leave both with one time.
-Files and objects appear whole or not at all. ``last.pth`` is pushed after everything else and fetched before it: whoever goes on from
-it finds all of its epoch. A store that does not answer is asked again for minutes; one that refuses is told of at once.
+A file counts as unchanged if its size and modification time agree with the object's, as with rsync; fetching and pushing set both to
+the same time. Files and objects are replaced atomically. ``last.pth`` is pushed after all other files and fetched before them, so that
+a process that resumes from it finds everything that belongs to its epoch. A store that does not answer is retried for minutes; a store
+that refuses is reported at once.
 """
 
 import base64
@@ -26,20 +27,23 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from raydetr.errors import UserError
+from raydetr.files import one_process
+from raydetr.text import count
 
 SCHEMES = ("s3://", "gs://")
-PATIENCE_S = 300  # with a store that does not answer; the other workers of a run wait twice that long for rank 0
-LONGEST_PAUSE_S = 10  # between two questions
-GOOGLE_PATIENCE_S = 10  # of pyarrow's own with Google's store, which it would otherwise ask for a quarter of an hour
-CHUNK_BYTES = 8 << 20  # of a file, on its way at a time
-THREADS = 16  # files on their way at a time: small ones would wait for each other's answers
-TOLD_BYTES = 50e6  # more than this is said to be on its way
+PATIENCE_S = 300  # how long a store that does not answer is retried; other workers of a run wait twice as long for rank 0
+LONGEST_PAUSE_S = 10  # between two attempts
+GOOGLE_PATIENCE_S = 10  # pyarrow's own retries with Google's store, which otherwise last a quarter of an hour
+CHUNK_BYTES = 8 << 20  # transferred at a time
+THREADS = 16  # concurrent transfers, because small files spend their time waiting for answers
+TOLD_BYTES = 50e6  # larger transfers are announced
 LAST = "last.pth"
-OWNER = ".owner"  # at a place that is not finished: who writes there
+OWNER = ".owner"  # the file in an unfinished run with the token of the process that writes it
+TOKEN = re.compile(r"[0-9a-f]{32}")
 EVENTS = "*tfevents*"  # files that are only ever appended to
-STAYS_HERE = ("ray",)  # Ray's own folder in that of a run: of use only to the processes that made it
-ENDPOINT = "AWS_ENDPOINT_URL"  # of a store that is not Amazon's
-# What workers on other machines must know of the store; its keys they have of their own.
+STAYS_HERE = ("ray",)  # Ray's own folder in a run folder, of use only to the processes that made it; never pushed
+ENDPOINT = "AWS_ENDPOINT_URL"  # names an S3 store other than Amazon's
+# What workers on other nodes need to know about the store; each node has its own keys.
 ENVIRONMENT = (ENDPOINT, "AWS_REGION", "AWS_DEFAULT_REGION")
 
 NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|Bucket '[^']*' not found|bucket does not exist", re.IGNORECASE)
@@ -49,76 +53,100 @@ REFUSED = re.compile(
 )
 
 
-def is_uri(place: str | Path) -> bool:
-    """Whether a place is in an object store."""
-    return str(place).startswith(SCHEMES)
+def is_uri(path: str | Path) -> bool:
+    """Return whether a path is a URI in an object store."""
+    return str(path).startswith(SCHEMES)
 
 
 def store_environment() -> dict[str, str]:
-    """The environment variables that say where the store is, as this process has them."""
+    """Return the environment variables of this process that say where the store is."""
     return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
 
 
-def check_place(name: str, place: str) -> None:
-    """Raises UserError where ``place``, the setting or flag ``name``, is an address of another kind, or one with a key in it."""
-    if is_uri(place):
+def check_place(name: str, path: str) -> None:
+    """Check a path or URI given as the setting or flag ``name``.
+
+    Raises:
+        UserError: It is a URI of another kind, or has a key in it.
+    """
+    if is_uri(path):
         with _named(name):
-            _path_of(place)
-    elif "://" in place:
-        raise UserError(
-            f"{name}: {place.split('://')[0]}:// is not known here; it takes a folder, s3://bucket/folder or gs://bucket/folder"
-        )
+            _path_of(path)
+    elif "://" in path:
+        raise UserError(f"{name}: {path.split('://')[0]}:// is not known here; it takes a folder, s3://bucket/folder or gs://bucket/folder")
 
 
-def absolute(place: str | Path) -> str:
-    """The place for a process with another working directory."""
-    return str(place) if is_uri(place) else str(Path(place).expanduser().absolute())
+def absolute(path: str | Path) -> str:
+    """Return a path or URI that is valid in any working directory."""
+    return str(path) if is_uri(path) else str(Path(path).expanduser().absolute())
 
 
-def join(place: str | Path, *names: str) -> str:
-    """A place inside another."""
-    return "/".join([str(place).rstrip("/"), *names]) if is_uri(place) else str(Path(place, *names))
+def join(path: str | Path, *names: str) -> str:
+    """Return a path or URI below another."""
+    return "/".join([str(path).rstrip("/"), *names]) if is_uri(path) else str(Path(path, *names))
 
 
-def split(place: str | Path) -> tuple[str, str]:
-    """The place around a place, and its name there."""
-    around, _, name = str(place).rstrip("/").rpartition("/")
+def split(path: str | Path) -> tuple[str, str]:
+    """Return the parent of a path or URI, and its name there."""
+    around, _, name = str(path).rstrip("/").rpartition("/")
     return around, name
 
 
 def cache_folder() -> Path:
-    """Where this machine keeps its copies: ``RAYDETR_CACHE``, else ``raydetr`` in the user's cache folder. May be emptied between runs."""
+    """Return the folder of local copies: ``RAYDETR_CACHE``, else ``raydetr`` in the user's cache folder. It may be emptied between runs."""
     given = os.environ.get("RAYDETR_CACHE")
     return Path(given or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "raydetr")).expanduser().absolute()
 
 
-def working_folder(place: str | Path) -> Path:
-    """The folder that a run writes: a local place itself, an address's working copy as it stands."""
-    return _copy("work", place) if is_uri(place) else Path(place).expanduser()
+def working_folder(path: str | Path) -> Path:
+    """Return the local folder that a run writes: the path itself, or the working copy of a URI in its current state."""
+    return _copy("work", path) if is_uri(path) else Path(path).expanduser()
 
 
-def fetch(place: str | Path, *, only: str = "*", recursive: bool = True) -> Path:
-    """Make the working copy what the place holds, and return it; what the place does not hold is taken out of it.
+def fetch(path: str | Path, *, only: str = "*", recursive: bool = True) -> Path:
+    """Update the working copy of a folder to what the store holds, and return it. Files that the store does not hold are deleted.
 
-    ``only`` is a pattern for the names of files, relative to the place; ``recursive`` says whether folders inside count. Raises
-    UserError where the store refuses, or does not answer for ``PATIENCE_S``, and OSError where this machine's disk does.
+    Args:
+        path: Path or URI of the folder.
+        only: A pattern for the names of the files to fetch, relative to the folder.
+        recursive: Whether to include subfolders.
+
+    Returns:
+        The local folder.
+
+    Raises:
+        UserError: The store refuses, or does not answer for ``PATIENCE_S``.
+        OSError: The local disk fails.
     """
-    folder = working_folder(place)
-    if is_uri(place):
-        _bring(str(place), folder, only, recursive)
+    folder = working_folder(path)
+    if is_uri(path):
+        _bring(str(path), folder, only, recursive)
     return folder
 
 
-def fetched(place: str | Path, *, only: str = "*", recursive: bool = True) -> Path:
-    """The same for whoever only reads: the folder or file of a place, of an address the reading copy. UserError where nothing is there."""
-    if not is_uri(place):
-        return Path(place).expanduser()
-    uri, copy = str(place).rstrip("/"), _copy("read", place)
+def fetched(path: str | Path, *, only: str = "*", recursive: bool = True) -> Path:
+    """Update the reading copy of a folder or a file, and return it.
+
+    Args:
+        path: Path or URI of the folder or file.
+        only: As for :func:`fetch`.
+        recursive: As for :func:`fetch`.
+
+    Returns:
+        The local folder or file.
+
+    Raises:
+        UserError: There is nothing at the URI, or as for :func:`fetch`.
+        OSError: The local disk fails.
+    """
+    if not is_uri(path):
+        return Path(path).expanduser()
+    uri, copy = str(path).rstrip("/"), _copy("read", path)
     info = _ask(uri, lambda: _file_system(uri).get_file_info(_path_of(uri)))
     if info.is_file:
         around, name = split(uri)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        with _one_process(copy):
+        with _exclusive(copy):
             _get_all(around, copy.parent, {name: info})
     elif info.type.name == "NotFound":
         _check_bucket(uri)
@@ -128,12 +156,12 @@ def fetched(place: str | Path, *, only: str = "*", recursive: bool = True) -> Pa
     return copy
 
 
-def push(place: str | Path, *, only: str = "*", recursive: bool = True, patience_s: float = PATIENCE_S) -> None:
-    """Bring what changed in the working copy to the place; arguments and errors are those of :func:`fetch`."""
-    if not is_uri(place):
+def push(path: str | Path, *, only: str = "*", recursive: bool = True, patience_s: float = PATIENCE_S) -> None:
+    """Push the changed files of a working copy to its store, retrying for ``patience_s``; otherwise as :func:`fetch`."""
+    if not is_uri(path):
         return
-    uri, folder = str(place), working_folder(place)
-    with _one_process(folder):
+    uri, folder = str(path), working_folder(path)
+    with _exclusive(folder):
         there = _objects(uri, recursive, patience_s)
         here = [name for name in _files(folder, recursive) if fnmatch.fnmatch(name, only)]
         changed = {name: (folder / name).stat() for name in here if not _same(folder / name, there.get(name))}
@@ -143,88 +171,107 @@ def push(place: str | Path, *, only: str = "*", recursive: bool = True, patience
             there = _objects(uri, recursive, patience_s)
         for name, before in changed.items():
             now = (folder / name).stat()
-            if (now.st_ino, now.st_mtime_ns) == (before.st_ino, before.st_mtime_ns) and name in there:  # else it changed meanwhile
+            if (now.st_ino, now.st_mtime_ns) == (before.st_ino, before.st_mtime_ns) and name in there:  # else it changed during the push
                 os.utime(folder / name, ns=(there[name].mtime_ns, there[name].mtime_ns))
 
 
 def copy(source: str, target: str) -> None:
-    """Put an object in the place of another, inside the store; both are addresses. Nothing where there is no ``source``."""
+    """Copy an object within the store, replacing ``target``. Does nothing if there is no ``source``. Both are URIs."""
     system = _file_system(source)
     with contextlib.suppress(FileNotFoundError):
         _ask(target, lambda: system.copy_file(_path_of(source), _path_of(target)))
 
 
-def exists(place: str, patience_s: float = PATIENCE_S) -> bool:
-    """Whether there is a file or folder at a place; raises UserError where a store refuses or does not answer."""
-    if is_uri(place):
-        return _ask(place, lambda: _file_system(place).get_file_info(_path_of(place)), patience_s).type.name != "NotFound"
-    return Path(place).exists()
+def exists(path: str, patience_s: float = PATIENCE_S) -> bool:
+    """Return whether there is a file or folder. Raises a UserError if the store refuses or does not answer."""
+    if is_uri(path):
+        return _ask(path, lambda: _file_system(path).get_file_info(_path_of(path)), patience_s).type.name != "NotFound"
+    return Path(path).exists()
 
 
-def write_token(place: str, name: str, token: str, patience_s: float = PATIENCE_S) -> None:
-    """A small file at a place that says who writes there. Raises UserError of a store, OSError of a disk."""
-    if is_uri(place):
-        _ask(place, lambda: _write(join(place, name), token.encode()), patience_s)
+def write_token(path: str, name: str, token: str, patience_s: float = PATIENCE_S) -> None:
+    """Write a small file with a token in a folder. Raises a UserError about a store and an OSError about a disk."""
+    if is_uri(path):
+        _ask(path, lambda: _write(join(path, name), token.encode()), patience_s)
     else:
-        Path(place).expanduser().mkdir(parents=True, exist_ok=True)
-        Path(place, name).expanduser().write_text(token)
+        Path(path).expanduser().mkdir(parents=True, exist_ok=True)
+        Path(path, name).expanduser().write_text(token)
 
 
-def read_token(place: str, name: str, patience_s: float = PATIENCE_S) -> str | None:
-    """What is in such a file; None where there is none. Raises as :func:`write_token`."""
+def read_token(path: str, name: str, patience_s: float = PATIENCE_S) -> str | None:
+    """Return the content of such a file, None if there is none. Raises as :func:`write_token`."""
     with contextlib.suppress(FileNotFoundError):
-        if is_uri(place):
-            return _ask(place, lambda: _read(join(place, name)).decode(), patience_s)
-        return Path(place, name).expanduser().read_text()
+        if is_uri(path):
+            return _ask(path, lambda: _read(join(path, name)).decode(errors="replace"), patience_s)
+        return Path(path, name).expanduser().read_text(errors="replace")
     return None
 
 
-def remove_tokens(place: str, beginning: str, patience_s: float = PATIENCE_S) -> list[str]:
-    """Take the files whose names have that beginning away again; returns their names. Raises as :func:`write_token`."""
-    if not is_uri(place):
-        files = list(Path(place).expanduser().glob(f"{beginning}*"))
+def remove_tokens(path: str, beginning: str, patience_s: float = PATIENCE_S) -> list[str]:
+    """Delete the files whose names begin with ``beginning``, and return their names. Raises as :func:`write_token`."""
+    if not is_uri(path):
+        files = list(Path(path).expanduser().glob(f"{beginning}*"))
         for file in files:
             file.unlink(missing_ok=True)
         return [file.name for file in files]
-    names = [name for name in _objects(place, recursive=False, patience_s=patience_s, hidden=True) if name.startswith(beginning)]
+    names = [name for name in _objects(path, recursive=False, patience_s=patience_s, hidden=True) if name.startswith(beginning)]
     for name in names:
-        _ask(place, functools.partial(_file_system(place).delete_file, _path_of(join(place, name))), patience_s)
+        _ask(path, functools.partial(_file_system(path).delete_file, _path_of(join(path, name))), patience_s)
     return names
 
 
-def become_owner(place: str | Path) -> str:
-    """Be the one who writes at a place from now on, whoever did before. Returns the token for :func:`check_owner`."""
+def become_owner(path: str | Path) -> str:
+    """Make this process the one that writes a run, whichever did before, and return its token for :func:`check_owner`."""
     token = secrets.token_hex(16)
-    write_token(str(place), OWNER, token)
+    write_token(str(path), OWNER, token)
     return token
 
 
-def check_owner(place: str | Path, token: str, patience_s: float = PATIENCE_S) -> None:
-    """Raises UserError where another process became the owner: this one was given up for lost, or what it does was started twice."""
-    if read_token(str(place), OWNER, patience_s) != token:
-        raise UserError(f"another process goes on with what is in {place}; this one stops")
+def check_owner(path: str | Path, token: str, patience_s: float = PATIENCE_S) -> None:
+    """Check that this process is still the one that writes a run.
+
+    Only another process's token means that it is not. If the token is missing, because somebody deleted it, it is written again. If
+    the store answers anything else, the store is asked again.
+
+    Args:
+        path: Path or URI of the run.
+        token: What :func:`become_owner` returned.
+        patience_s: How long to retry, in seconds.
+
+    Raises:
+        UserError: Another process took over the run, because this one was believed lost or the run was started twice; or the store
+            does not answer properly for ``patience_s``.
+    """
+    end, pause, was_missing, wrote = time.monotonic() + patience_s, 1.0, False, False
+    while (found := read_token(str(path), OWNER, patience_s)) != token:
+        if found is not None and TOKEN.fullmatch(found):
+            raise UserError(f"another process has taken over {path}; this one stops")
+        if found is None and was_missing and not wrote:  # twice in a row, so that it is not just a wrong answer
+            write_token(str(path), OWNER, token, patience_s)
+            wrote = True
+        elif (found is not None or wrote) and time.monotonic() + pause > end:
+            answer = " ".join((found or "").split())[:60]
+            raise UserError(f"{join(path, OWNER)}: reads {answer!r} instead of a token; is the store, or a proxy before it, in order?")
+        was_missing = found is None
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
-# ------------------------------------------------------------------------------------------------------------ copies on this machine
+# ------------------------------------------------------------------------------------------------------------------- local copies
 
 
-def _copy(kind: str, place: str | Path) -> Path:
-    scheme = str(place).partition("://")[0]
-    return cache_folder() / kind / scheme / _path_of(str(place))
+def _copy(kind: str, path: str | Path) -> Path:
+    scheme = str(path).partition("://")[0]
+    return cache_folder() / kind / scheme / _path_of(str(path))
 
 
-@contextlib.contextmanager
-def _one_process(folder: Path) -> Iterator[None]:
-    """Waits until no other process of this machine fetches or pushes the folder; the lock of a killed process is free."""
-    from filelock import FileLock  # loaded late, as pyarrow: every command imports this module
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        yield
+def _exclusive(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Wait until no other process of this computer fetches or pushes the folder."""
+    return one_process(Path(f"{folder}.lock"))
 
 
 def _files(folder: Path, recursive: bool) -> Iterator[str]:
-    """The names, relative to ``folder``, of the files in it that belong in the store, too."""
+    """Yield the names, relative to ``folder``, of the files in it that belong in the store."""
     for file in folder.rglob("*") if recursive else folder.glob("*"):
         name = file.relative_to(folder)
         if file.is_file() and not file.is_symlink() and not _is_hidden(name) and name.parts[0] not in STAYS_HERE:
@@ -243,7 +290,7 @@ def _same(file: Path, info: Any) -> bool:
 
 
 def _bring(uri: str, folder: Path, only: str, recursive: bool) -> None:
-    with _one_process(folder):
+    with _exclusive(folder):
         there = {name: info for name, info in _objects(uri, recursive).items() if fnmatch.fnmatch(name, only)}
         if not there:
             _check_bucket(uri)
@@ -259,7 +306,7 @@ def _get_all(uri: str, folder: Path, there: dict[str, Any]) -> None:
     missing = {name: info for name, info in there.items() if not _same(folder / name, info)}
     size = sum(info.size for info in missing.values())
     if size > TOLD_BYTES:
-        print(f"fetching {len(missing)} files, {size / 1e6:.0f} MB, from {uri} to {folder}", file=sys.stderr, flush=True)
+        print(f"fetching {count(len(missing), 'file')}, {size / 1e6:.0f} MB, from {uri} to {folder}", file=sys.stderr, flush=True)
 
     def get(name: str) -> None:
         _ask(uri, lambda: _get(_file_system(uri), missing[name], folder / name))
@@ -270,12 +317,12 @@ def _get_all(uri: str, folder: Path, there: dict[str, Any]) -> None:
             for names in (first, [name for name in missing if name not in first]):
                 list(pool.map(get, names))
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # the others would each be as patient
+            pool.shutdown(wait=False, cancel_futures=True)  # each of the others would retry as long
             raise
 
 
 def _get(system: Any, info: Any, target: Path) -> None:
-    """Bring an object here; what is here already of an events file, which TensorBoard may have open, is kept and gone on with."""
+    """Fetch an object. A local events file, which TensorBoard may have open, is only appended to."""
     target.parent.mkdir(parents=True, exist_ok=True)
     begun = target.stat().st_size if target.is_file() else 0
     if fnmatch.fnmatch(target.name, EVENTS) and 0 < begun < info.size:
@@ -293,8 +340,11 @@ def _get(system: Any, info: Any, target: Path) -> None:
 
 
 def _download(system: Any, path: str, file: Path) -> None:
-    """An object as ``file``, checked. What does not agree with the store's digest is fetched again, and believed where it comes the same
-    twice: of an object that is stored encrypted the ETag looks like a digest of its content and is none."""
+    """Fetch an object as ``file`` and check it against the store's digest.
+
+    Content that does not agree is fetched again, and accepted if it is the same twice: the ETag of an encrypted object looks like a
+    digest of its content, but is not.
+    """
     before = None
     while True:
         digest = hashlib.md5(usedforsecurity=False)
@@ -312,8 +362,10 @@ def _download(system: Any, path: str, file: Path) -> None:
 
 
 def _agrees(told: Mapping[str, bytes], digest: Any) -> bool:
-    """Whether the MD5 of the content is what the store tells of it: Google's by that name, others in an ETag, which is the content's or
-    that of the one part that it was written in. True where it tells nothing of that kind."""
+    """Return whether the MD5 of the content agrees with the store's; true if the store gives none.
+
+    Google's store has it under that name, others in the ETag, which is the MD5 of the content or of the MD5 of its only part.
+    """
     if "md5Hash" in told:
         return base64.b64decode(told["md5Hash"]) == digest.digest()
     etag = told.get("ETag", b"").decode().strip('"')
@@ -328,7 +380,7 @@ def _agrees(told: Mapping[str, bytes], digest: Any) -> bool:
 
 
 def _path_of(uri: str) -> str:
-    """``bucket/folder`` of an address; raises UserError where it is none, or has a key in it, which logs and settings would repeat."""
+    """Return ``bucket/folder`` of a URI. Raises a UserError if it is not valid, or has a key in it, which logs would repeat."""
     scheme, _, path = uri.partition("://")
     bucket = path.split("/")[0]
     if set("@:") & set(bucket) or set("?#") & set(path):
@@ -363,7 +415,7 @@ def _connected(bucket: str, _endpoint: str | None) -> Any:
 
 
 def _objects(uri: str, recursive: bool, patience_s: float = PATIENCE_S, hidden: bool = False) -> dict[str, Any]:
-    """pyarrow's FileInfo of every object below ``uri``, by its name relative to that."""
+    """Return pyarrow's FileInfo of every object below ``uri`` by its relative name."""
     from pyarrow.fs import FileSelector
 
     path = _path_of(uri)
@@ -372,19 +424,19 @@ def _objects(uri: str, recursive: bool, patience_s: float = PATIENCE_S, hidden: 
     names = {info.path.removeprefix(f"{path}/"): info for info in found if info.is_file}
     for name in names:
         if ".." in name.split("/"):
-            raise UserError(f"{uri}: the object {name} has a name that leads out of the folder; take it away")
+            raise UserError(f"{uri}: the object {name} has a name that leads out of the folder; delete it")
     return {name: info for name, info in names.items() if hidden or not _is_hidden(PurePosixPath(name))}
 
 
 def _check_bucket(uri: str, patience_s: float = PATIENCE_S) -> None:
-    """Raises UserError where the bucket is not there: to a listing it looks like an empty folder."""
+    """Raise a UserError if the bucket does not exist; in a listing it looks like an empty folder."""
     bucket = _path_of(uri).split("/")[0]
     if _ask(uri, lambda: _file_system(uri).get_file_info(bucket), patience_s).type.name == "NotFound":
         raise UserError(_no_bucket(uri))
 
 
 def _no_bucket(uri: str) -> str:
-    return f"{uri}: there is no bucket {_path_of(uri).split('/')[0]}; make it, or correct its name"
+    return f"{uri}: there is no bucket {_path_of(uri).split('/')[0]}; create it, or correct its name"
 
 
 def _put(uri: str, file: Path) -> None:
@@ -403,18 +455,20 @@ def _read(uri: str) -> bytes:
 
 
 def _ask(uri: str, action: Callable[[], Any], patience_s: float = PATIENCE_S) -> Any:
-    """What ``action`` returns, tried again while the store does not answer.
+    """Return what ``action`` returns, retrying while the store does not answer.
 
-    Raises UserError where that lasts longer than ``patience_s``, and at once where the store refuses; an OSError of this machine, and
-    FileNotFoundError for an object that is not there, pass through.
+    Raises:
+        UserError: The store does not answer for ``patience_s``, or refuses.
+        FileNotFoundError: The object does not exist.
+        OSError: This computer, not the store, has a problem.
     """
     end, pause = time.monotonic() + patience_s, 1.0
     while True:
         try:
             return action()
-        except (OSError, ValueError) as error:  # of a transfer from Google's that broke off pyarrow says that its file is closed
+        except (OSError, ValueError) as error:  # ValueError: a broken transfer from Google's store closes the file
             text = str(error)
-            if isinstance(error, FileNotFoundError):  # Google's store says no more where the whole bucket is not there
+            if isinstance(error, FileNotFoundError):  # Google's store also raises it if the bucket does not exist
                 _check_bucket(uri, patience_s)
             if NO_BUCKET.search(text):
                 raise UserError(_no_bucket(uri)) from None
@@ -422,25 +476,25 @@ def _ask(uri: str, action: Callable[[], Any], patience_s: float = PATIENCE_S) ->
             if refused:
                 bucket = _path_of(uri).split("/")[0]
                 raise UserError(
-                    f"{uri}: the store refuses this machine's access to bucket {bucket} ({refused[0]}); give its credentials leave to "
+                    f"{uri}: the store refuses access to bucket {bucket} ({refused[0]}); allow its credentials to "
                     "list, read, write and delete there, or set others (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
                     "GOOGLE_APPLICATION_CREDENTIALS)"
                 ) from None
             if "NO_SUCH_KEY" in text:
                 raise FileNotFoundError(errno.ENOENT, "there is nothing at this address", uri) from None
-            if getattr(error, "errno", None) is not None:  # pyarrow gives none to an error of the store
+            if getattr(error, "errno", None) is not None:  # errors of the store have no errno
                 raise
             if time.monotonic() + pause > end:
                 known = ENDPOINT if uri.startswith("s3://") else "GOOGLE_APPLICATION_CREDENTIALS"
                 raise UserError(f"{uri}: the store does not answer ({_reason(text)}); is it up, and {known} right?") from None
             if pause == 1:
-                print(f"{uri}: the store does not answer, it is asked again ({_reason(text)})", file=sys.stderr, flush=True)
+                print(f"{uri}: the store does not answer, retrying ({_reason(text)})", file=sys.stderr, flush=True)
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
 def _reason(text: str) -> str:
-    """The telling part of an error of pyarrow's, without addresses and request ids."""
-    # Google's without an account looks as one whose server of tokens is away for a while, which a run waits for.
+    """Return the informative part of an error of pyarrow, without addresses and request ids."""
+    # A missing Google account looks like a token server that is down, for which a run waits.
     code = re.search("Could not create a OAuth2 access token", text) or re.search(r"AWS Error [A-Z_]+|Status\([A-Z_]+", text)
     return code[0] if code else " ".join(text.split())[:200]

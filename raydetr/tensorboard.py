@@ -1,4 +1,4 @@
-"""TensorBoard on runs: each under its own name, also those that begin while it is open."""
+"""TensorBoard for runs: each run has its own name, and runs that start while TensorBoard is open appear in it."""
 
 import contextlib
 import os
@@ -11,20 +11,27 @@ from raydetr.errors import UserError
 from raydetr.storage import EVENTS, fetched
 
 EVENTS_FOLDER = "tb"  # in a run's folder
-LOOK_INTERVAL_S = 5.0  # between two looks for new runs
+LOOK_INTERVAL_S = 5.0  # between two searches for new runs
 
 
-def serve_tensorboard(places: Sequence[str | Path], host: str, port: int, tell: Callable[[str], None]) -> None:
-    """Serve until interrupted; ``places`` are runs or folders of runs, ``tell`` is given the address.
+def serve_tensorboard(paths: Sequence[str | Path], host: str, port: int, tell: Callable[[str], None]) -> None:
+    """Serve TensorBoard until Ctrl-C. Runs in an object store are fetched again every few seconds.
 
-    What lies in an object store is fetched again and again. Raises UserError where there is no run in ``places`` or the port is taken.
+    Args:
+        paths: Paths or URIs of runs or of folders of runs.
+        host: The address to listen on.
+        port: The port to listen on; 0 takes any free one.
+        tell: Called with a line that contains the address.
+
+    Raises:
+        UserError: There is no run in ``paths``, or the port is taken.
     """
     from tensorboard import program
 
-    folders = [fetched(place, only=EVENTS) for place in places]
+    folders = [fetched(path, only=EVENTS) for path in paths]
     with tempfile.TemporaryDirectory(prefix="raydetr-tensorboard-") as logdir:
         if not link_runs(folders, Path(logdir)):
-            raise UserError(f"there is no run with TensorBoard events in {', '.join(map(str, places))}")
+            raise UserError(f"there is no run with TensorBoard events in {', '.join(map(str, paths))}")
         board = program.TensorBoard()
         board.configure(argv=["tensorboard", "--logdir", logdir, "--host", host, "--port", str(port), "--reload_interval", "5"])
         try:
@@ -34,14 +41,14 @@ def serve_tensorboard(places: Sequence[str | Path], host: str, port: int, tell: 
         tell(f"TensorBoard is at {address} (Ctrl-C ends it)")
         with contextlib.suppress(KeyboardInterrupt):
             while not threading.Event().wait(LOOK_INTERVAL_S):
-                with contextlib.suppress(UserError):  # what was there is still shown, and looked for again
-                    for place in places:
-                        fetched(place, only=EVENTS)
+                with contextlib.suppress(UserError):  # what was fetched before is still shown; fetching is retried
+                    for path in paths:
+                        fetched(path, only=EVENTS)
                 link_runs(folders, Path(logdir))
 
 
 def link_runs(folders: list[Path], logdir: Path) -> int:
-    """Link every run's events below ``folders`` into ``logdir`` under the run's name; returns how many runs there are."""
+    """Link the events of every run below ``folders`` into ``logdir`` under the name of the run, and return the number of runs."""
     runs = dict(_named_runs(folders))
     for name, events in runs.items():
         link = logdir / name

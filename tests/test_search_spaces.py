@@ -3,17 +3,18 @@
 import tomllib
 from pathlib import Path
 
+import optuna
 import pytest
 
-from raydetr.config import flatten, load_config, to_dict
-from raydetr.search.space import read_space, ready_spaces
+from raydetr.config import by_name, load_config, with_settings
+from raydetr.search.space import as_drawn, read_space, ready_spaces
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("learning_rates", "loss", "matcher", "recipe", "tiny")
 
 
 def base_of(name: str) -> dict:
-    return flatten(to_dict(load_config({"model.preset": "detr_tiny" if name == "tiny" else "detr_resnet50"})))
+    return by_name(load_config({"model.preset": "detr_tiny" if name == "tiny" else "detr_resnet50"}))
 
 
 def test_all_are_there_under_their_bare_names():
@@ -34,18 +35,20 @@ def test_each_holds_the_default_settings(name):
             assert base[each.name] == each.of
 
 
+@pytest.mark.parametrize("end", [0, -1])
 @pytest.mark.parametrize("name", NAMES)
-def test_each_begins_with_when_to_use_it_and_why(name):
-    lines = ready_spaces()[name].read_text().splitlines()
-    assert sum(line.startswith("#") for line in lines[:10]) >= 4
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_each_can_be_trained_from_both_ends(name):
-    space, base = read_space(name), base_of(name)
-    for end in (0, -1):
-        point = {each.name: each.of[end] for each in space.dimensions.values() if each.kind != "same_as" and each.kind != "fixed"}
-        load_config(base, {each: value for each, value in point.items() if each in space.distributions})
+def test_both_ends_of_every_range_make_settings_that_fit_together(name, end):
+    space, base = read_space(name), load_config({"model.preset": "detr_tiny" if name == "tiny" else "detr_resnet50"})
+    ends = {each.name: as_drawn(each.of[end]) for each in space.dimensions.values() if each.kind not in ("same_as", "fixed")}
+    drawn = space.suggest(optuna.trial.FixedTrial(ends), by_name(base))
+    trial = by_name(with_settings(base, drawn))  # refuses what contradicts
+    for each in space.dimensions.values():
+        if each.kind == "same_as":
+            assert trial[each.name] == trial[each.of]
+        elif each.name in drawn:
+            assert trial[each.name] == (each.of if each.kind == "fixed" else each.of[end])
+        else:
+            assert trial[each.name] == by_name(base)[each.name]  # its condition does not hold
 
 
 def test_a_bare_name_reads_the_file_of_that_name(tmp_path, monkeypatch):

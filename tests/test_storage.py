@@ -48,11 +48,56 @@ def test_a_place_has_one_owner(each_store):
     first = storage.become_owner(each_store.uri)
     storage.check_owner(each_store.uri, first)
     second = storage.become_owner(each_store.uri)
-    with pytest.raises(UserError, match="another process goes on"):
+    with pytest.raises(UserError, match="another process has taken over"):
         storage.check_owner(each_store.uri, first)
     storage.check_owner(each_store.uri, second)
     assert storage.remove_tokens(each_store.uri, storage.OWNER) == [storage.OWNER]
     assert storage.read_token(each_store.uri, storage.OWNER) is None
+
+
+def test_an_owner_who_is_answered_nonsense_asks_again(store, monkeypatch, capfd):
+    token = storage.become_owner(store.uri)
+    application, left = store._app, [2]
+
+    def nonsense(environ, start_response):
+        if environ["PATH_INFO"].endswith(storage.OWNER) and left[0] > 0:
+            left[0] -= environ["REQUEST_METHOD"] == "GET"
+            page = b"<html>welcome to the hotel</html>"
+            start_response("200 OK", [("Content-Type", "text/html"), ("Content-Length", str(len(page)))])
+            return [page if environ["REQUEST_METHOD"] == "GET" else b""]
+        return application(environ, start_response)
+
+    monkeypatch.setattr(store, "_app", nonsense)
+    storage.check_owner(store.uri, token)
+    assert left == [0]
+    left[0] = 100
+    with pytest.raises(UserError, match=r"\.owner: reads '<html>welcome to .*' instead of a token; is the store, or a proxy"):
+        storage.check_owner(store.uri, token, patience_s=0)
+
+
+@pytest.mark.parametrize("where", ["store", "folder"])
+def test_a_deleted_mark_of_the_owner_is_written_again(where, request, tmp_path):
+    place = request.getfixturevalue("store").uri if where == "store" else str(tmp_path)
+    token = storage.become_owner(place)
+    storage.remove_tokens(place, storage.OWNER)
+    storage.check_owner(place, token, patience_s=0)
+    assert storage.read_token(place, storage.OWNER) == token
+    storage.remove_tokens(place, storage.OWNER)
+    other = storage.become_owner(place)
+    with pytest.raises(UserError, match=f"another process has taken over {place}; this one stops"):
+        storage.check_owner(place, token)
+    storage.check_owner(place, other)
+
+
+@pytest.mark.parametrize("content", [b"", b"half a tok", b"0" * 31, b"\xff" * 32])
+def test_only_what_reads_as_a_token_is_anothers(tmp_path, content):
+    token = storage.become_owner(tmp_path)
+    (tmp_path / storage.OWNER).write_bytes(content)
+    with pytest.raises(UserError, match="instead of a token"):
+        storage.check_owner(tmp_path, token, patience_s=0)
+    (tmp_path / storage.OWNER).write_text("f" * 32)
+    with pytest.raises(UserError, match="another process has taken over"):
+        storage.check_owner(tmp_path, token, patience_s=0)
 
 
 def test_only_what_changed_is_moved_and_the_last_checkpoint_last(store, monkeypatch):
@@ -115,7 +160,7 @@ def test_google_that_is_away_only_delays(google_store, monkeypatch, tmp_path, ca
         again = google_store.server.start_in(4)
         action(place)
         again.join()
-        assert "it is asked again" in capfd.readouterr().err
+        assert "retrying" in capfd.readouterr().err
     assert {file.name: file.read_text() == content for file in working_folder(place).iterdir()} == {"last.pth": True, "best.pth": True}
     storage._connected.cache_clear()
 
@@ -141,7 +186,7 @@ def test_a_transfer_that_breaks_off_is_begun_again(google_store, monkeypatch):
 
 def test_what_the_store_refuses_is_said_at_once(store, monkeypatch):
     for action in (fetch, fetched):
-        with pytest.raises(UserError, match=r"no-such-bucket/run: there is no bucket no-such-bucket; make it"):
+        with pytest.raises(UserError, match=r"no-such-bucket/run: there is no bucket no-such-bucket; create it"):
             action("s3://no-such-bucket/run")
     write(working_folder("s3://no-such-bucket/run"), last__pth="epoch 1")
     with pytest.raises(UserError, match="there is no bucket no-such-bucket"):
@@ -151,9 +196,7 @@ def test_what_the_store_refuses_is_said_at_once(store, monkeypatch):
     with store.refusing():
         for action in (fetch, fetched, push):
             began = time.monotonic()
-            with pytest.raises(
-                UserError, match=rf"the store refuses this machine's access to bucket {store.bucket} \(.*\); give"
-            ) as caught:
+            with pytest.raises(UserError, match=rf"the store refuses access to bucket {store.bucket} \(.*\); allow") as caught:
                 action(f"{store.uri}/run")
             assert time.monotonic() - began < 10
             assert "\n" not in str(caught.value)
@@ -189,7 +232,7 @@ def test_local_places_are_left_alone(tmp_path):
 def test_what_google_lacks_is_said(google_store, monkeypatch, tmp_path, capfd):
     write(working_folder("gs://no-such-bucket/run"), last__pth="epoch 1")
     for action in (fetch, fetched, push):
-        with pytest.raises(UserError, match=r"no-such-bucket/run\S*: there is no bucket no-such-bucket; make it"):
+        with pytest.raises(UserError, match=r"no-such-bucket/run\S*: there is no bucket no-such-bucket; create it"):
             action("gs://no-such-bucket/run")
     monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS")
     for name, value in {"HOME": str(tmp_path), "GCE_METADATA_ROOT": "127.0.0.1:1"}.items():  # nor has the machine an account
@@ -198,7 +241,7 @@ def test_what_google_lacks_is_said(google_store, monkeypatch, tmp_path, capfd):
     storage._connected.cache_clear()
     with pytest.raises(UserError, match=r"not answer \(Could not create a OAuth2 access token\); .* GOOGLE_APPLICATION_CREDENTIALS right"):
         push("gs://no-such-bucket/run", patience_s=6)
-    assert "it is asked again (Could not create a OAuth2 access token)" in capfd.readouterr().err  # at once, not after all patience
+    assert "retrying (Could not create a OAuth2 access token)" in capfd.readouterr().err  # at once, not after all patience
     storage._connected.cache_clear()
 
 

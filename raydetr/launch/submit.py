@@ -1,4 +1,4 @@
-"""`raydetr submit`: a training or a search as a job on a Ray cluster; what Ray's job submission needs every time is added here."""
+"""`raydetr submit`: run a training or a search as a job on a Ray cluster."""
 
 import asyncio
 import hashlib
@@ -7,27 +7,32 @@ import json
 import logging
 import os
 import platform
+import re
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 import requests
+from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
+from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from raydetr.errors import UserError
 from raydetr.launch.nodes import TOKEN, check_listening
 from raydetr.storage import store_environment
+from raydetr.text import one_line, shortlist
 
-ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # the environment variables that name a cluster; Ray takes the first first
-AGENT_WAIT_S = 60  # for a cluster that has just started and says that none of its machines takes a job yet
-STOP_WAIT_S = 300  # what `ray job stop` leaves a search to end in order; Ray kills it after 3 s otherwise
+ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # the environment variables that name a cluster, in Ray's order
+AGENT_WAIT_S = 60  # how long to retry while a cluster that has just started has no node that takes jobs
+STOP_WAIT_S = 300  # the time that `ray job stop` gives a search to end in order; by default Ray kills it after 3 s
 
-# Stays here: photographs and runs belong on a disk that all machines see. Anchored, for raydetr/data/ is code.
+# Not sent: data and runs belong on a disk that all nodes see. The patterns are anchored, because raydetr/data/ is code.
 EXCLUDES = ("/data/", "/runs/", "/.venv/", "/.git/", "__pycache__/")
 
 
@@ -42,32 +47,48 @@ def submit(
     wait: bool = True,
     write: Callable[[str], None] = print,
 ) -> int:
-    """Run ``raydetr <command>`` as a job on the cluster at ``address`` and follow it; returns its exit code, 130 where it was stopped.
+    """Run ``raydetr <command>`` as a job on a cluster and follow its output. Ctrl-C stops following, not the job.
 
-    ``entrypoint`` are the resources of the command itself under Ray's names (``entrypoint_num_cpus``, ...); without any it runs on the
-    head. Ctrl-C ends the following, not the job. Raises UserError where the cluster cannot be reached or does not fit.
+    Args:
+        command: ``train`` or ``tune`` and its flags.
+        address: The address of the cluster's job server; by default the first of ``ADDRESSES`` that is set, else this computer's.
+        name: What to call the job; the time is added.
+        working_dir: The folder that is sent to the cluster.
+        excludes: Patterns, as in .gitignore, of files in it that are not sent.
+        entrypoint: The resources of the command itself under Ray's names (``entrypoint_num_cpus``, ...). By default it runs on the
+            head node.
+        wait: Whether to follow the job.
+        write: Called with lines for the user.
+
+    Returns:
+        The exit code of the job, 130 if it was stopped, 0 if it is not followed.
+
+    Raises:
+        UserError: The folder is too large or missing, or the cluster cannot be reached, does not take the job or has other versions.
     """
     working_dir = Path(working_dir).expanduser().absolute()
     if not working_dir.is_dir():
         raise UserError(f"--working-dir: there is no folder {working_dir}")
     for handler in logging.getLogger("ray").handlers:
-        handler.setLevel(logging.WARNING)  # uploads and closed connections are told at INFO
+        handler.setLevel(logging.WARNING)  # Ray logs uploads and closed connections at INFO
+    environment = runtime_environment(working_dir, excludes, write)
     client = connect(address)
     job = hand_over(
         client,
         entrypoint=shlex.join(["python", "-m", "raydetr.cli", *command]),
         submission_id=f"{name or f'raydetr-{command[0]}'}-{time.strftime('%Y%m%d-%H%M%S')}",
-        runtime_env=runtime_environment(working_dir, excludes),
+        runtime_env=environment,
         **(entrypoint or {}),
     )
-    write(f"job {job} is on its way; {ways_on(client, job)}")
+    write(f"job {job} is submitted; {ways_on(client, job)}")
     return follow(client, job) if wait else 0
 
 
 def connect(address: str | None) -> JobSubmissionClient:
-    """A client of the cluster's job server.
+    """Return a client of the cluster's job server.
 
-    Raises UserError where it cannot be reached, refuses the token, or has another Ray or Python; the line says both versions.
+    Raises:
+        UserError: The server cannot be reached, refuses the token, or has another version of Ray or Python.
     """
     given = next(((f"{variable} {os.environ[variable]}", os.environ[variable]) for variable in ADDRESSES if os.environ.get(variable)), None)
     what, where = (
@@ -84,7 +105,8 @@ def connect(address: str | None) -> JobSubmissionClient:
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError, RayError, requests.RequestException) as error:
         raise UserError(f"{what}: no Ray cluster takes jobs there: {one_line(error)}") from error
     ours = {"Ray": ray.__version__, "Python": platform.python_version()}
-    same_python = theirs["Python"].split(".")[:2] == ours["Python"].split(".")[:2]  # a job does not see the patch: what goes along is text
+    # What is sent is text, so the patch version of Python does not matter.
+    same_python = theirs["Python"].split(".")[:2] == ours["Python"].split(".")[:2]
     if theirs["Ray"] != ours["Ray"] or not same_python:
         told = [" and ".join(f"{name} {version}" for name, version in each.items()) for each in (theirs, ours)]
         raise UserError(f"{what}: the cluster has {told[0]}, here are {told[1]}; submit from an environment with the cluster's versions")
@@ -92,7 +114,7 @@ def connect(address: str | None) -> JobSubmissionClient:
 
 
 def versions(client: JobSubmissionClient) -> dict[str, str]:
-    """The versions of Ray and Python on the cluster."""
+    """Return the versions of Ray and Python on the cluster."""
     response = client._do_request("GET", "/api/v0/cluster_metadata")
     response.raise_for_status()
     metadata = response.json()["data"]
@@ -100,55 +122,142 @@ def versions(client: JobSubmissionClient) -> dict[str, str]:
 
 
 def hand_over(client: JobSubmissionClient, **job: Any) -> str:
-    """Give a job to the cluster, which may need a moment to take one after its own start; returns the job's id. Raises UserError."""
+    """Submit a job, and retry while a cluster that has just started takes none.
+
+    Args:
+        client: A client of the cluster's job server.
+        job: The arguments of Ray's ``submit_job``.
+
+    Returns:
+        The id of the job.
+
+    Raises:
+        UserError: The cluster does not take the job, or a file cannot be read.
+    """
     until = time.monotonic() + AGENT_WAIT_S
     while True:
         try:
             return client.submit_job(**job)
-        except (RuntimeError, ValueError, requests.RequestException) as error:
+        except (RuntimeError, ValueError, OSError) as error:  # a RequestException is an OSError
             if "No available agent" not in str(error) or time.monotonic() > until:
                 raise UserError(f"the cluster did not take the job: {one_line(error)}") from error
         time.sleep(1)
 
 
-def runtime_environment(working_dir: Path, excludes: Iterable[str] = ()) -> dict[str, Any]:
-    """Ray's runtime environment of a job: the folder without data and runs and, where it has a constraints.txt, the versions in it."""
+def runtime_environment(
+    working_dir: Path, excludes: Iterable[str] = (), write: Callable[[str], None] = lambda _line: None
+) -> dict[str, Any]:
+    """Return Ray's runtime environment of a job: the folder to send and, if it has a constraints.txt, the packages to install.
+
+    Pipes and sockets in the folder are left out, because Ray would wait for their content.
+
+    Args:
+        working_dir: The folder to send.
+        excludes: Patterns, as in .gitignore, of files in it that are not sent.
+        write: Called with a line about what was left out.
+
+    Raises:
+        UserError: The folder is larger than a cluster takes.
+    """
+    excludes = [*EXCLUDES, *excludes]
+    sizes, special = sent_files(working_dir, excludes)
+    check_size(working_dir, sizes)
+    if special:
+        write(f"not sent, because it is a pipe, a socket or a device: {shortlist(special)}")
     environment = {
         "working_dir": str(working_dir),
-        "excludes": [*EXCLUDES, *excludes],
+        "excludes": [*excludes, *("/" + re.sub(r"([\\*?\[\]!# ])", r"\\\1", name) for name in special)],
         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **store_environment()},
     }
     constraints = working_dir / "constraints.txt"
     if constraints.is_file():
-        digest = hashlib.sha256(constraints.read_bytes()).hexdigest()[:16]  # Ray installs anew when the text of this list changes
+        digest = hashlib.sha256(constraints.read_bytes()).hexdigest()[:16]  # Ray installs again when this text changes
         needed = [line for line in importlib.metadata.requires("raydetr") or [] if "extra ==" not in line]
         environment["pip"] = [*needed, f"-c ${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/constraints.txt  # {digest}"]
     return environment
 
 
+def sent_files(folder: Path, excludes: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+    """Return what Ray would send of a folder.
+
+    Args:
+        folder: The folder.
+        excludes: Patterns of files that are not sent, beside those in .gitignore and .rayignore.
+
+    Returns:
+        The sizes of the files in bytes by their relative paths, and the relative paths of pipes, sockets and devices.
+
+    Raises:
+        UserError: A folder cannot be read.
+    """
+    sizes: dict[str, int] = {}
+    special: list[str] = []
+
+    def visit(path: Path) -> None:
+        name = path.relative_to(folder).as_posix()
+        if path.is_file():
+            sizes[name] = path.stat().st_size
+        elif path.exists() and not path.is_dir():
+            special.append(name)
+
+    # Ray's own walk over the folder (read in ray 2.60), so that both see the same files.
+    gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
+    quiet = logging.getLogger("ray.submit")
+    quiet.disabled = True
+    try:
+        _dir_travel(folder, [_get_excludes(folder, list(excludes))], visit, include_gitignore=gitignore, logger=quiet)
+    except OSError as error:
+        raise UserError(
+            f"--working-dir: {error.filename or folder} cannot be read ({error.strerror or error}); leave it out with --exclude"
+        ) from None
+    return sizes, special
+
+
+def check_size(folder: Path, sizes: Mapping[str, int]) -> None:
+    """Check that a cluster takes the files of a folder, given their sizes in bytes; a UserError names the largest things in it."""
+    total = sum(sizes.values())
+    if total < DASHBOARD_CLIENT_MAX_SIZE:
+        return
+    things: Counter[str] = Counter()
+    for name, size in sizes.items():
+        first, _, inside = name.partition("/")
+        things[f"{first}/" if inside else first] += size
+    largest = [f"{name} ({size / 1e6:.0f} MB)" for name, size in things.most_common(3)]
+    raise UserError(
+        f"--working-dir: {folder} has {total / 1e6:.0f} MB, and Ray sends at most {DASHBOARD_CLIENT_MAX_SIZE / 1e6:.0f} MB; "
+        f"the largest in it: {', '.join(largest)}; leave out what the job does not need, such as --exclude /{things.most_common(1)[0][0]}"
+    )
+
+
 def follow(client: JobSubmissionClient, job: str) -> int:
-    """Show a job's output until it ends; returns its exit code."""
+    """Show the output of a job until it ends, and return its exit code.
+
+    Raises:
+        UserError: The connection was lost, the job did not start, or raydetr is not installed on the cluster.
+    """
     try:
         absent = asyncio.run(_tail(client, job))
         while not (info := client.get_job_info(job)).status.is_terminal():
             time.sleep(0.5)
     except KeyboardInterrupt:
-        print(f"\nraydetr: the job goes on; {ways_on(client, job)}", file=sys.stderr)
+        print(f"\nraydetr: the job continues; {ways_on(client, job)}", file=sys.stderr)
         return 130
     except (RuntimeError, OSError, requests.RequestException) as error:
-        raise UserError(f"lost sight of job {job}, which may go on ({one_line(error)}); {ways_on(client, job)}") from error
+        raise UserError(f"lost the connection to job {job}, which may continue ({one_line(error)}); {ways_on(client, job)}") from error
     if info.status == JobStatus.STOPPED:
         print(f"raydetr: job {job} was stopped", file=sys.stderr)
         return 130
     if absent:
-        raise UserError("no raydetr on the cluster's machines: take an image that has it (cluster/Dockerfile), or pip install it on each")
+        raise UserError(
+            "raydetr is not installed on the cluster: use an image that has it (cluster/Dockerfile), or pip install it on each node"
+        )
     if info.status == JobStatus.FAILED and info.driver_exit_code is None:
         raise UserError(f"job {job} did not start: {one_line(info.message or '')}")
     return info.driver_exit_code or 0
 
 
 async def _tail(client: JobSubmissionClient, job: str) -> bool:
-    """Write a job's output to the terminal as it comes; returns whether it said that there is no raydetr."""
+    """Write the output of a job to the terminal as it comes, and return whether it says that raydetr is not installed."""
     absent = False
     async for text in client.tail_job_logs(job):
         sys.stdout.write(text)
@@ -158,13 +267,13 @@ async def _tail(client: JobSubmissionClient, job: str) -> bool:
 
 
 def ways_on(client: JobSubmissionClient, job: str) -> str:
-    """How to follow and to stop a job, in words."""
+    """Return a line on how to follow and how to stop a job."""
     at = f"--address {client.get_address()}"
     return f"follow it by `ray job logs {at} --follow {job}`, stop it by `ray job stop {at} {job}`"
 
 
 def resources(text: str | None) -> dict[str, float] | None:
-    """Custom resources as Ray's commands take them, ``{"trial_driver": 1}``; raises UserError where they are no such thing."""
+    """Parse custom resources in the form of Ray's commands, ``{"trial_driver": 1}``. Raises a UserError for any other form."""
     if text is None:
         return None
     try:
@@ -172,9 +281,3 @@ def resources(text: str | None) -> dict[str, float] | None:
         return {str(name): float(amount) for name, amount in found.items()}
     except (ValueError, TypeError, AttributeError):
         raise UserError(f"--entrypoint-resources: {text!r} is not like '{{\"trial_driver\": 1}}'") from None
-
-
-def one_line(error: Exception | str, longest: int = 300) -> str:
-    """An error's text in one line that is not too long to read; the end of it, where Ray says what was wrong."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= longest else f"... {text[-longest:]}"

@@ -1,5 +1,8 @@
-"""Population-based training (Jaderberg et al. 2017, arXiv:1711.09846): a trial that has fallen behind goes on from a better one's
-weights, with that one's settings a little changed. The population is all trials of a search; its memory is the search's study."""
+"""Population-based training (Jaderberg et al. 2017, arXiv:1711.09846).
+
+A trial that has fallen behind continues from the weights of a better one, with perturbed settings of that one. The population is all
+trials of a search, and the study of the search records what happened.
+"""
 
 import math
 from collections.abc import Mapping
@@ -13,33 +16,44 @@ from raydetr.errors import UserError
 from raydetr.search.space import Space
 
 QUANTILE = 0.25  # the worst quarter copies from the best quarter (section 4.1.1: truncation selection, 20 %)
-RESAMPLED = 0.25  # how often a setting is drawn anew instead of being moved
-FACTORS = (0.8, 1.25)  # a number is moved by one of them
-# What a training under way can change: every other setting goes over from the better trial as it is.
+RESAMPLED = 0.25  # the probability that a setting is drawn anew instead of being multiplied
+FACTORS = (0.8, 1.25)  # a number is multiplied by one of them
+# Settings that can change during training, beside those of MOVABLE_ROOMS; all others are copied from the better trial.
 MOVABLE = ("optim.lr", "optim.lr_backbone", "optim.weight_decay", "optim.clip_max_norm", "model.dropout")
 MOVABLE_ROOMS = ("loss", "matcher")
 
 
 def check_population(space: Space) -> None:
-    """Raises UserError where trials of ``space`` could not go on from each other's weights, or could change nothing if they did."""
+    """Check that population-based training can search a space.
+
+    Raises:
+        UserError: The trials would have different networks, or the space draws no setting that can change during training.
+    """
     for name in space.dimensions:
         if name.startswith("model.") and name not in MOVABLE:
-            raise UserError(f"--scheduler pbt: {name} makes another network of it, which cannot go on from the others' weights")
+            raise UserError(f"--scheduler pbt: {name} changes the network, and trials must be able to continue from each other's weights")
     if not movable(space):
         known = ", ".join([*MOVABLE, *(f"{room}.*" for room in MOVABLE_ROOMS)])
-        raise UserError(f"--scheduler pbt: this space draws nothing that may change in mid-training; that may {known}")
+        raise UserError(f"--scheduler pbt: the space draws no setting that can change during training; these can: {known}")
 
 
 def movable(space: Space) -> list[str]:
-    """The drawn settings that a trial changes when it goes on from another; not those that others depend on."""
+    """Return the drawn settings that a trial perturbs when it continues from another; conditions of other settings are not among them."""
     parents = {parent for each in space.dimensions.values() for parent in each.when}
     return [name for name in space.distributions if name not in parents and (name in MOVABLE or name.split(".")[0] in MOVABLE_ROOMS)]
 
 
 def better_trial(values: Mapping[int, float], number: int, candidates: set[int], random: np.random.Generator) -> int | None:
-    """Whose weights trial ``number`` goes on from, None where it keeps its own.
+    """Choose the trial whose weights a trial continues from: a random one of the best quarter if it is in the worst quarter.
 
-    ``values`` are the objectives at one epoch by trial, its own among them; ``candidates`` those who still have what it takes.
+    Args:
+        values: The objectives of all trials at one epoch, by trial.
+        number: The trial.
+        candidates: The trials that it can continue from.
+        random: The generator of the choice.
+
+    Returns:
+        The number of the other trial, or None if the trial keeps its own weights.
     """
     ranked = sorted(values, key=lambda each: (values[each], -each))
     count = min(math.ceil(len(ranked) * QUANTILE), len(ranked) // 2)
@@ -48,9 +62,15 @@ def better_trial(values: Mapping[int, float], number: int, candidates: set[int],
 
 
 def moved(space: Space, drawn: Mapping[str, Any], random: np.random.Generator) -> dict[str, Any]:
-    """The ``drawn`` settings of a trial, changed within ``space``: moved by a factor or to a neighbouring choice, or drawn anew.
+    """Perturb the drawn settings of a trial: multiply a number, go to a neighboring choice, or draw a setting anew.
 
-    A value outside its range (trial 0 may have one) comes into it.
+    Args:
+        space: The search space, which the result is within. A value outside of its range, as trial 0 may have, is clipped to it.
+        drawn: The drawn settings by dotted name.
+        random: The generator of the changes.
+
+    Returns:
+        The changed settings by dotted name.
     """
     changed = {name: _within(space.distributions[name], value) for name, value in drawn.items()}
     for name in movable(space):
@@ -69,11 +89,11 @@ def _sampled(name: str, distribution: optuna.distributions.BaseDistribution, ran
 
 def _shifted(distribution: optuna.distributions.BaseDistribution, value: Any, random: np.random.Generator) -> Any:
     if isinstance(distribution, CategoricalDistribution):
-        place = distribution.choices.index(value) + int(random.choice([-1, 1]))
-        return distribution.choices[min(max(place, 0), len(distribution.choices) - 1)]
+        position = distribution.choices.index(value) + int(random.choice([-1, 1]))
+        return distribution.choices[min(max(position, 0), len(distribution.choices) - 1)]
     step = distribution.step or 0
     target = value * float(random.choice(FACTORS))
-    if step and abs(target - value) < step:  # else a small number of steps would never be left
+    if step and abs(target - value) < step:  # otherwise rounding would return the same value
         target = value + (step if target >= value else -step)
     return _within(distribution, target)
 

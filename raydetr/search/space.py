@@ -1,18 +1,19 @@
-"""Search spaces: which settings a search draws, from where, and under which condition.
+"""Search spaces: which settings a search draws, from which range, and under which condition.
 
 A space file is a YAML mapping from dotted names of the settings tree to one of
 
-    optim.lr: {loguniform: [1e-5, 1e-3]}                    # a number whose logarithm is drawn evenly
-    loss.giou_loss_coef: {uniform: [1, 5]}                  # a number drawn evenly
-    loss.eos_coef: {uniform: [0.05, 0.5], step: 0.05}       # ... in steps, both ends included
-    model.dec_layers: {integer: [2, 6]}                     # a whole number, both ends included; takes a step too
+    optim.lr: {loguniform: [1e-5, 1e-3]}                    # a number, uniform on a logarithmic scale
+    loss.giou_loss_coef: {uniform: [1, 5]}                  # a number, uniform
+    loss.eos_coef: {uniform: [0.05, 0.5], step: 0.05}       # ... in steps, including both ends
+    model.dec_layers: {integer: [2, 6]}                     # an integer, including both ends; takes a step as well
     optim.batch_size: {choice: [2, 4]}                      # one of a list
-    optim.lr_drop: {uniform: [0.4, 0.9], when: {optim.schedule: step}}   # drawn only where another draw gave that value
-    matcher.set_cost_bbox: {same_as: loss.bbox_loss_coef}   # follows another setting
-    loss.cls_loss_coef: 1                                   # fixed
+    optim.lr_drop: {uniform: [0.4, 0.9], when: {optim.schedule: step}}   # drawn only if another setting has this value
+    matcher.set_cost_bbox: {same_as: loss.bbox_loss_coef}   # the value of another setting
+    loss.cls_loss_coef: 1                                   # a fixed value
 
-``when`` may name several settings (all must agree) and lists of values (one must agree). A setting whose condition does not
-hold keeps its base value. Trial 0 of a search has the base settings alone; the space, its fixed values too, begins with trial 1.
+``when`` can name several settings, of which all must agree, and lists of values, of which one must agree. A setting whose condition
+does not hold keeps its base value. Trial 0 of a search has only base settings; the space, including its fixed values, applies from
+trial 1 on.
 """
 
 import contextlib
@@ -30,26 +31,27 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from raydetr.config import SETTINGS, Setting, find_setting, flatten, yaml_leaves
 from raydetr.errors import UserError
+from raydetr.files import atomic_write_text
 
 RANGES = ("uniform", "loguniform", "integer")
 KINDS = (*RANGES, "choice", "same_as")
-# The search itself names, places and spreads its trials.
+# The search itself sets these for each of its trials.
 NOT_SEARCHED = ("run.name", "run.storage", "run.workers", "run.max_failures")
 
 
 @dataclasses.dataclass(frozen=True)
 class Dimension:
-    """How one setting of a space gets its value."""
+    """How one setting of a space gets its value; its domain."""
 
     name: str
     kind: str  # one of KINDS, or "fixed"
-    of: Any  # of a range [low, high], of a choice its values, of a tie the name that is followed, of a fixed one its value
+    of: Any  # range: [low, high]; choice: its values; same_as: the name of the other setting; fixed: the value
     step: float | int | None = None
     when: Mapping[str, list] = dataclasses.field(default_factory=dict)
 
     @property
     def distribution(self) -> BaseDistribution | None:
-        """Where Optuna draws it from; None for a tied or a fixed setting."""
+        """Optuna's distribution; None for a tied or a fixed setting."""
         if self.kind == "choice":
             return CategoricalDistribution([as_drawn(value) for value in self.of])
         if self.kind == "integer":
@@ -59,7 +61,7 @@ class Dimension:
         return None
 
     def plain(self) -> Any:
-        """As a space file says it."""
+        """Return the entry of a space file."""
         if self.kind == "fixed":
             return self.of
         step = {} if self.step is None else {"step": self.step}
@@ -67,35 +69,43 @@ class Dimension:
 
 
 class Space:
-    """What a search draws. Build it with :func:`read_space`."""
+    """The dimensions of a search. Make one with :func:`read_space`."""
 
     def __init__(self, dimensions: Iterable[Dimension]) -> None:
         by_name = {each.name: each for each in dimensions}
         needs = {each.name: [name for name in (*each.when, *_followed(each)) if name in by_name] for each in by_name.values()}
-        # A setting comes after those that it follows or depends on.
+        # Sorted so that a setting comes after those that it follows or depends on.
         self.dimensions: dict[str, Dimension] = {name: by_name[name] for name in graphlib.TopologicalSorter(needs).static_order()}
 
     @property
     def names(self) -> list[str]:
-        """The settings that vary from trial to trial: drawn and tied ones."""
+        """The drawn and tied settings, which vary from trial to trial."""
         return [each.name for each in self.dimensions.values() if each.kind != "fixed"]
 
     @property
     def distributions(self) -> dict[str, BaseDistribution]:
-        """Of every drawn setting, Optuna's distribution."""
+        """Optuna's distribution of every drawn setting."""
         return {each.name: each.distribution for each in self.dimensions.values() if each.kind in (*RANGES, "choice")}
 
     @property
     def fixed(self) -> dict[str, Any]:
-        """The settings that the space sets to one value."""
+        """The settings that the space sets to a fixed value."""
         return {each.name: each.of for each in self.dimensions.values() if each.kind == "fixed"}
 
     def ground(self, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Every setting of the tree by dotted name: ``base``, and the tree's defaults where it is silent."""
+        """Return every setting by dotted name: the values of ``base``, and defaults for those that it does not have."""
         return {**{name: each.default for name, each in SETTINGS.items()}, **(base or {})}
 
     def suggest(self, trial: optuna.trial.BaseTrial, base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Draw one trial's settings: drawn (where their condition holds), tied and fixed ones by dotted name."""
+        """Draw the settings of a trial.
+
+        Args:
+            trial: Optuna's trial, which draws or replays the values.
+            base: The base settings by dotted name, which tied settings may follow.
+
+        Returns:
+            The fixed settings, and the drawn and tied ones whose condition holds, by dotted name and parsed.
+        """
         ground, values = self.ground(base), self.fixed
         for each in self.dimensions.values():
             if each.kind == "fixed" or not _holds(each.when, values):
@@ -105,10 +115,16 @@ class Space:
         return values
 
     def drawn(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Of complete ``settings``, those that this space draws where they hold, as Optuna keeps them.
+        """Select the settings that this space draws from complete settings.
 
-        Values outside a range stay in (Optuna keeps them with a trial); what no distribution can hold is left out: a value that is
-        not among the choices, 0 under a logarithm, a fraction among whole numbers.
+        Values outside of a range are kept, because Optuna can record them. Values that Optuna cannot record are left out: one that is
+        not among the choices, 0 on a logarithmic scale, and a fraction among integers.
+
+        Args:
+            settings: The value of every setting by dotted name.
+
+        Returns:
+            The values by dotted name, as Optuna records them.
         """
         kept: dict[str, Any] = {}
         for name, distribution in self.distributions.items():
@@ -119,10 +135,18 @@ class Space:
         return kept
 
     def check_point(self, point: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """A point, given as (some of) its settings, as the values that Optuna is to use instead of drawing them.
+        """Check a point to try.
 
-        Raises UserError for a name that the space does not draw, a value that it never takes, a tied or fixed setting with another
-        value than it will have, and a setting whose condition the point itself denies.
+        Args:
+            point: Settings of the point by dotted name; those that it leaves out are drawn.
+            base: The base settings.
+
+        Returns:
+            The values for Optuna to use instead of drawing them.
+
+        Raises:
+            UserError: The space does not draw a setting or never takes its value, a tied or fixed setting has another value, or the
+                point contradicts the condition of one of its settings.
         """
         values = {name: find_setting(name).parse(value) for name, value in flatten(point).items()}
         for name, value in values.items():
@@ -143,7 +167,7 @@ class Space:
         return {name: as_drawn(value) for name, value in values.items() if self.dimensions[name].distribution is not None}
 
     def contains(self, point: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> bool:
-        """Whether :meth:`check_point` finds nothing wrong with ``point``."""
+        """Return whether :meth:`check_point` accepts a point."""
         try:
             self.check_point(point, base)
         except UserError:
@@ -151,24 +175,26 @@ class Space:
         return True
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data: equal for equal spaces, and itself a space that :func:`read_space` takes."""
+        """Return the space as plain data, which :func:`read_space` takes; it is equal for equal spaces."""
         return {name: self.dimensions[name].plain() for name in self.dimensions}
 
     def write(self, path: str | Path) -> None:
-        """As a space file."""
-        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None), encoding="utf-8")
+        """Write the space file, atomically. Raises OSError."""
+        atomic_write_text(Path(path), yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None))
 
     def differences(self, other: "Space") -> list[str]:
-        """What makes ``other`` another space than this one, a line a setting; empty for equal spaces."""
+        """Return how another space differs from this one, a text for each setting; empty for equal spaces."""
         old, new = self.to_dict(), other.to_dict()
         lines = [f"{name} is gone (was {_shown(old[name])})" for name in old if name not in new]
         lines += [f"{name} is new: {_shown(new[name])}" for name in new if name not in old]
         return lines + [f"{name} was {_shown(old[name])}, is {_shown(new[name])}" for name in old if new.get(name, old[name]) != old[name]]
 
     def hparam_domains(self, base: Mapping[str, Any] | None = None) -> dict[str, tuple | list]:
-        """Of every setting that varies: ``(low, high)`` of an interval or the list of its values, ``base``'s value always within.
+        """Return the domains for TensorBoard's HPARAMS page, which hides runs with values outside of them.
 
-        For TensorBoard's HPARAMS page, which hides runs outside a domain; trial 0 may have a value that is never drawn.
+        Returns:
+            For every setting that varies, ``(low, high)`` of an interval or the list of its values. The base value is always in it,
+            because trial 0 may have a value that is never drawn.
         """
         ground, domains = self.ground(base), {}
         for name in self.names:
@@ -187,17 +213,17 @@ class Space:
 
 
 def draw(trial: optuna.trial.BaseTrial, each: Dimension) -> Any:
-    """A value of one setting from ``trial``, as Optuna keeps it."""
+    """Draw the value of a setting, as Optuna records it."""
     if each.kind == "choice":
         return trial.suggest_categorical(each.name, [as_drawn(choice) for choice in each.of])
     if each.kind == "integer":
         return trial.suggest_int(each.name, *each.of, step=each.step or 1)
     value = trial.suggest_float(each.name, *each.of, log=each.kind == "loguniform", step=each.step)
-    return round(value, 10) if each.step else value  # 0.35, where three steps of 0.1 make 0.35000000000000003
+    return round(value, 10) if each.step else value  # 0.35 rather than 0.35000000000000003
 
 
 def as_drawn(value: Any) -> Any:
-    """A setting's value as Optuna can keep it: a list as text, which the setting reads again."""
+    """Return a value as Optuna can record it: a list becomes text, which the setting parses again."""
     return ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
@@ -231,15 +257,22 @@ def _listed(values: list) -> str:
 
 
 def ready_spaces() -> dict[str, Path]:
-    """The search spaces that come with raydetr, by bare name."""
+    """Return the paths of the bundled search spaces by name."""
     package = Path(__file__).parents[1]
-    # Installed, they lie inside the package; in a checkout, beside it.
+    # They are inside the installed package, and beside the package in a checkout.
     folder = next((each for each in (package / "search_spaces", package.parent / "search_spaces") if each.is_dir()), None)
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))} if folder else {}
 
 
 def read_space(source: str | Path | Mapping[str, Any]) -> Space:
-    """The space in a file, under the bare name of a ready one, or given as plain data; every fault is a one-line UserError."""
+    """Read a search space.
+
+    Args:
+        source: A path, the name of a bundled space, or plain data in the form of a space file.
+
+    Raises:
+        UserError: The file cannot be read, or an entry is not valid. The message names file and line.
+    """
     if isinstance(source, Mapping):
         items = [(name, value, "search space") for name, value in _top_level(source).items()]
         return _space_of(items, "search space")
@@ -247,15 +280,15 @@ def read_space(source: str | Path | Mapping[str, Any]) -> Space:
     if not path.is_file():
         ready = ready_spaces()
         if str(source) not in ready:
-            raise UserError(f"{source}: no such search space file; the ready ones are {', '.join(ready)}")
+            raise UserError(f"{source}: no such search space file; the bundled ones are {', '.join(ready)}")
         path = ready[str(source)]
     for _ in yaml_leaves(path, depth=3):
-        pass  # finds what a mapping inside a mapping says twice
+        pass  # finds names that stand twice in a nested mapping
     return _space_of([(name, value, f"{path}, line {line}") for name, value, line in yaml_leaves(path, depth=1)], str(path))
 
 
 def _top_level(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections unfolded: ``{"optim": {"lr": x}}`` as ``{"optim.lr": x}``."""
+    """Return ``{"optim.lr": x}`` for ``{"optim": {"lr": x}}``."""
     flat = {}
     for key, value in tree.items():
         sections = isinstance(value, Mapping) and "." not in str(key)
@@ -264,13 +297,13 @@ def _top_level(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _space_of(items: list[tuple[str, Any, str]], source: str) -> Space:
-    dimensions, places = {}, {}
+    dimensions, locations = {}, {}
     for name, plain, where in items:
         with _at(where):
             dimensions[name] = _dimension(find_setting(name), plain)
-            places[name] = where
+            locations[name] = where
     for each in dimensions.values():
-        with _at(places[each.name]):
+        with _at(locations[each.name]):
             _check_references(each, dimensions)
     if all(each.kind not in (*RANGES, "choice") for each in dimensions.values()):
         raise UserError(f"{source}: draws no setting; write for example  optim.lr: {{loguniform: [1e-5, 1e-3]}}")
@@ -278,16 +311,16 @@ def _space_of(items: list[tuple[str, Any, str]], source: str) -> Space:
         space = Space(dimensions.values())
     except graphlib.CycleError as error:
         circle = error.args[1]
-        raise UserError(f"{places[circle[0]]}: {' -> '.join(circle)} go round in a circle") from None
+        raise UserError(f"{locations[circle[0]]}: {' -> '.join(circle)} refer to each other in a circle") from None
     for each in dimensions.values():
-        with _at(places[each.name]):
+        with _at(locations[each.name]):
             _check_tie_bounds(each, space)
     return space
 
 
 @contextlib.contextmanager
 def _at(where: str) -> Iterator[None]:
-    """Puts the place before the message of a UserError raised within."""
+    """Prefix the message of a UserError with file and line."""
     try:
         yield
     except UserError as error:
@@ -295,13 +328,13 @@ def _at(where: str) -> Iterator[None]:
 
 
 def _dimension(setting: Setting, plain: Any) -> Dimension:
-    """One entry of a space, checked against its setting alone."""
+    """Parse one entry of a space, without checking references to other settings."""
     name = setting.name
     if name in NOT_SEARCHED:
-        raise UserError(f"{name}: belongs to the search itself and is the same for every trial")
+        raise UserError(f"{name}: is set by the search itself; a search space cannot draw it")
     if not isinstance(plain, Mapping):
         if isinstance(plain, list) and not setting.is_list:
-            raise UserError(f"{name}: a bare list says nothing; to draw from it write {{choice: {_shown(plain)}}}")
+            raise UserError(f"{name}: a list alone is not valid here; to draw from it write {{choice: {_shown(plain)}}}")
         return Dimension(name, "fixed", setting.parse(plain))
     kinds = [key for key in plain if key not in ("step", "when")]
     for kind in kinds:
@@ -326,7 +359,7 @@ def _dimension(setting: Setting, plain: Any) -> Dimension:
 def _range(setting: Setting, kind: str, given: Any) -> tuple:
     name, number = setting.name, int if kind == "integer" else float
     if setting.is_list or setting.type not in (int, float):
-        raise UserError(f"{name}: {kind} needs a number, and this setting is none; use choice")
+        raise UserError(f"{name}: {kind} needs a numeric setting; use choice")
     if setting.type is int and kind != "integer":
         raise UserError(f"{name}: takes whole numbers; use integer instead of {kind}")
     if not isinstance(given, list) or len(given) != 2:
@@ -385,14 +418,14 @@ def _check_references(each: Dimension, dimensions: Mapping[str, Dimension]) -> N
         if source is None or source.kind in ("fixed", "same_as"):
             raise UserError(f"{each.name}: depends on {parent}, which this space does not draw")
         if source.kind in ("uniform", "loguniform"):
-            raise UserError(f"{each.name}: depends on {parent}, which is no choice or integer; a condition needs one")
+            raise UserError(f"{each.name}: depends on {parent}, which is neither choice nor integer; a condition needs one of them")
         for value in wanted:
             if not _contains(source.distribution, as_drawn(value)):
                 raise UserError(f"{each.name}: depends on {parent} being {as_drawn(value)}, which it never is: {_shown(source.plain())}")
 
 
 def _check_tie_bounds(each: Dimension, space: Space) -> None:
-    """A tied setting must be able to take whatever the one it follows can take."""
+    """Check that a tied setting can take every value of the setting that it follows."""
     source = each
     while source.kind == "same_as" and source.of in space.dimensions:
         source = space.dimensions[source.of]

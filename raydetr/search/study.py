@@ -61,14 +61,14 @@ class Search:
     :meth:`push`.
 
     Args:
-        place: Path or URI of the search.
+        path: Path or URI of the search.
 
     Raises:
         UserError: There is no search, its files cannot be read, or its space or base settings were edited since it began.
     """
 
-    def __init__(self, place: str | Path) -> None:
-        self.place, self.folder = str(place), working_folder(place)
+    def __init__(self, path: str | Path) -> None:
+        self.place, self.folder = str(path), working_folder(path)
         self.study = read_study(self.folder)
         self.space = _read_own_space(self.folder / SPACE_FILE)
         self.base_config = read_config(self.folder / CONFIG_FILE)
@@ -316,7 +316,7 @@ class Search:
 
 
 def create_search(
-    place: str | Path,
+    path: str | Path,
     space: Space,
     config: Config,
     *,
@@ -331,7 +331,7 @@ def create_search(
     """Make a new search: trial 0 with the settings of ``config``, then ``points``, then drawn trials.
 
     Args:
-        place: Path or URI of the search.
+        path: Path or URI of the search.
         space: The search space.
         config: The base settings.
         trials: The number of trials, including trial 0.
@@ -346,7 +346,7 @@ def create_search(
         UserError: There is a search already, the folder cannot be written, a name is unknown, a point is not in the space, or there
             are more points than trials.
     """
-    folder = working_folder(place)
+    folder = working_folder(path)
     base = by_name(config)
     make_sampler(sampler, seed, _trial_count(trials))
     make_pruner(pruner, grace, trials)
@@ -357,7 +357,7 @@ def create_search(
         raise UserError(f"{len(points)} points to start from and trial 0 need {len(points) + 1} trials; {trials} were requested")
     with _readable(folder):
         if (folder / STUDY_FILE).exists():
-            raise UserError(f"{place}: holds a search already; resume it (--resume {place}) or choose another --name")
+            raise UserError(f"{path}: holds a search already; resume it (--resume {path}) or choose another --name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         space.write(folder / SPACE_FILE)
@@ -375,25 +375,25 @@ def create_search(
     plan = {"metric": metric, "trials": trials, "sampler": sampler, "seed": seed, "pruner": pruner, "grace": grace}
     kept = {name: value for name, value in base.items() if name not in PLACES and not name.startswith(("run.", "speed."))}
     study.set_user_attr("search", {**plan, "space": space.to_dict(), "base": kept})
-    return Search(place)
+    return Search(path)
 
 
-def open_search(place: str | Path, space: Space | None = None, trials: int | None = None) -> Search:
+def open_search(path: str | Path, space: Space | None = None, trials: int | None = None) -> Search:
     """Open a search to resume it.
 
     Args:
-        place: Path or URI of the search.
+        path: Path or URI of the search.
         space: The search space that the user names again; it must be the one that the search began with.
         trials: The new total number of trials; None keeps it.
 
     Raises:
         UserError: There is no search, it cannot be written, or ``space`` is another one.
     """
-    _mend(working_folder(place) / STUDY_FILE)
-    search = Search(place)
+    _mend(working_folder(path) / STUDY_FILE)
+    search = Search(path)
     changes = search.space.differences(space) if space else []
     if changes:
-        raise UserError(f"{place}: the search space changed since the search began: {'; '.join(changes)}; start a new search for it")
+        raise UserError(f"{path}: the search space changed since the search began: {'; '.join(changes)}; start a new search for it")
     if trials is not None and trials != search.trials:
         search.extend(trials)
     return search

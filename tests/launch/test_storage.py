@@ -173,7 +173,7 @@ def test_a_machine_that_was_given_up_for_lost_leaves_the_store_alone(store, coco
                     another.setenv("RAYDETR_CACHE", str(tmp_path / "another machine"))
                     theirs.append(fit(run))
 
-    with pytest.raises(UserError, match=f"another process goes on with what is in {store.uri}/one"):
+    with pytest.raises(UserError, match=f"another process has taken over {store.uri}/one"):
         fit(run, Lost())
     assert theirs[0]["epoch"] == 2
     assert read_checkpoint(fetched(f"{store.uri}/one/last.pth"))["metrics"]["seconds"] == theirs[0]["seconds"]
@@ -192,7 +192,7 @@ def test_a_search_that_another_machine_goes_on_with_stops(store, coco_folder, tm
     theirs = open_search(place)
     with pushing(theirs):
         theirs.ask()
-        with pytest.raises(UserError, match=f"another process goes on with what is in {place}; this one stops"):
+        with pytest.raises(UserError, match=f"another process has taken over {place}; this one stops"):
             mine.push()
     assert len(Search(fetched(place)).frozen()) == 1
     assert ".owner" not in store.names(place)
@@ -240,9 +240,9 @@ def test_every_machine_writes_and_reads_before_anything_starts(two_machines, sto
 
 def test_a_store_that_refuses_ends_a_run_before_it_starts(store, coco_folder):
     folder = coco_folder()
-    with pytest.raises(UserError, match="there is no bucket no-such-bucket; make it"):
+    with pytest.raises(UserError, match="there is no bucket no-such-bucket; create it"):
         train(settings(folder, "s3://no-such-bucket/runs"))
-    with store.refusing(), pytest.raises(UserError, match=f"refuses this machine's access to bucket {store.bucket}"):
+    with store.refusing(), pytest.raises(UserError, match=f"refuses access to bucket {store.bucket}"):
         train(settings(folder, store.uri))
 
 

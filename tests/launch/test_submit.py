@@ -1,6 +1,9 @@
+import contextlib
 import json
+import os
 import platform
 import secrets
+import socket
 import subprocess
 import sys
 import threading
@@ -10,11 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import ray
+from ray._private.runtime_env.packaging import get_uri_for_directory
 
 from raydetr.cli import check_submitted
 from raydetr.errors import UserError
 from raydetr.launch import submit
-from raydetr.launch.submit import connect, hand_over, resources, runtime_environment
+from raydetr.launch.submit import connect, hand_over, resources, runtime_environment, sent_files
 
 TINY = {
     "model.preset": "detr_tiny",
@@ -114,7 +118,7 @@ def test_machines_without_raydetr_are_told_so(head, tmp_path):
     venv.create(tmp_path / "bare", symlinks=True)
     done, output = start(head, tmp_path, [sys.executable, "-c", FOLLOW], tmp_path / "bare" / "bin" / "python")
     assert done.wait(timeout=120) == 1, output.read_text()
-    assert "UserError: no raydetr on the cluster's machines: take an image that has it" in output.read_text()
+    assert "UserError: raydetr is not installed on the cluster: use an image that has it" in output.read_text()
 
 
 @pytest.mark.slow
@@ -201,6 +205,45 @@ def test_what_goes_along_with_a_job(tmp_path, monkeypatch):
     assert any("constraints.txt" in line for line in runtime_environment(tmp_path)["pip"])
 
 
+def test_pipes_and_sockets_stay_here_and_do_not_hang(tmp_path):
+    names = ["a pipe [1]", "b/#pipe!", "c.socket"]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "kept.txt").write_text("sent")
+    for name in names[:2]:
+        os.mkfifo(tmp_path / name)
+    with contextlib.chdir(tmp_path), socket.socket(socket.AF_UNIX) as listening:  # the path of a socket must be short
+        listening.bind(names[2])
+        said = []
+        environment = runtime_environment(tmp_path, (), said.append)
+    assert len(said) == 1
+    assert all(name in said[0] for name in names)
+    assert sent_files(tmp_path, environment["excludes"]) == ({"kept.txt": 4}, [])
+    assert get_uri_for_directory(str(tmp_path), include_gitignore=True, excludes=environment["excludes"])  # reads every file
+
+
+def test_a_folder_too_large_to_send_names_the_largest_things_in_it(tmp_path):
+    sizes = {
+        "pictures/a.jpg": 60,
+        "pictures/deep/b.jpg": 50,
+        "notes.zip": 30,
+        "small.txt": 1,
+        "data/set.tar": 500,
+        "runs/one": 500,
+        "old": 20,
+    }
+    for name, size in {**sizes, "ignored/x": 400}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size * 1_000_000)  # a hole: takes no room
+    (tmp_path / ".gitignore").write_text("ignored/\n")
+    with pytest.raises(UserError) as caught:
+        submit.submit(["train"], working_dir=tmp_path, address="http://127.0.0.1:1")  # before any connection
+    assert f"{tmp_path} has 161 MB, and Ray sends at most 105 MB" in str(caught.value)
+    assert "the largest in it: pictures/ (110 MB), notes.zip (30 MB), old (20 MB); leave out" in str(caught.value)
+    assert str(caught.value).endswith("such as --exclude /pictures/")
+    assert runtime_environment(tmp_path, ["/pictures/"])["working_dir"] == str(tmp_path)  # as the message says
+
+
 def test_resources_as_rays_own_commands_take_them():
     assert resources('{"trial_driver": 1}') == {"trial_driver": 1.0}
     assert resources(None) is None
@@ -212,7 +255,7 @@ def test_resources_as_rays_own_commands_take_them():
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["evaluate", "best.pth"], "is no job for a cluster"),
+        (["evaluate", "best.pth"], "cannot run as a job"),
         (["train", "--data", "photographs", "--storage", "/runs"], "--data photographs: .* absolute path"),
         (["train", "--data", "/photographs"], "--storage"),
         (["tune", "--resume", "runs/search"], "--resume runs/search: .* absolute path"),

@@ -28,6 +28,7 @@ from raydetr.launch.slots import Demands
 from raydetr.launch.tune import resume, share_images, summary, tune
 from raydetr.search.space import read_space
 from raydetr.search.study import TAKEN_OVER, Search, open_search
+from raydetr.training.metrics import REPORTED
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
 
 TINY = {
@@ -106,6 +107,12 @@ def test_a_search_trains_every_trial_with_its_own_settings(searched):
     assert best.optim.lr == search.config(search.best().number).optim.lr
     assert read_checkpoint(search.folder / "best.pth")["settings"]["optim"]["lr"] == best.optim.lr
     assert "best settings: raydetr train --config" in summary(search)
+    columns = (search.folder / "trials.csv").read_text().splitlines()[0].split(",")
+    trial = ["trial", "state", "AP", "epochs", "seconds", "started", "ended", *search.space.names]
+    assert columns[: len(trial)] == trial
+    assert columns[-3:] == ["node", "name", "reason"]
+    assert columns[len(trial) : -3] == [name for name in REPORTED if name in columns and name not in trial]  # nothing of Ray's own
+    assert {"AP50", "train_loss", "val_loss_giou", "best_epoch"} <= set(columns)
 
 
 @pytest.mark.slow

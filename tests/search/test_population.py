@@ -75,8 +75,8 @@ def test_a_default_outside_the_range_comes_into_it():
 @pytest.mark.parametrize(
     ("space", "says"),
     [
-        ({"model.dec_layers": {"integer": [2, 6]}, "optim.lr": {"loguniform": [1e-5, 1e-3]}}, "model.dec_layers makes another network"),
-        ({"optim.batch_size": {"choice": [2, 4]}}, "draws nothing that may change in mid-training"),
+        ({"model.dec_layers": {"integer": [2, 6]}, "optim.lr": {"loguniform": [1e-5, 1e-3]}}, "model.dec_layers changes the network"),
+        ({"optim.batch_size": {"choice": [2, 4]}}, "draws no setting that can change during training"),
     ],
 )
 def test_spaces_without_a_population_are_refused(space, says):

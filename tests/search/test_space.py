@@ -142,8 +142,8 @@ def test_a_tie_to_a_setting_that_was_not_drawn_takes_the_base_value(write):
         ("model.dec_layers: {uniform: [2, 5]}", "takes whole numbers; use integer"),
         ("model.dec_layers: {integer: [2, 5.5]}", "5.5 is not a whole number"),
         ("optim.lr_drop: {integer: [2, 5.5]}", "integer takes whole numbers"),
-        ("optim.schedule: {uniform: [1, 2]}", "needs a number, and this setting is none"),
-        ("data.train_sizes: {integer: [400, 500]}", "needs a number, and this setting is none"),
+        ("optim.schedule: {uniform: [1, 2]}", "needs a numeric setting"),
+        ("data.train_sizes: {integer: [400, 500]}", "needs a numeric setting"),
         ("optim.batch_size: {choice: [2, two]}", "'two' is not a whole number"),
         ("optim.schedule: {choice: [step, cosin]}", "'cosin' is out of bounds"),
         ("optim.batch_size: {choice: []}", "choice takes a list of values"),
@@ -156,7 +156,7 @@ def test_a_tie_to_a_setting_that_was_not_drawn_takes_the_base_value(write):
             "matcher.set_cost_bbox: {same_as: loss.bbox_loss_koef}",
             "unknown setting 'loss.bbox_loss_koef'; did you mean 'loss.bbox_loss_coef'?",
         ),
-        ("matcher.set_cost_bbox: {same_as: matcher.set_cost_bbox}", "go round in a circle"),
+        ("matcher.set_cost_bbox: {same_as: matcher.set_cost_bbox}", "refer to each other in a circle"),
         ("loss.eos_coef: {same_as: loss.giou_loss_coef}", "out of bounds; it takes 0.0 to 1.0, and it follows loss.giou_loss_coef"),
         ("optim.batch_size: {same_as: optim.lr}", "of another type"),
         ("optim.lr_drop: {uniform: [0.4, 0.9], when: {optim.warmup: 0.1}}", "depends on optim.warmup, which this space does not draw"),
@@ -164,13 +164,13 @@ def test_a_tie_to_a_setting_that_was_not_drawn_takes_the_base_value(write):
             "optim.lr_drop: {uniform: [0.4, 0.9], when: {loss.cls_loss_coef: 1}}",
             "depends on loss.cls_loss_coef, which this space does not draw",
         ),
-        ("optim.lr_drop: {uniform: [0.4, 0.9], when: {loss.giou_loss_coef: 2}}", "no choice or integer"),
+        ("optim.lr_drop: {uniform: [0.4, 0.9], when: {loss.giou_loss_coef: 2}}", "neither choice nor integer"),
         ("optim.lr_drop: {uniform: [0.4, 0.9], when: {model.nheads: 4}}", "which it never is"),
         ("optim.lr_drop: {uniform: [0.4, 0.9], when: {model.nheads: four}}", "'four' is not a whole number"),
         ("optim.lr_drop: {uniform: [0.4, 0.9], when: {model.nheads: []}}", "names no value"),
         ("optim.lr_drop: {uniform: [0.4, 0.9], when: step}", "when takes names and values"),
-        ("optim.lr_drop: {uniform: [0.4, 0.9], when: {optim.lr_drop: 0.5}}", "no choice or integer"),
-        ("run.name: {choice: [a, b]}", "belongs to the search itself"),
+        ("optim.lr_drop: {uniform: [0.4, 0.9], when: {optim.lr_drop: 0.5}}", "neither choice nor integer"),
+        ("run.name: {choice: [a, b]}", "is set by the search itself"),
         ("optim: 3", "unknown setting 'optim'"),
         ("loss.giou_loss_coef: {uniform: [1, 2]}", "stands twice (first on line 2)"),
         ("optim.lr: {uniform: [0, 1], uniform: [0, 2]}", "optim.lr.uniform stands twice"),
@@ -188,7 +188,7 @@ def test_a_fault_is_one_line_with_file_and_line(write, line, expected):
 
 def test_a_circle_of_conditions_and_ties_is_named(write):
     path = write("optim.warmup: {same_as: optim.lr_drop}\noptim.lr_drop: {same_as: optim.warmup}\noptim.lr: {uniform: [0, 1]}\n")
-    with pytest.raises(UserError, match=r"line [12]: .*optim\.\w+ -> optim\.\w+ -> optim\.\w+ go round in a circle"):
+    with pytest.raises(UserError, match=r"line [12]: .*optim\.\w+ -> optim\.\w+ -> optim\.\w+ refer to each other in a circle"):
         read_space(path)
 
 
@@ -208,7 +208,7 @@ def test_a_file_that_is_no_space_is_refused(write, text, expected):
 
 
 def test_a_missing_file_names_the_ready_spaces(tmp_path):
-    with pytest.raises(UserError, match=r"lots: no such search space file; the ready ones are learning_rates, loss, matcher"):
+    with pytest.raises(UserError, match=r"lots: no such search space file; the bundled ones are learning_rates, loss, matcher"):
         read_space("lots")
 
 

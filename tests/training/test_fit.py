@@ -210,7 +210,7 @@ def test_a_run_that_another_process_goes_on_with_stops_and_leaves_its_folder_alo
         if event["kind"] == "evaluate" and event["epoch"] == 2:
             theirs.append(run(config))  # it takes this process for lost
 
-    with pytest.raises(UserError, match="another process goes on with what is in"):
+    with pytest.raises(UserError, match="another process has taken over"):
         fit(config, Watcher(meanwhile))
     assert theirs[0][0]["epoch"] == 3
     assert [line["epoch"] for line in log_of(config)] == [0, 1, 2]

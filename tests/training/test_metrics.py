@@ -1,0 +1,19 @@
+from raydetr.config import load_config
+from raydetr.training.fit import LocalReporter, fit
+from raydetr.training.metrics import REPORTED
+
+
+class Recorder(LocalReporter):
+    """Keeps the names of what a run reports."""
+
+    def report(self, metrics, checkpoint=None):
+        self.names = list(metrics)
+
+
+def test_a_run_reports_the_metrics_that_are_listed(coco_folder, tmp_path):
+    """Searches keep these by name; one that is missing in the list would be missing in every report of a search."""
+    tiny = {"model.preset": "detr_tiny", "model.weights": "none", "data.train_sizes": [48], "data.val_size": 48, "optim.epochs": 1}
+    where = {"data.path": str(coco_folder()), "run.storage": str(tmp_path), "run.name": "run", "data.num_workers": 0, "run.pictures": 0}
+    recorder = Recorder()
+    fit(load_config(tiny, where), recorder)
+    assert recorder.names == ["epoch", *REPORTED]
