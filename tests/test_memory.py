@@ -3,10 +3,12 @@ import platform
 import resource
 import subprocess
 import sys
+import weakref
 
 import pytest
+import torch
 
-from raydetr.memory import without_collections
+from raydetr.memory import kept_memory, without_collections
 
 
 def test_no_garbage_is_looked_for_within_and_again_afterwards():
@@ -68,3 +70,41 @@ def test_freed_memory_is_kept_within_on_a_cpu_and_given_back_afterwards(device):
         assert within > 0.9 * 400 * 2**20 // page
         assert kept < 100
     assert afterwards < 100
+
+
+def test_a_failure_on_a_gpu_keeps_no_memory_for_its_traceback():
+    class Tensors:
+        """Stands for the tensors of a step, which the local variables of its functions hold."""
+
+    held = []
+
+    def step():
+        tensors = Tensors()
+        held.append(weakref.ref(tensors))
+        try:
+            raise MemoryError("CUDA out of memory")
+        except MemoryError as error:
+            raise RuntimeError("the step failed") from error
+
+    with pytest.raises(RuntimeError) as raised, kept_memory("cuda"):
+        step()
+    assert str(raised.value) == "the step failed"
+    assert held[0]() is None
+
+
+def test_memory_of_a_gpu_is_given_back_at_the_end(monkeypatch):
+    class Network:
+        """Refers to itself, as a network and its hooks do."""
+
+        def __init__(self):
+            self.hook = self
+
+    network = weakref.ref(Network())
+    there = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: there.append(network()))
+    with without_collections(), kept_memory("cpu"):
+        pass
+    assert not there
+    with without_collections(), kept_memory("cuda"):
+        pass
+    assert there == [None]

@@ -70,7 +70,11 @@ class Display:
     def _warning_once(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit):
+                if not isinstance(error.__context__, BrokenPipeError):
+                    raise
+                error = error.__context__  # which rich turns into the end of the process
             if not self._failed:
                 warn(f"warning: the terminal: {error}; nothing more is shown, the training continues")
             self._failed = True

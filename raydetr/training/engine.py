@@ -20,11 +20,13 @@ from raydetr.errors import UserError
 from raydetr.loss.criterion import Criterion
 from raydetr.loss.matcher import NonFiniteCost
 from raydetr.model.detr import postprocess
+from raydetr.text import shortlist
 from raydetr.training.schedule import MovingAverage
 
 # Reading a loss makes the host wait for the device. On a GPU the host reads the losses of many steps at once and stays ahead of it.
 READ_EVERY = {"cuda": 20, "cpu": 1}
 MIN_LOSS_SCALE = 1e-3  # with fp16; a scale this small means that the gradients overflow whatever the scale
+MOST_IDS = 20  # of images in an error message
 
 Batch = tuple[Tensor, Tensor | None, list[dict[str, Tensor]]]  # images, padding mask, targets: what data.coco.collate returns
 
@@ -273,7 +275,7 @@ def _non_finite(row: dict[str, float], record: StepRecord, epoch: int) -> UserEr
     ids = sorted(set(itertools.chain.from_iterable(gathered(mine))))
     name = "loss" if what == "loss" else "gradient"
     return UserError(
-        f"the {name} became {row[what]} in epoch {epoch}, step {record.step}, on the images {_shortened(ids)}; "
+        f"the {name} became {row[what]} in epoch {epoch}, step {record.step}, on the images {shortlist(ids, MOST_IDS)}; "
         "look at their boxes, lower optim.lr, or use speed.precision fp32"
     )
 
@@ -338,8 +340,8 @@ def evaluate(
     columns = [torch.cat(column).cpu().numpy() for column in zip(*found, strict=True)]
     everyone = list(zip(*gathered((names, sums, columns, broken)), strict=True))
     if any(everyone[3]):
-        ids = sorted(itertools.chain.from_iterable(everyone[3]))
-        raise UserError(f"evaluation: the network's outputs are not finite on the images {_shortened(ids)}; use speed.precision fp32")
+        ids = shortlist(sorted(itertools.chain.from_iterable(everyone[3])), MOST_IDS)
+        raise UserError(f"evaluation: the network's outputs are not finite on the images {ids}; use speed.precision fp32")
     return _combined_losses(criterion, everyone[0], everyone[1]), _combined_detections(everyone[2])
 
 
@@ -378,7 +380,3 @@ def gathered(mine: Any) -> list[Any]:
     everyone: list[Any] = [None] * workers()
     dist.all_gather_object(everyone, mine)
     return everyone
-
-
-def _shortened(image_ids: list[int]) -> str:
-    return ", ".join(map(str, image_ids[:20])) + (f" and {len(image_ids) - 20} more" if len(image_ids) > 20 else "")

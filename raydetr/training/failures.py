@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from raydetr.errors import DiskFull, UserError, is_disk_full
+from raydetr.text import one_line
 
 # How the CUDA libraries say that they are out of memory; PyTorch's own allocator raises OutOfMemoryError. cuDNN finds no engine, and
 # cuBLAS does not start, if there is no memory for their workspace.
@@ -37,7 +38,7 @@ class BestEffort:
         except Exception as error:
             if what not in self._failed:
                 self._failed.add(what)
-                self._warn(f"warning: {what}: {_one_line(error)}; left out, the training continues")
+                self._warn(f"warning: {what}: {one_line(error) or type(error).__name__}; left out, the training continues")
 
 
 @contextlib.contextmanager
@@ -60,16 +61,12 @@ def failures_explained(folder: Path) -> Iterator[None]:
             raise UserError(f"{error.filename or folder}: {error.strerror}; correct its owner or permissions, or choose another") from error
         raise
     except torch._dynamo.exc.TorchDynamoException as error:
-        said = _one_line(str(error).split("\n\n")[0])  # advice on debugging the compiler follows
+        said = one_line(str(error).split("\n\n")[0])  # advice on debugging the compiler follows
         raise UserError(f"speed.compile: torch.compile fails here, --speed.compile off trains without ({said})") from error
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         raise UserError(
             "the GPU's memory does not suffice: lower optim.batch_size (optim.accumulate makes up for it), data.max_size and "
-            f"data.train_sizes, or use speed.precision bf16 ({_one_line(str(error).splitlines()[0])})"
+            f"data.train_sizes, or use speed.precision bf16 ({one_line(str(error).splitlines()[0])})"
         ) from error
-
-
-def _one_line(error: Exception | str) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,6 +1,5 @@
 """What only rank 0 of a run does: write the run folder, and bring it to its object store."""
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -49,13 +48,15 @@ class Recorder:
         self._run = run
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
-            _write_config(run)
+            write_yaml(run.config, run.folder / "config.yaml")
             self._log = Log(run.folder / "log.txt", run.progress.epoch)
             self._tracker: Tracker | None = self._open_tracker()
         except OSError as error:
             if is_disk_full(error):
                 raise
-            raise UserError(f"run.storage: cannot write to {error.filename or run.folder}: {error.strerror}") from None
+            # Not the partial file of an atomic write, which nobody knows.
+            where = run.folder if str(error.filename).endswith(".partial") else error.filename or run.folder
+            raise UserError(f"run.storage: cannot write to {where}: {error.strerror}") from None
         if self._log.was_cut:
             run.show({"kind": "message", "text": f"{run.folder / 'log.txt'}: the last line was cut short and is removed"})
         self._owner = become_owner(run.root)
@@ -170,13 +171,3 @@ class NoRecorder:
 def open_recorder(run: Run) -> Recorder | NoRecorder:
     """Return the recorder of this worker."""
     return Recorder(run) if run.reporter.rank == 0 else NoRecorder()
-
-
-def _write_config(run: Run) -> None:
-    temporary = run.folder / "config.yaml.new"
-    try:
-        write_yaml(run.config, temporary)
-        temporary.replace(run.folder / "config.yaml")
-    finally:
-        with contextlib.suppress(OSError):  # it exists only if it could not be moved
-            temporary.unlink()

@@ -29,9 +29,9 @@ from raydetr.data.images import image_path
 from raydetr.draw import Box, category_colours, draw_boxes
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, stats
+from raydetr.files import atomic_write
 from raydetr.training.engine import Detections
 from raydetr.training.metrics import LOSSES
-from raydetr.weights.files import written_whole
 
 STEP_TAGS = {
     **{name: f"train/{name}" for name in (*LOSSES, "grad_norm")},
@@ -323,7 +323,7 @@ class Log:
     def append(self, line: dict[str, Any]) -> None:
         """Add the line of an epoch. Raises OSError if the disk does."""
         self._lines.append(json.dumps(line, allow_nan=False))
-        with written_whole(self._path) as file:
+        with atomic_write(self._path) as file:
             file.write("".join(f"{text}\n" for text in self._lines).encode())
 
 

@@ -87,3 +87,12 @@ def test_a_lost_worker_that_starts_again_gets_a_new_bar():
         display.show({"kind": "step", "epoch": 2, "step": 1, "loss": 1.0, "images_per_second": 1.0})
     assert file.getvalue().rindex("epoch 2/2") > file.getvalue().rindex("epoch 1/2")
     assert file.getvalue().count("\x1b[?25l") == file.getvalue().count("\x1b[?25h") == 2
+
+
+def test_an_exit_that_is_not_the_terminals_own_ends_the_process():
+    class Leaving(io.StringIO):
+        def write(self, _):
+            raise SystemExit(3)
+
+    with pytest.raises(SystemExit), Display(Console(file=Leaving())) as display:
+        display.show({"kind": "message", "text": "hello"})

@@ -96,6 +96,7 @@ def test_gradients_do_not_carry_over_and_rates_follow_the_schedule(coco_folder):
     train_one_epoch(together, batches, 1, lambda _: None)
     for batch in batches:
         train_one_epoch(apart, [batch], 1, lambda _: None)
+        apart.optimizer.zero_grad()
     assert all(torch.equal(*pair) for pair in zip(together.model.parameters(), apart.model.parameters(), strict=True))
     warming = make_training()
     warming.scheduler = build_scheduler(warming.optimizer, Optim(lr=1e-3, lr_backbone=1e-4, epochs=10, warmup=1.0), 2)
@@ -224,7 +225,6 @@ def test_evaluation_losses_are_the_criterions_own_on_the_whole_set(coco_folder):
 
 def test_results_are_coco_results_of_original_categories_in_original_pixels(coco_folder):
     images = images_of(coco_folder(train=2, size=(96, 64)))
-    training = make_training()
 
     class Oracle(torch.nn.Module):
         """Says of every image that its centre holds the second category."""
@@ -242,7 +242,6 @@ def test_results_are_coco_results_of_original_categories_in_original_pixels(coco
     assert results[0]["bbox"] == pytest.approx([24, 24, 48, 16])
     assert results[0]["score"] == pytest.approx(float(torch.tensor([0.0, 5.0, 0.0]).softmax(0)[1]))
     json.dumps(results)
-    assert training.criterion is not criterion
 
 
 def test_evaluation_names_the_images_whose_outputs_are_not_finite(coco_folder):
@@ -262,14 +261,53 @@ def test_evaluation_leaves_no_gradient_and_no_random_number(coco_folder):
     assert not training.model.training
 
 
-def test_device_and_precision():
-    assert choose_device(Speed(device="cpu")) == CPU
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_precision_is_the_dtype_of_the_forward_pass(precision, dtype, device):
+    assert choose_dtype(Speed(precision=precision), torch.device(device)) == dtype
+
+
+@pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_precision_auto_is_bf16_on_a_gpu_that_has_it(monkeypatch, supported, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation)
+    assert choose_dtype(Speed(precision="auto"), torch.device("cuda")) == dtype
     assert choose_dtype(Speed(precision="auto"), CPU) == torch.float32
-    assert choose_dtype(Speed(precision="bf16"), CPU) == torch.bfloat16
-    if not torch.cuda.is_available():
-        assert choose_device(Speed(device="auto")) == CPU
-        with pytest.raises(UserError, match=r"speed\.device: cuda"):
-            choose_device(Speed(device="cuda"))
+
+
+def test_the_device_cpu_is_taken_whatever_there_is():
+    assert choose_device(Speed(device="cpu")) == CPU
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_an_error():
+    assert choose_device(Speed(device="auto")) == CPU
+    with pytest.raises(UserError, match=r"speed\.device: cuda was asked for and PyTorch sees no GPU"):
+        choose_device(Speed(device="cuda"))
+
+
+@pytest.fixture
+def three_gpus(monkeypatch):
+    """PyTorch sees three GPUs, and its flags are as a new process has them. The devices that were made current."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32, torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield current
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before[:2]
+    torch.backends.cuda.enable_cudnn_sdp(before[2])
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True), ("bf16", False), ("auto", False)])
+def test_a_gpu_computes_in_tf32_only_where_that_is_asked_for(three_gpus, precision, tf32):
+    assert choose_device(Speed(precision=precision), local_rank=4) == torch.device("cuda", 1)
+    assert three_gpus == [torch.device("cuda", 1)]
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == tf32
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 # --- several workers: one run of two processes for all tests ---

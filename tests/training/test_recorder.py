@@ -99,28 +99,40 @@ def test_a_log_that_cannot_be_written_ends_no_training_and_is_completed_later(co
     assert [line["epoch"] for line in log_of(config)] == [0, 1, 2]
 
 
-class Closed(io.StringIO):
-    """A terminal that is gone."""
+class Broken(io.StringIO):
+    """A terminal whose every write fails."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
 
     def write(self, _):
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        raise self.error
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_a_terminal_that_fails_ends_no_training(coco_folder, capsys, terminal):
-    display = Display(Console(file=Closed(), force_terminal=terminal))
-    with display:
-        metrics = fit(settings(coco_folder(), "run", optim__epochs=2), LocalReporter(display=display))
-    assert metrics["epoch"] == 2
-    assert capsys.readouterr().err.count("warning: the terminal: [Errno 32] Broken pipe") == 1
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "[Errno 32] Broken pipe"),
+        (OSError(errno.EIO, "Input/output error"), "[Errno 5] Input/output error"),
+        (UnicodeEncodeError("ascii", "\u2501", 0, 1, "ordinal not in range(128)"), "'ascii' codec"),
+    ],
+    ids=["pipe", "connection", "encoding"],
+)
+@pytest.mark.parametrize("terminal", [False, True], ids=["plain", "terminal"])
+def test_a_terminal_that_fails_ends_no_training(coco_folder, capfd, terminal, error, reason):
+    with Display(Console(file=Broken(error), force_terminal=terminal)) as display:
+        metrics = fit(settings(coco_folder(train=2), "run", optim__epochs=1), LocalReporter(display=display))
+    assert metrics["epoch"] == 1
+    assert capfd.readouterr().err.count(f"warning: the terminal: {reason}") == 1
 
 
 def test_a_reporter_that_cannot_show_ends_no_training(coco_folder, capsys):
-    class Broken(LocalReporter):
+    class Mute(LocalReporter):
         def show(self, event):
             raise UnicodeEncodeError("ascii", "é", 0, 1, "ordinal not in range")
 
-    assert fit(settings(coco_folder(), "run", optim__epochs=1), Broken())["epoch"] == 1
+    assert fit(settings(coco_folder(), "run", optim__epochs=1), Mute())["epoch"] == 1
     assert capsys.readouterr().err.count("warning: the terminal: ") == 1
 
 
@@ -133,7 +145,7 @@ def test_a_full_disk_under_a_checkpoint_ends_the_run_in_order(coco_folder, monke
         raise DiskFull("last.pth: not saved (No space left on device)")
 
     monkeypatch.setattr(recorder, "save_checkpoint", full)
-    with pytest.raises(DiskFull, match="the disk of .*runs/run is full; finished epochs are kept: make room and resume"):
+    with pytest.raises(DiskFull, match=r"the disk of .*runs/run is full; finished epochs are kept: make room and resume"):
         run(settings(config.data.path, "run", optim__epochs=2))
     assert (folder_of(config) / "last.pth").read_bytes() == before
 
