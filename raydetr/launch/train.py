@@ -122,7 +122,6 @@ def alone(lock_file: Path, busy: str) -> Iterator[None]:
     Raises:
         UserError: Another process runs it.
     """
-    lock_file = run_folder(config) / ".lock"
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(one_process(lock_file, wait=False))
