@@ -185,12 +185,7 @@ def resume_config(run: str, *layers: Mapping[str, Any]) -> settings.Config:
         file = fetch(root, only="config.yaml") / "config.yaml"
         if not file.is_file():
             raise UserError(f"--resume: there is no run in {root} (no config.yaml)")
-    before = settings.read_yaml(file)
-    if not before:
-        raise UserError(
-            f"--resume: {file} is empty, which holds the settings of the run; bring it back, or start a new run with "
-            f"--model.weights {join(root, 'best.pth')}"
-        )
+    before = settings.by_name(settings.read_config(file))
     after = {name: value for layer in layers for name, value in settings.flatten(layer).items()}
     for name, value in after.items():
         value = after[name] = settings.find_setting(name).parse(value)
