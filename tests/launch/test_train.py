@@ -85,7 +85,8 @@ print(metrics["epoch"], ray.is_initialized(), psutil.Process().children())
 def test_one_worker_without_a_cluster_is_the_process_itself(coco_folder, tmp_path):
     config.write_yaml(settings(coco_folder(), tmp_path / "runs", run__workers=1), tmp_path / "settings.yaml")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [sys.executable, "-c", ALONE, tmp_path / "settings.yaml"]
+    few_files = ["bash", "-c", 'ulimit -n 64; exec "$0" "$@"']
+    command = [*few_files, sys.executable, "-c", ALONE, tmp_path / "settings.yaml"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.splitlines()[-1] == "2 False []"
     assert done.stderr == ""
