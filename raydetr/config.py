@@ -425,6 +425,8 @@ def _check_together(config: Config) -> None:
         check_place(name, getattr(getattr(config, section), leaf) or "")
     if is_uri(model.weights):
         check_place("model.weights", model.weights)
+    if model.backbone == "tiny" and model.dilation:
+        raise UserError("model.dilation: the tiny backbone has no dilated stage; its stride is 16 without it")
     if model.hidden_dim % model.nheads:
         raise UserError(f"model.hidden_dim: {model.hidden_dim} is not a multiple of model.nheads ({model.nheads})")
     if model.hidden_dim % 4:

@@ -1,4 +1,4 @@
-"""One training run: the step, the epoch, the run with its checkpoints, TensorBoard events and progress display.
+"""One training run: the optimizer step, the epoch, the run with its checkpoints, its TensorBoard events and its progress display.
 
-Knows nothing of ray: ``launch`` calls ``fit`` in a plain process, a Ray Train worker or a Ray Tune trial alike.
+The room knows nothing of Ray: ``launch`` calls ``fit`` in a plain process, a Ray Train worker or a trial of a search alike.
 """

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -350,7 +350,7 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-def _combined_losses(criterion: Criterion, names_of_workers: list[tuple], sums_of_workers: list[list]) -> dict[str, float]:
+def _combined_losses(criterion: Criterion, names_of_workers: Sequence[tuple], sums_of_workers: Sequence[list]) -> dict[str, float]:
     names = next((names for names in names_of_workers if names), ())
     # fsum is exact, so that neither the order of the batches nor the number of workers changes the result.
     totals = [math.fsum(column) for column in zip(*itertools.chain.from_iterable(sums_of_workers), strict=True)]
@@ -360,7 +360,7 @@ def _combined_losses(criterion: Criterion, names_of_workers: list[tuple], sums_o
     return {"loss": criterion.weighted_sum(losses), **losses}
 
 
-def _combined_detections(columns_of_workers: list[list[np.ndarray]]) -> Detections:
+def _combined_detections(columns_of_workers: Sequence[list[np.ndarray]]) -> Detections:
     columns = zip(*filter(None, columns_of_workers), strict=True)
     image_ids, boxes_xyxy, scores, labels = (np.concatenate(column) for column in columns)
     image_ids, first = np.unique(image_ids, return_index=True)

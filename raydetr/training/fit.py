@@ -123,8 +123,8 @@ def _warning_shower(reporter: Reporter) -> Callable[[str], None]:
 
 
 def _score(run: Run, detections: Detections) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    coco = run.val.dataset.coco
-    evaluation = run_coco_eval(coco, detections.results(run.val.dataset.categories))
+    coco = run.val_set.coco
+    evaluation = run_coco_eval(coco, detections.results(run.val_set.categories))
     return summarize(evaluation, coco["categories"]), precision_recall(evaluation)
 
 

@@ -60,7 +60,7 @@ class Recorder:
         if self._log.was_cut:
             run.show({"kind": "message", "text": f"{run.folder / 'log.txt'}: the last line was cut short and is removed"})
         self._owner = become_owner(run.root)
-        self._pictures = Pictures(run.val.dataset, run.config.run.pictures)
+        self._pictures = Pictures(run.val_set, run.config.run.pictures)
 
     def __enter__(self) -> "Recorder":
         return self
@@ -127,7 +127,7 @@ class Recorder:
         about = {
             "model": training.evaluated.state_dict(),
             "settings": to_dict(run.config),
-            "categories": run.train.dataset.categories,
+            "categories": run.train_set.categories,
             "data": run.data,
             "epoch": run.progress.epoch,
             "step": training.step,

@@ -14,20 +14,36 @@ from raydetr.training.console import Display
 class Reporter(Protocol):
     """The connection between :func:`raydetr.training.fit.fit` and a plain process, a Ray Train worker or a trial of a search.
 
-    Attributes:
-        rank: Index of this worker among all workers of the run.
-        world_size: Number of workers of the run.
-        local_rank: Index of this worker among those of its node.
-        searched: The settings that a search varies, by dotted name, with their domains: ``(low, high)`` or a list of values. They are
-            the columns of TensorBoard's HPARAMS page. None if the run is not part of a search.
-        images: Reads images that were decoded once for several runs. None if the run decodes its own.
+    Its attributes are properties here, so that a reporter may have them with narrower types.
     """
 
-    rank: int
-    world_size: int
-    local_rank: int
-    searched: Mapping[str, tuple | list] | None
-    images: DecodedImages | None
+    @property
+    def rank(self) -> int:
+        """Index of this worker among all workers of the run."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Number of workers of the run."""
+        ...
+
+    @property
+    def local_rank(self) -> int:
+        """Index of this worker among those of its node."""
+        ...
+
+    @property
+    def searched(self) -> Mapping[str, tuple | list] | None:
+        """The settings that a search varies, by dotted name, with their domains: ``(low, high)`` or a list of values.
+
+        They are the columns of TensorBoard's HPARAMS page. None if the run is not part of a search.
+        """
+        ...
+
+    @property
+    def images(self) -> DecodedImages | None:
+        """Reads images that were decoded once for several runs. None if the run decodes its own."""
+        ...
 
     def checkpoint(self) -> Path | None:
         """Return the checkpoint to start from, or None for the ``last.pth`` of the run folder, if there is one."""

@@ -65,6 +65,8 @@ class Run:
     config: Config
     reporter: Reporter
     root: str  # the run folder: a path, or a URI in an object store
+    train_set: CocoImages
+    val_set: CocoImages
     train: DataLoader
     val: DataLoader
     training: Training
@@ -97,7 +99,7 @@ class Run:
 
     def load_ahead(self) -> None:
         """Start to load the next epoch's first batches."""
-        self.train.dataset.set_epoch(self.progress.epoch + 1)
+        self.train_set.set_epoch(self.progress.epoch + 1)
         self.batches = iter(self.train)
 
 
@@ -117,12 +119,13 @@ def build_run(config: Config, reporter: Reporter, root: str, device: torch.devic
     """
     content = read_resumable(start, root) if start else None
     seed_everything(config.run.seed)  # every worker initializes the same network
-    train, val = _loaders(config, reporter, device, content)
-    data = {"train": data_fingerprint(train.dataset.coco), "val": data_fingerprint(val.dataset.coco)}
-    if content:
+    train_set, val_set = _data_sets(config, reporter, content)
+    train, val = _loaders(config, reporter, device, train_set, val_set)
+    data = {"train": data_fingerprint(train_set.coco), "val": data_fingerprint(val_set.coco)}
+    if start and content:
         check_same_network(config, content, start)
         check_same_data(data, content, root)
-    categories = train.dataset.categories
+    categories = train_set.categories
     model = DETR(config.model, len(categories))
     if content:
         message = f"resuming after epoch {content['epoch']} from {start}"
@@ -133,19 +136,25 @@ def build_run(config: Config, reporter: Reporter, root: str, device: torch.devic
     training = _training(config, reporter, model.to(device), len(categories), steps_per_epoch, content)
     progress = Progress(**content["progress"]) if content else Progress()
     _restore_random_state(config, reporter.rank, progress.epoch, device, content)
-    run = Run(config, reporter, root, train, val, training, progress, data, best_effort, content["metrics"] if content else {})
-    for text in (*train.dataset.warnings, *val.dataset.warnings, message):
+    metrics = content["metrics"] if content else {}
+    run = Run(config, reporter, root, train_set, val_set, train, val, training, progress, data, best_effort, metrics)
+    for text in (*train_set.warnings, *val_set.warnings, message):
         run.show({"kind": "message", "text": text})
     return run
 
 
-def _loaders(config: Config, reporter: Reporter, device: torch.device, content: dict[str, Any] | None) -> tuple[DataLoader, DataLoader]:
+def _data_sets(config: Config, reporter: Reporter, content: dict[str, Any] | None) -> tuple[CocoImages, CocoImages]:
     data = config.data
     known = content["categories"] if content else None
     train = CocoImages(find_split(data, "train"), train_transforms(data), config.run.seed, known)
     val = CocoImages(find_split(data, "val"), val_transforms(data), config.run.seed, train.categories)
     limit = cache_limit(data) // reporter.world_size  # as if all workers were on one node
     train.images = val.images = reporter.images or DecodedImages(train.files + val.files, limit)
+    return train, val
+
+
+def _loaders(config: Config, reporter: Reporter, device: torch.device, train: CocoImages, val: CocoImages) -> tuple[DataLoader, DataLoader]:
+    data = config.data
     common = {"num_workers": data.num_workers, "seed": config.run.seed, "device": device}
     share = {"rank": reporter.rank, "world_size": reporter.world_size}
     return (

@@ -87,7 +87,7 @@ class Tracker:
 
     def log_step(self, numbers: dict[str, float]) -> None:
         """Write the numbers of a step, as :func:`raydetr.training.engine.train_one_epoch` shows them."""
-        self._scalars(numbers["step"], {tag: numbers[name] for name, tag in STEP_TAGS.items()})
+        self._scalars(int(numbers["step"]), {tag: numbers[name] for name, tag in STEP_TAGS.items()})
 
     def log_epoch(
         self, step: int, epoch: int, train: dict[str, float], val: dict[str, float], metrics: dict[str, Any], curve: dict

@@ -17,7 +17,7 @@ from raydetr.errors import UserError
 from raydetr.loss.criterion import build_criterion
 from raydetr.model.detr import build_model
 from raydetr.training import engine
-from raydetr.training.engine import Training, choose_device, choose_dtype, evaluate, loss_names, train_one_epoch
+from raydetr.training.engine import Means, Training, choose_device, choose_dtype, evaluate, loss_names, train_one_epoch
 from raydetr.training.schedule import MovingAverage, build_optimizer, build_scheduler
 
 NUM_CLASSES = 2
@@ -152,6 +152,13 @@ def test_an_overflow_in_fp16_skips_the_step_and_goes_on(coco_folder):
     assert not math.isfinite(shown[0]["grad_norm"])
     assert training.scaler.get_scale() == 2.0**39
     assert all(torch.equal(before[name], value) for name, value in training.model.state_dict().items())
+
+
+def test_means_leave_out_what_is_not_finite():
+    means = Means()
+    for loss, norm in ((1.0, math.inf), (2.0, 3.0), (6.0, math.nan), (3.0, 5.0)):
+        means.add({"loss": loss, "grad_norm": norm, "overflowing": math.inf})
+    assert means.values() == {"loss": 3.0, "grad_norm": 4.0, "overflowing": pytest.approx(math.nan, nan_ok=True)}
 
 
 def test_gradients_that_overflow_at_every_scale_stop_the_run(coco_folder):

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from raydetr.config import load_config
+from raydetr.errors import UserError
 from raydetr.training import run as module
 from raydetr.training.run import Progress, val_batch_size
 from tests.training.runs import last_of, run, settings
@@ -10,8 +11,9 @@ from tests.training.runs import last_of, run, settings
 def test_progress_counts_epochs_and_finds_the_best():
     progress = Progress()
     epochs = [(0.0, 3.0), (0.0, 2.0), (0.0, 2.5), (0.3, 9.0), (0.2, 1.0), (0.3, 9.0)]
-    assert [progress.update(*each) for each in epochs] == [True, True, False, True, False, False]
-    assert (progress.epoch, progress.best_epoch, progress.best_AP, progress.stale) == (6, 4, 0.3, 2)
+    seen = [(progress.update(*each), progress.stale) for each in epochs]
+    assert seen == [(True, 0), (True, 1), (False, 2), (True, 0), (False, 1), (False, 2)]  # a better loss alone is no progress
+    assert (progress.epoch, progress.best_epoch, progress.best_AP) == (6, 4, 0.3)
     undefined = Progress()
     assert [undefined.update(None, loss) for loss in (1.0, 2.0, 3.0)] == [True] * 3
     assert (undefined.best_AP, undefined.stale) == (None, 0)
@@ -45,3 +47,8 @@ def test_a_run_resumed_on_a_gpu_seeds_each_rank_of_it_anew(coco_folder, monkeypa
     assert drawn[0] != drawn[1]
     torch.set_rng_state(content["random"][0]["torch"])
     assert torch.rand(1) == drawn[0]  # what the checkpoint has is continued
+
+
+def test_a_network_that_cannot_be_built_is_refused_with_its_settings():
+    with pytest.raises(UserError, match=r"model\.dilation: the tiny backbone has no dilated stage"):
+        load_config({"model.preset": "detr_tiny", "model.dilation": True})
