@@ -1,5 +1,6 @@
 """The command line: one short function per command, which parses, calls the API and prints."""
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -230,7 +231,8 @@ def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | N
     if bool(checkpoint) == bool(predictions):
         raise UserError("evaluate: give either a CHECKPOINT or --predictions FILE")
     given = given_settings(options)
-    if predictions:
+    if checkpoint is None:
+        assert predictions is not None  # one of the two is given
         metrics = score_predictions(predictions, config.with_settings(config.Config(), *given).data, split)
     else:
         metrics = score_checkpoint(checkpoint, *given, split=split)
@@ -375,6 +377,42 @@ def report(searches: tuple[str, ...], out: Path | None) -> None:
     from raydetr.search.report import report
 
     click.echo(f"report written to {report(searches, out)}")
+
+
+@cli.command(short_help="List runs and searches.")
+@click.argument("storage", default="runs", type=click.Path())
+@click.option(
+    "--sort",
+    type=click.Choice(["name", "kind", "state", "epochs", "best", "when", "size"]),
+    default="when",
+    show_default=True,
+    help="Column to sort by.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def runs(storage: str, sort: str, as_json: bool) -> None:
+    """List every run and search below STORAGE (default: runs), a path, s3://bucket/folder or gs://bucket/folder.
+
+    Example: raydetr runs runs --sort best
+    """
+    from raydetr.search.runs import list_runs, runs_table, sort_runs
+
+    rows = sort_runs(list_runs(storage), sort)
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+    else:
+        click.echo(runs_table(rows) if rows else f"there is no run in {storage}")
+
+
+@cli.command(short_help="Show how a search goes.")
+@click.argument("search", type=click.Path())
+def status(search: str) -> None:
+    """Show the trials of SEARCH by state, the running ones and the best. Works from any computer that sees its folder or store.
+
+    Example: raydetr status runs/search
+    """
+    from raydetr.search.runs import search_status
+
+    click.echo(search_status(search))
 
 
 @cli.command(short_help="Predict on images and draw the boxes.")

@@ -29,7 +29,9 @@ LONGEST_NAME = 200  # bytes of a run's name: file systems allow 255, and locks a
 DEEPEST = 20  # levels of nesting in a YAML file
 
 
-def setting(default: Any, meaning: str, *, low: float | None = None, high: float | None = None, choices: list | None = None, span=False):
+def setting(
+    default: Any, meaning: str, *, low: float | None = None, high: float | None = None, choices: list | None = None, span=False
+) -> Any:
     """Declare a field of the tree.
 
     Args:
@@ -235,7 +237,7 @@ class Setting:
     """The description of one setting: dotted name, type, default, bounds, choices and meaning."""
 
     name: str
-    type: type  # bool, int, float or str; of a list, the type of its entries
+    type: Any  # bool, int, float or str; of a list, the type of its entries
     is_list: bool
     optional: bool
     default: Any
@@ -295,6 +297,7 @@ class Setting:
         return parsed
 
 
+_KINDS = {yaml.ScalarNode: "a scalar", yaml.SequenceNode: "a sequence", yaml.MappingNode: "a mapping"}
 _ARTICLE = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -530,7 +533,7 @@ def yaml_leaves(path: str | Path, depth: int | None = None) -> Iterator[tuple[st
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
-        raise UserError(f"{path}, line {root.start_mark.line + 1}: expected settings by name, found a {root.id}")
+        raise UserError(f"{path}, line {root.start_mark.line + 1}: expected settings by name, found {_KINDS[type(root)]}")
     seen: dict[str, int] = {}
     for name, node, line in _leaves_of(root, "", depth):
         if name in seen:

@@ -156,6 +156,16 @@ def fetched(path: str | Path, *, only: str = "*", recursive: bool = True) -> Pat
     return copy
 
 
+def file_sizes(path: str) -> dict[str, int]:
+    """Return the sizes in bytes of all files below a folder by their relative names. Raises a UserError if there is none."""
+    if is_uri(path):
+        return {name: info.size for name, info in _objects(path, recursive=True, hidden=True).items()}
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{path}: there is no such folder")
+    return {file.relative_to(folder).as_posix(): file.lstat().st_size for file in folder.rglob("*") if file.is_file()}
+
+
 def push(path: str | Path, *, only: str = "*", recursive: bool = True, patience_s: float = PATIENCE_S) -> None:
     """Push the changed files of a working copy to its store, retrying for ``patience_s``; otherwise as :func:`fetch`."""
     if not is_uri(path):
@@ -274,7 +284,7 @@ def _files(folder: Path, recursive: bool) -> Iterator[str]:
     """Yield the names, relative to ``folder``, of the files in it that belong in the store."""
     for file in folder.rglob("*") if recursive else folder.glob("*"):
         name = file.relative_to(folder)
-        if file.is_file() and not file.is_symlink() and not _is_hidden(name) and name.parts[0] not in STAYS_HERE:
+        if file.is_file() and not file.is_symlink() and not _is_hidden(PurePosixPath(name)) and name.parts[0] not in STAYS_HERE:
             yield name.as_posix()
 
 

@@ -1,9 +1,13 @@
 """TensorBoard for runs: each run has its own name, and runs that start while TensorBoard is open appear in it."""
 
 import contextlib
+import json
 import os
+import sys
 import tempfile
 import threading
+import urllib.parse
+import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +15,7 @@ from raydetr.errors import UserError
 from raydetr.storage import EVENTS, fetched
 
 EVENTS_FOLDER = "tb"  # in a run's folder
+PINNED = ("val/AP", "val/loss", "train/loss")  # the charts at the top of the page
 LOOK_INTERVAL_S = 5.0  # between two searches for new runs
 
 
@@ -38,13 +43,28 @@ def serve_tensorboard(paths: Sequence[str | Path], host: str, port: int, tell: C
             address = board.launch()
         except program.TensorBoardServerException as error:
             raise UserError(f"TensorBoard cannot listen on {host}:{port}: {error.msg}; choose another --port") from None
-        tell(f"TensorBoard is at {address} (Ctrl-C ends it)")
+        page = f"{address}?{page_query()}"
+        tell(f"TensorBoard is at {page} (Ctrl-C ends it)")
+        if has_browser():
+            webbrowser.open(page)
         with contextlib.suppress(KeyboardInterrupt):
             while not threading.Event().wait(LOOK_INTERVAL_S):
                 with contextlib.suppress(UserError):  # what was fetched before is still shown; fetching is retried
                     for path in paths:
                         fetched(path, only=EVENTS)
                 link_runs(folders, Path(logdir))
+
+
+def page_query() -> str:
+    """Return the query of the page's address that pins AP and losses at its top and turns smoothing off."""
+    cards = [{"plugin": "scalars", "tag": tag} for tag in PINNED]
+    return urllib.parse.urlencode({"pinnedCards": json.dumps(cards, separators=(",", ":")), "smoothing": "0"})
+
+
+def has_browser() -> bool:
+    """Return whether a person at this computer can look at a page: the command runs in a terminal, and there is a desktop."""
+    desktop = sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
+    return sys.stdout.isatty() and desktop and "SSH_CONNECTION" not in os.environ
 
 
 def link_runs(folders: list[Path], logdir: Path) -> int:

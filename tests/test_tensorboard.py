@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from raydetr.errors import UserError
 from raydetr.storage import push, working_folder
-from raydetr.tensorboard import link_runs, serve_tensorboard
+from raydetr.tensorboard import PINNED, has_browser, link_runs, page_query, serve_tensorboard
 
 
 def write_run(folder):
@@ -38,6 +39,31 @@ def test_runs_are_named_by_their_folders(tmp_path):
 def test_a_folder_without_runs_is_named(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
         serve_tensorboard([tmp_path], "127.0.0.1", 0, print)
+
+
+def test_the_page_opens_with_its_charts_pinned_and_without_smoothing():
+    query = urllib.parse.parse_qs(page_query())
+    assert [card["tag"] for card in json.loads(query["pinnedCards"][0])] == list(PINNED)
+    assert query["smoothing"] == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("terminal", "environment", "expected"),
+    [
+        (True, {"DISPLAY": ":0"}, True),
+        (False, {"DISPLAY": ":0"}, False),
+        (True, {}, False),
+        (True, {"DISPLAY": ":0", "SSH_CONNECTION": "x"}, False),
+    ],
+)
+def test_a_browser_is_opened_only_where_somebody_can_see_it(monkeypatch, terminal, environment, expected):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SSH_CONNECTION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert has_browser() is expected
 
 
 @pytest.mark.slow

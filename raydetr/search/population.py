@@ -13,7 +13,7 @@ import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from raydetr.errors import UserError
-from raydetr.search.space import Space
+from raydetr.search.space import Distribution, Space
 
 QUANTILE = 0.25  # the worst quarter copies from the best quarter (section 4.1.1: truncation selection, 20 %)
 RESAMPLED = 0.25  # the probability that a setting is drawn anew instead of being multiplied
@@ -81,13 +81,13 @@ def moved(space: Space, drawn: Mapping[str, Any], random: np.random.Generator) -
     return changed
 
 
-def _sampled(name: str, distribution: optuna.distributions.BaseDistribution, random: np.random.Generator) -> Any:
+def _sampled(name: str, distribution: Distribution, random: np.random.Generator) -> Any:
     sampler = optuna.samplers.RandomSampler(seed=int(random.integers(2**31)))
     study = optuna.create_study(sampler=sampler)
     return study.ask({name: distribution}).params[name]
 
 
-def _shifted(distribution: optuna.distributions.BaseDistribution, value: Any, random: np.random.Generator) -> Any:
+def _shifted(distribution: Distribution, value: Any, random: np.random.Generator) -> Any:
     if isinstance(distribution, CategoricalDistribution):
         position = distribution.choices.index(value) + int(random.choice([-1, 1]))
         return distribution.choices[min(max(position, 0), len(distribution.choices) - 1)]
@@ -98,7 +98,7 @@ def _shifted(distribution: optuna.distributions.BaseDistribution, value: Any, ra
     return _within(distribution, target)
 
 
-def _within(distribution: optuna.distributions.BaseDistribution, value: Any) -> Any:
+def _within(distribution: Distribution, value: Any) -> Any:
     if isinstance(distribution, CategoricalDistribution):
         return value
     value = min(max(value, distribution.low), distribution.high)

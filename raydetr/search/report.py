@@ -3,6 +3,7 @@
 import itertools
 import warnings
 from collections.abc import Collection, Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +133,11 @@ def _best_beside_default(search: Search) -> dict[str, Any] | None:
 def _all_trials(search: Search) -> dict[str, Any]:
     frame = trials_frame(search)
     best = search.best()
-    hidden = [name for name in frame.columns if name in ("started", "ended", "name", "reason", *WHERE) or frame[name].isna().all()]
+    hidden = [name for name in frame.columns if name in ("started", "ended", "name", "reason", *WHERE) or bool(frame[name].isna().all())]
     frame = frame.drop(columns=[name for name in hidden if name != search.metric])
     rows = []
-    for row in frame.itertuples(index=False):
-        mark = "best" if best and row[0] == best.number else "default" if row[0] == 0 else ""
-        rows.append(([None if value != value else value for value in row], mark))  # NaN is a missing value in a data frame
+    for row in frame.astype(object).where(frame.notna(), None).to_numpy().tolist():
+        rows.append((row, "best" if best and row[0] == best.number else "default" if row[0] == 0 else ""))
     return _table(list(frame.columns), rows)
 
 
@@ -175,8 +175,13 @@ def _figures(search: Search) -> dict[str, tuple[str, str, list[go.Figure]]]:
 
 def _parallel(search: Search) -> go.Figure:
     figure = optuna.visualization.plot_parallel_coordinate(search.study, target_name=search.metric)
-    names = [name.split(".")[-1] for name in figure.layout.xaxis.ticktext or ()]  # with their sections they overlap
+    names = [name.split(".")[-1] for name in _axis_names(figure)]  # with their sections they overlap
     return figure.update_xaxes(ticktext=names)
+
+
+def _axis_names(figure: go.Figure) -> list[str]:
+    """Return the text of the ticks of the x axis, which in parallel coordinates are the names of settings."""
+    return figure.to_dict()["layout"].get("xaxis", {}).get("ticktext", [])
 
 
 def _slice(search: Search, name: str) -> go.Figure:
@@ -220,14 +225,17 @@ def _comparison(searches: Sequence[Search]) -> dict[str, Any]:
     metric = searches[0].metric
     by_trial, by_epoch, rows = go.Figure(), go.Figure(), []
     for index, (search, label) in enumerate(zip(searches, _labels(searches), strict=True)):
-        ended = sorted((trial for trial in search.frozen() if trial.state.is_finished()), key=lambda trial: trial.datetime_complete)
+        ended = sorted(
+            (trial for trial in search.frozen() if trial.state.is_finished()), key=lambda trial: trial.datetime_complete or datetime.min
+        )
         epochs = list(itertools.accumulate(epochs_of(trial) for trial in ended))
         so_far = _running_maximum(trial.value for trial in ended)
         style = {"name": label, "mode": "lines", "line": {"shape": "hv", "width": 2.5, "color": SEARCHES[index % len(SEARCHES)]}}
         by_trial.add_scatter(x=list(range(1, len(ended) + 1)), y=so_far, **style)
         by_epoch.add_scatter(x=epochs, y=so_far, **style)
         best, default = search.best(), search.frozen()[0].value
-        gain = f"{best.value - default:+.4f}" if best and default is not None else None
+        highest_value = best.value if best else None
+        gain = None if highest_value is None or default is None else f"{highest_value - default:+.4f}"
         failed = sum(trial.state == TrialState.FAIL for trial in ended)
         reached = [best and best.value, best and best.number, default, gain]
         rows.append([label, *reached, len(ended), failed, sum(epochs[-1:]), _span(ended)])
@@ -266,7 +274,7 @@ def _chart(name: str, heading: str, explanation: str, figures: Sequence[go.Figur
     """Return a card of charts: one, or several in a grid. A chart with many axes is scrolled rather than squeezed."""
     names = [name] if len(figures) == 1 else [f"{name}-{index}" for index in range(len(figures))]
     parts = [_drawn(figure, each) for figure, each in zip(figures, names, strict=True)]
-    return {"heading": heading, "explanation": explanation, "parts": parts, "min_width": 85 * len(figures[0].layout.xaxis.ticktext or ())}
+    return {"heading": heading, "explanation": explanation, "parts": parts, "min_width": 85 * len(_axis_names(figures[0]))}
 
 
 def _drawn(figure: go.Figure, name: str) -> Markup:
@@ -277,7 +285,7 @@ def _drawn(figure: go.Figure, name: str) -> Markup:
         autosize=True,
         margin={"l": 55, "r": 20, "t": 64, "b": 50},
         font={"size": 13, "color": DEFAULT},
-        height=figure.layout.height or 420,
+        height=figure.to_dict()["layout"].get("height", 420),
         legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
     )
     config = {"displaylogo": False, "responsive": True}

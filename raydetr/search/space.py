@@ -27,7 +27,7 @@ from typing import Any
 
 import optuna
 import yaml
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from raydetr.config import SETTINGS, Setting, find_setting, flatten, yaml_leaves
 from raydetr.errors import UserError
@@ -35,6 +35,7 @@ from raydetr.files import atomic_write_text
 
 RANGES = ("uniform", "loguniform", "integer")
 KINDS = (*RANGES, "choice", "same_as")
+Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 # The search itself sets these for each of its trials.
 NOT_SEARCHED = ("run.name", "run.storage", "run.workers", "run.max_failures")
 
@@ -50,12 +51,12 @@ class Dimension:
     when: Mapping[str, list] = dataclasses.field(default_factory=dict)
 
     @property
-    def distribution(self) -> BaseDistribution | None:
+    def distribution(self) -> Distribution | None:
         """Optuna's distribution; None for a tied or a fixed setting."""
         if self.kind == "choice":
             return CategoricalDistribution([as_drawn(value) for value in self.of])
         if self.kind == "integer":
-            return IntDistribution(*self.of, step=self.step or 1)
+            return IntDistribution(*self.of, step=int(self.step or 1))
         if self.kind in RANGES:
             return FloatDistribution(*self.of, log=self.kind == "loguniform", step=self.step)
         return None
@@ -83,9 +84,9 @@ class Space:
         return [each.name for each in self.dimensions.values() if each.kind != "fixed"]
 
     @property
-    def distributions(self) -> dict[str, BaseDistribution]:
+    def distributions(self) -> dict[str, Distribution]:
         """Optuna's distribution of every drawn setting."""
-        return {each.name: each.distribution for each in self.dimensions.values() if each.kind in (*RANGES, "choice")}
+        return {each.name: found for each in self.dimensions.values() if (found := each.distribution) is not None}
 
     @property
     def fixed(self) -> dict[str, Any]:
@@ -217,7 +218,7 @@ def draw(trial: optuna.trial.BaseTrial, each: Dimension) -> Any:
     if each.kind == "choice":
         return trial.suggest_categorical(each.name, [as_drawn(choice) for choice in each.of])
     if each.kind == "integer":
-        return trial.suggest_int(each.name, *each.of, step=each.step or 1)
+        return trial.suggest_int(each.name, *each.of, step=int(each.step or 1))
     value = trial.suggest_float(each.name, *each.of, log=each.kind == "loguniform", step=each.step)
     return round(value, 10) if each.step else value  # 0.35 rather than 0.35000000000000003
 
@@ -235,15 +236,17 @@ def _holds(when: Mapping[str, list], values: Mapping[str, Any]) -> bool:
     return all(name in values and values[name] in wanted for name, wanted in when.items())
 
 
-def _can_hold(distribution: BaseDistribution, value: Any) -> bool:
+def _can_hold(distribution: Distribution, value: Any) -> bool:
     if isinstance(distribution, CategoricalDistribution):
         return value in distribution.choices
     return distribution.to_external_repr(float(value)) == value and not (distribution.log and value <= 0)
 
 
-def _contains(distribution: BaseDistribution, value: Any) -> bool:
-    if isinstance(distribution, CategoricalDistribution) or not _can_hold(distribution, value):
-        return _can_hold(distribution, value)
+def _contains(distribution: Distribution, value: Any) -> bool:
+    if isinstance(distribution, CategoricalDistribution):
+        return value in distribution.choices
+    if not _can_hold(distribution, value):
+        return False
     steps = (value - distribution.low) / distribution.step if distribution.step else 0.0
     return distribution.low <= value <= distribution.high and abs(steps - round(steps)) < 1e-6
 
@@ -419,8 +422,10 @@ def _check_references(each: Dimension, dimensions: Mapping[str, Dimension]) -> N
             raise UserError(f"{each.name}: depends on {parent}, which this space does not draw")
         if source.kind in ("uniform", "loguniform"):
             raise UserError(f"{each.name}: depends on {parent}, which is neither choice nor integer; a condition needs one of them")
+        distribution = source.distribution
+        assert distribution is not None  # it is a choice or an integer
         for value in wanted:
-            if not _contains(source.distribution, as_drawn(value)):
+            if not _contains(distribution, as_drawn(value)):
                 raise UserError(f"{each.name}: depends on {parent} being {as_drawn(value)}, which it never is: {_shown(source.plain())}")
 
 

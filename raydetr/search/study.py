@@ -223,7 +223,7 @@ class Search:
         A value for an epoch that already has one, and a value that is not a finite number, are ignored.
         """
         trial = self.frozen()[number]
-        if trial.state == TrialState.RUNNING and epoch not in trial.intermediate_values and is_finite(value):
+        if trial.state == TrialState.RUNNING and epoch not in trial.intermediate_values and value is not None and is_finite(value):
             optuna.Trial(self.study, trial._trial_id).report(value, epoch)
 
     def should_stop(self, number: int) -> bool:
@@ -239,7 +239,7 @@ class Search:
             return True
         self.study.pruner = make_pruner(self._plan["pruner"], self._plan["grace"], self.trials)
         live = optuna.Trial(self.study, trial._trial_id)
-        if not live.should_prune() or number == 0 or trial.last_step >= self.config(number).optim.epochs:
+        if not live.should_prune() or number == 0 or epochs_of(trial) >= self.config(number).optim.epochs:
             return False
         live.set_user_attr(GIVEN_UP, True)  # a pruner decides at a rung only once
         return True
@@ -304,14 +304,14 @@ class Search:
     def ranked(self) -> list[FrozenTrial]:
         """Return the ended trials that have an objective, best first."""
         ended = [trial for trial in self.frozen() if trial.state.is_finished() and is_finite(trial.value)]
-        return sorted(ended, key=lambda trial: (-trial.value, trial.number))
+        return sorted(ended, key=lambda trial: (-(trial.value or 0.0), trial.number))
 
     def trial_name(self, number: int) -> str:
         """Return a folder name that shows the drawn settings, such as ``003_lr=3e-4_eos=0.05``; trial 0 is ``000_default``."""
         if number == 0:
             return "000_default"
         drawn = self.frozen()[number].params
-        parts = (f"{_short(name)}={_compact(drawn[name])}" for name in self.space.names if name in drawn)
+        parts = (f"{_short(name)}={compact(drawn[name])}" for name in self.space.names if name in drawn)
         return re.sub(r"[^\w=.+-]+", "-", "_".join([f"{number:03d}", *parts]))[:100]
 
 
@@ -691,11 +691,12 @@ def top_trials(search: Search, count: int = 5) -> str:
     for heading in ("trial", "state", search.metric, "to trial 0", "epochs", *map(_short, varied)):
         table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
     for trial in shown:
-        gain = f"{trial.value - trials[0].value:+.4f}" if trial.number and None not in (trial.value, trials[0].value) else ""
+        value, default = trial.value, trials[0].value
+        gain = "" if trial.number == 0 or value is None or default is None else f"{value - default:+.4f}"
         settings = search.settings(trial.number) if _is_drawn(search, trial) else {}
         cells = ["0 (default)" if trial.number == 0 else str(trial.number), STATE_NAMES[trial.state]]
         cells += ["-" if trial.value is None else f"{trial.value:.4f}", gain, str(epochs_of(trial))]
-        table.add_row(*cells, *(_compact(settings[name]) if name in settings else "-" for name in varied))
+        table.add_row(*cells, *(compact(settings[name]) if name in settings else "-" for name in varied))
     console = Console(width=40 + 30 * len(varied), color_system=None)
     with console.capture() as capture:
         console.print(table)
@@ -724,7 +725,7 @@ def _short(name: str) -> str:
     return name.split(".")[1].removesuffix("_coef").removesuffix("_loss")
 
 
-def _compact(value: Any) -> str:
+def compact(value: Any) -> str:
     """Return a value in few characters: ``0.05``, ``3.2e-4``, ``cosine``."""
     if not isinstance(value, float):
         return str(as_drawn(value))

@@ -1,4 +1,7 @@
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 from raydetr.config import load_config
+from raydetr.tensorboard import PINNED
 from raydetr.training.fit import LocalReporter, fit
 from raydetr.training.metrics import REPORTED
 
@@ -17,3 +20,5 @@ def test_a_run_reports_the_metrics_that_are_listed(coco_folder, tmp_path):
     recorder = Recorder()
     fit(load_config(tiny, where), recorder)
     assert recorder.names == ["epoch", *REPORTED]
+    events = EventAccumulator(str(tmp_path / "run" / "tb")).Reload()
+    assert set(PINNED) <= set(events.Tags()["scalars"] + events.Tags()["tensors"])  # else the page of TensorBoard begins with nothing

@@ -1,0 +1,149 @@
+"""What there is and how it goes: the runs and searches below a folder or in an object store, and the status of a search."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.table import Table
+
+from raydetr.config import by_name, read_config
+from raydetr.errors import UserError
+from raydetr.search.study import CONFIG_FILE, STATE_NAMES, STUDY_FILE, Search, compact, epochs_of, top_trials
+from raydetr.storage import OWNER, fetched, file_sizes
+from raydetr.text import count
+from raydetr.training.metrics import METRICS
+
+LOG_FILE = "log.txt"
+SORTED_BY = {"name": False, "kind": False, "state": False, "epochs": True, "best": True, "when": True, "size": True}  # True: largest first
+
+
+def list_runs(storage: str) -> list[dict[str, Any]]:
+    """Return a row for every run and every search below a folder; the trials of a search are part of it.
+
+    Args:
+        storage: Path or URI of the folder.
+
+    Returns:
+        Rows with ``name``, ``kind``, ``state``, ``epochs``, ``best`` (the best AP or objective), ``when`` (of the last change, in ISO
+        format), ``size`` in bytes, and ``settings``: those that differ between the rows, by dotted name.
+
+    Raises:
+        UserError: There is no such folder, or a store refuses or does not answer.
+    """
+    sizes = file_sizes(storage)
+    folders = [str(PurePosixPath(name).parent) for name in sizes if PurePosixPath(name).name == CONFIG_FILE]
+    searches = {folder for folder in folders if f"{folder}/{STUDY_FILE}".removeprefix("./") in sizes}
+    for pattern in (f"*{CONFIG_FILE}", f"*{LOG_FILE}", f"*{STUDY_FILE}", "*space.yaml"):
+        local = fetched(storage, only=pattern)
+    rows, values = [], []
+    for folder in sorted(folders):
+        if folder not in searches and any(str(parent) in searches for parent in PurePosixPath(folder).parents):
+            continue  # a trial
+        prefix = "" if folder == "." else f"{folder}/"
+        row = {"name": folder if prefix else local.resolve().name, "size": sum(sizes[name] for name in sizes if name.startswith(prefix))}
+        try:
+            settings = by_name(read_config(local / folder / CONFIG_FILE))
+            found = _search_row(local / folder) if folder in searches else _run_row(local / folder, settings, f"{prefix}{OWNER}" in sizes)
+        except UserError as error:
+            settings, found = {}, {"kind": "?", "state": str(error), "epochs": None, "best": None, "when": None}
+        rows.append({**row, **found})
+        values.append(settings)
+    for row, differing in zip(rows, _differing(values), strict=True):
+        row["settings"] = differing
+    return rows
+
+
+def _run_row(folder: Path, settings: Mapping[str, Any], owned: bool) -> dict[str, Any]:
+    log = folder / LOG_FILE
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    scores = []
+    for line in lines:
+        try:
+            scores.append(json.loads(line)["test_coco_eval_bbox"][list(METRICS).index("AP")])
+        except (ValueError, LookupError, TypeError):  # the last line of a run that is being written, or a damaged one
+            continue
+    state = "unfinished" if owned else "finished" if lines else "empty"
+    changed = log if lines else folder / CONFIG_FILE
+    return {
+        "kind": "run",
+        "state": f"{state}, {len(lines)} of {settings['optim.epochs']} epochs" if owned else state,
+        "epochs": len(lines),
+        "best": max(scores, default=None),
+        "when": _time_of(changed),
+    }
+
+
+def _search_row(folder: Path) -> dict[str, Any]:
+    search = Search(folder)
+    trials, best = search.frozen(), search.best()
+    ended = sum(trial.state.is_finished() for trial in trials)
+    return {
+        "kind": "search",
+        "state": "finished" if ended >= search.trials else f"unfinished, {ended} of {search.trials} trials",
+        "epochs": sum(epochs_of(trial) for trial in trials),
+        "best": best.value if best else None,
+        "when": _time_of(folder / STUDY_FILE),
+    }
+
+
+def search_status(path: str) -> str:
+    """Return how a search goes, in a few lines: its trials by state, the running ones, and the best.
+
+    Args:
+        path: Path or URI of the search, which any process may be running.
+
+    Raises:
+        UserError: There is no search.
+    """
+    search = Search(fetched(path, recursive=False))
+    trials, best = search.frozen(), search.best()
+    states = [f"{number} {name}" for state, name in STATE_NAMES.items() if (number := sum(trial.state == state for trial in trials))]
+    lines = [f"{', '.join(states)}; {count(search.trials, 'trial')} requested; last change {_time_of(search.folder / STUDY_FILE)}"]
+    lines.append(
+        f"best {search.metric}: {best.value:.4f} in trial {best.number}" if best else f"no trial has a value of {search.metric} yet"
+    )
+    for trial in trials:
+        if trial.state == TrialState.RUNNING:
+            value = max(trial.intermediate_values.values(), default=None)
+            so_far = "" if value is None else f", best {search.metric} {value:.4f}"
+            lines.append(f"running: {search.trial_name(trial.number)}, {count(epochs_of(trial), 'epoch')}{so_far}")
+    return "\n".join([*lines, top_trials(search)] if best else lines)
+
+
+def _time_of(file: Path) -> str:
+    return datetime.fromtimestamp(file.stat().st_mtime).isoformat(" ", "minutes")
+
+
+def _differing(values: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return of each run those settings that are not the same in all runs; where a run is stored does not count."""
+    known = [each for each in values if each]
+    names = [
+        name for name in (known[0] if known else ()) if not name.startswith("run.") and any(each[name] != known[0][name] for each in known)
+    ]
+    return [{name: each[name] for name in names if name in each} for each in values]
+
+
+def sort_runs(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """Return the rows of :func:`list_runs` sorted by a column of ``SORTED_BY``; rows without a value come last."""
+    with_value = [row for row in rows if row[key] is not None]
+    return sorted(with_value, key=lambda row: row[key], reverse=SORTED_BY[key]) + [row for row in rows if row[key] is None]
+
+
+def runs_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows of :func:`list_runs` as a plain text table."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "kind", "state", "epochs", "best", "when", "MB", "settings that differ"):
+        table.add_column(heading, justify="right" if heading in ("epochs", "best", "MB") else "left", no_wrap=True)
+    for row in rows:
+        best = "-" if row["best"] is None else f"{row['best']:.4f}"
+        settings = " ".join(f"{name}={compact(value)}" for name, value in row["settings"].items())
+        cells = (row["name"], row["kind"], row["state"], "-" if row["epochs"] is None else str(row["epochs"]), best, row["when"] or "-")
+        table.add_row(*cells, f"{row['size'] / 1e6:.1f}", settings)
+    console = Console(width=2000, color_system=None, markup=False)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
