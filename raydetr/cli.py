@@ -28,7 +28,7 @@ SHORT_FLAGS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 success, 1 findings or failure, 2 bad input, 128 + N ended by signal N (130: Ctrl-C)."""
+    """Run one command and return its exit code: 0 success, 1 findings or failure, 2 bad input, 128 + N ended by signal N."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]

@@ -8,7 +8,7 @@ import ray
 from raydetr.errors import UserError
 
 
-@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)
+@ray.remote(num_cpus=0, max_restarts=-1)
 class Mailbox:
     """Carries events to show, and the first error that the user can fix, from the workers to the driver.
 

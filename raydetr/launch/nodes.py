@@ -11,6 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import ray
+import ray.exceptions
+from ray import cloudpickle
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -19,12 +21,14 @@ from raydetr import config as settings
 from raydetr.errors import UserError
 from raydetr.launch import ray_private
 from raydetr.storage import is_uri, remove_tokens, write_token
+from raydetr.text import shortlist
 
 CONNECT_TIMEOUT_S = 5  # for an answer from the cluster's address
 QUIET_S = 5  # a wait for slots that is not worth a message
 TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (~/.ray/auth_token)"
 AUTOSCALED = "; with an autoscaler, --run.wait_for_machines_min says how long to wait for its machines"
 LOSS_TIMEOUT_S = 30  # for Ray to notice that a node is gone (five health checks, 3 s apart); workers elsewhere notice at once
+NO_MEMORY = "running low on memory"  # what Ray's memory monitor says of the processes that it kills
 PROBE_TIMEOUT_S = 120  # for an answer from each node; its first worker process has to be started
 
 
@@ -76,7 +80,7 @@ def reserved_slots(config: settings.Config, workers: int, gpus_per_worker: float
         return
     if device == "auto" and not ray.cluster_resources().get("GPU"):
         raise UserError("run.wait_for_machines_min: no GPU is there yet, and machines without may be meant; say --speed.device cuda or cpu")
-    bundle = {"CPU": 1} if device == "cpu" else {"CPU": 1, "GPU": gpus_per_worker}
+    bundle: dict[str, float] = {"CPU": 1} if device == "cpu" else {"CPU": 1, "GPU": gpus_per_worker}
     what = f"{workers} x {', '.join(f'{number:g} {name}' for name, number in bundle.items())}"
     reserved = placement_group([bundle] * workers)
     try:
@@ -104,7 +108,7 @@ def check_nodes(config: settings.Config, probe: Callable[..., dict[str, Any]] | 
     storage, alone = config.run.storage, len(nodes) < 2
     if alone and not is_uri(storage):
         return
-    values = settings.flatten(settings.to_dict(config))
+    values = settings.by_name(config)
     paths = [values[name] for name in settings.PLACES if name.startswith("data.") and values[name]]
     token = secrets.token_hex(8)
     try:
@@ -128,21 +132,21 @@ def check_answers(answers: Sequence[tuple[str, dict[str, Any]]], written: set[st
     """
     without = [name for name, answer in answers if answer["version"] is None]
     if without:
-        raise UserError(f"no raydetr on the cluster's machines: {listed(without)}; take an image that has it, or pip install it there")
+        raise UserError(f"no raydetr on the cluster's machines: {shortlist(without)}; take an image that has it, or pip install it there")
     others = [f"{answer['version']} on {name}" for name, answer in answers if answer["version"] != raydetr.__version__]
     if others:
-        raise UserError(f"raydetr is {raydetr.__version__} here and {listed(others)}; install the same on all machines")
+        raise UserError(f"raydetr is {raydetr.__version__} here and {shortlist(others)}; install the same on all machines")
     lacked = next((answer["lacking"][0] for _, answer in answers if answer["lacking"]), None)
     if lacked:
         without = [name for name, answer in answers if lacked in answer["lacking"]]
-        raise UserError(f"{lacked} is not on {listed(without)}; the photographs belong in a folder that all machines see")
+        raise UserError(f"{lacked} is not on {shortlist(without)}; the photographs belong in a folder that all machines see")
     refused = next(((name, answer["refusal"]) for name, answer in answers if answer["refusal"]), None)
     if refused:
         raise UserError(f"{refused[0]}: {refused[1]}")
     apart = [name for name, answer in answers if not answer["token"] or answer["wrote"] not in written]
     if apart:
         raise UserError(
-            f"run.storage: {storage} is another folder on {listed(apart)} than here; "
+            f"run.storage: {storage} is another folder on {shortlist(apart)} than here; "
             "with several machines give --storage one that all of them share (NFS, a ReadWriteMany volume)"
         )
 
@@ -156,18 +160,18 @@ def probe_nodes(
         UserError: A node does not answer, or ``probe`` fails there.
     """
     module = importlib.import_module(probe.__module__)
-    ray.cloudpickle.register_pickle_by_value(module)  # a node without raydetr could not import it to find the function
+    cloudpickle.register_pickle_by_value(module)  # a node without raydetr could not import it to find the function
     try:
-        task = ray.remote(num_cpus=0, max_retries=0)(probe)
+        task: Any = ray.remote(num_cpus=0, max_retries=0)(probe)
         node_of = {
             task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(paths, *storage): node
             for node in nodes
         }
         _, silent = ray.wait(list(node_of), num_returns=len(node_of), timeout=PROBE_TIMEOUT_S)
     finally:
-        ray.cloudpickle.unregister_pickle_by_value(module)
+        cloudpickle.unregister_pickle_by_value(module)
     if silent:
-        names = listed([nodes[node_of[each]] for each in silent])
+        names = shortlist([nodes[node_of[each]] for each in silent])
         raise UserError(f"no answer in {PROBE_TIMEOUT_S} s from {names}; look at `ray status`")
     answers = {}
     for reference, node in node_of.items():
@@ -240,7 +244,7 @@ def lost_another_node(before: Collection[str]) -> bool:
 def out_of_memory(error: BaseException | None) -> bool:
     """Return whether Ray's memory monitor killed the process whose loss ``error`` reports."""
     while error is not None:
-        if isinstance(error, ray.exceptions.OutOfMemoryError) or "running low on memory" in str(error):
+        if isinstance(error, ray.exceptions.OutOfMemoryError) or NO_MEMORY in str(error):
             return True
         error = getattr(error, "health_check_failure", None) or error.__cause__
     return False
@@ -264,8 +268,3 @@ def node_name(node: dict[str, Any]) -> str:
 def nodes_resources() -> list[dict[str, float]]:
     """Return the resources of each node of the cluster."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def listed(names: Sequence[str], most: int = 4) -> str:
-    """Return the first ``most`` names, comma-separated, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

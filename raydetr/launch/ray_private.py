@@ -12,11 +12,11 @@ import os
 import socket
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import ray
-from ray._private import ray_constants, services
-from ray._private import utils as ray_utils
+from ray._common.utils import get_ray_address_file
+from ray._private import ray_constants, services, worker
 
 READ_IN = "2.60.0"  # the version of Ray in which every hook below was read
 
@@ -24,7 +24,7 @@ HOOKS = {
     "ray._private.ray_constants.ENABLE_RAY_CLUSTER": "a Ray of one's own listens on 127.0.0.1 only where this is False",
     "ray._private.services.ConsolePopen": "starts the processes of a Ray of one's own, which get process groups of their own",
     "ray._private.services.get_ray_address_from_environment": "what RAY_ADDRESS=auto means, to see first whether it answers",
-    "ray._private.utils.get_ray_address_file": "names the address file that a killed Ray left",
+    "ray._common.utils.get_ray_address_file": "names the address file that a killed Ray left",
     "ray._private.worker._global_node": "the node this driver is on, whose raylet may be lost",
     "ray._private.node.Node.all_processes": "the processes of a Ray of one's own, which may be lost",
     "ray._private.node.Node.raylet_socket_name": "where the raylet of this driver's node listens",
@@ -35,6 +35,8 @@ HOOKS = {
     "ray.tune.execution.tune_controller.TuneController.pause_trial": "a member of a population gives its slot to another",
     "ray.tune.execution.tune_controller.TuneController.get_trials": "which member of a population is next",
     "ray.tune.experiment.trial.Trial.pickled_error_file": "why Ray Tune lost a trial",
+    "ray.tune.experiment.trial.Trial.error_file": "why Ray Tune lost a trial, of errors that it does not pickle",
+    "ray.tune.progress_reporter.TrialProgressCallback": "prints lines of its own unless the search has one",
     "ray.tune.experiment.trial.Trial.set_config": "a member of a population resumes with other settings",
     "ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError": "wraps the loss of a training worker",
     "ray.dashboard.modules.dashboard_sdk.SubmissionClient._do_request": "asks a cluster for its versions before a job is submitted",
@@ -139,7 +141,15 @@ def automatic_address() -> str | None:
 
 def address_file() -> str:
     """Return the path of the file in which a Ray of this machine leaves its address."""
-    return ray_utils.get_ray_address_file(None)
+    return get_ray_address_file(None)
+
+
+def last_trial_error(trial: Any) -> str:
+    """Return the text of the last error of a trial of Ray Tune; empty without one."""
+    try:
+        return Path(trial.error_file).read_text(errors="replace").rpartition("Failure # ")[2] if trial.error_file else ""
+    except OSError:
+        return ""
 
 
 def lost_part(gcs_address: str, timeout_s: float) -> str | None:
@@ -149,7 +159,7 @@ def lost_part(gcs_address: str, timeout_s: float) -> str | None:
         gcs_address: ``HOST:PORT`` of the cluster's GCS.
         timeout_s: How long to wait for a connection, in seconds.
     """
-    node = ray._private.worker._global_node
+    node = worker._global_node
     processes = node.all_processes if node else {}
     for name, part in ((ray_constants.PROCESS_TYPE_GCS_SERVER, "head"), (ray_constants.PROCESS_TYPE_RAYLET, "node")):
         if any(each.process.poll() is not None for each in processes.get(name, ())):

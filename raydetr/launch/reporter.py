@@ -1,6 +1,7 @@
 """What ``fit`` calls in a Ray Train worker: its reporter, which reaches Ray Train and the driver."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ class TrainReporter:
         images: Images that were decoded for several runs; None where the run decodes its own.
     """
 
+    searched: Mapping[str, tuple | list] | None
+    images: DecodedImages | None
     step_interval_s = 0.5  # between two steps that are shown
 
-    def __init__(self, mailbox, searched: dict[str, Any] | None = None, images: DecodedImages | None = None):
+    def __init__(self, mailbox: Any, searched: Mapping[str, tuple | list] | None = None, images: DecodedImages | None = None):
         context = ray.train.get_context()
         self.rank, self.world_size, self.local_rank = context.get_world_rank(), context.get_world_size(), context.get_local_rank()
         if torch.cuda.is_available():

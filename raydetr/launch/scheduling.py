@@ -12,22 +12,25 @@ from typing import Any
 import ray
 import ray.tune
 import torch
+from ray import cloudpickle
 from ray.tune.experiment import Trial
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from raydetr import config as settings
 from raydetr.errors import UserError
-from raydetr.launch.nodes import is_node_failure, out_of_memory
+from raydetr.files import atomic_write
+from raydetr.launch import ray_private
+from raydetr.launch.nodes import NO_MEMORY, is_node_failure
 from raydetr.launch.signals import Received
 from raydetr.launch.slots import Demands, Slots, slots_on
 from raydetr.launch.train import OUT_OF_MEMORY, RAY_FOLDER
-from raydetr.launch.trial import REPORTED
 from raydetr.search.study import Search
 from raydetr.search.trials import TrialsDisplay
 from raydetr.storage import LAST, OWNER, copy, fetch, is_uri, join, push, remove_tokens, working_folder
+from raydetr.training.metrics import REPORTED, WHERE
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
-from raydetr.weights.files import written_whole
 
 TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
 RESUME_STATE = ("optimizer", "lr_scheduler", "scaler", "ema", "random")  # what a checkpoint holds only to be resumed from
@@ -59,8 +62,8 @@ class StudySearcher(Searcher):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stripping": None}  # Ray Tune pickles a copy that nothing reads; a thread cannot be pickled
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the next trial, as :func:`raydetr.launch.trial.run_trial` takes it; None while there is no slot for one."""
+    def suggest(self, trial_id: str) -> Any:
+        """Return the next trial, as :func:`raydetr.launch.trial.run_trial` takes it; None while there is no slot, FINISHED at the end."""
         population = self.search.scheduler == "pbt"
         if not population and len(self.live) >= self.room():
             return None
@@ -99,7 +102,7 @@ class StudySearcher(Searcher):
             number: The trial's number.
             drawn: Its settings as they were drawn; None: as the study has them now.
         """
-        config = self.search.config(number) if drawn is None else settings.load_config(self.search.base, drawn)
+        config = self.search.config(number) if drawn is None else self.search.complete(drawn)
         config.run.storage, config.run.name = join(self.search.place, TRIALS_FOLDER), self.search.trial_name(number)
         config.run.workers = self.demands.workers
         return {
@@ -159,12 +162,13 @@ class StudyScheduler(FIFOScheduler):
 
     def on_trial_error(self, tune_controller, trial) -> None:
         """Count the loss of a trial's process, unless its node was lost with it. Ray Tune starts the trial again."""
-        file = trial.pickled_error_file
-        error = ray.cloudpickle.loads(Path(file).read_bytes()) if file else None
-        if error is None or not is_node_failure(error):
-            self.losses[trial.trial_id] += 1
-        if out_of_memory(error):
+        if NO_MEMORY in ray_private.last_trial_error(trial):  # Ray Tune keeps this error as text only
             self.reasons[trial.trial_id] = OUT_OF_MEMORY
+            self.losses[trial.trial_id] += 1
+            return
+        file = trial.pickled_error_file
+        if not (file and is_node_failure(cloudpickle.loads(Path(file).read_bytes()))):
+            self.losses[trial.trial_id] += 1
 
     def on_trial_add(self, tune_controller, trial) -> None:
         """Fail a trial that is to be started again and was lost too often."""
@@ -224,8 +228,8 @@ class PopulationScheduler(StudyScheduler):
 
     def _turn(self, trial) -> None:
         number, epoch = self.search.number(trial.trial_id), trial.last_result["epoch"]
-        other = self.search.better_trial(number, epoch)
-        if other is not None:
+        other = None if number is None else self.search.better_trial(number, epoch)
+        if number is not None and other is not None:
             copy_weights(trial_root(self.search, other), trial_root(self.search, number))
             self.search.take_over(number, other, epoch)
             self.search.push()
@@ -265,8 +269,11 @@ class UntilSignal(ray.tune.Stopper):
         return self.received.number is not None
 
 
-class Watcher(ray.tune.Callback):
-    """Shows the trials as they run, and names those that stopped reporting."""
+class Watcher(TrialProgressCallback):
+    """Shows the trials as they run, and names those that stopped reporting.
+
+    It takes the place of Ray Tune's own callback of this kind, which would print lines of its own.
+    """
 
     def __init__(self, search: Search, display: TrialsDisplay):
         self.search, self.display = search, display
@@ -288,6 +295,12 @@ class Watcher(ray.tune.Callback):
         self.heard[number] = now
         self.silent.discard(number)
         self.display.epoch(number, result)
+
+    def on_trial_error(self, iteration: int, trials: list, trial, **info) -> None:
+        """Do nothing: the table shows why a trial failed."""
+
+    def on_trial_complete(self, iteration: int, trials: list, trial, **info) -> None:
+        """Do nothing: the table shows how a trial ended."""
 
     def on_step_end(self, iteration: int, trials: list, **info) -> None:
         """Show that trials began, ended, or stopped reporting."""
@@ -338,8 +351,8 @@ def best_so_far(search: Search, number: int, result: Mapping[str, Any]) -> float
 
 
 def reported_metrics(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the trial itself reported, without what Ray Tune adds."""
-    return {name: result[name] for name in result.get(REPORTED, ()) if name in result}
+    """Return what ``fit`` reported and where the trial ran, without what Ray Tune adds."""
+    return {name: result[name] for name in (*REPORTED, *WHERE) if name in result}
 
 
 def copy_weights(source: str, target: str) -> None:
@@ -358,7 +371,7 @@ def copy_weights(source: str, target: str) -> None:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file by an atomic write."""
-    with source.open("rb") as content, written_whole(target) as out:
+    with source.open("rb") as content, atomic_write(target) as out:
         shutil.copyfileobj(content, out)
 
 

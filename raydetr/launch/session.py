@@ -1,6 +1,7 @@
 """Ray for the length of a run or a search: one of its own on this machine, or a cluster that exists, and what happens if it is lost."""
 
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -15,6 +16,7 @@ from raydetr.launch import ray_private
 from raydetr.launch.nodes import TOKEN, check_listening
 from raydetr.launch.signals import Received, kept_handlers
 from raydetr.storage import store_environment
+from raydetr.text import one_line
 
 DRIVER = "trial_driver"  # the resource that keeps the drivers of multi-worker trials off the CPUs
 WATCH_INTERVAL_S = 1.0  # between two looks at whether Ray is still there
@@ -56,7 +58,7 @@ def _join_cluster(address: str) -> None:
     try:
         _initialize(address=address, **workers_environment())
     except Exception as error:  # Ray raises many types here, Exception itself among them
-        text = " ".join(str(error).split())
+        text = one_line(error, longest=600)
         if text.startswith("Version mismatch"):
             raise UserError(f"RAY_ADDRESS {address}: {text}; take the cluster's versions of Ray and Python here") from error
         raise UserError(
@@ -72,9 +74,9 @@ def _start_own(workers: int, drivers: bool) -> None:
             # The dashboard's server frees the resources of a multi-worker trial that was stopped.
             _initialize(address="local", num_cpus=cpus, include_dashboard=drivers, resources={DRIVER: 64})
     except Exception as error:  # as above
-        text = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise UserError(
-            f"Ray does not start on this machine: {text[:500]}; it needs a writable folder with a short name for its sockets "
+            f"Ray does not start on this machine: {reason}; it needs a writable folder with a short name for its sockets "
             "(RAY_TMPDIR, /tmp by default), a gigabyte of memory, and no limit on address space (ulimit -v)"
         ) from error
 
@@ -82,7 +84,7 @@ def _start_own(workers: int, drivers: bool) -> None:
 def _initialize(**options: Any) -> None:
     with kept_handlers():
         # What a run has to show comes through its mailbox; the workers' own output stays in Ray's log files.
-        ray.init(**options, logging_level="error", log_to_driver=False)
+        ray.init(**options, logging_level=logging.ERROR, log_to_driver=False)
 
 
 def workers_environment() -> dict[str, Any]:

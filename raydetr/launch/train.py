@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
+import ray.exceptions
 import ray.train
 from ray.train.torch import TorchTrainer
 
@@ -90,10 +91,10 @@ def train(config: settings.Config, resume: bool = False, from_best: bool = False
     """
     config = with_absolute_paths(config)
     check_data(config)
-    check_name(config)
     least, most = settings.least_and_most_workers(config)
+    busy = f"{run_root(config)}: another raydetr is training this run; wait for its end or stop it first"
     interrupted = interruptible(lambda: how_to_resume(config) if _has_begun(config) else "")
-    with naming_the_file(), driving(config), interrupted as received:
+    with naming_the_file(), alone(run_folder(config) / ".lock", busy), interrupted as received:
         if not resume:
             claim_run_folder(config)
         elif from_best:
@@ -111,28 +112,31 @@ def train(config: settings.Config, resume: bool = False, from_best: bool = False
 
 
 @contextlib.contextmanager
-def driving(config: settings.Config) -> Iterator[None]:
-    """Keep a second ``raydetr train`` out of the run for the length of the context. The lock of a killed process is free.
+def alone(lock_file: Path, busy: str) -> Iterator[None]:
+    """Keep every other process of this machine out of a run or a search for the length of the context.
 
-    Of two that a lock cannot keep apart (on two machines, with an object store or a file system without locks), the one that started
-    first ends after its epoch, since the other one has become the owner of the run folder.
+    The lock of a killed process is free. Of two that a lock cannot keep apart (on two machines, with an object store or a file system
+    without locks), the one that started first ends after its epoch, since the other one has become the owner of the run folder.
+
+    Args:
+        lock_file: The file to lock.
+        busy: The error message where another process holds it.
 
     Raises:
         UserError: Another process runs it.
     """
-    lock_file = run_folder(config) / ".lock"
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(one_process(lock_file, wait=False))
         except TimeoutError:
-            raise UserError(f"{run_root(config)}: another raydetr is training this run; wait for its end or stop it first") from None
+            raise UserError(busy) from None
         stack.callback(lock_file.unlink, missing_ok=True)
         yield
 
 
 def run_root(config: settings.Config) -> str:
     """Return ``<run.storage>/<run.name>``, a folder or a URI."""
-    return join(config.run.storage, config.run.name)
+    return join(config.run.storage, str(config.run.name))
 
 
 def run_folder(config: settings.Config) -> Path:
@@ -142,22 +146,13 @@ def run_folder(config: settings.Config) -> Path:
 
 def with_absolute_paths(config: settings.Config) -> settings.Config:
     """Return the same settings with every path absolute (a worker has another working directory) and the run named."""
-    values = settings.flatten(settings.to_dict(config))
-    for name in settings.PLACES:
-        if values[name]:
-            values[name] = absolute(values[name])
-    weights = Path(values["model.weights"]).expanduser()
+    values = settings.by_name(config)
+    changed = {name: absolute(values[name]) for name in settings.PLACES if values[name]}
+    weights = Path(config.model.weights).expanduser()
     if weights.is_file():
-        values["model.weights"] = str(weights.absolute())
-    values["run.name"] = values["run.name"] or f"{config.model.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return settings.load_config(values)
-
-
-def check_name(config: settings.Config) -> None:
-    """Raise UserError where ``run.name`` cannot name a folder."""
-    name = config.run.name
-    if name in (".", "..") or "/" in name or "\\" in name:
-        raise UserError(f"run.name: {name!r} is not the name of a folder")
+        changed["model.weights"] = str(weights.absolute())
+    changed["run.name"] = config.run.name or f"{config.model.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return settings.with_settings(config, changed)
 
 
 def claim_run_folder(config: settings.Config) -> Path:
@@ -193,12 +188,7 @@ def resume_config(run: str, *layers: Mapping[str, Any]) -> settings.Config:
         file = fetch(root, only="config.yaml") / "config.yaml"
         if not file.is_file():
             raise UserError(f"--resume: there is no run in {root} (no config.yaml)")
-    before = settings.read_yaml(file)
-    if not before:
-        raise UserError(
-            f"--resume: {file} is empty, which holds the settings of the run; bring it back, or start a new run with "
-            f"--model.weights {join(root, 'best.pth')}"
-        )
+    before = settings.by_name(settings.read_config(file))
     after = {name: value for layer in layers for name, value in settings.flatten(layer).items()}
     for name, value in after.items():
         value = after[name] = settings.find_setting(name).parse(value)
@@ -272,7 +262,7 @@ def _run_here(config: settings.Config) -> dict[str, Any]:
         from raydetr.training.fit import fit
     trainer = TorchTrainer(lambda: fit(config), scaling_config=ray.train.ScalingConfig(num_workers=0))
     try:
-        return trainer.fit().return_value
+        return cast(dict[str, Any], trainer.fit().return_value)
     except UserError:
         raise
     except Exception as error:
@@ -310,7 +300,7 @@ def ray_run_config(config: settings.Config, callbacks: list | None = None) -> ra
     )
 
 
-def fit_with_retries(trainer: TorchTrainer, mailbox, config: settings.Config) -> dict[str, Any]:
+def fit_with_retries(trainer: TorchTrainer, mailbox: Any, config: settings.Config) -> dict[str, Any]:
     """Return the last epoch's metrics of ``trainer.fit()``.
 
     Ray Train retries lost workers itself. It is started again where a node was lost, which Ray counts as the run's own failure, and up
@@ -329,7 +319,7 @@ def fit_with_retries(trainer: TorchTrainer, mailbox, config: settings.Config) ->
             raise KeyboardInterrupt from None
         except ray.train.TrainingFailedError as error:
             on_node = any(map(is_node_failure, getattr(error, "worker_failures", {}).values()))
-            if ray.get(mailbox.failure.remote()) or not (on_node or lost_another_node(lost_before)):
+            if user_error(mailbox) or not (on_node or lost_another_node(lost_before)):
                 raise failure_of(error, mailbox, config) from error
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             controllers_lost += not is_node_failure(error)
@@ -337,7 +327,7 @@ def fit_with_retries(trainer: TorchTrainer, mailbox, config: settings.Config) ->
                 raise failed(error, "Ray Train's controller", config) from error
         else:
             if last is None:
-                raise ray.get(mailbox.failure.remote())
+                raise user_error(mailbox) or UserError(f"the run ended without metrics; {how_to_resume(config)}")
             return last
 
 
@@ -355,19 +345,27 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
         from raydetr.training.fit import fit
 
     mailbox = loop_config["mailbox"]
-    if ray.get(mailbox.failure.remote()):
+    if user_error(mailbox):
         return None  # Ray Train retries every failure; one that only the user can fix would come again
     try:
-        images = [ray.get(each) for each in loop_config.get("images", ())]
+        images: list[Any] = [ray.get(each) for each in loop_config.get("images", ())]
         return fit(loop_config["config"], TrainReporter(mailbox, loop_config.get("searched"), *images))
     except UserError as error:
-        ray.get(mailbox.fail.remote(error))
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            ray.get(mailbox.fail.remote(error))
         raise
 
 
-def failure_of(error: Exception, mailbox, config: settings.Config) -> UserError:
+def user_error(mailbox: Any) -> UserError | None:
+    """Return the first error that the workers of a run posted for the user to fix; None also of a mailbox that was just lost."""
+    with contextlib.suppress(ray.exceptions.RayActorError):
+        return cast(UserError | None, ray.get(mailbox.failure.remote()))
+    return None
+
+
+def failure_of(error: Exception, mailbox: Any, config: settings.Config) -> UserError:
     """Return the error to show for a failed run: the user's to fix, or what the workers died of and how to resume."""
-    own = ray.get(mailbox.failure.remote())
+    own = user_error(mailbox)
     if own:
         return own
     causes = getattr(error, "worker_failures", None) or {0: error}
@@ -397,7 +395,7 @@ def naming_the_file() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def showing(mailbox, show: Callable[[dict], None]) -> Iterator[None]:
+def showing(mailbox: Any, show: Callable[[dict], None]) -> Iterator[None]:
     """Show what the workers post with ``show`` for the length of the context."""
     done = threading.Event()
 

@@ -19,8 +19,7 @@ from raydetr.launch.mailbox import Mailbox
 from raydetr.launch.slots import Slots
 from raydetr.launch.train import fit_with_retries, ray_run_config, train_worker
 from raydetr.memory import without_collections
-
-REPORTED = "reported"  # the names of what ``fit`` reported, among all that Ray Tune adds to a result
+from raydetr.text import one_line
 
 
 class TuneReporter:
@@ -33,8 +32,10 @@ class TuneReporter:
     """
 
     rank, world_size, local_rank = 0, 1, 0
+    searched: Mapping[str, tuple | list] | None
+    images: DecodedImages | None
 
-    def __init__(self, metric: str, searched: dict[str, Any], images: DecodedImages | None = None):
+    def __init__(self, metric: str, searched: Mapping[str, tuple | list], images: DecodedImages | None = None):
         self.metric, self.searched, self.images = metric, searched, images
 
     def checkpoint(self) -> None:
@@ -47,14 +48,13 @@ class TuneReporter:
         """Report an epoch's metrics to Ray Tune; raises UserError where the objective is undefined on this data."""
         if metrics[self.metric] is None:
             raise UserError(f"--metric {self.metric}: the validation set has no object that it counts")
-        ray.tune.report(with_names(metrics))
+        ray.tune.report(with_node(metrics))
 
 
-def with_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics that are defined, the node and GPUs of the trial, and the names of all of these."""
+def with_node(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics that are defined, and the node and GPUs of the trial."""
     here = {"node": ray.get_runtime_context().get_node_id(), "cards": ",".join(map(str, ray.get_gpu_ids()))}
-    defined = {name: value for name, value in {**metrics, **here}.items() if value not in (None, "")}
-    return {**defined, REPORTED: list(defined)}
+    return {name: value for name, value in {**metrics, **here}.items() if value not in (None, "")}
 
 
 def run_trial(assigned: Mapping[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
@@ -89,11 +89,11 @@ def run_trial(assigned: Mapping[str, Any], images: Sequence[ray.ObjectRef] = ())
         ray.tune.report({"epoch": 0, "fault": f"{socket.gethostname()}: {_in_one_line(error)}"})
         os._exit(1)  # also for a CUDA error, after which every call of this process fails
     else:
-        ray.tune.report({**with_names(last), "finished": True})
+        ray.tune.report({**with_node(last), "finished": True})
 
 
 def _in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def fit_with_workers(config: settings.Config, slots: Slots, searched: dict[str, Any], images: Sequence[ray.ObjectRef]) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def fit_with_workers(config: settings.Config, slots: Slots, searched: dict[str, 
         train_worker,
         train_loop_config={"config": config, "mailbox": mailbox, "searched": searched, "images": list(images)},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.run.workers,
+            num_workers=int(config.run.workers),
             use_gpu=slots.gpus > 0,
             resources_per_worker={"CPU": slots.cpus, **({"GPU": slots.gpus} if slots.gpus else {})},
             placement_strategy=slots.placement.upper(),

@@ -10,7 +10,6 @@ from typing import Any
 
 import ray
 import ray.tune
-from filelock import FileLock, Timeout
 from ray.tune.stopper import CombinedStopper
 from rich.console import Console
 
@@ -35,7 +34,7 @@ from raydetr.launch.scheduling import (
 from raydetr.launch.session import ending_if_ray_is_lost, ray_session
 from raydetr.launch.signals import Interrupted, Received, ending_signals, interruptible
 from raydetr.launch.slots import ONE_WORKER_EACH, Demands, Slots, check_disk, find_slots, trial_resources
-from raydetr.launch.train import RAY_FOLDER, check_data, check_name, naming_the_file, run_root, with_absolute_paths
+from raydetr.launch.train import RAY_FOLDER, alone, check_data, naming_the_file, run_root, with_absolute_paths
 from raydetr.launch.trial import run_trial
 from raydetr.search.space import Space, read_space
 from raydetr.search.study import Search, create_search, open_search, top_trials, write_best, write_trials
@@ -84,7 +83,6 @@ def tune(
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP ended the search; the message says how to resume.
     """
     config = with_absolute_paths(config)
-    check_name(config)
     check_data(config)
     root = run_root(config)
     grace, seed = grace_epochs(config.optim), config.run.seed if seed is None else seed
@@ -155,22 +153,9 @@ def _extend(search: Search, trials: int | None) -> None:
         search.extend(trials)
 
 
-@contextlib.contextmanager
-def driving(folder: Path) -> Iterator[None]:
-    """Keep every other process from running the search in ``folder`` for the length of the context.
-
-    Raises:
-        UserError: Another process runs it.
-    """
-    lock = FileLock(folder / "driver.lock")  # free again when the process ends, however it does
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{folder}: another raydetr is running this search; wait for its end or stop it first") from None
-    try:
-        yield
-    finally:
-        lock.release()
+def driving(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Keep every other process of this machine from running the search in ``folder``; raises UserError where one does."""
+    return alone(folder / "driver.lock", f"{folder}: another raydetr is running this search; wait for its end or stop it first")
 
 
 def refresh_working_copy(root: str) -> None:
@@ -299,7 +284,7 @@ def share_images(config: settings.Config) -> list[ray.ObjectRef]:
     """
     store = min(node["object_store_memory"] for node in nodes_resources())
     limit = min(cache_limit(config.data), int(store * STORE_SHARE))
-    splits = [CocoImages(find_split(config.data, split), None) for split in ("train", "val")]
+    splits = [CocoImages(find_split(config.data, split), lambda *sample: sample) for split in ("train", "val")]
     images = DecodedImages([file for split in splits for file in split.files], limit, splits[0].split.read)
     images.fill()
     return [ray.put(images)]

@@ -44,6 +44,7 @@ def test_every_machine_asks_for_the_token_and_sees_the_shared_disk(cloud):
     assert "--env RAY_AUTH_MODE=token" in cloud["docker"]["run_options"]
     assert cloud["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
     assert "--volume /shared:/shared" in cloud["docker"]["run_options"]
+    assert "--shm-size=16g" in [option.split(" #")[0] for option in cloud["docker"]["run_options"]]
     assert any(re.search(r"mount -t nfs.* /shared$", command) for command in cloud["initialization_commands"])
 
 

@@ -56,6 +56,16 @@ def test_kuberay_takes_its_objects_and_kubernetes_their_pods(each):
 
 
 @pytest.mark.parametrize("each", RAY_OBJECTS, ids=named)
+def test_loading_processes_have_shared_memory(each):
+    for pod in pods(each):
+        (container,) = pod["spec"]["containers"]
+        (volume,) = [mount["name"] for mount in container["volumeMounts"] if mount["mountPath"] == "/dev/shm"]
+        (memory,) = [each["emptyDir"] for each in pod["spec"]["volumes"] if each["name"] == volume]
+        assert memory["medium"] == "Memory"
+        assert 2 * int(memory["sizeLimit"].removesuffix("Gi")) == int(container["resources"]["limits"]["memory"].removesuffix("Gi"))
+
+
+@pytest.mark.parametrize("each", RAY_OBJECTS, ids=named)
 def test_a_cluster_asks_for_its_token_and_trains_on_its_workers_only(each):
     cluster = cluster_of(each)
     assert cluster["authOptions"]["mode"] == "token"
@@ -75,12 +85,14 @@ def test_pods_are_not_root_and_share_what_is_shared(each):
     for pod in pods(each):
         assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
         assert pod["spec"]["securityContext"]["runAsUser"] > 0
-        volumes = {volume["name"]: volume["persistentVolumeClaim"]["claimName"] for volume in pod["spec"].get("volumes", ())}
+        kept = [volume for volume in pod["spec"].get("volumes", ()) if "emptyDir" not in volume]
+        volumes = {volume["name"]: volume["persistentVolumeClaim"]["claimName"] for volume in kept}
         assert set(volumes.values()) <= claims
         for container in pod["spec"]["containers"]:
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             if "raydetr" in container["image"]:
-                assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/shared"]
+                mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
+                assert mounts == (["/shared", "/dev/shm"] if each in RAY_OBJECTS else ["/shared"])
 
 
 def test_the_cluster_that_stays_grows_and_survives_its_head():

@@ -13,7 +13,7 @@ from raydetr.errors import UserError
 from raydetr.launch import tune as launcher
 from raydetr.launch.slots import Demands
 from raydetr.launch.train import train
-from raydetr.launch.trial import with_names
+from raydetr.launch.trial import with_node
 from raydetr.launch.tune import tune
 from raydetr.search.study import trials_frame
 
@@ -64,7 +64,7 @@ def test_machines_come_for_what_waits_and_what_they_cannot_hold_is_refused_in_ti
     def run_trial(assigned, images):  # where it runs, and no training
         while sum(node["Alive"] for node in ray.nodes()) < 3:  # until the other's machine has come
             time.sleep(0.5)
-        ray.tune.report({**with_names({"epoch": 1, "AP": 0.5}), "finished": True})
+        ray.tune.report({**with_node({"epoch": 1, "AP": 0.5}), "finished": True})
 
     monkeypatch.setattr(launcher, "run_trial", run_trial)
     with pytest.raises(UserError, match=r"the cluster has 0 CPUs; .*run\.wait_for_machines_min"):

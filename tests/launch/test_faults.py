@@ -23,7 +23,7 @@ from raydetr.launch import train as training
 from raydetr.launch import tune as launcher
 from raydetr.launch.scheduling import trial_folder
 from raydetr.launch.slots import Demands
-from raydetr.launch.trial import with_names
+from raydetr.launch.trial import with_node
 from raydetr.launch.tune import resume, tune
 from raydetr.search.study import Search, trials_frame
 from raydetr.weights.checkpoint import read_checkpoint
@@ -236,7 +236,7 @@ def test_trials_that_share_cards_are_packed_or_spread(add_machine, photographs, 
 
     def run_trial(assigned, images):  # where it runs, and no training
         time.sleep(5)  # until all have begun
-        ray.tune.report({**with_names({"epoch": 1, "AP": 0.5}), "finished": True})
+        ray.tune.report({**with_node({"epoch": 1, "AP": 0.5}), "finished": True})
 
     monkeypatch.setattr(launcher, "run_trial", run_trial)
     for placement, number, machines in (("pack", 4, 1), ("spread", 2, 2)):

@@ -78,7 +78,9 @@ def test_data_may_have_moved_but_not_changed(own, tmp_path):
 def test_an_empty_settings_file_is_named(own):
     run, _ = own
     (run / "config.yaml").write_text("")
-    with pytest.raises(UserError, match=rf"--resume: {run}/config\.yaml is empty, which holds the settings of the run; bring it back, or"):
+    with pytest.raises(
+        UserError, match=rf"{run}/config\.yaml: is empty, and it should hold the settings of the run; restore the file or start"
+    ):
         resume_config(str(run))
 
 

@@ -1,6 +1,14 @@
+import io
+import time
+from types import SimpleNamespace
+
+import pytest
+from ray.tune.experiment import Trial
+from rich.console import Console
+
 from raydetr import config
 from raydetr.launch import scheduling
-from raydetr.launch.scheduling import StudySearcher, grace_epochs
+from raydetr.launch.scheduling import StudyScheduler, StudySearcher, Watcher, grace_epochs, reported_metrics
 from raydetr.launch.slots import Demands, Slots
 from raydetr.search.space import read_space
 from raydetr.search.study import create_search
@@ -37,3 +45,74 @@ def test_the_grace_comes_after_the_warm_up():
     assert grace_epochs(config.load_config({"optim.epochs": 20, "optim.warmup": 0.25}).optim) == 7
     assert grace_epochs(config.load_config({"optim.epochs": 20, "optim.warmup": 3}).optim) == 5
     assert grace_epochs(config.load_config({"optim.epochs": 1}).optim) == 1
+
+
+def trial_of(search, key, status=Trial.RUNNING):
+    """What Ray Tune has of a trial that was just handed out."""
+    search.ask(key)
+    return SimpleNamespace(trial_id=key, status=status, pickled_error_file=None)
+
+
+@pytest.fixture
+def search(coco_folder, tmp_path):
+    known = config.load_config({"data.path": str(coco_folder()), "run.max_failures": 1})
+    return create_search(tmp_path / "search", read_space(SPACE), known, trials=8)
+
+
+def test_a_trial_that_stops_reporting_is_named_once_with_since_when(search, monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(scheduling.time, "monotonic", lambda: clock.now)
+    said = io.StringIO()
+    watcher = Watcher(search, SimpleNamespace(console=Console(file=said), epoch=lambda *_: None, refresh=lambda: None))
+    trials = [trial_of(search, key) for key in "abc"]
+    for _ in range(3):  # epochs of 200 s each; the third trial is a long one
+        clock.now += 200
+        watcher.on_step_end(0, trials)
+        for trial in trials[:2]:
+            watcher.on_trial_result(0, trials, trial, {"epoch": 1})
+    assert said.getvalue() == ""
+    silent = clock.now
+    while clock.now < silent + 1200:
+        clock.now += 100
+        watcher.on_step_end(0, trials)
+        if clock.now % 200 == 0:
+            watcher.on_trial_result(0, trials, trials[1], {"epoch": 2})
+    lines = said.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == [search.trial_name(2), search.trial_name(0)]  # after five times the longest epoch
+    since = time.strftime("%H:%M", time.localtime(time.time() - (5 * 200 + 100)))
+    assert since in lines[1]
+
+
+def test_a_trial_that_fits_no_memory_says_so_and_what_to_lower(search, tmp_path):
+    trial, ended = trial_of(search, "a"), []
+    trial.error_file = tmp_path / "error.txt"
+    trial.error_file.write_text("Failure # 1\nsomething else\nFailure # 2\n1 worker was killed due to the node running low on memory.\n")
+    controller = SimpleNamespace(
+        search_alg=SimpleNamespace(on_trial_complete=lambda key, error: ended.append(key)), stop_trial=lambda trial: ended.append(trial)
+    )
+    scheduler = StudyScheduler(search)
+    for _ in range(2):
+        scheduler.on_trial_error(controller, trial)
+        scheduler.on_trial_add(controller, trial)
+    assert ended == ["a", trial]
+    reason = search.frozen()[0].user_attrs["reason"]
+    assert reason.startswith("lost 2 times, the last time: the machine ran out of memory")
+    assert "optim.batch_size" in reason
+
+
+def test_what_ray_tune_adds_to_a_result_is_no_metric():
+    result = {"AP": 0.5, "node": "a", "pid": 7, "time_total_s": 3.0, "trial_log_path": "x", "config": {}}
+    assert reported_metrics(result) == {"AP": 0.5, "node": "a"}
+
+
+def test_a_trials_settings_are_drawn_once(search, monkeypatch):
+    drawn = []
+    suggest = type(search.space).suggest
+    monkeypatch.setattr(type(search.space), "suggest", lambda *given: drawn.append(given) or suggest(*given))
+    searcher = StudySearcher(search, Demands(concurrent=2), Slots(2, 1, 0.0))
+    monkeypatch.setattr(scheduling.ray, "nodes", list)
+    monkeypatch.setattr(search, "trial_name", lambda number: f"{number:03d}")
+    searcher.suggest("a")
+    assigned = searcher.suggest("b")
+    assert len(drawn) == 1
+    assert assigned["config"].optim.lr == search.settings(1)["optim.lr"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,12 +40,11 @@ def test_a_stale_address_is_answered_at_once(short_folder, monkeypatch, free_por
         pass
 
 
-def start_ray_in(folder, before=""):
-    """What this process's own Ray says where it does not start; ``before`` are words of a shell."""
+def start_ray_in(folder):
+    """What a process says whose own Ray does not start."""
     code = "from raydetr.launch.session import ray_session\nwith ray_session(1): pass"
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"RAY_TMPDIR": str(folder)}
-    command = ["bash", "-c", f'{before} exec "$0" -c "$1"', sys.executable, code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 1
     return done.stderr.strip().splitlines()[-1]
 
@@ -61,11 +61,19 @@ def test_a_folder_that_ray_cannot_use_is_one_line(short_folder, name, reason):
     assert "RAY_TMPDIR" in said
 
 
-@pytest.mark.slow
-def test_a_ray_that_times_out_is_one_line(short_folder):
-    said = start_ray_in(short_folder, "ulimit -v 3000000;")
-    assert "UserError: Ray does not start on this machine: " in said
-    assert "ulimit -v" in said
+def test_a_ray_that_times_out_is_one_line(monkeypatch):
+    def init(**_options):  # as Ray does under `ulimit -v 3000000`, after half a minute
+        raise Exception("The current node timed out during startup.\nThis could happen because some of the raylet failed to startup")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(session.ray, "init", init)
+    with (
+        pytest.raises(UserError, match=r"Ray does not start on this machine: The current node timed out .*ulimit -v") as caught,
+        ray_session(1),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
 
 
 LOSING = """
@@ -104,15 +112,12 @@ def kill(name, process, number=signal.SIGKILL):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "says"), [("gcs_server", "the head of the Ray cluster"), ("raylet", "Ray on this machine")])
-def test_a_lost_part_of_ones_own_ray_is_told_with_how_to_resume(name, says):
+def test_a_ray_of_ones_own_that_is_lost_is_told_with_how_to_resume():
     with driver() as process:
-        kill(name, process)
+        kill("raylet", process)
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 1
-    assert said.startswith(f"raydetr: {says}")
-    assert said.endswith("is lost; resume with this\n")
-    assert said.count("\n") == 1
+    assert said == "raydetr: Ray on this machine is lost; resume with this\n"
 
 
 @pytest.mark.slow
@@ -123,7 +128,7 @@ def test_a_service_that_ends_all_processes_gets_the_exit_code_of_its_signal():
             kill(name, process, signal.SIGTERM)
         said = process.communicate(timeout=60)[1]
     assert process.returncode == 143
-    assert "is lost; resume with this" in said
+    assert re.fullmatch(r"raydetr: (the head of the Ray cluster at \S+|Ray on this machine) is lost; resume with this\n", said)
 
 
 @pytest.mark.slow
@@ -131,7 +136,7 @@ def test_a_cluster_whose_head_is_lost_is_given_time_to_come_back(ray_head, free_
     port = free_ports(1)[0]
     with ray_head("--num-cpus=1", "--include-dashboard=false", port=port, RAY_AUTH_MODE="disabled") as environment:
         address = f"127.0.0.1:{port}"
-        patience = {"RAY_ADDRESS": address, "RAY_gcs_rpc_server_reconnect_timeout_s": "60"}
+        patience = {"RAY_ADDRESS": address, "RAY_gcs_rpc_server_reconnect_timeout_s": "20"}
         with driver(environment | patience) as process:
             (head,) = [
                 each

@@ -1,3 +1,5 @@
+import contextlib
+import io
 import itertools
 import json
 import os
@@ -5,9 +7,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import ray
 import torch
@@ -80,7 +85,8 @@ print(metrics["epoch"], ray.is_initialized(), psutil.Process().children())
 def test_one_worker_without_a_cluster_is_the_process_itself(coco_folder, tmp_path):
     config.write_yaml(settings(coco_folder(), tmp_path / "runs", run__workers=1), tmp_path / "settings.yaml")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    command = [sys.executable, "-c", ALONE, tmp_path / "settings.yaml"]
+    few_files = ["bash", "-c", 'ulimit -n 64; exec "$0" "$@"']
+    command = [*few_files, sys.executable, "-c", ALONE, tmp_path / "settings.yaml"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.splitlines()[-1] == "2 False []"
     assert done.stderr == ""
@@ -243,12 +249,46 @@ def test_a_signal_ends_a_run_without_ray_in_order(photographs, tmp_path, sign):
     check_interrupted(process.returncode, said, tmp_path / "run", sign)
 
 
+def processes_of(title):
+    """Processes with that title of the Ray that was started here."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_mailbox_or_controller_is_replaced_and_at_last_the_run_says_how_to_resume(cluster, photographs, tmp_path):
+    run, ended = tmp_path / "run", []
+
+    def fail():
+        with pytest.raises(UserError) as caught:
+            train(settings(photographs, tmp_path, run__workers=1, run__max_failures=1, optim__epochs=10_000))
+        ended.append(str(caught.value))
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    running = SimpleNamespace(poll=lambda: None if thread.is_alive() else 1, stdout=io.StringIO("the run has ended"))
+    wait_for_epoch(run, 1, running)
+    for title in ("ray::Mailbox", "ray::TrainController"):
+        (process,) = processes_of(title)
+        process.kill()
+        wait_for_epoch(run, len(log_of(run)) + 2, running)  # one may have been on its way
+    processes_of("ray::TrainController")[0].kill()
+    thread.join(timeout=120)
+    assert ended[0].startswith("Ray Train's controller failed: ")
+    assert ended[0].endswith(f"raydetr train --resume {run}")
+    assert "\n" not in ended[0]
+
+
 @pytest.mark.slow
 def test_two_workers_make_a_whole_run_folder(resumed):
     run, _, metrics = resumed
     assert metrics["epoch"] == EPOCHS
     assert [line["epoch"] for line in log_of(run)] == list(range(EPOCHS))
-    assert {path.name for path in run.iterdir()} == {"config.yaml", "log.txt", "tb", "best.pth", "last.pth"}  # no ray/, no .owner
+    assert {path.name for path in run.iterdir()} - {".lock"} == {"config.yaml", "log.txt", "tb", "best.pth", "last.pth"}  # no ray/, .owner
     assert config.load_config(config.read_yaml(run / "config.yaml")).run.workers == 2
     last = read_checkpoint(run / "last.pth")
     assert last["epoch"] == EPOCHS

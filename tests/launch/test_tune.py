@@ -19,7 +19,7 @@ from raydetr import config
 from raydetr.data.formats.convert import convert
 from raydetr.demo import balloons
 from raydetr.errors import UserError
-from raydetr.launch import trial
+from raydetr.launch import trial as launched
 from raydetr.launch import tune as launcher
 from raydetr.launch.command import seconds
 from raydetr.launch.scheduling import trial_folder
@@ -163,39 +163,36 @@ def test_a_trial_whose_process_dies_again_and_again_is_failed(cluster, coco_fold
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("error", "says"),
-    [
-        ("RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.')", "RuntimeError: DataLoader worker"),
-        ("torch.AcceleratorError('CUDA error: an illegal memory access was encountered', 700)", "AcceleratorError: CUDA error"),
-    ],
-)
-def test_a_fault_of_the_machine_ends_its_process_and_the_trial_is_retried(cluster, coco_folder, tmp_path, monkeypatch, error, says):
+def test_a_fault_of_the_machine_ends_its_process_and_the_trial_is_retried(cluster, coco_folder, tmp_path, monkeypatch):
     processes = tmp_path / "processes"
 
     def fit(config, reporter):
-        """The first trial meets the fault once, the second again and again, and whatever shares its process would, too."""
-        number, pid = config.run.name[:3], os.getpid()
+        """The first trial loses a loader process once; the second meets a CUDA error again and again, as all would after it."""
+        import torch
+
+        number = config.run.name[:3]
         with processes.open("a") as file:
-            file.write(f"{number} {pid}\n")
-        begun = processes.read_text().count(f"{number} ")
-        if (number == "000" and begun == 1) or number == "001":
-            raise eval(error)
+            file.write(f"{number} {os.getpid()}\n")
+        if number == "000" and processes.read_text().count("000 ") == 1:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        if number == "001":
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
         return {"epoch": 1, "AP": 0.5}
 
     def run_trial(assigned, images):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("raydetr.training.fit.fit", fit)
-            trial.run_trial(assigned, images)
+            launched.run_trial(assigned, images)
 
     monkeypatch.setattr(launcher, "run_trial", run_trial)
     known = settings(coco_folder(), tmp_path, run__max_failures=1)
     search = tune(known, SPACE, trials=4, scheduler="none", demands=Demands(concurrent=1))
     assert [trial.state.name for trial in search.frozen()] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
-    assert f"lost 2 times, the last time: {socket.gethostname()}: {says}" in search.frozen()[1].user_attrs["reason"]
+    reason = search.frozen()[1].user_attrs["reason"]
+    assert reason.startswith(f"lost 2 times, the last time: {socket.gethostname()}: AcceleratorError: CUDA error: an illegal memory access")
     trials, pids = zip(*(line.split() for line in processes.read_text().splitlines()), strict=True)
     assert trials == ("000", "000", "001", "001", "002", "003")
-    assert pids[0] != pids[1] == pids[2] != pids[3] != pids[4] == pids[5]  # processes are reused, but for those with a fault
+    assert pids[0] != pids[1] == pids[2] != pids[3] != pids[4] == pids[5]  # a process is reused unless it met a fault
 
 
 @pytest.mark.slow
@@ -279,7 +276,7 @@ def test_fewer_trials_than_have_begun_are_refused(coco_folder, tmp_path, monkeyp
 def test_a_file_that_cannot_be_written_is_named(coco_folder, tmp_path):
     launcher.create_search(tmp_path / "search", read_space(SPACE), settings(coco_folder(), tmp_path), trials=2)
     (tmp_path / "search" / "driver.lock").mkdir()  # no permission would do the same, but not to the root user
-    with pytest.raises(UserError, match=rf"{tmp_path}/search/driver\.lock: Is a directory"):
+    with pytest.raises(UserError, match=rf"{tmp_path}/search/driver\.lock: cannot be locked \(Is a directory\)"):
         resume(tmp_path / "search")
 
 
