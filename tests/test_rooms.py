@@ -15,7 +15,7 @@ FLOORS = [
     {"weights", "evaluate"},
     {"training"},
     {"predict", "search"},
-    {"launch"},
+    {"launch", "export"},
     {"demo"},
     {"cli"},
 ]
