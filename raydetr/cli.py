@@ -473,6 +473,38 @@ def predict(checkpoint: str, sources: tuple[Path, ...], out: Path, **options) ->
     click.echo(predict(checkpoint, list(sources), out, **options).text())
 
 
+@cli.command("export", cls=SettingsCommand, short_help="Write a model in another format.")
+@click.argument("checkpoint", type=click.Path())
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    type=click.Choice(["onnx", "transformers", "official", "safetensors", "torchscript"]),
+    required=True,
+    help="Format of OUT; transformers writes a folder.",
+)
+@click.option(
+    "--images",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Image to compare the export on; may be repeated (default: validation images).",
+)
+@click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True, help="Type of the weights (ONNX).")
+@click.option("--quantize", type=click.Choice(["none", "int8"]), default="none", show_default=True, help="Quantize the weights (ONNX).")
+@settings_options("data", "optim")
+def export_command(checkpoint: str, out: Path, to: str, images: tuple[Path, ...], precision: str, quantize: str, **options) -> None:
+    """Write a checkpoint's model as ONNX, for transformers, for the official DETR, as safetensors or as TorchScript.
+
+    What was written is loaded again and compared with the checkpoint on real images; with another precision, AP on the validation
+    set is printed before and after.
+
+    Example: raydetr export runs/first/best.pth model.onnx --to onnx
+    """
+    from raydetr.export.export import export
+
+    click.echo(export(checkpoint, out, to, *given_settings(options), images=images, precision=precision, quantize=quantize).text())
+
+
 @cli.command(short_help="Show runs in TensorBoard.")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(), metavar="RUN...")
 @click.option("--port", type=click.IntRange(0, 65535), default=6006, show_default=True, help="Port to listen on; 0: any free one.")

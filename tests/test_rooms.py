@@ -16,7 +16,7 @@ FLOORS = [
     {"weights", "evaluate"},
     {"training"},
     {"predict", "search"},
-    {"launch"},
+    {"launch", "export"},
     {"demo"},
     {"cli"},
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from raydetr import config as settings
 from raydetr.data.coco import CocoImages, build_loader, find_split
@@ -70,26 +71,48 @@ def detect(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val
     """Run a checkpoint on a labeled data set; arguments and errors are those of :func:`score_checkpoint`."""
     model = load(checkpoint)
     config = settings.load_config(trained_with(checkpoint, model), *layers)
-    device = choose_device(config.speed)
     dataset = CocoImages(find_split(config.data, split), val_transforms(config.data))
-    found, notes = find_categories(model, dataset.categories)
-    if model.category_names != "file" and not any(position is not None for position in found):
-        raise UserError(
-            f"{checkpoint}: does not name the categories of its {len(found)} classes, and the data set has {len(dataset.categories)}: "
-            "nothing tells which is which; evaluate it on the categories that it was trained with"
-        )
-    loader = build_loader(
-        dataset, config.optim.batch_size, rank=0, world_size=1, shuffle=False, num_workers=config.data.num_workers, device=device
-    )
-    criterion = build_criterion(len(model.categories), aux_loss=False)
+    device = choose_device(config.speed)
     with kept_memory(device.type):
-        _, detections = evaluate(model.to(device), criterion, _without_truth(loader), device, choose_dtype(config.speed, device))
-    categories = [{"id": None if position is None else dataset.categories[position]["id"]} for position in found]
-    results = [result for result in detections.results(categories) if result["category_id"] is not None]
+        results, found, notes = detect_with(model.to(device), model, dataset, config, device, str(checkpoint))
     unknown = [category["name"] for category, position in zip(model.categories, found, strict=True) if position is None]
     # COCO's unused ids, and classes without a name, are nobody's category: there is nothing to say about them.
     unknown = [name for name in unknown if name != "N/A" and not notes]
     return Detected(dataset.coco, results, [each["name"] for each in model.categories], unknown, [*model.notes, *notes])
+
+
+def detect_with(
+    network: nn.Module, model: DETR, dataset: CocoImages, config: settings.Config, device: torch.device, name: str = "the model"
+) -> tuple[list[dict], list[int | None], list[str]]:
+    """Run a network on a labeled data set.
+
+    Args:
+        network: What computes the outputs: ``model`` itself, or an export of it.
+        model: Its categories are those of the outputs.
+        dataset: Images, transformed for evaluation.
+        config: Settings of the loader and of the precision.
+        device: Where ``network`` is.
+        name: What to call the model in an error message.
+
+    Returns:
+        COCO results under the ids of the data set, and the result of :func:`raydetr.predict.categories.find_categories`.
+
+    Raises:
+        UserError: Nothing tells which classes are which categories.
+    """
+    found, notes = find_categories(model, dataset.categories)
+    if model.category_names != "file" and not any(position is not None for position in found):
+        raise UserError(
+            f"{name}: does not name the categories of its {len(found)} classes, and the data set has {len(dataset.categories)}: "
+            "nothing tells which is which; evaluate it on the categories that it was trained with"
+        )
+    data, batch_size = config.data, config.data.val_batch_size or config.optim.batch_size
+    loading = {"num_workers": data.num_workers, "device": device, "timeout_s": data.batch_timeout_s}
+    loader = build_loader(dataset, batch_size, rank=0, world_size=1, shuffle=False, **loading)
+    criterion = build_criterion(len(model.categories), aux_loss=False)
+    _, detections = evaluate(network, criterion, _without_truth(loader), device, choose_dtype(config.speed, device))
+    categories = [{"id": None if position is None else dataset.categories[position]["id"]} for position in found]
+    return [result for result in detections.results(categories) if result["category_id"] is not None], found, notes
 
 
 def trained_with(checkpoint: str | Path, model: DETR) -> dict[str, Any]:

@@ -1,0 +1,70 @@
+"""Detect objects with a model exported by ``raydetr export --to onnx``: onnxruntime, NumPy and Pillow are all it needs.
+
+    python onnx_predict.py model.onnx photograph.jpg ... --threshold 0.7
+
+Prints a JSON line for each detection: file, category, score and box (x, y, width, height in pixels of the upright image).
+"""
+
+import argparse
+import json
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+
+def resized_size(width: int, height: int, val_size: int, max_size: int) -> tuple[int, int]:
+    """Width and height once the short side is ``val_size``, smaller where the long side would exceed ``max_size``."""
+    short, long = min(width, height), max(width, height)
+    side = max(1, round(max_size * short / long)) if long / short * val_size > max_size else val_size
+    if short == side:
+        return width, height
+    return (side, int(side * height / width)) if width < height else (int(side * width / height), side)
+
+
+def prepare(image: Image.Image, about: dict[str, str]) -> np.ndarray:
+    """An RGB image as the model's input, float32 [1, 3, height, width]."""
+    size = resized_size(*image.size, int(about["val_size"]), int(about["max_size"]))
+    pixels = np.asarray(image.resize(size, Image.Resampling.BILINEAR), np.float32) / 255
+    normalized = (pixels - np.array(json.loads(about["mean"]))) / np.array(json.loads(about["std"]))
+    return normalized.transpose(2, 0, 1)[None].astype(np.float32)
+
+
+def detect(session: onnxruntime.InferenceSession, image: Image.Image, threshold: float) -> list[dict]:
+    """The detections in an RGB image with a score of ``threshold`` or more, best first."""
+    about = session.get_modelmeta().custom_metadata_map
+    categories = json.loads(about["categories"])
+    images = prepare(image, about)
+    mask = np.zeros((1, *images.shape[-2:]), bool)  # nothing is padded
+    logits, boxes = session.run(["logits", "boxes"], {"images": images, "mask": mask})
+    exponentials = np.exp(logits[0] - logits[0].max(-1, keepdims=True))
+    probabilities = (exponentials / exponentials.sum(-1, keepdims=True))[:, :-1]  # the last class is no-object
+    labels, scores = probabilities.argmax(-1), probabilities.max(-1)
+    width, height = image.size
+    found = []
+    for query in np.argsort(-scores, kind="stable"):
+        if scores[query] >= threshold:
+            cx, cy, w, h = boxes[0, query].astype(float)
+            box = [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]
+            category = categories[int(labels[query])]
+            found.append({"category_id": category["id"], "category": category["name"], "score": float(scores[query]), "bbox": box})
+    return found
+
+
+def main() -> None:
+    """Print the detections in the images named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("images", nargs="+")
+    parser.add_argument("--threshold", type=float, default=0.7)
+    arguments = parser.parse_args()
+    session = onnxruntime.InferenceSession(arguments.model, providers=onnxruntime.get_available_providers())
+    for name in arguments.images:
+        with Image.open(name) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+        for detection in detect(session, image, arguments.threshold):
+            print(json.dumps({"file": name, **detection}))
+
+
+if __name__ == "__main__":
+    main()

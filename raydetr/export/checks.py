@@ -1,0 +1,85 @@
+"""Exported models against the model they come from, on real images."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+
+from raydetr.config import Data
+from raydetr.data.coco import CocoImages, collate, find_split
+from raydetr.data.images import read_image
+from raydetr.data.transforms import val_transforms
+from raydetr.errors import UserError
+from raydetr.model.detr import DETR
+
+IMAGES = 4  # enough for an unpadded image, a padded batch and several sizes
+SCALES = (1.0, 0.75)  # of data.val_size: an export must not be tied to one size
+
+Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Images float [B, 3, H, W] and padding mask bool [B, H, W] to logits [B, Q, K + 1] and boxes [B, Q, 4]."""
+
+
+def compare(model: DETR, exported: Forward, batches: Sequence[tuple[Tensor, Tensor]], tolerance: float, what: str) -> float:
+    """Compare an exported model's outputs with those of the model it comes from.
+
+    Args:
+        model: The model, in eval mode on the CPU.
+        exported: The exported model.
+        batches: Images float [B, 3, H, W], normalized, with their padding masks bool [B, H, W].
+        tolerance: Largest difference of a class probability or a relative box coordinate.
+        what: Name of the export in the error message.
+
+    Returns:
+        The largest difference found.
+
+    Raises:
+        UserError: If an output differs by more than ``tolerance``.
+    """
+    worst = 0.0
+    for images, mask in batches:
+        with torch.no_grad():
+            outputs = model(images, mask)
+            logits, boxes = exported(images, mask)
+        for ours, theirs in ((outputs["pred_logits"].softmax(-1), logits.softmax(-1)), (outputs["pred_boxes"], boxes)):
+            difference = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
+            if not difference <= tolerance:  # also where it is NaN
+                size = " x ".join(map(str, images.shape))
+                raise UserError(f"{what}: its outputs differ from the checkpoint's by {difference:.1e} on a batch of {size}; not exported")
+            worst = max(worst, difference)
+    return worst
+
+
+def sample_batches(data: Data, images: Sequence[Path] = ()) -> list[tuple[Tensor, Tensor]]:
+    """Read real images as batches of several sizes, most of them padded.
+
+    Args:
+        data: Settings of the data set and of the image size.
+        images: Image files to take instead of the validation images of ``data``.
+
+    Returns:
+        Images float [B, 3, H, W], normalized, with their padding masks bool [B, H, W].
+
+    Raises:
+        UserError: If there are no images to compare with, or one cannot be read.
+    """
+    batches = []
+    for scale in SCALES:
+        transform = val_transforms(dataclasses.replace(data, val_size=max(32, round(scale * data.val_size))))
+        ready = _transformed(data, images, transform)
+        for group in (ready[:1], ready):
+            pixels, mask, _ = collate(group)
+            batches.append((pixels, torch.zeros(len(group), *pixels.shape[-2:], dtype=torch.bool) if mask is None else mask))
+    return batches
+
+
+def _transformed(data: Data, images: Sequence[Path], transform: Callable) -> list[tuple[Tensor, dict]]:
+    if images:
+        read = [tv_tensors.Image(read_image(path)) for path in images[:IMAGES]]
+        return [(transform(image).as_subclass(Tensor), {}) for image in read]
+    if data.path is None and not (data.val_images and data.val_annotations):
+        raise UserError("export: no images to compare the export with; name some with --images, or a data set with --data")
+    dataset = CocoImages(find_split(data, "val"), transform)
+    return [dataset[index] for index in range(min(IMAGES, len(dataset)))]

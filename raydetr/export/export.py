@@ -1,0 +1,130 @@
+"""``raydetr export``: write a checkpoint's model in another format, then load what was written and compare."""
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from raydetr import config as settings
+from raydetr.data.coco import CocoImages, find_split
+from raydetr.data.transforms import val_transforms
+from raydetr.errors import UserError
+from raydetr.evaluate.coco import coco_metrics
+from raydetr.export import huggingface, onnx, torch_files
+from raydetr.export.checks import Forward, compare, sample_batches
+from raydetr.model.detr import DETR
+from raydetr.predict.score import detect_with, trained_with
+from raydetr.weights.checkpoint import read_checkpoint
+from raydetr.weights.fitting import load
+from raydetr.weights.official import located
+
+FORMATS = ("onnx", "transformers", "official", "safetensors", "torchscript")
+TOLERANCE = {"onnx": 1e-4, "transformers": 1e-5, "official": 1e-6, "safetensors": 0.0, "torchscript": 1e-5}
+
+
+class Exported(NamedTuple):
+    """What an export wrote.
+
+    Attributes:
+        path: The file or folder.
+        difference: Largest difference of a class probability or a relative box coordinate; None for a reduced precision.
+        AP: AP of the checkpoint and of the export on the validation set; None for an exact export.
+    """
+
+    path: Path
+    difference: float | None
+    AP: tuple[float | None, float | None] | None
+
+    def text(self) -> str:
+        """The result in one line."""
+        if self.AP:
+            before, after = ("-" if each is None else f"{each:.4f}" for each in self.AP)
+            return f"{self.path}: AP {after} on the validation set, {before} before"
+        return f"{self.path}: the same outputs as the checkpoint's, to {self.difference:.0e}"
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    to: str,
+    *layers: Mapping[str, Any],
+    images: Sequence[Path] = (),
+    precision: Literal["fp32", "fp16"] = "fp32",
+    quantize: Literal["none", "int8"] = "none",
+) -> Exported:
+    """Export a checkpoint, load what was written and compare it with the checkpoint on real images.
+
+    Args:
+        checkpoint: Path or URI of the checkpoint.
+        out: File to write; a folder for ``transformers``.
+        to: One of ``FORMATS``.
+        layers: Settings (``data.*``) laid over those that the checkpoint was trained with.
+        images: Image files to compare on; default: the validation images.
+        precision: ``fp16`` writes half-precision weights (ONNX only).
+        quantize: ``int8`` quantizes the weights of matrix products (ONNX only).
+
+    Returns:
+        The path, and how far the export is from the checkpoint.
+
+    Raises:
+        UserError: If the format cannot hold this model, a package is missing, ``out`` exists, or the outputs differ.
+    """
+    out, reduced = Path(out), precision != "fp32" or quantize != "none"
+    if to not in FORMATS:
+        raise UserError(f"--to: {to!r} is not one of {', '.join(FORMATS)}")
+    if reduced and to != "onnx":
+        raise UserError(f"--precision and --quantize are for --to onnx, not {to}")
+    if out.exists():
+        raise UserError(f"{out}: exists already; choose another name")
+    model = load(checkpoint)
+    config = settings.load_config(trained_with(checkpoint, model), _data_set(checkpoint), *layers)
+    batches = [] if reduced else sample_batches(config.data, images)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+            written = Path(folder) / out.name
+            forward = _write(model, written, to, config.data, precision, quantize)
+            difference = None if reduced else compare(model, forward, batches, TOLERANCE[to], f"{to} export of {checkpoint}")
+            scores = _scores(model, written, config) if reduced else None
+            shutil.move(written, out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot write there ({error.strerror or error})") from None
+    return Exported(out, difference, scores)
+
+
+def _data_set(checkpoint: str | Path) -> dict[str, Any]:
+    """Where the checkpoint's own data set is, by setting."""
+    known = settings.flatten(read_checkpoint(located(checkpoint)).get("settings", {}))
+    return {name: known[name] for name in settings.PLACES if name.startswith("data.") and known.get(name)}
+
+
+def _write(model: DETR, file: Path, to: str, data: settings.Data, precision: Any, quantize: str) -> Forward:
+    """Write the export and return the model that was loaded from it."""
+    if to == "onnx":
+        onnx.write_onnx(model, file, data, precision, quantize == "int8")
+        return onnx.TensorsOnly(onnx.OnnxModel(file))
+    if to == "transformers":
+        huggingface.write_huggingface(model, file, data)
+        return huggingface.HuggingFaceModel(file)
+    if to == "official":
+        torch_files.write_official(model, file)
+        return onnx.TensorsOnly(torch_files.read_official(file, model))
+    if to == "safetensors":
+        torch_files.write_safetensors(model, file, data)
+        return onnx.TensorsOnly(torch_files.read_safetensors(file, model))
+    torch_files.write_torchscript(model, file, data)
+    return torch.jit.load(str(file))
+
+
+def _scores(model: DETR, file: Path, config: settings.Config) -> tuple[float | None, float | None]:
+    """AP of the model and of its ONNX file on the validation set."""
+    dataset = CocoImages(find_split(config.data, "val"), val_transforms(config.data))
+
+    def score(network: torch.nn.Module) -> float | None:
+        results, _, _ = detect_with(network, model, dataset, config, torch.device("cpu"))
+        return coco_metrics(dataset.coco, results)["AP"]
+
+    return score(model), score(onnx.OnnxModel(file))

@@ -1,0 +1,133 @@
+"""ONNX: a model that runs with onnxruntime on batches and images of any size."""
+
+import json
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raydetr.config import Data
+from raydetr.data.transforms import MEAN, STD
+from raydetr.errors import UserError
+from raydetr.model.detr import DETR
+
+OPSET = 18  # the oldest that torch.onnx writes without conversion; onnxruntime 1.14 and later read it
+TRACED_SIZE = (192, 256)  # height and width in pixels while the graph is recorded; any other works as well
+
+
+class TensorsOnly(nn.Module):
+    """A DETR whose outputs are a tuple of tensors: logits [B, Q, K + 1] and boxes [B, Q, 4]."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Images float [B, 3, H, W] and padding mask bool [B, H, W] to logits and boxes."""
+        outputs = self.model(images, mask)
+        return outputs["pred_logits"], outputs["pred_boxes"]
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file in onnxruntime, called as the DETR it was exported from.
+
+    Args:
+        file: The ONNX file.
+    """
+
+    def __init__(self, file: Path):
+        super().__init__()
+        self.session = _import("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Images float [B, 3, H, W] and padding mask bool [B, H, W] (None: nothing is padded) to ``pred_logits`` and ``pred_boxes``."""
+        mask = torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool) if mask is None else mask
+        logits, boxes = self.session.run(["logits", "boxes"], {"images": images.numpy(), "mask": mask.numpy()})
+        return {"pred_logits": torch.from_numpy(np.asarray(logits)), "pred_boxes": torch.from_numpy(np.asarray(boxes))}
+
+
+def write_onnx(model: DETR, file: Path, data: Data, precision: Literal["fp32", "fp16"] = "fp32", quantize: bool = False) -> None:
+    """Write a model as an ONNX file.
+
+    Inputs are ``images`` float32 [batch, 3, height, width], normalized, and ``mask`` bool [batch, height, width], True where padded;
+    outputs are ``logits`` float32 [batch, Q, K + 1], the last class being no-object, and ``boxes`` float32 [batch, Q, 4], cxcywh
+    relative to the unpadded image. The metadata hold ``categories`` (JSON, in label order), ``val_size`` and ``max_size`` (pixels of
+    the short and the long side after resizing), ``mean`` and ``std`` (JSON, of RGB values from 0 to 1).
+
+    Args:
+        model: The model, in eval mode on the CPU.
+        file: File to write.
+        data: Settings of the image size.
+        precision: Type of the weights and of the arithmetic; inputs and outputs stay float32.
+        quantize: Whether to store the weights of matrix products as 8-bit integers (onnxruntime's dynamic quantization).
+
+    Raises:
+        UserError: If onnx, onnxscript or onnxruntime is missing.
+    """
+    onnx = _import("onnx")
+    _import("onnxscript")
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
+        exported = Path(folder) / "model.onnx"
+        _record(model, exported)
+        if quantize:
+            quantized = Path(folder) / "quantized.onnx"
+            _import("onnxruntime.quantization").quantize_dynamic(exported, quantized)
+            exported = quantized
+        graph = onnx.load(exported)
+        if precision == "fp16":
+            graph = _import("onnxruntime.transformers.float16").convert_float_to_float16(graph, keep_io_types=True)
+            # The converter appends its casts of the inputs at the end.
+            _import("onnxruntime.transformers.onnx_model").OnnxModel(graph).topological_sort()
+        for key, value in metadata(model, data).items():
+            graph.metadata_props.add(key=key, value=value)
+        onnx.checker.check_model(graph)
+        onnx.save(graph, exported)
+        exported.replace(file)
+
+
+def metadata(model: DETR, data: Data) -> dict[str, str]:
+    """Return what a program needs to use a model without raydetr: categories, image size and normalization, as text."""
+    return {
+        "categories": json.dumps(model.categories),
+        "val_size": str(data.val_size),
+        "max_size": str(data.max_size),
+        "mean": json.dumps(MEAN),
+        "std": json.dumps(STD),
+    }
+
+
+def _record(model: DETR, file: Path) -> None:
+    images = torch.zeros(2, 3, *TRACED_SIZE)
+    mask = torch.zeros(2, *TRACED_SIZE, dtype=torch.bool)
+    mask[1, :, TRACED_SIZE[1] // 2 :] = True
+    shapes = ({0: "batch", 2: "height", 3: "width"}, {0: "batch", 1: "height", 2: "width"})
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice to developers of exporters
+        program = torch.onnx.export(
+            TensorsOnly(model).eval(),
+            (images, mask),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images", "mask"],
+            output_names=["logits", "boxes"],
+            dynamic_shapes=shapes,
+            verbose=False,
+        )
+    assert program is not None  # with dynamo=True torch returns the program
+    program.save(file)
+
+
+def _import(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"export --to onnx needs the package {error.name or name}: pip install 'raydetr[export]'") from None

@@ -1,0 +1,185 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from raydetr.cli import main
+from raydetr.config import load_config, to_dict
+from raydetr.errors import UserError
+from raydetr.export.checks import compare
+from raydetr.export.export import export
+from raydetr.model.detr import build_model
+from raydetr.predict.predict import predict
+from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
+from raydetr.weights.fitting import load
+from raydetr.weights.huggingface import from_huggingface, to_huggingface
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_predict.py"
+CATEGORIES = [{"id": 7, "name": "oblong"}, {"id": 3, "name": "square"}]
+SMALL_RESNET = {"enc_layers": 1, "dec_layers": 2, "num_queries": 5, "dim_feedforward": 64}
+
+
+def write_checkpoint(path, preset, data, categories=CATEGORIES, **model):
+    """A checkpoint with random weights, trained, as its settings say, on ``data`` at 64 pixels."""
+    torch.manual_seed(0)
+    network = build_model(preset, len(categories), **model)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    names = {"model.preset": preset, "data.path": str(data), "data.val_size": 64, "data.max_size": 128}
+    config = load_config(names | {f"model.{name}": value for name, value in model.items()})
+    save_checkpoint(path, {"model": network.state_dict(), "settings": to_dict(config), "categories": categories, "epoch": 1, "metrics": {}})
+    return path
+
+
+@pytest.fixture
+def tiny(tmp_path, coco_folder):
+    return write_checkpoint(tmp_path / "tiny.pth", "detr_tiny", coco_folder(val=3, size=(96, 64)), enc_layers=1, dec_layers=1)
+
+
+@pytest.fixture
+def resnet(tmp_path, coco_folder):
+    return write_checkpoint(tmp_path / "resnet.pth", "detr_resnet50", coco_folder(val=3), **SMALL_RESNET)
+
+
+@pytest.mark.slow
+def test_onnx_computes_the_same_at_every_size_and_the_example_finds_the_same_boxes(tiny, tmp_path, capsys):
+    assert main(["export", str(tiny), str(tmp_path / "model.onnx"), "--to", "onnx"]) == 0
+    assert "the same outputs" in capsys.readouterr().out
+    image = tmp_path / "large.png"  # 64 pixels on the short side already: resizing has no part in the comparison
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 120, 3), dtype=np.uint8)).save(image)
+    command = [sys.executable, "-I", EXAMPLE, tmp_path / "model.onnx", image, "--threshold", "0"]
+    found = [json.loads(line) for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()]
+    predict(tiny, [image], tmp_path / "seen", threshold=0.0)
+    expected = json.loads((tmp_path / "seen" / "predictions.json").read_text())
+    assert len(found) == len(load(tiny).query_embed.weight)
+    np.testing.assert_allclose([each["score"] for each in found], [each["score"] for each in expected], atol=1e-4)
+    assert {each["category_id"] for each in found} <= {3, 7}
+
+
+@pytest.mark.slow
+def test_reduced_precision_says_what_it_costs(tiny, tmp_path):
+    half = export(tiny, tmp_path / "half.onnx", "onnx", precision="fp16")
+    assert half.AP is not None
+    assert "AP" in half.text()
+    full = sum(tensor.numel() * 4 for tensor in load(tiny).state_dict().values())
+    assert (tmp_path / "half.onnx").stat().st_size < 0.7 * full
+
+
+def test_transformers_loads_the_folder_and_finds_the_same(resnet, tmp_path):
+    from transformers import AutoImageProcessor, DetrForObjectDetection, pipeline
+
+    folder = tmp_path / "folder"
+    assert export(resnet, folder, "transformers").difference < 1e-5
+    model = DetrForObjectDetection.from_pretrained(folder)
+    assert model.config.id2label == {0: "oblong", 1: "square"}
+    assert model.config.category_ids == [7, 3]
+    assert dict(AutoImageProcessor.from_pretrained(folder).size) | {} == {"shortest_edge": 64, "longest_edge": 128}
+    image = Image.new("RGB", (90, 64), (200, 30, 30))
+    assert pipeline("object-detection", model=str(folder), threshold=0.0)(image)[0]["label"] in ("oblong", "square")
+
+
+def test_names_of_transformers_lead_back_to_the_official_ones():
+    state = build_model("detr_resnet101", 2, position_embedding="learned", **SMALL_RESNET).state_dict()
+    back = from_huggingface(to_huggingface(state))
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+def test_official_head_has_a_row_for_each_id(resnet, tmp_path):
+    export(resnet, tmp_path / "official.pth", "official")
+    state = read_checkpoint(tmp_path / "official.pth")["model"]
+    ours = read_checkpoint(resnet)["model"]
+    assert state.keys() == ours.keys()
+    assert len(state["class_embed.weight"]) == 9  # ids 0 to 7 and no-object
+    assert torch.equal(state["class_embed.weight"][[7, 3, 8]], ours["class_embed.weight"])
+    assert (state["class_embed.bias"][[0, 1, 2, 4, 5, 6]] < -1000).all()
+
+
+def test_safetensors_carry_names_and_categories(tiny, tmp_path):
+    from safetensors import safe_open
+
+    export(tiny, tmp_path / "model.safetensors", "safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["categories"]) == CATEGORIES
+        assert set(file.keys()) == read_checkpoint(tiny)["model"].keys()
+
+
+def test_torchscript_runs_at_other_sizes_without_raydetr(tiny, tmp_path):
+    assert export(tiny, tmp_path / "model.ts", "torchscript").difference < 1e-5
+    images = torch.randn(1, 3, 80, 112)
+    torch.save(images, tmp_path / "images.pt")
+    code = "import sys, torch; m = torch.jit.load(sys.argv[1]); x = torch.load(sys.argv[2]); "
+    code += "torch.save(m(x, torch.zeros(1, 80, 112, dtype=torch.bool)), sys.argv[3]); assert 'raydetr' not in sys.modules"
+    command = [sys.executable, "-W", "ignore", "-I", "-c", code, *(tmp_path / name for name in ("model.ts", "images.pt", "out.pt"))]
+    subprocess.run(command, check=True)
+    logits, _ = torch.load(tmp_path / "out.pt")
+    with torch.no_grad():
+        torch.testing.assert_close(logits, load(tiny)(images)["pred_logits"], atol=1e-5, rtol=0)
+
+
+def test_an_export_that_differs_is_an_error_and_leaves_no_file(tiny, tmp_path, monkeypatch):
+    from raydetr.export import torch_files
+
+    def broken(file, model):
+        other = load(tiny)
+        with torch.no_grad():
+            other.class_embed.bias[0] += 1e-3
+        return other
+
+    monkeypatch.setattr(torch_files, "read_safetensors", broken)
+    with pytest.raises(UserError, match="its outputs differ from the checkpoint's by"):
+        export(tiny, tmp_path / "out" / "model.safetensors", "safetensors")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_not_a_number_differs():
+    model = build_model("detr_tiny", 1, aux_loss=False).eval()
+    batch = torch.zeros(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool)
+    queries = model.settings["num_queries"]
+    nothing = torch.full((1, queries, 2), torch.nan), torch.full((1, queries, 4), torch.nan)
+    with pytest.raises(UserError, match="differ"):
+        compare(model, lambda *_: nothing, [batch], 1.0, "it")
+
+
+@pytest.mark.parametrize(
+    ("to", "options", "said"),
+    [
+        ("transformers", {}, "no DETR with model.backbone tiny"),
+        ("official", {}, "no tiny backbone"),
+        ("safetensors", {"precision": "fp16"}, "are for --to onnx"),
+        ("caffe", {}, "not one of"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(tiny, tmp_path, to, options, said):
+    with pytest.raises(UserError, match=said):
+        export(tiny, tmp_path / "out", to, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ids_too_large_for_the_official_head(tmp_path, coco_folder):
+    categories = [{"id": 123456789, "name": "square"}]
+    path = write_checkpoint(tmp_path / "ids.pth", "detr_resnet50", coco_folder(), categories, **SMALL_RESNET)
+    with pytest.raises(UserError, match="category id 123456789"):
+        export(path, tmp_path / "out.pth", "official")
+
+
+def test_nothing_is_overwritten(tiny, tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    with pytest.raises(UserError, match="exists already"):
+        export(tiny, tmp_path / "mine", "safetensors")
+    assert (tmp_path / "mine").read_text() == "kept"
+
+
+def test_without_images_there_is_nothing_to_compare(tmp_path, coco_folder):
+    path = write_checkpoint(tmp_path / "tiny.pth", "detr_tiny", coco_folder())
+    content = read_checkpoint(path)
+    content["settings"]["data"]["path"] = None
+    save_checkpoint(path, content)
+    with pytest.raises(UserError, match="--images"):
+        export(path, tmp_path / "out", "safetensors")
