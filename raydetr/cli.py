@@ -12,7 +12,7 @@ from click.shell_completion import CompletionItem
 from raydetr import __version__, config
 from raydetr.errors import UserError
 from raydetr.memory import without_collections
-from raydetr.storage import check_place, fetched
+from raydetr.storage import check_path, fetched
 
 SHORT_FLAGS = {
     "data.path": "--data",
@@ -393,7 +393,7 @@ def check_submitted(command: Sequence[str]) -> None:
         if paths["--storage"] is None and (not file or Path(file).exists()):
             raise UserError("submit: say where to keep the run: --storage and a folder that all nodes of the cluster see")
     for flag, path in paths.items():
-        check_place(flag, path or "")
+        check_path(flag, path or "")
         if path and "://" not in path and not Path(path).is_absolute():
             raise UserError(
                 f"submit: {flag} {path}: a job has another working directory; give the absolute path of a folder that all nodes see"

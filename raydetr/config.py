@@ -23,7 +23,7 @@ import yaml
 
 from raydetr.errors import UserError
 from raydetr.files import atomic_write_text
-from raydetr.storage import check_place, is_uri
+from raydetr.storage import check_path, is_uri
 
 LONGEST_NAME = 200  # bytes of a run's name: file systems allow 255, and locks add an ending to it
 DEEPEST = 20  # levels of nesting in a YAML file
@@ -359,7 +359,7 @@ SETTINGS: dict[str, Setting] = {each.name: each for each in _describe_all()}
 
 
 # Settings whose values are paths or URIs.
-PLACES = ("data.path", "data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations", "run.storage")
+PATH_SETTINGS = ("data.path", "data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations", "run.storage")
 
 # Applied before a preset, so that nothing of an earlier preset remains.
 _PRESET_DEFAULTS = {name: SETTINGS[name].default for changes in PRESETS.values() for name in changes}
@@ -432,11 +432,11 @@ def with_settings(config: Config, *layers: Mapping[str, Any]) -> Config:
 
 def _check_together(config: Config) -> None:
     model, data = config.model, config.data
-    for name in PLACES:
+    for name in PATH_SETTINGS:
         section, leaf = name.split(".")
-        check_place(name, getattr(getattr(config, section), leaf) or "")
+        check_path(name, getattr(getattr(config, section), leaf) or "")
     if is_uri(model.weights):
-        check_place("model.weights", model.weights)
+        check_path("model.weights", model.weights)
     if model.backbone == "tiny" and model.dilation:
         raise UserError("model.dilation: the tiny backbone has no dilated stage; its stride is 16 without it")
     if model.hidden_dim % model.nheads:

@@ -63,7 +63,7 @@ def store_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
 
 
-def check_place(name: str, path: str) -> None:
+def check_path(name: str, path: str) -> None:
     """Check a path or URI given as the setting or flag ``name``.
 
     Raises:

@@ -10,9 +10,9 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
     Args:
         number: The number to state.
         noun: The noun in the singular.
-        plural: The plural where it is not the singular with an ``s``, such as ``categories``.
+        plural: The plural where it is not the singular with an ``s``, or with ``es`` after an ``x``, such as ``categories``.
     """
-    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+    return f"{number} {noun if number == 1 else plural or noun + ('es' if noun.endswith('x') else 's')}"
 
 
 def shortlist(items: Iterable[object], most: int = 3) -> str:

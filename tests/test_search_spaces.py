@@ -7,7 +7,7 @@ import optuna
 import pytest
 
 from raydetr.config import by_name, load_config, with_settings
-from raydetr.search.space import as_drawn, read_space, ready_spaces
+from raydetr.search.space import as_drawn, bundled_spaces, read_space
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("learning_rates", "loss", "matcher", "recipe", "tiny")
@@ -18,7 +18,7 @@ def base_of(name: str) -> dict:
 
 
 def test_all_are_there_under_their_bare_names():
-    assert set(ready_spaces()) == set(NAMES)
+    assert set(bundled_spaces()) == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)

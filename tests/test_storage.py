@@ -12,6 +12,8 @@ from raydetr.errors import UserError
 from raydetr.search.report import report
 from raydetr.storage import copy, fetch, fetched, join, push, working_folder
 
+pytest_plugins = "tests.stores"
+
 
 def put(place, **files):
     """Files of a run, in its working copy and at its place."""

@@ -14,6 +14,8 @@ from raydetr.errors import UserError
 from raydetr.storage import push, working_folder
 from raydetr.tensorboard import PINNED, has_browser, link_runs, page_query, serve_tensorboard
 
+pytest_plugins = "tests.stores"
+
 
 def write_run(folder):
     with SummaryWriter(folder / "tb") as writer:

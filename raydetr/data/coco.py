@@ -17,10 +17,10 @@ from raydetr.data.categories import match_categories, twin_names
 from raydetr.data.file_names import locate_files
 from raydetr.data.images import MAX_MEGAPIXELS, image_path, read_header, read_image
 from raydetr.data.shared_memory import as_arrays, as_tensors, fits_shared_memory, free_shared_memory
-from raydetr.data.values import as_number, counted, is_finite, is_number, listed, plain, short, whole_number
 from raydetr.errors import UserError
 from raydetr.storage import fetched
-from raydetr.text import fold_name
+from raydetr.text import count, fold_name, shortlist
+from raydetr.values import as_number, is_finite, is_number, plain, short, whole_number
 
 ANNOTATION_FILES = ("custom_{split}.json", "instances_{split}2017.json")  # under annotations/, the first that exists is taken
 PREFETCH = 2  # batches that each loading process prepares in advance: the default of torch's DataLoader
@@ -203,7 +203,7 @@ def _find_images(images: dict[int, dict], folder: Path, path: str | Path, warnin
         image["file_name"] = located.found.get(image["file_name"], image["file_name"])
     if located.respelled:
         name, file = next(iter(located.respelled.items()))
-        number = counted(len(located.respelled), "file name")
+        number = count(len(located.respelled), "file name")
         warnings.append(f"{path}: {number} spelled in another way in {folder}: taken (the first: {short(name)} is {plain(file)})")
 
 
@@ -308,7 +308,7 @@ def _id(value: Any, what: str) -> int:
 
 
 def _counted(found: list[dict], noun: str) -> str:
-    return f"{counted(len(found), noun)} (first: {noun} id {short(found[0]['id'])})"
+    return f"{count(len(found), noun)} (first: {noun} id {short(found[0]['id'])})"
 
 
 # ------------------------------------------------------------------------------------------------------------ the data set
@@ -445,7 +445,7 @@ def _use_categories(coco: dict[str, list[dict]], categories: list[dict], path: s
         if new_ids[old] is None:
             known = [each["name"] for each in categories]
             alike = [short(name) for name in known if fold_name(name) == fold_name(names[old])]
-            why = f"cannot be told from {listed(alike)}" if alike else f"is not among those of the training: {short(known)}"
+            why = f"cannot be told from {shortlist(alike)}" if alike else f"is not among those of the training: {short(known)}"
             raise UserError(f"{path}: category {short(names[old])} (id {old}, image id {annotation['image_id']}) {why}")
         annotation["category_id"] = new_ids[old]
     coco["categories"] = [dict(each) for each in categories]

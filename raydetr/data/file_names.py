@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from raydetr.data.images import image_path
-from raydetr.data.values import plain
+from raydetr.values import plain
 
 HINTS = 3  # missing names for which a hint is looked for
 

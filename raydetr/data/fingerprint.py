@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raydetr.data.values import short
+from raydetr.values import short
 
 SHOWN = 3  # ids or names listed per difference
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
-from raydetr.data.values import short
 from raydetr.errors import UserError
+from raydetr.values import short
 
 with contextlib.suppress(ImportError):  # the extra "heic"
     from pillow_heif import register_heif_opener

@@ -98,7 +98,7 @@ def export(
 def _data_set(checkpoint: str | Path) -> dict[str, Any]:
     """Where the checkpoint's own data set is, by setting."""
     known = settings.flatten(read_checkpoint(located(checkpoint)).get("settings", {}))
-    return {name: known[name] for name in settings.PLACES if name.startswith("data.") and known.get(name)}
+    return {name: known[name] for name in settings.PATH_SETTINGS if name.startswith("data.") and known.get(name)}
 
 
 def _write(model: DETR, file: Path, to: str, data: settings.Data, precision: Any, quantize: str) -> Forward:

@@ -109,7 +109,7 @@ def check_nodes(config: settings.Config, probe: Callable[..., dict[str, Any]] | 
     if alone and not is_uri(storage):
         return
     values = settings.by_name(config)
-    paths = [values[name] for name in settings.PLACES if name.startswith("data.") and values[name]]
+    paths = [values[name] for name in settings.PATH_SETTINGS if name.startswith("data.") and values[name]]
     token = secrets.token_hex(8)
     try:
         write_token(storage, f".probe-{token}", token, patience_s=0)

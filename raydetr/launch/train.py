@@ -56,7 +56,7 @@ OUT_OF_MEMORY = (
 RESUMABLE = {
     "optim.epochs",
     "optim.patience",
-    *settings.PLACES,  # where the data is now; fit checks that it is the run's own
+    *settings.PATH_SETTINGS,  # where the data is now; fit checks that it is the run's own
     "data.num_workers",
     "data.val_batch_size",
     "data.cache_gb",
@@ -147,7 +147,7 @@ def run_folder(config: settings.Config) -> Path:
 def with_absolute_paths(config: settings.Config) -> settings.Config:
     """Return the same settings with every path absolute (a worker has another working directory) and the run named."""
     values = settings.by_name(config)
-    changed = {name: absolute(values[name]) for name in settings.PLACES if values[name]}
+    changed = {name: absolute(values[name]) for name in settings.PATH_SETTINGS if values[name]}
     weights = Path(config.model.weights).expanduser()
     if weights.is_file():
         changed["model.weights"] = str(weights.absolute())

@@ -39,6 +39,7 @@ from raydetr.data.images import read_image
 from raydetr.data.transforms import val_transforms
 from raydetr.draw import Box, Colour, category_colours, draw_boxes
 from raydetr.errors import UserError
+from raydetr.files import atomic_write
 from raydetr.memory import kept_memory
 from raydetr.model.detr import DETR, postprocess
 from raydetr.predict.categories import find_categories
@@ -47,7 +48,6 @@ from raydetr.predict.inputs import InputImage, find_images
 from raydetr.predict.score import trained_with
 from raydetr.training.console import PLAIN_INTERVAL_S
 from raydetr.training.engine import choose_device, choose_dtype
-from raydetr.weights.files import written_whole
 from raydetr.weights.fitting import load
 
 LETTERS = 1 / 70  # height of the letters as a fraction of the image's longest side
@@ -385,7 +385,7 @@ def _results(image_id: int, prediction: ImagePrediction, categories: list[dict])
 
 
 def _write(path: Path, text: str) -> None:
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode("utf-8", errors="replace"))  # file names need not be valid Unicode
 
 

@@ -15,13 +15,13 @@ from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, check_results
 from raydetr.evaluate.intervals import interval_metrics
+from raydetr.files import atomic_write
 from raydetr.loss.criterion import build_criterion
 from raydetr.memory import kept_memory
 from raydetr.model.detr import DETR
 from raydetr.predict.categories import find_categories
 from raydetr.training.engine import choose_device, choose_dtype, evaluate
 from raydetr.weights.checkpoint import read_checkpoint
-from raydetr.weights.files import written_whole
 from raydetr.weights.fitting import load
 from raydetr.weights.official import located
 
@@ -128,7 +128,9 @@ def trained_with(checkpoint: str | Path, model: DETR) -> dict[str, Any]:
     values = settings.flatten(read_checkpoint(located(checkpoint)).get("settings", {"model.preset": model.settings["preset"]}))
     kept = ("model.", "data.", "optim.batch_size", *(["speed.precision"] if torch.cuda.is_available() else []))
     return {
-        name: value for name, value in values.items() if name in settings.SETTINGS and name.startswith(kept) and name not in settings.PLACES
+        name: value
+        for name, value in values.items()
+        if name in settings.SETTINGS and name.startswith(kept) and name not in settings.PATH_SETTINGS
     }
 
 
@@ -211,7 +213,7 @@ def write_metrics(metrics: Mapping[str, Any], file: str | Path) -> None:
         UserError: The file cannot be written.
     """
     try:
-        with written_whole(Path(file)) as out:
+        with atomic_write(Path(file)) as out:
             out.write((json.dumps(metrics, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}") from None

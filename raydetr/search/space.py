@@ -259,7 +259,7 @@ def _listed(values: list) -> str:
     return " or ".join(map(str, values))
 
 
-def ready_spaces() -> dict[str, Path]:
+def bundled_spaces() -> dict[str, Path]:
     """Return the paths of the bundled search spaces by name."""
     package = Path(__file__).parents[1]
     # They are inside the installed package, and beside the package in a checkout.
@@ -281,7 +281,7 @@ def read_space(source: str | Path | Mapping[str, Any]) -> Space:
         return _space_of(items, "search space")
     path = Path(source)
     if not path.is_file():
-        ready = ready_spaces()
+        ready = bundled_spaces()
         if str(source) not in ready:
             raise UserError(f"{source}: no such search space file; the bundled ones are {', '.join(ready)}")
         path = ready[str(source)]

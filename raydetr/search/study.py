@@ -30,7 +30,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from raydetr.config import PLACES, Config, by_name, read_config, read_yaml_nodes, with_settings, write_yaml, yaml_value
+from raydetr.config import PATH_SETTINGS, Config, by_name, read_config, read_yaml_nodes, with_settings, write_yaml, yaml_value
 from raydetr.errors import UserError
 from raydetr.search.population import better_trial, check_population, moved
 from raydetr.search.space import Space, as_drawn, draw, read_space
@@ -373,7 +373,7 @@ def create_search(
         study.enqueue_trial(point, user_attrs={"origin": "given point"})
     # Set last: a search without it was interrupted while it was made.
     plan = {"metric": metric, "trials": trials, "sampler": sampler, "seed": seed, "pruner": pruner, "grace": grace}
-    kept = {name: value for name, value in base.items() if name not in PLACES and not name.startswith(("run.", "speed."))}
+    kept = {name: value for name, value in base.items() if name not in PATH_SETTINGS and not name.startswith(("run.", "speed."))}
     study.set_user_attr("search", {**plan, "space": space.to_dict(), "base": kept})
     return Search(path)
 

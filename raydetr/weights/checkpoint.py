@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from raydetr.errors import DiskFull, UserError, is_disk_full
-from raydetr.weights.files import written_whole
+from raydetr.files import atomic_write
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
@@ -40,7 +40,7 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     content = _plain_on_cpu(content, "content")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
         # torch's writer hides what stopped it, the disk's error or Ctrl-C, behind its own error about a file that ends too early.

@@ -1,52 +1,24 @@
-"""Files that are complete or absent: atomic writes, and downloads that happen once per node."""
+"""Downloads of weights: once per node, verified, and complete or absent."""
 
 import contextlib
 import hashlib
 import http.client
-import os
 import re
 import sys
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
-from filelock import FileLock, Timeout
 
 from raydetr.errors import UserError
+from raydetr.files import atomic_write, one_process
 
 TIMEOUT = 30  # seconds without a byte after which a server is considered lost
-LEFTOVER = 3600  # seconds without a write after which a partial file is considered left behind by a killed process
 HASHED_NAME = re.compile(r"[\w.-]+-([0-9a-f]{8,64})\.\w+")  # torch.hub's convention: a file name ends with the start of its sha256
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for an atomic write.
-
-    The file replaces ``path`` when the ``with`` block ends without an exception, and leaves no trace otherwise.
-
-    Args:
-        path: File to write; its folder must exist.
-    """
-    for leftover in path.parent.glob(f".{path.name}.*.partial"):
-        with contextlib.suppress(FileNotFoundError):  # another process may delete it first
-            if time.time() - leftover.stat().st_mtime > LEFTOVER:
-                leftover.unlink()
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def download(url: str) -> Path:
@@ -73,7 +45,7 @@ def download(url: str) -> Path:
     try:
         if not _is_good(file, digest):
             folder.mkdir(parents=True, exist_ok=True)
-            with _one_process(file):
+            with one_process(Path(f"{file}.lock"), waiting_for=f"another process that downloads {file.name}"):
                 if not _is_good(file, digest):
                     _fetch(url, file, digest)
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -114,28 +86,9 @@ def _is_good(file: Path, digest: str | None) -> bool:
         return hashlib.file_digest(opened, "sha256").hexdigest().startswith(digest)
 
 
-@contextlib.contextmanager
-def _one_process(file: Path) -> Iterator[None]:
-    """Wait until no other process of this node downloads ``file``. A killed process releases its lock."""
-    lock = FileLock(f"{file}.lock")
-    try:
-        try:
-            lock.acquire(timeout=1)
-        except Timeout:
-            print(f"waiting for another process that downloads {file.name}", file=sys.stderr, flush=True)
-            lock.acquire()
-    except NotImplementedError:  # a file system without locks: each process downloads, and each writes atomically
-        yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _fetch(url: str, file: Path, digest: str | None) -> None:
     request = urllib.request.Request(url, headers={"User-Agent": "raydetr"})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as response, written_whole(file) as out:
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response, atomic_write(file) as out:
         size = int(response.headers.get("Content-Length") or 0)
         done, sha256 = 0, hashlib.sha256()
         with _progress(file.name, size) as show:

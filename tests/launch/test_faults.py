@@ -27,17 +27,12 @@ from raydetr.launch.trial import with_node
 from raydetr.launch.tune import resume, tune
 from raydetr.search.study import Search, trials_frame
 from raydetr.weights.checkpoint import read_checkpoint
+from tests import helpers
 
-TINY = {
-    "model.preset": "detr_tiny",
-    "model.weights": "none",
+TINY = helpers.TINY | {
     "optim.epochs": 4,
     "optim.batch_size": 1,
     "optim.schedule": "cosine",
-    "data.train_sizes": [48],
-    "data.val_size": 48,
-    "data.num_workers": 0,
-    "run.pictures": 0,
     "run.max_failures": 0,
 }
 SPACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}}
@@ -70,8 +65,7 @@ def photographs(module_coco_folder):
 
 
 def settings(photographs, storage, **changes):
-    dotted = {key.replace("__", "."): value for key, value in changes.items()}
-    return config.load_config(TINY, {"data.path": str(photographs), "run.storage": str(storage), "run.name": "search"}, dotted)
+    return helpers.tiny_config(TINY, photographs, storage, **{"run__name": "search", **changes})
 
 
 def start(cluster, *flags):

@@ -30,26 +30,22 @@ from raydetr.search.study import Search, create_search, open_search
 from raydetr.storage import become_owner, fetched
 from raydetr.training.fit import LocalReporter, fit
 from raydetr.weights.checkpoint import read_checkpoint
+from tests import helpers
 
-TINY = {
-    "model.preset": "detr_tiny",
-    "model.weights": "none",
+pytest_plugins = "tests.stores"
+
+TINY = helpers.TINY | {
     "model.dropout": 0.1,
     "optim.epochs": 4,
     "optim.batch_size": 1,
     "optim.schedule": "constant",
-    "data.train_sizes": [48],
     "data.crop": 0.0,
-    "data.val_size": 48,
-    "data.num_workers": 0,
-    "run.pictures": 0,
     "run.name": "one",
 }
 
 
 def settings(data, place, **changes):
-    dotted = {name.replace("__", "."): value for name, value in changes.items()}
-    return config.load_config(TINY, {"data.path": str(data), "run.storage": str(place)}, dotted)
+    return helpers.tiny_config(TINY, data, place, **changes)
 
 
 def start(*words):

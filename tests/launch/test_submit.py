@@ -19,16 +19,11 @@ from raydetr.cli import check_submitted
 from raydetr.errors import UserError
 from raydetr.launch import submit
 from raydetr.launch.submit import connect, hand_over, resources, runtime_environment, sent_files
+from tests import helpers
 
-TINY = {
-    "model.preset": "detr_tiny",
-    "model.weights": "none",
+TINY = helpers.TINY | {
     "optim.epochs": 1,
-    "data.train_sizes": [48],
     "data.crop": 0.0,
-    "data.val_size": 48,
-    "data.num_workers": 0,
-    "run.pictures": 0,
 }
 FLAGS = [word for name, value in TINY.items() for word in (f"--{name}", str(value).strip("[]"))]
 RAYDETR = [sys.executable, "-m", "raydetr.cli"]

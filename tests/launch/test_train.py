@@ -25,16 +25,14 @@ from raydetr.launch import train as training
 from raydetr.launch.train import resume_config, scaling_config, train
 from raydetr.training.fit import fit
 from raydetr.weights.checkpoint import read_checkpoint
+from tests import helpers
 
-TINY = {
-    "model.preset": "detr_tiny",
-    "model.weights": "none",
+TINY = helpers.TINY | {
     "model.dropout": 0.1,
     "optim.epochs": 2,
     "optim.batch_size": 1,
     "data.train_sizes": [64, 80],
     "data.val_size": 64,
-    "data.num_workers": 0,
     "run.workers": 2,
     "run.pictures": 1,
     "run.name": "run",
@@ -45,8 +43,7 @@ EPOCHS = 30  # of the run that is stopped on its way
 
 
 def settings(folder, storage, **changes):
-    dotted = {name.replace("__", "."): value for name, value in changes.items()}
-    return config.load_config(TINY, {"data.path": str(folder), "run.storage": str(storage)}, dotted)
+    return helpers.tiny_config(TINY, folder, storage, **changes)
 
 
 @pytest.fixture(scope="module")

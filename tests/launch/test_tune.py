@@ -30,26 +30,20 @@ from raydetr.search.space import read_space
 from raydetr.search.study import TAKEN_OVER, Search, open_search
 from raydetr.training.metrics import REPORTED
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
+from tests import helpers
 
-TINY = {
-    "model.preset": "detr_tiny",
-    "model.weights": "none",
+TINY = helpers.TINY | {
     "optim.epochs": 2,
     "optim.batch_size": 2,
     "optim.schedule": "constant",
-    "data.train_sizes": [48],
     "data.crop": 0.0,
-    "data.val_size": 48,
-    "data.num_workers": 0,
-    "run.pictures": 0,
     "run.name": "search",
 }
 SPACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "loss.eos_coef": {"uniform": [0.05, 0.5]}}
 
 
 def settings(folder, storage, **changes):
-    dotted = {name.replace("__", "."): value for name, value in changes.items()}
-    return config.load_config(TINY, {"data.path": str(folder), "run.storage": str(storage)}, dotted)
+    return helpers.tiny_config(TINY, folder, storage, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from raydetr.search.runs import list_runs, sort_runs
 from raydetr.search.space import read_space
 from raydetr.search.study import Search, create_search
 
+pytest_plugins = "tests.stores"
+
 
 def write_run(folder, scores, *, owned=False, **settings):
     folder.mkdir(parents=True)

@@ -18,18 +18,15 @@ from raydetr.errors import UserError
 from raydetr.training.engine import Detections
 from raydetr.training.fit import LocalReporter, fit
 from raydetr.training.tracking import LOSSES, Log, Pictures, Tracker, custom_scalars, logged_epochs
+from tests import helpers
 
-TINY = {
-    "model.preset": "detr_tiny",
-    "model.weights": "none",
+TINY = helpers.TINY | {
     "model.num_queries": 9,
     "model.dec_layers": 2,
     "data.train_sizes": [48, 64],
-    "data.val_size": 48,
     "data.crop_resize": [48, 56],
     "data.crop_min": 32,
     "data.crop_max": 48,
-    "data.num_workers": 0,
     "optim.batch_size": 2,
     "optim.epochs": 3,
     "run.pictures": 2,
@@ -47,8 +44,7 @@ PER_EPOCH = {
 
 
 def settings(folder, name, **changes):
-    changes = {key.replace("__", "."): value for key, value in changes.items()}
-    return load_config(TINY, {"data.path": str(folder), "run.storage": str(Path(folder).parent / "runs"), "run.name": name, **changes})
+    return helpers.tiny_config(TINY, folder, Path(folder).parent / "runs", **{"run__name": name, **changes})
 
 
 class Watcher(LocalReporter):

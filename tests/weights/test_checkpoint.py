@@ -231,7 +231,7 @@ def test_disk_that_ends_while_saving_costs_nothing(tmp_path):
 
 def test_ctrl_c_while_saving_stays_ctrl_c_and_costs_nothing(tmp_path, monkeypatch):
     """Wherever between the first byte and the last it comes."""
-    path, content, whole = tmp_path / "last.pth", {"model": {"a": torch.randn(70_000), "b": torch.ones(3)}}, files.written_whole
+    path, content, whole = tmp_path / "last.pth", {"model": {"a": torch.randn(70_000), "b": torch.ones(3)}}, files.atomic_write
     save_checkpoint(path, {"epoch": 1})
 
     @contextlib.contextmanager
@@ -247,7 +247,7 @@ def test_ctrl_c_while_saving_stays_ctrl_c_and_costs_nothing(tmp_path, monkeypatc
             yield SimpleNamespace(write=write_until, flush=file.flush, fileno=file.fileno)
 
     for after in itertools.count():
-        monkeypatch.setattr(checkpoint, "written_whole", functools.partial(interrupted, after=after))
+        monkeypatch.setattr(checkpoint, "atomic_write", functools.partial(interrupted, after=after))
         try:
             save_checkpoint(path, content)
         except KeyboardInterrupt:

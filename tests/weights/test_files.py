@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -234,33 +233,3 @@ def test_full_disk_while_downloading(server, cache):
     assert "UserError" in process.stderr
     assert "File too large" in process.stderr
     assert not whole_files(cache)
-
-
-def test_written_whole_replaces_only_when_it_ends_well(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def break_off():
-        with files.written_whole(path) as file:
-            file.write(b"new")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        break_off()
-    assert path.read_bytes() == b"old"
-    with files.written_whole(path) as file:
-        file.write(b"new")
-        assert path.read_bytes() == b"old"
-    assert path.read_bytes() == b"new"
-    assert os.listdir(tmp_path) == ["file"]
-
-
-def test_written_whole_sweeps_what_killed_processes_left(tmp_path):
-    stale, fresh, other = tmp_path / ".file.1.partial", tmp_path / ".file.2.partial", tmp_path / ".another.1.partial"
-    for file in (stale, fresh, other):
-        file.write_bytes(b"half")
-    for file in (stale, other):
-        os.utime(file, (time.time() - 2 * files.LEFTOVER,) * 2)
-    with files.written_whole(Path(tmp_path / "file")) as file:
-        file.write(b"whole")
-    assert sorted(os.listdir(tmp_path)) == [".another.1.partial", ".file.2.partial", "file"]

@@ -11,9 +11,9 @@ from raydetr.data.check.box_format import guess_box_format
 from raydetr.data.check.findings import GRAVE, MINOR, Report
 from raydetr.data.check.images import CheckedImage, check_images, check_pixels
 from raydetr.data.coco import Split, box_of, category_name, find_split, read_coco
-from raydetr.data.values import as_number, is_finite, listed, short, whole_number
 from raydetr.errors import UserError
-from raydetr.text import fold_name
+from raydetr.text import fold_name, shortlist
+from raydetr.values import as_number, is_finite, short, whole_number
 
 SMALL, MEDIUM = 32**2, 96**2  # COCO's bounds between small, medium and large, in square pixels
 
@@ -282,7 +282,7 @@ def _compare_category(
     where = short(name)
     if train_id is None and measured:
         alike = [short(each) for each in of_train if fold_name(each) == fold_name(name)]
-        where += f" (it cannot be told from {listed(alike)})" if alike else ""
+        where += f" (it cannot be told from {shortlist(alike)})" if alike else ""
         report.error("val", "category is not in the training file", where, "give both files the same list of categories")
         return
     if train_id is None or val_id is None:

@@ -4,7 +4,8 @@ import dataclasses
 import shutil
 import textwrap
 
-from raydetr.data.values import counted, listed, plain
+from raydetr.text import count, shortlist
+from raydetr.values import plain
 
 SHOWN = 3  # occurrences named of each finding, and findings in a summary; the rest is counted
 MINOR, NORMAL, GRAVE = range(3)  # weights of warnings: without effect on a training, worth a look, results are likely to be wrong
@@ -36,7 +37,7 @@ class Finding:
         if not self.occurrences:
             return self.what
         times = f"{len(self.occurrences)} × " if len(self.occurrences) > 1 else ""
-        return f"{times}{self.what}: {listed(self.occurrences, SHOWN)}"
+        return f"{times}{self.what}: {shortlist(self.occurrences, SHOWN)}"
 
     def lines(self, width: int) -> list[str]:
         """Return the finding as a paragraph of at most ``width`` columns: the fault, and below it what to do."""
@@ -93,9 +94,9 @@ class Report:
     def verdict(self) -> str:
         """Return the last line of the report."""
         left = " (quick check: no image was decoded)" if self.quick else ""
-        warnings = f", {counted(len(self._warnings), 'warning')}" if self._warnings else ""
+        warnings = f", {count(len(self._warnings), 'warning')}" if self._warnings else ""
         if self.errors:
-            return f"NOT ready to train: {counted(len(self.errors), 'error')}{warnings}{left}"
+            return f"NOT ready to train: {count(len(self.errors), 'error')}{warnings}{left}"
         return f"Ready to train{warnings or ', nothing to complain of'}{left}"
 
     def summary(self) -> list[str]:
@@ -103,7 +104,7 @@ class Report:
         if not self._warnings:
             return []
         worst = [str(finding) for finding in self.warnings if finding.weight > MINOR][:SHOWN]
-        return [f"data: {counted(len(self._warnings), 'warning')}; `raydetr data check` tells all", *(f"warning: {line}" for line in worst)]
+        return [f"data: {count(len(self._warnings), 'warning')}; `raydetr data check` tells all", *(f"warning: {line}" for line in worst)]
 
 
 def _add(findings: list[Finding], split: str, what: str, where: str | None, advice: str, weight: int) -> None:

@@ -16,8 +16,8 @@ from raydetr.data.check.findings import MINOR, Report
 from raydetr.data.coco import Split, annotated_size
 from raydetr.data.file_names import Located, locate_files
 from raydetr.data.images import Header, image_path, read_header
-from raydetr.data.values import plain, short, whole_number
 from raydetr.errors import UserError
+from raydetr.values import plain, short, whole_number
 
 THUMBNAIL = 16  # cells per side that an image is averaged to, to find images that look the same
 # Root mean square difference (of 255) between the cells of two images, below which they are taken for the same scene. The same

@@ -19,8 +19,8 @@ from raydetr.data.formats.labels import (
     read_splits,
     split_of,
 )
-from raydetr.data.values import is_finite, short, whole_number
 from raydetr.errors import UserError
+from raydetr.values import is_finite, short, whole_number
 
 
 def is_coco(content: object) -> bool:

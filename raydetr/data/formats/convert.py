@@ -18,8 +18,8 @@ from raydetr.data.formats.output import check_new, new_folder, put_image
 from raydetr.data.formats.via import read_via
 from raydetr.data.formats.voc import read_voc
 from raydetr.data.formats.yolo import read_yolo
-from raydetr.data.values import plain
 from raydetr.errors import UserError
+from raydetr.values import plain
 
 SPLITS = ("train", "val")
 READERS = {

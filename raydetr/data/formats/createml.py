@@ -16,8 +16,8 @@ from raydetr.data.formats.labels import (
     read_splits,
     split_files,
 )
-from raydetr.data.values import is_finite, short
 from raydetr.errors import UserError
+from raydetr.values import is_finite, short
 
 
 def is_createml(content: object) -> bool:

@@ -17,8 +17,8 @@ from raydetr.data.formats.labels import (
     read_text,
     split_files,
 )
-from raydetr.data.values import is_finite, short, whole_number
 from raydetr.errors import UserError
+from raydetr.values import is_finite, short, whole_number
 
 # Column by the names that tools give it.
 COLUMNS = {

@@ -13,8 +13,8 @@ from raydetr.data.formats.coco import read_coco
 from raydetr.data.formats.convert import to_coco
 from raydetr.data.formats.labels import LabeledImage, LabeledObject, Notes, Options
 from raydetr.data.formats.output import check_new, new_folder, put_image
-from raydetr.data.values import short
 from raydetr.errors import UserError
+from raydetr.values import short
 
 
 @dataclasses.dataclass

@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from raydetr.data.images import image_path
-from raydetr.data.values import plain, short
 from raydetr.errors import UserError
+from raydetr.values import plain, short
 
 IMAGE_SUFFIXES = frozenset(
     [".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"]

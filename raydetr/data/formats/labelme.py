@@ -18,8 +18,8 @@ from raydetr.data.formats.labels import (
     read_json,
     split_folders,
 )
-from raydetr.data.values import is_finite, short, whole_number
 from raydetr.errors import UserError
+from raydetr.values import is_finite, short, whole_number
 
 
 def is_labelme(content: object) -> bool:

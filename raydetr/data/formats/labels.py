@@ -10,8 +10,8 @@ from typing import Any
 from raydetr.data.formats import shapes
 from raydetr.data.formats.files import ImageFinder, list_files
 from raydetr.data.images import Header, read_header
-from raydetr.data.values import plain
 from raydetr.errors import UserError
+from raydetr.values import plain
 
 VAL_FOLDERS = ("val", "valid", "validation")  # the usual names of the folder of validation images
 SPLIT_WORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", **dict.fromkeys(VAL_FOLDERS, "val")}

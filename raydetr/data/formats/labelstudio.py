@@ -17,8 +17,8 @@ from raydetr.data.formats.labels import (
     read_splits,
     split_files,
 )
-from raydetr.data.values import is_finite, short, whole_number
 from raydetr.errors import UserError
+from raydetr.values import is_finite, short, whole_number
 
 LABEL_KEYS = ("rectanglelabels", "polygonlabels", "ellipselabels", "labels")
 

@@ -21,8 +21,8 @@ from raydetr.data.formats.labels import (
     read_text,
     split_folders,
 )
-from raydetr.data.values import short
 from raydetr.errors import UserError
+from raydetr.values import short
 
 YES = {"1", "true", "yes", "y", "x", "on"}  # values that only say that an attribute applies
 NO = {"0", "false", "no", "n", "off"}
