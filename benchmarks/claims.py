@@ -13,7 +13,7 @@ import math
 import numpy as np
 import optuna
 
-from benchmarks.measure import table
+from benchmarks.measure import first_line, table
 from raydetr.evaluate.intervals import grouped, jackknife_interval, left_out_metrics, overall, weighted_metrics
 from raydetr.evaluate.matches import AREAS, IOUS, Matches
 from raydetr.search.confirm import DEFAULTS, Runs, candidate_count, estimate_gain, judge, multiplier, next_round
@@ -74,7 +74,7 @@ def play_search(surface: Surface, trials: int, seed: int) -> list[tuple[float, n
 
     study.optimize(objective, n_trials=trials)
     complete = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
-    scored = [(trial.value, np.array([trial.params[name] for name in names])) for trial in complete]
+    scored = [(trial.value, np.array([trial.params[name] for name in names])) for trial in complete if trial.value is not None]
     return scored[:1] + sorted(scored[1:], key=lambda each: -each[0])
 
 
@@ -215,7 +215,7 @@ def measure_coverage(sizes: list[int], sets: int, seeds: int, seed: int = 0) -> 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=first_line(__doc__))
     parser.add_argument("what", nargs="?", choices=["claims", "coverage"], default="claims")
     parser.add_argument("--surfaces", nargs="+", choices=list(SURFACES), default=list(SURFACES))
     parser.add_argument("--repeats", type=int, default=200, help="searches on each surface (default 200)")

@@ -87,7 +87,10 @@ def measured() -> Iterator[Parts]:
     replaced |= {"train_one_epoch": parts.train, "_train_epoch": parts.end_of_epoch(fit._train_epoch)}
     named = {"_write_logs": TEXT, "_draw": PICTURES, "_save": CHECKPOINTS}
     recorded = {name: parts.timed(part, getattr(Recorder, name)) for name, part in named.items()}
-    with mock.patch.multiple(fit, **replaced), mock.patch.multiple(Recorder, **recorded):
+    with contextlib.ExitStack() as patches:
+        for owner, functions in ((fit, replaced), (Recorder, recorded)):
+            for name, function in functions.items():
+                patches.enter_context(mock.patch.object(owner, name, function))
         yield parts
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import io
 import os
 import time
+from typing import Any
 
 os.environ.setdefault("RAYON_NUM_THREADS", "1")  # read by hotcoco when it is imported
 
@@ -55,6 +56,8 @@ def _boxes(random: np.random.Generator, number: int) -> np.ndarray:
 
 def peer_evaluation(name: str, coco: dict, results: list[dict]) -> COCOeval:
     """A peer's numbers from a data set and results, silent; both are copied, since it writes into them."""
+    Index: Any
+    Evaluation: Any
     if name == FASTER:
         from faster_coco_eval import COCO as Index
         from faster_coco_eval import COCOeval_faster as Evaluation
@@ -73,7 +76,7 @@ def peer_evaluation(name: str, coco: dict, results: list[dict]) -> COCOeval:
 
 def main() -> None:
     """Measure and print."""
-    parser = options(__doc__.splitlines()[0], repeats=3)
+    parser = options(__doc__, repeats=3)
     parser.add_argument("--images", type=int, default=5000, help="images in the set (default 5000)")
     parser.add_argument("--peers", nargs="+", choices=[PEER, FASTER], default=None, help="who takes part (default: both, if installed)")
     chosen = parser.parse_args()

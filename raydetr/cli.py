@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import click
 from click.shell_completion import CompletionItem
@@ -270,7 +271,7 @@ def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | N
     elif predictions:
         metrics = score_predictions(predictions, config.with_settings(config.Config(), *given).data, split)
     else:
-        metrics = score_checkpoint(checkpoint, *given, split=split)
+        metrics = score_checkpoint(source, *given, split=split)
     click.echo(against_table(metrics) if against else metrics_table(metrics))
     if json_file:
         write_metrics(metrics, json_file)
@@ -492,7 +493,15 @@ def predict(checkpoint: str, sources: tuple[Path, ...], out: Path, **options) ->
 @click.option("--precision", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True, help="Type of the weights (ONNX).")
 @click.option("--quantize", type=click.Choice(["none", "int8"]), default="none", show_default=True, help="Quantize the weights (ONNX).")
 @settings_options("data", "optim")
-def export_command(checkpoint: str, out: Path, to: str, images: tuple[Path, ...], precision: str, quantize: str, **options) -> None:
+def export_command(
+    checkpoint: str,
+    out: Path,
+    to: str,
+    images: tuple[Path, ...],
+    precision: Literal["fp32", "fp16"],
+    quantize: Literal["none", "int8"],
+    **options,
+) -> None:
     """Write a checkpoint's model as ONNX, for transformers, for the official DETR, as safetensors or as TorchScript.
 
     What was written is loaded again and compared with the checkpoint on real images; with another precision, AP on the validation

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -54,9 +54,12 @@ def find_split(data: Data, split: str) -> Split:
         UserError: If the images or the annotations are missing; it says where they were looked for.
     """
     images, annotations = getattr(data, f"{split}_images"), getattr(data, f"{split}_annotations")
-    if data.path is None and not (images and annotations):
+    if images and annotations:
+        root = Path()
+    elif data.path is None:
         raise UserError(f"data.path is not set: give the data set's folder (or data.{split}_images and data.{split}_annotations)")
-    root = Path() if images and annotations else fetched(data.path)
+    else:
+        root = fetched(data.path)
     if not root.is_dir():
         raise UserError(f"data.path: there is no folder {data.path}")
     candidates = [root / "annotations" / name.format(split=split) for name in ANNOTATION_FILES]
@@ -411,16 +414,17 @@ class CocoImages(Dataset):
 
         from raydetr.data.transforms import drawn_from
 
-        size = pixels.shape[-2:]
+        size = (pixels.shape[-2], pixels.shape[-1])
         xyxy = _clip(self._xyxy[self._starts[index] : self._starts[index + 1]], size)
         with drawn_from(self.seed, epoch, index):
-            return self.transforms(tv_tensors.Image(pixels), tv_tensors.BoundingBoxes(xyxy, format="XYXY", canvas_size=tuple(size)))
+            boxes = tv_tensors.BoundingBoxes(xyxy, format="XYXY", canvas_size=size)  # pyright: ignore[reportCallIssue]  # checked as a Tensor
+            return self.transforms(tv_tensors.Image(pixels), boxes)
 
     def size_of(self, epoch: int, index: int) -> tuple[int, int]:
         """Return the height and width of the image of ``dataset[epoch, index]`` without reading its file."""
         width, height = self.files[index][1]
         image, _ = self._transformed(torch.empty(3, height, width, dtype=torch.uint8, device="meta"), epoch, index)
-        return tuple(image.shape[-2:])
+        return image.shape[-2], image.shape[-1]
 
 
 def _clip(xyxy: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -569,6 +573,8 @@ def _batches_of_one_size(dataset: CocoImages, batch_size: int) -> list[list[int]
 class EpochSampler(DistributedSampler):
     """Yield (epoch, index), by which the epoch reaches loading processes: those keep the copy of the data set they started with."""
 
+    dataset: "CocoImages"
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.dataset.epoch
         self.set_epoch(epoch)
@@ -582,10 +588,12 @@ class LikeSizes(BatchSampler):
     has, and which it leaves out, stays as drawn. The workers of a run shuffle alike, so that their images of one step are of similar size.
     """
 
+    sampler: EpochSampler
     window = 64
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        dataset, batches = self.sampler.dataset, super().__iter__()
+        dataset = self.sampler.dataset
+        batches = cast(Iterator[list[tuple[int, int]]], super().__iter__())  # torch's annotation knows whole numbers only
         generator = torch.Generator().manual_seed(self.sampler.seed + dataset.epoch)
         while drawn := list(itertools.islice(batches, self.window)):
             alike = sorted(itertools.chain(*drawn), key=lambda image: _likeness(dataset.size_of(*image)))

@@ -54,7 +54,8 @@ def _normalize() -> list[v2.Transform]:
 
 def _float_planes(image: tv_tensors.Image) -> tv_tensors.Image:
     # Decoding and resizing work on interleaved pixels, the network on planes: converted in the pass that makes them float.
-    return tv_tensors.wrap(image.to(torch.float32, memory_format=torch.contiguous_format), like=image)
+    planes = image.to(torch.float32, memory_format=torch.contiguous_format)
+    return tv_tensors.wrap(planes, like=image)  # pyright: ignore[reportCallIssue]  # its decorator hides its parameters
 
 
 def resized_size(height: int, width: int, short_side: int, max_size: int | None = None) -> tuple[int, int]:
@@ -91,7 +92,8 @@ class ResizeShortSide(v2.Transform):
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw the size that the image and its boxes share."""
         short_side = self.sizes[_draw(0, len(self.sizes) - 1)] if len(self.sizes) > 1 else self.sizes[0]
-        return {"size": resized_size(*functional.get_size(flat_inputs[0]), short_side, self.max_size)}
+        height, width = functional.get_size(flat_inputs[0])
+        return {"size": resized_size(height, width, short_side, self.max_size)}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Resize by bilinear interpolation with antialiasing, as Pillow and the official code do."""

@@ -8,16 +8,16 @@ than 100 objects of one category cannot reach a recall of 1; a crowd region is n
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import hotcoco
 import numpy as np
 
 from raydetr.errors import UserError
-from raydetr.evaluate.matches import AREAS, IOUS, Boxes, Matches, coco_eval, match
+from raydetr.evaluate.matches import AREAS, IOUS, AnnotatedBoxes, Boxes, DetectedBoxes, Matches, coco_eval, match
 from raydetr.memory import without_collections
+from raydetr.values import is_finite
 
 # In the order of pycocotools' ``stats`` and of the official log's ``test_coco_eval_bbox``: what is averaged (precision or recall), the
 # IoU threshold (None: all ten), the size of the objects, and the number of detections that count per image and category.
@@ -54,9 +54,14 @@ class Evaluation:
 
     image_ids: list
     category_ids: list
-    objects: Boxes
-    detections: Boxes
+    objects: AnnotatedBoxes
+    detections: DetectedBoxes
     numbers: hotcoco.COCOeval
+
+    @property
+    def accumulated(self) -> dict[str, np.ndarray]:
+        """``precision`` [IoU, recall level, category, size, most] and ``recall`` [IoU, category, size, most], -1 where undefined."""
+        return cast(dict[str, np.ndarray], self.numbers.eval)
 
     @functools.cached_property
     def matches(self) -> Matches:
@@ -111,26 +116,24 @@ def check_results(coco: dict, results: list[dict]) -> None:
         if result["image_id"] not in known:
             raise UserError(f"results: entry {number} belongs to image {result['image_id']!r}, which the annotations do not have")
         box_xywh, score = result["bbox"], result["score"]
-        if not isinstance(box_xywh, (list, tuple)) or len(box_xywh) != 4 or not all(map(_finite, (*box_xywh, score))):
+        if not isinstance(box_xywh, (list, tuple)) or len(box_xywh) != 4 or not all(map(is_finite, (*box_xywh, score))):
             raise UserError(f"results: entry {number} (image {result['image_id']}) has bbox {box_xywh!r} and score {score!r}")
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-def _objects(coco: dict, image_ids: list, category_ids: list) -> Boxes:
+def _objects(coco: dict, image_ids: list, category_ids: list) -> AnnotatedBoxes:
     annotations = coco["annotations"]
     boxes = _boxes(annotations, image_ids, category_ids)
     area = [each.get("area", width * height) for each, (_, _, width, height) in zip(annotations, boxes.xywh.tolist(), strict=True)]
     crowd = [bool(each.get("iscrowd", 0)) for each in annotations]
-    return dataclasses.replace(boxes, area=np.array(area, float), crowd=np.array(crowd, bool))
+    return AnnotatedBoxes(boxes.image, boxes.category, boxes.xywh, np.array(area, float), np.array(crowd, bool))
 
 
-def _detections(results: list[dict], image_ids: list, category_ids: list) -> Boxes:
+def _detections(results: list[dict], image_ids: list, category_ids: list) -> DetectedBoxes:
     known = set(category_ids)
     results = [result for result in results if result["category_id"] in known]
-    return dataclasses.replace(_boxes(results, image_ids, category_ids), score=np.array([result["score"] for result in results], float))
+    boxes = _boxes(results, image_ids, category_ids)
+    score = np.array([result["score"] for result in results], float)
+    return DetectedBoxes(boxes.image, boxes.category, boxes.xywh, boxes.area, score)
 
 
 def _boxes(entries: list[dict], image_ids: list, category_ids: list) -> Boxes:
@@ -153,7 +156,7 @@ def summarize(evaluation: Evaluation, categories: Iterable[dict]) -> dict[str, A
         categories: The data set's categories. Those that share a name are told apart by their ids: ``"dog (3)"``.
     """
     names = category_names(categories)
-    precision, recall = evaluation.numbers.eval["precision"], evaluation.numbers.eval["recall"]
+    precision, recall = evaluation.accumulated["precision"], evaluation.accumulated["recall"]
     per_category = {
         names[number]: _numbers(precision, recall, evaluation.category_ids.index(number)) for number in (each["id"] for each in categories)
     }

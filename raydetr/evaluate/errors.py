@@ -66,7 +66,7 @@ def confusion(evaluation: Evaluation, categories: Iterable[dict], min_score: flo
 
 def category_curves(evaluation: Evaluation, categories: Iterable[dict]) -> dict[str, np.ndarray | None]:
     """Return each category's precision at the recalls 0, 0.01, ..., 1 at an IoU of 0.5, [101] by name; None without objects."""
-    precision = evaluation.numbers.eval["precision"][0, :, :, 0, -1]  # [recall, category]
+    precision = evaluation.accumulated["precision"][0, :, :, 0, -1]  # [recall, category]
     columns = {name: precision[:, evaluation.category_ids.index(number)] for number, name in category_names(categories).items()}
     return {name: None if (column < 0).all() else column for name, column in columns.items()}
 

@@ -5,6 +5,7 @@ that overlap an object enough to match it; all others are unmatched, whatever ha
 """
 
 import dataclasses
+from typing import Self
 
 import hotcoco
 import numpy as np
@@ -16,27 +17,45 @@ MOST_DETECTIONS = 100  # that count of a category in one image
 
 @dataclasses.dataclass(frozen=True)
 class Boxes:
-    """Annotated or detected boxes [N]; images and categories are positions from 0.
+    """N boxes of some images; images and categories are positions from 0.
 
     Attributes:
         image: Which image each box belongs to, int64 [N].
         category: Which category, int64 [N].
         xywh: Left, top, width and height in pixels, float64 [N, 4].
         area: Of the object in square pixels, which may be less than its box, float64 [N].
-        crowd: Whether an annotation is a crowd region, bool [N]; None for detections.
-        score: Of detections, float64 [N]; None for annotations.
     """
 
     image: np.ndarray
     category: np.ndarray
     xywh: np.ndarray
     area: np.ndarray
-    crowd: np.ndarray | None = None
-    score: np.ndarray | None = None
 
-    def __getitem__(self, chosen: np.ndarray) -> "Boxes":
-        values = dataclasses.asdict(self)
-        return Boxes(**{name: None if value is None else value[chosen] for name, value in values.items()})
+    def __getitem__(self, chosen: np.ndarray) -> Self:
+        """Return the boxes at the positions ``chosen``, int64 [M]."""
+        return type(self)(**{field.name: getattr(self, field.name)[chosen] for field in dataclasses.fields(self)})
+
+
+@dataclasses.dataclass(frozen=True)
+class AnnotatedBoxes(Boxes):
+    """Annotated boxes.
+
+    Attributes:
+        crowd: Whether each is a crowd region, bool [N].
+    """
+
+    crowd: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class DetectedBoxes(Boxes):
+    """Detected boxes.
+
+    Attributes:
+        score: float64 [N].
+    """
+
+    score: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +83,7 @@ class Matches:
     objects: np.ndarray
 
 
-def coco_eval(objects: Boxes, detections: Boxes, images: int, categories: int) -> hotcoco.COCOeval:
+def coco_eval(objects: AnnotatedBoxes, detections: DetectedBoxes, images: int, categories: int) -> hotcoco.COCOeval:
     """Return hotcoco's evaluation of ``detections``, matched but not accumulated yet; its ids are positions from 1."""
     truth = hotcoco.COCO.from_arrays(
         [{"id": number} for number in range(1, images + 1)],
@@ -81,12 +100,12 @@ def coco_eval(objects: Boxes, detections: Boxes, images: int, categories: int) -
     return evaluation
 
 
-def match(objects: Boxes, detections: Boxes, images: int, categories: int) -> Matches:
+def match(objects: AnnotatedBoxes, detections: DetectedBoxes, images: int, categories: int) -> Matches:
     """Match ``detections`` with ``objects`` as COCO does.
 
     Args:
-        objects: The annotated boxes, with ``crowd``.
-        detections: The detected boxes, with ``score``.
+        objects: The annotated boxes.
+        detections: The detected boxes.
         images: The number of images.
         categories: The number of categories.
     """
@@ -108,7 +127,7 @@ def match(objects: Boxes, detections: Boxes, images: int, categories: int) -> Ma
     )
 
 
-def _counted(detections: Boxes) -> tuple[np.ndarray, np.ndarray]:
+def _counted(detections: DetectedBoxes) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the detections that count, in the order of ``Matches``, and the rank of each in its image and category."""
     order = np.lexsort((-detections.score, detections.image, detections.category))  # stable, as pycocotools' sorting
     image, category = detections.image[order], detections.category[order]
@@ -119,7 +138,7 @@ def _counted(detections: Boxes) -> tuple[np.ndarray, np.ndarray]:
     return order[by_score], rank[by_score]
 
 
-def _may_match(objects: Boxes, detections: Boxes, images: int) -> np.ndarray:
+def _may_match(objects: AnnotatedBoxes, detections: DetectedBoxes, images: int) -> np.ndarray:
     """Whether each detection overlaps an object of its category and image by nearly the lowest IoU threshold or more, bool [D]."""
     keys, wanted = (images * boxes.category + boxes.image for boxes in (detections, objects))
     order = np.argsort(keys, kind="stable")
@@ -137,7 +156,7 @@ def _may_match(objects: Boxes, detections: Boxes, images: int) -> np.ndarray:
     return found
 
 
-def _object_counts(objects: Boxes, images: int, categories: int) -> np.ndarray:
+def _object_counts(objects: AnnotatedBoxes, images: int, categories: int) -> np.ndarray:
     counts = np.zeros((len(AREAS), images, categories), np.int64)
     for number, (low, high) in enumerate(AREAS.values()):
         counted = ~objects.crowd & (objects.area >= low) & (objects.area <= high)

@@ -4,7 +4,8 @@ They follow ``SetCriterion`` in ``models/detr.py`` of the official DETR.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from raydetr.loss.boxes import generalized_iou
 from raydetr.loss.matcher import match
 
 Targets = list[dict[str, Tensor]]
+Number = TypeVar("Number", float, Tensor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Criterion(nn.Module):
         share = wrong / normalizers.matched if normalizers.matched else torch.full_like(wrong, len(targets) / normalizers.images)
         return {**losses, "class_error": 100 * share}
 
-    def weighted_sum(self, losses: dict[str, Tensor]) -> Tensor:
+    def weighted_sum(self, losses: Mapping[str, Number]) -> Number:
         """Return the scalar that training minimizes: the weighted sum of the losses that have a weight."""
         weighted = [losses[name] * weight for name, weight in self.weight_dict.items() if name in losses]
         return sum(weighted[1:], weighted[0])
@@ -137,7 +139,7 @@ class Criterion(nn.Module):
             **{"num_boxes": boxes, "class_weight": class_weight, "matched": matched, "images": images},
         }
 
-    def means(self, sums: dict[str, Tensor]) -> dict[str, float]:
+    def means(self, sums: Mapping[str, float | Tensor]) -> dict[str, float]:
         """Return the losses that sums amount to; they do not depend on how the images were spread over batches and workers.
 
         Args:

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 from scipy.optimize import brentq
@@ -25,6 +26,8 @@ from scipy.stats import t as student_t
 
 from raydetr.errors import UserError
 from raydetr.evaluate.intervals import CONFIDENCE, jackknife_variance
+
+Scores = Sequence[float] | np.ndarray  # AP of the runs of one setting, one for each seed
 
 LEVEL = 0.05  # of false claims, where no candidate is better than the defaults
 POWER = 0.8
@@ -121,7 +124,7 @@ def estimate_gain(setting: Runs, other: Runs, all_runs: Sequence[Runs] = ()) -> 
     )
 
 
-def seed_variance(aps: Sequence[Sequence[float]]) -> tuple[float, int]:
+def seed_variance(aps: Sequence[Scores]) -> tuple[float, int]:
     """Return the variance of AP over the seeds of one setting, pooled over the settings, and its degrees of freedom."""
     several = [np.asarray(each, float) for each in aps if len(each) > 1]
     freedom = sum(len(each) - 1 for each in several)
@@ -151,7 +154,7 @@ def dunnett(comparisons: int, freedom: float, level: float = LEVEL) -> float:
         below = ndtr(math.sqrt(2) * value * scale[:, None] + points) ** comparisons
         return 1 - float(shares @ below @ weights) / (2 * weights.sum()) - level
 
-    return float(brentq(exceeded, 0, 1000, xtol=1e-4))
+    return cast(float, brentq(exceeded, 0, 1000, xtol=1e-4))  # scipy has no annotation that depends on ``full_output``
 
 
 def multiplier(comparisons: int, freedom: float) -> float:
@@ -171,7 +174,7 @@ def candidate_count(budget: int) -> int:
     return RACE_CANDIDATES if budget >= RACE_BUDGET else FEW_CANDIDATES
 
 
-def next_round(results: Mapping[int, Sequence[float]], budget: int) -> list[int]:
+def next_round(results: Mapping[int, Scores], budget: int) -> list[int]:
     """Return the settings to train with one more seed, the same for all; none where the confirmation is finished.
 
     With ``RACE_BUDGET`` trainings or more the candidates race: from the second round on, who lies more than one standard error of a
@@ -186,7 +189,7 @@ def next_round(results: Mapping[int, Sequence[float]], budget: int) -> list[int]
     return remaining if spent + len(remaining) <= budget else []
 
 
-def _racing(results: Mapping[int, Sequence[float]]) -> list[int]:
+def _racing(results: Mapping[int, Scores]) -> list[int]:
     rounds = max(map(len, results.values()))
     alive = [number for number in sorted(results) if len(results[number]) == rounds]
     variance, _ = seed_variance(list(results.values()))
@@ -198,7 +201,7 @@ def _racing(results: Mapping[int, Sequence[float]]) -> list[int]:
     return [number for number in alive if number == DEFAULTS or means[number] >= behind]
 
 
-def winner(results: Mapping[int, Sequence[float]]) -> int:
+def winner(results: Mapping[int, Scores]) -> int:
     """Return the candidate with the highest mean AP among those that were trained to the end."""
     rounds = max(map(len, results.values()))
     return max(

@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from raydetr.config import Speed
 from raydetr.errors import UserError
 from raydetr.loss.criterion import Criterion
 from raydetr.loss.matcher import NonFiniteCost
-from raydetr.model.detr import postprocess
+from raydetr.model.detr import DETR, postprocess
 from raydetr.text import shortlist
 from raydetr.training.schedule import MovingAverage
 
@@ -35,7 +35,7 @@ Batch = tuple[Tensor, Tensor | None, list[dict[str, Tensor]]]  # images, padding
 class Training:
     """The state that optimizer steps use and change."""
 
-    model: nn.Module  # the DETR, or DistributedDataParallel around it
+    model: DETR | DistributedDataParallel  # which wraps a DETR
     criterion: Criterion
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
@@ -48,9 +48,9 @@ class Training:
     step: int = 0  # optimizer steps taken so far, over all epochs
 
     @property
-    def detr(self) -> nn.Module:
+    def detr(self) -> DETR:
         """The trained network, without the wrapper for several workers."""
-        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        return cast(DETR, self.model.module) if isinstance(self.model, DistributedDataParallel) else self.model
 
     @property
     def evaluated(self) -> nn.Module:
@@ -137,18 +137,17 @@ def take_step(training: Training, batches: list[Batch]) -> StepRecord:
     names = loss_names(training.criterion)
     targets = [[_boxes_and_labels(target, training.device) for target in batch[2]] for batch in batches]
     normalizers = training.criterion.normalizers(targets, training.detr.query_embed.num_embeddings)
-    total = None
+    model, values = training.model, []
     for number, (images, mask, _) in enumerate(batches):
-        more_to_come = number < len(batches) - 1 and isinstance(training.model, DistributedDataParallel)
-        with training.model.no_sync() if more_to_come else contextlib.nullcontext():
-            outputs = _forward(training.model, images, mask, training.device, training.dtype)
+        last = number == len(batches) - 1  # whose backward pass adds up the gradients of all workers
+        with contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
+            outputs = _forward(model, images, mask, training.device, training.dtype)
             losses = _losses(training.criterion, outputs, targets[number], normalizers)
             training.scaler.scale(losses["loss"]).backward()
-        losses = torch.stack([losses[name].detach() for name in names[:-1]])
-        total = losses if total is None else total + losses
+        values.append(torch.stack([losses[name].detach() for name in names[:-1]]))
     training.scaler.unscale_(training.optimizer)
     norm = nn.utils.clip_grad_norm_(training.detr.parameters(), training.clip_max_norm or math.inf)
-    learning_rates = training.scheduler.get_last_lr()
+    learning_rates = [float(each) for each in training.scheduler.get_last_lr()]
     training.scaler.step(training.optimizer)
     training.scaler.update()
     training.optimizer.zero_grad()
@@ -157,7 +156,7 @@ def take_step(training: Training, batches: list[Batch]) -> StepRecord:
         training.average.update()
     training.step += 1
     image_ids = [int(target["image_id"]) for batch in batches for target in batch[2]]
-    return StepRecord(training.step, torch.cat([total, norm[None]]), image_ids, learning_rates)
+    return StepRecord(training.step, torch.cat([sum(values[1:], values[0]), norm[None]]), image_ids, learning_rates)
 
 
 def loss_names(criterion: Criterion) -> list[str]:
@@ -255,7 +254,7 @@ def _losses(criterion: Criterion, outputs: dict[str, Any], targets: list[dict], 
         losses = criterion(outputs, targets, normalizers)
     except NonFiniteCost:
         # The other workers wait for this one in the backward pass. All of them stop together when they read the losses.
-        broken = (outputs["pred_logits"].sum() + outputs["pred_boxes"].sum()) * math.nan
+        broken: Tensor = (outputs["pred_logits"].sum() + outputs["pred_boxes"].sum()) * math.nan
         return dict.fromkeys(loss_names(criterion), broken)
     return {**losses, "loss": criterion.weighted_sum(losses)}
 
@@ -324,7 +323,8 @@ def evaluate(
         UserError: On every worker, if the network's outputs are not finite or the data set is empty.
     """
     model.eval()
-    names, sums, found, broken = (), [], [], []
+    names: tuple[str, ...] = ()
+    sums, found, broken = [], [], []
     for images, mask, targets in loader:
         outputs = _forward(model, images, mask, device, dtype)
         image_ids = [int(target["image_id"]) for target in targets]
@@ -351,7 +351,7 @@ def _sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _combined_losses(criterion: Criterion, names_of_workers: Sequence[tuple], sums_of_workers: Sequence[list]) -> dict[str, float]:
-    names = next((names for names in names_of_workers if names), ())
+    names: tuple[str, ...] = next((names for names in names_of_workers if names), ())
     # fsum is exact, so that neither the order of the batches nor the number of workers changes the result.
     totals = [math.fsum(column) for column in zip(*itertools.chain.from_iterable(sums_of_workers), strict=True)]
     if not totals:

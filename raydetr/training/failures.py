@@ -60,7 +60,7 @@ def failures_explained(folder: Path) -> Iterator[None]:
         if isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError):
             raise UserError(f"{error.filename or folder}: {error.strerror}; correct its owner or permissions, or choose another") from error
         raise
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except torch._dynamo.exc.TorchDynamoException as error:  # pyright: ignore[reportAttributeAccessIssue]  # torch loads it when needed
         said = one_line(str(error).split("\n\n")[0])  # advice on debugging the compiler follows
         raise UserError(f"speed.compile: torch.compile fails here, --speed.compile off trains without ({said})") from error
     except RuntimeError as error:

@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from raydetr.data.fingerprint import data_fingerprint
 from raydetr.data.transforms import train_transforms, val_transforms
 from raydetr.errors import UserError
 from raydetr.loss.criterion import build_criterion
+from raydetr.model.backbone import Backbone
 from raydetr.model.detr import DETR
 from raydetr.storage import working_folder
 from raydetr.training.engine import Training, choose_dtype
@@ -175,7 +176,7 @@ def _training(
     dtype = choose_dtype(config.speed, device)
     if config.speed.compile == "on":
         # In place, so that the names in checkpoints stay. Compiled once for all sizes of batches.
-        model.backbone[0].body.compile(dynamic=True)
+        cast(Backbone, model.backbone[0]).body.compile(dynamic=True)
     losses = dataclasses.asdict(config.loss) | dataclasses.asdict(config.matcher)
     criterion = build_criterion(num_classes, aux_loss=config.model.aux_loss, dec_layers=config.model.dec_layers, **losses)
     optimizer = build_optimizer(model, optim)
@@ -192,9 +193,8 @@ def _training(
             average.module.load_state_dict(content["ema"] or content["model"])
             average.updates = content["ema_updates"]
     scheduler = build_scheduler(optimizer, optim, steps_per_epoch, epoch * steps_per_epoch)
-    if reporter.world_size > 1:
-        model = _distributed(model, device)
-    return Training(model, criterion, optimizer, scheduler, scaler, average, device, dtype, optim.accumulate, optim.clip_max_norm, step)
+    trained = _distributed(model, device) if reporter.world_size > 1 else model
+    return Training(trained, criterion, optimizer, scheduler, scaler, average, device, dtype, optim.accumulate, optim.clip_max_norm, step)
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, optim: Optim) -> None:
@@ -215,8 +215,9 @@ def _distributed(model: nn.Module, device: torch.device) -> DistributedDataParal
     name = (
         "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"
     )
+    options: dict[str, Any] = {name: False}
     device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True, **{name: False})
+    return DistributedDataParallel(model, device_ids, gradient_as_bucket_view=True, **options)
 
 
 def _restore_random_state(config: Config, rank: int, epoch: int, device: torch.device, content: dict[str, Any] | None) -> None:

@@ -116,7 +116,7 @@ class Tracker:
 
     def log_pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
         """Write images by their file names."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]  # protobuf defines it at run time
 
         for name, picture in pictures.items():
             # JPEG takes a fifth of the space and a fiftieth of the time of the PNG that torch would write.
@@ -126,7 +126,7 @@ class Tracker:
             self._events.add(Summary(value=[Summary.Value(tag=f"pictures/{name}", image=image)]), step)
 
     def _scalars(self, step: int, scalars: dict[str, float | None]) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]  # protobuf defines it at run time
 
         # One event for all: one for each would take a tenth of a small model's step.
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items() if value is not None]
@@ -162,7 +162,7 @@ class _Events:
     flush_interval_s = 10.0
 
     def __init__(self, folder: Path, purge_step: int | None):
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]  # protobuf defines it at run time
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         # TensorBoard reads the files of a folder in the order of their names: the time comes first.
@@ -200,7 +200,7 @@ def _plain(value: Any) -> str | int | float:
 
 def _set_intervals(experiment, intervals: Mapping[str, tuple[float, float]]) -> None:
     """Add to an experiment's summary the intervals that torch has no argument for."""
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]  # protobuf defines it at run time
 
     plugin = experiment.value[0].metadata.plugin_data
     content = HParamsPluginData.FromString(plugin.content)

@@ -151,7 +151,7 @@ def _check_annotations(
     labels, ids = _labels(categories), set()
     tally = _Tally(labels.values())
     for number, entry in enumerate(entries, 1):
-        image = images.get(whole_number(entry.get("image_id")))
+        image = _image_of(entry, images)
         where = f"annotation id {short(entry['id'])}" if "id" in entry else f"annotation number {number}"
         where += f" in {image.label}" if image else ""
         _check_annotation_id(entry.get("id"), ids, where, split, report)
@@ -164,6 +164,11 @@ def _check_annotations(
             what = f"image has more boxes than the model has object queries ({num_queries})"
             report.warn(split, what, f"{images[image_id].label}: {boxes}", "the rest cannot be found; raise model.num_queries")
     return tally.stats(len(images))
+
+
+def _image_of(entry: dict, images: dict[int, CheckedImage]) -> CheckedImage | None:
+    image_id = whole_number(entry.get("image_id"))
+    return None if image_id is None else images.get(image_id)
 
 
 def _check_annotation_id(value: Any, ids: set[int | None], where: str, split: str, report: Report) -> None:
@@ -195,7 +200,7 @@ def _check_annotation(
     if crowd not in (0, 1, None):
         report.error(split, "iscrowd is neither 0 nor 1", f"{where}: {short(crowd)}", "correct it")
     box = _check_box(entry, image, where, split, report)
-    if image is None or category_id not in labels or box is None:
+    if image is None or image_id is None or category_id not in labels or box is None:
         return
     if crowd:
         tally.crowds += 1
@@ -239,7 +244,7 @@ def _check_box(entry: dict, image: CheckedImage | None, where: str, split: str, 
 def _check_box_format(entries: list[dict], images: dict[int, CheckedImage], split: str, report: Report) -> None:
     boxes, sizes, areas = [], [], []
     for entry in entries:
-        image, box, area = images.get(whole_number(entry.get("image_id"))), box_of(entry), as_number(entry.get("area"))
+        image, box, area = _image_of(entry, images), box_of(entry), as_number(entry.get("area"))
         if image and image.size and box and all(map(is_finite, box)):
             boxes.append(box)
             sizes.append(image.size)
@@ -262,16 +267,19 @@ def _check_area(area: Any, xywh: tuple[float, float, float, float], where: str, 
 
 def _compare_categories(train: dict[int, str], val: dict[int, str], report: Report) -> None:
     """Compare the categories of both splits as training does, which finds those of val among its own."""
-    boxes = {
+    boxes: dict[str, dict[int | None, int]] = {
         split: {category_id: report.stats[split]["categories"][label]["boxes"] for category_id, label in _labels(names).items()}
         for split, names in (("train", train), ("val", val))
     }
     known = [{"id": category_id, "name": name} for category_id, name in train.items()]
     found = match_categories([{"id": category_id, "name": name} for category_id, name in val.items()], known)
-    pairs = [(None if position is None else known[position]["id"], val_id) for val_id, position in zip(val, found, strict=True)]
-    pairs += [(train_id, None) for train_id in train if train_id not in {each for each, _ in pairs}]
-    for train_id, val_id in pairs:
-        name = train[train_id] if train_id is not None else val[val_id]
+    matched = {val_id: known[position]["id"] for val_id, position in zip(val, found, strict=True) if position is not None}
+    pairs: list[tuple[str, int | None, int | None]] = []
+    for val_id, name in val.items():
+        train_id = matched.get(val_id)
+        pairs.append((name if train_id is None else train[train_id], train_id, val_id))
+    pairs += [(name, train_id, None) for train_id, name in train.items() if train_id not in matched.values()]
+    for name, train_id, val_id in pairs:
         learnt, measured = boxes["train"].get(train_id, 0), boxes["val"].get(val_id, 0)
         _compare_category(name, train_id, val_id, learnt, measured, list(train.values()), report)
 

@@ -119,8 +119,8 @@ def _add(findings: list[Finding], split: str, what: str, where: str | None, advi
 def _overview(stats: dict[str, dict]) -> list[str]:
     if not stats:
         return []
-    counts = [("", "images", "without boxes", "boxes", "crowds", "most in one image")]
-    sizes = [("box area", "small < 32x32", "medium", "large >= 96x96")]  # as in COCO's AP by size
+    counts: list[tuple] = [("", "images", "without boxes", "boxes", "crowds", "most in one image")]
+    sizes: list[tuple] = [("box area", "small < 32x32", "medium", "large >= 96x96")]  # as in COCO's AP by size
     for split, each in stats.items():
         counts.append((split, *(each[key] for key in ("images", "without_boxes", "boxes", "crowds", "most_boxes"))))
         total = max(1, sum(each["sizes"].values()))
@@ -132,7 +132,7 @@ def _balance(stats: dict[str, dict]) -> list[str]:
     names = list(dict.fromkeys(name for each in stats.values() for name in each["categories"]))
     if not names:
         return []
-    rows = [("category", *(f"{split} {what}" for split in stats for what in ("images", "boxes")))]
+    rows: list[tuple] = [("category", *(f"{split} {what}" for split in stats for what in ("images", "boxes")))]
     for name in names:
         row = [plain(name)]
         for each in stats.values():

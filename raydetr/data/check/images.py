@@ -34,6 +34,12 @@ class CheckedImage(NamedTuple):
     size: tuple[int, int] | None  # annotated width and height, else those of the file; None where neither is known
     split: Split
 
+    @property
+    def file(self) -> Path:
+        """The file of an image that has one."""
+        assert self.path is not None
+        return self.path
+
 
 def check_images(entries: list[dict], split: Split, name: str, report: Report) -> dict[int, CheckedImage]:
     """Check the image entries of an annotation file and their files; return those with a sound id, by id.
@@ -76,16 +82,17 @@ def _sound_names(entries: list[dict], folder: Path) -> list[str]:
 
 
 def _check_image(entry: dict, label: str, split: Split, located: Located, name: str, report: Report) -> CheckedImage:
-    size, file_name = annotated_size(entry), entry.get("file_name")
+    size = annotated_size(entry)
     unusable = CheckedImage(label, None, size, split)
     if size is None:
         report.warn(name, "image has no width and height", label, "they are read from the file; write them into the annotations", MINOR)
     try:
-        image_path(split.images, file_name)
+        image_path(split.images, entry.get("file_name"))
     except UserError:
         advice = "give it relative to the image folder; raydetr data convert --from coco finds exported images by their names"
         report.error(name, "file name leads out of the image folder or is none", label, advice)
         return unusable
+    file_name = entry["file_name"]
     if file_name not in located.found:
         hint = located.missing[file_name]
         advice = f"put it into {split.images} (mind upper and lower case), or take it out of the annotations"
@@ -139,7 +146,7 @@ def check_pixels(images: dict[str, list[CheckedImage]], report: Report, progress
         results = pool.map(_thumbnail, (image for _, image in jobs))
         for done, ((split, image), result) in enumerate(zip(jobs, results, strict=True), 1):
             if isinstance(result, UserError):
-                report.error(split, "image is broken or truncated", f"{image.label}: {_reason(result, image.path)}", REPLACE)
+                report.error(split, "image is broken or truncated", f"{image.label}: {_reason(result, image.file)}", REPLACE)
             else:
                 seen[split].append((image, result))
             if progress:
@@ -153,7 +160,7 @@ def check_pixels(images: dict[str, list[CheckedImage]], report: Report, progress
 def _thumbnail(image: CheckedImage) -> torch.Tensor | UserError:
     """Return the image averaged to a few cells, float32 [3 x 16 x 16], or why it cannot be read."""
     try:
-        pixels = image.split.read(image.path, image.size)
+        pixels = image.split.read(image.file, image.size)
     except UserError as error:
         return error
     step = max(1, min(pixels.shape[-2:]) // (32 * THUMBNAIL))  # 1000 samples per cell are enough
@@ -178,10 +185,10 @@ def _find_shared(train: list[tuple[CheckedImage, torch.Tensor]], val: list[tuple
 
 def _same_files(train: list[CheckedImage], val: list[CheckedImage]) -> list[tuple[CheckedImage, CheckedImage]]:
     """Return pairs of files with the same bytes; only files of the same length are read."""
-    lengths = {image.path: image.path.stat().st_size for image in (*train, *val)}
-    shared = {lengths[image.path] for image in train} & {lengths[image.path] for image in val}
-    of_train = {_digest(image.path): image for image in train if lengths[image.path] in shared}
-    pairs = ((of_train.get(_digest(image.path)), image) for image in val if lengths[image.path] in shared)
+    lengths = {image.file: image.file.stat().st_size for image in (*train, *val)}
+    shared = {lengths[image.file] for image in train} & {lengths[image.file] for image in val}
+    of_train = {_digest(image.file): image for image in train if lengths[image.file] in shared}
+    pairs = ((of_train.get(_digest(image.file)), image) for image in val if lengths[image.file] in shared)
     return [(one, other) for one, other in pairs if one]
 
 
