@@ -69,26 +69,20 @@ def find_split(data: Data, split: str) -> Split:
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         looked = " and ".join(map(str, candidates))
-        advice = _advice_for_export(root) or f"set data.{split}_annotations or convert with raydetr data convert"
+        advice = _conversion_advice(root) or f"set data.{split}_annotations or convert with raydetr data convert"
         raise UserError(f"no {split} annotations: looked for {looked}; {advice}")
     if not folder.is_dir():
-        advice = _advice_for_export(root) or f"set data.{split}_images if they are elsewhere"
+        advice = _conversion_advice(root) or f"set data.{split}_images if they are elsewhere"
         raise UserError(f"no {split} images: looked for the folder {folder}; {advice}")
     return Split(folder, file, data.exif, data.max_megapixels)
 
 
-def _advice_for_export(root: Path) -> str | None:
-    """What to do with a folder that an annotation tool exported as COCO, where it can be told by its files."""
-    tools = {
-        "Roboflow": [f"{split}/_annotations.coco.json" for split in ("train", "valid", "val", "test", ".")],
-        "CVAT": ["annotations/instances_default.json"],
-        "Label Studio": ["result.json", "result_coco.json"],
-    }
-    for tool, files in tools.items():
-        found = next((file for file in files if (root / file).is_file()), None)
-        if found:
-            return f"this looks like a COCO export of {tool} ({found}): raydetr data convert {root} NEW_FOLDER --from coco"
-    return None
+def _conversion_advice(root: Path) -> str | None:
+    """Return how to convert what an annotation tool left in the data set's folder; None where nothing there calls for it."""
+    from raydetr.data.formats.detect import conversion_hint  # loads eight formats, which a sound data set does not need
+
+    own = (root / "annotations" / name.format(split=split) for name in ANNOTATION_FILES for split in ("train", "val"))
+    return None if any(file.is_file() for file in own) else conversion_hint(root)
 
 
 # ---------------------------------------------------------------------------------------------------- the annotation file

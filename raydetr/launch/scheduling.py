@@ -103,7 +103,7 @@ class StudySearcher(Searcher):
             drawn: Its settings as they were drawn; None: as the study has them now.
         """
         config = self.search.config(number) if drawn is None else self.search.complete(drawn)
-        config.run.storage, config.run.name = join(self.search.place, TRIALS_FOLDER), self.search.trial_name(number)
+        config.run.storage, config.run.name = join(self.search.path, TRIALS_FOLDER), self.search.trial_name(number)
         config.run.workers = self.demands.workers
         return {
             "number": number,
@@ -335,7 +335,7 @@ def grace_epochs(optim: settings.Optim) -> int:
 
 def trial_root(search: Search, number: int) -> str:
     """Return the folder or URI of the run of a trial."""
-    return join(search.place, TRIALS_FOLDER, search.trial_name(number))
+    return join(search.path, TRIALS_FOLDER, search.trial_name(number))
 
 
 def trial_folder(search: Search, number: int) -> Path:

@@ -148,7 +148,7 @@ def resume(
 def _extend(search: Search, trials: int | None) -> None:
     begun = sum(trial.datetime_start is not None for trial in search.frozen())
     if trials is not None and trials < begun:
-        raise UserError(f"--trials {trials}: {begun} trials of {search.place} have begun already; give {begun} to finish these, or more")
+        raise UserError(f"--trials {trials}: {begun} trials of {search.path} have begun already; give {begun} to finish these, or more")
     if trials is not None and trials != search.trials:
         search.extend(trials)
 
@@ -171,10 +171,10 @@ def pushing(search: Search) -> Iterator[None]:
 
     This process then owns the search: another that ran it, on whatever machine, stops at its next push.
     """
-    if not is_uri(search.place):
+    if not is_uri(search.path):
         yield
         return
-    search.owner, done = become_owner(search.place), threading.Event()
+    search.owner, done = become_owner(search.path), threading.Event()
 
     def push_again_and_again() -> None:
         while not done.wait(KEEP_INTERVAL_S):
@@ -189,7 +189,7 @@ def pushing(search: Search) -> Iterator[None]:
         done.set()
         thread.join()
         search.push()
-        remove_tokens(search.place, OWNER)
+        remove_tokens(search.path, OWNER)
 
 
 def _run(search: Search, demands: Demands, slots: Slots, images: list[ray.ObjectRef], time_budget_s: float | None) -> Search:
@@ -244,7 +244,7 @@ def _last_words(search: Search) -> str:
 
 def how_to_resume(search: Search) -> str:
     """Return how to resume a search that ended early, in words."""
-    return f"finished epochs are kept: raydetr tune --resume {search.place}"
+    return f"finished epochs are kept: raydetr tune --resume {search.path}"
 
 
 def fit_until_full(tuner: ray.tune.Tuner, search: Search, scheduler: StudyScheduler) -> None:
@@ -264,7 +264,7 @@ def fit_until_full(tuner: ray.tune.Tuner, search: Search, scheduler: StudySchedu
         else:
             raise
     if scheduler.full:
-        raise DiskFull(f"{scheduler.full}; trials under way were stopped: make room, then raydetr tune --resume {search.place}")
+        raise DiskFull(f"{scheduler.full}; trials under way were stopped: make room, then raydetr tune --resume {search.path}")
 
 
 def _file_error(error: BaseException | None) -> OSError | None:
@@ -318,8 +318,8 @@ def summary(search: Search) -> str:
     unfinished = search.trials - sum(trial.state.is_finished() for trial in search.frozen())
     lines = [top_trials(search)]
     if unfinished > 0:
-        lines.append(f"{unfinished} of {search.trials} trials are not finished: raydetr tune --resume {search.place}")
+        lines.append(f"{unfinished} of {search.trials} trials are not finished: raydetr tune --resume {search.path}")
     if search.best():
-        best = {name: join(search.place, name) for name in ("best.yaml", "best.pth")}
+        best = {name: join(search.path, name) for name in ("best.yaml", "best.pth")}
         lines.append(f"best settings: raydetr train --config {best['best.yaml']}; its weights: {best['best.pth']}")
     return "\n".join(lines)

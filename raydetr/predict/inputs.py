@@ -8,12 +8,10 @@ from typing import Any
 
 from raydetr.config import Data
 from raydetr.data.coco import find_split, load_coco
-from raydetr.data.images import image_path
+from raydetr.data.images import IMAGE_SUFFIXES, image_path
 from raydetr.draw import Box
 from raydetr.errors import UserError
-
-# Files in a folder that are taken for images; a file that is named itself may have any suffix.
-SUFFIXES = frozenset([".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".jp2", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
+from raydetr.text import count
 
 
 @dataclass
@@ -62,7 +60,7 @@ def find_images(
         return _annotated(files, [image["file_name"] for image in coco["images"]], coco["images"], coco), coco["categories"], warnings
     files = list(dict.fromkeys(_files_of(paths, out)))
     if not files:
-        raise UserError(f"no images in {', '.join(map(str, paths)) or 'nothing'}: looked for {' '.join(sorted(SUFFIXES))}")
+        raise UserError(f"no images in {', '.join(map(str, paths)) or 'nothing'}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
     names = _names(files)
     if annotations is None:
         return [InputImage(file, name, number) for number, (file, name) in enumerate(zip(files, names, strict=True), 1)], None, []
@@ -70,7 +68,7 @@ def find_images(
     images = _images_of(files, coco["images"], annotations)
     unknown = images.count(None)
     if unknown == len(files):
-        images_given = f"{len(files)} image{'s' if len(files) > 1 else ''}"
+        images_given = count(len(files), "image")
         raise UserError(f"{annotations} knows none of the {images_given}: the first is {names[0]}, not in its file names")
     if unknown:
         warnings.append(f"{annotations}: {unknown} of {len(files)} images not in it, shown without true boxes")
@@ -102,7 +100,7 @@ def _walk(folder: Path) -> Iterator[Path]:
         seen.add(os.path.realpath(parent))
         folders[:] = sorted(each for each in folders if not each.startswith("."))
         for file in sorted(files):
-            if Path(file).suffix.lower() in SUFFIXES and not file.startswith("."):
+            if Path(file).suffix.lower() in IMAGE_SUFFIXES and not file.startswith("."):
                 yield Path(os.path.abspath(os.path.join(parent, file)))
 
 

@@ -20,7 +20,9 @@ from raydetr.loss.criterion import build_criterion
 from raydetr.memory import kept_memory
 from raydetr.model.detr import DETR
 from raydetr.predict.categories import find_categories
+from raydetr.text import shortlist
 from raydetr.training.engine import choose_device, choose_dtype, evaluate
+from raydetr.training.run import val_batch_size
 from raydetr.weights.checkpoint import read_checkpoint
 from raydetr.weights.fitting import load
 from raydetr.weights.official import located
@@ -106,9 +108,9 @@ def detect_with(
             f"{name}: does not name the categories of its {len(found)} classes, and the data set has {len(dataset.categories)}: "
             "nothing tells which is which; evaluate it on the categories that it was trained with"
         )
-    data, batch_size = config.data, config.data.val_batch_size or config.optim.batch_size
+    data = config.data
     loading = {"num_workers": data.num_workers, "device": device, "timeout_s": data.batch_timeout_s}
-    loader = build_loader(dataset, batch_size, rank=0, world_size=1, shuffle=False, **loading)
+    loader = build_loader(dataset, val_batch_size(config, device), rank=0, world_size=1, shuffle=False, **loading)
     criterion = build_criterion(len(model.categories), aux_loss=False)
     _, detections = evaluate(network, criterion, _without_truth(loader), device, choose_dtype(config.speed, device))
     categories = [{"id": None if position is None else dataset.categories[position]["id"]} for position in found]
@@ -173,7 +175,7 @@ def read_predictions(predictions: str | Path, data: settings.Data, split: str = 
         raise UserError(f"{predictions}: {error}") from None
     known = {category["id"] for category in dataset.coco["categories"]}
     foreign = Counter(result["category_id"] for result in results if result["category_id"] not in known)
-    ids = ", ".join(map(str, list(foreign)[:5])) + (", ..." if len(foreign) > 5 else "")
+    ids = shortlist(foreign, 5)
     note = f"{foreign.total()} of {len(results)} detections have a category id that the data set lacks ({ids}) and do not count"
     return Detected(dataset.coco, results, None, [], [note] if foreign else [])
 
@@ -192,8 +194,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
     notes = [f"{note[0].upper()}{note[1:]}." for note in metrics.get("notes", ())]
     unknown = metrics.get("unknown_categories")
     if unknown:
-        names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        notes.append(f"The data set has no category named {names}: what the checkpoint detects of them does not count.")
+        notes.append(f"The data set has no category named {shortlist(unknown, 5)}: what the checkpoint detects of them does not count.")
     return "\n".join([*lines, *([""] if notes else []), *notes])
 
 

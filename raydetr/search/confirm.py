@@ -26,6 +26,7 @@ from scipy.stats import t as student_t
 
 from raydetr.errors import UserError
 from raydetr.evaluate.intervals import CONFIDENCE, jackknife_variance
+from raydetr.text import count
 
 Scores = Sequence[float] | np.ndarray  # AP of the runs of one setting, one for each seed
 
@@ -309,7 +310,7 @@ def sentence(verdict: Verdict) -> str:
     seeds, images = f"{verdict.seeds} seeds", f"{verdict.images} test images"
     if verdict.images < LEAST_IMAGES:
         return (
-            f"With {_few(verdict.images)} no difference can be shown, whatever the number of seeds; "
+            f"With {count(verdict.images, 'image')} no difference can be shown, whatever the number of seeds; "
             f"at least {LEAST_IMAGES} images are needed to try."
         )
     interval = f"(95 % interval {_points(verdict.low)} to {_points(verdict.high)}; {seeds}, {images})"
@@ -357,10 +358,6 @@ def _points(ap: float) -> str:
 
 def _negated(verdict: Verdict, seeds: str, images: str) -> str:
     return f"(95 % interval {_points(-verdict.high)} to {_points(-verdict.low)}; {seeds}, {images})"
-
-
-def _few(images: int) -> str:
-    return "1 image" if images == 1 else f"{images} images"
 
 
 def _round(number: float) -> str:

@@ -68,7 +68,7 @@ class Search:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.place, self.folder = str(path), working_folder(path)
+        self.path, self.folder = str(path), working_folder(path)
         self.study = read_study(self.folder)
         self.space = _read_own_space(self.folder / SPACE_FILE)
         self.base_config = read_config(self.folder / CONFIG_FILE)
@@ -79,7 +79,7 @@ class Search:
         self._numbers: dict[str, int] = {}  # the trials by key, which a trial keeps while this process runs the search
 
     def __reduce__(self):
-        return Search, (self.place,)
+        return Search, (self.path,)
 
     def _check_unedited(self) -> None:
         """Raise a UserError if the space or the base settings differ from those that the study began with."""
@@ -101,8 +101,8 @@ class Search:
             UserError: The store refuses or does not answer, or another process has taken over the search that this one runs.
         """
         if self.owner:
-            check_owner(self.place, self.owner, patience_s)
-        push(self.place, recursive=False, patience_s=patience_s)
+            check_owner(self.path, self.owner, patience_s)
+        push(self.path, recursive=False, patience_s=patience_s)
 
     @property
     def metric(self) -> str:

@@ -485,20 +485,28 @@ def test_a_category_that_two_of_train_resemble_is_not_merged_with_either(coco_fo
 
 
 @pytest.mark.parametrize(
-    ("file", "tool"),
+    "file",
     [
-        ("train/_annotations.coco.json", "Roboflow"),
-        ("_annotations.coco.json", "Roboflow"),
-        ("annotations/instances_default.json", "CVAT"),
-        ("result.json", "Label Studio"),
+        "train/_annotations.coco.json",  # Roboflow
+        "_annotations.coco.json",
+        "annotations/instances_default.json",  # CVAT
+        "result.json",  # Label Studio
     ],
 )
-def test_a_coco_export_is_recognized_and_the_command_that_converts_it_named(tmp_path, file, tool):
+def test_a_coco_export_is_recognized_and_the_command_that_converts_it_named(tmp_path, file):
     (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text("{}")
-    with pytest.raises(UserError, match=f"COCO export of {tool} .* raydetr data convert .* --from coco") as error:
+    (tmp_path / file).write_text('{"images": [], "annotations": [], "categories": []}')
+    with pytest.raises(UserError, match=rf"{file} is in the format coco: raydetr data convert {tmp_path} NEW_FOLDER --from coco") as error:
         check(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_data_set_that_lacks_a_split_is_not_to_be_converted(coco_folder):
+    root = coco_folder(train=2, val=2)
+    (root / "annotations" / "custom_val.json").unlink()
+    (finding,) = check(root).errors
+    assert "set data.val_annotations" in finding.what
+    assert "NEW_FOLDER" not in finding.what
 
 
 # -------------------------------------------------------------------------------------------------------------- summary
