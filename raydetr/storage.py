@@ -186,21 +186,45 @@ def push(path: str | Path, *, only: str = "*", recursive: bool = True, patience_
 
 
 def copy(source: str, target: str) -> None:
-    """Copy an object within the store, replacing ``target``. Does nothing if there is no ``source``. Both are URIs."""
+    """Copy an object within its store, replacing ``target``. Does nothing if there is no ``source``.
+
+    Args:
+        source: URI of the object to copy.
+        target: URI to copy it to.
+    """
     system = _file_system(source)
     with contextlib.suppress(FileNotFoundError):
         _ask(target, lambda: system.copy_file(_path_of(source), _path_of(target)))
 
 
 def exists(path: str, patience_s: float = PATIENCE_S) -> bool:
-    """Return whether there is a file or folder. Raises a UserError if the store refuses or does not answer."""
+    """Return whether a file or folder exists.
+
+    Args:
+        path: Path or URI.
+        patience_s: How long to retry while the store does not answer, in seconds.
+
+    Raises:
+        UserError: The store refuses or does not answer.
+    """
     if is_uri(path):
         return _ask(path, lambda: _file_system(path).get_file_info(_path_of(path)), patience_s).type.name != "NotFound"
     return Path(path).exists()
 
 
 def write_token(path: str, name: str, token: str, patience_s: float = PATIENCE_S) -> None:
-    """Write a small file with a token in a folder. Raises a UserError about a store and an OSError about a disk."""
+    """Write a token, a short text by which processes recognize each other, to a file.
+
+    Args:
+        path: Path or URI of the folder.
+        name: Name of the file.
+        token: The text.
+        patience_s: How long to retry while the store does not answer, in seconds.
+
+    Raises:
+        UserError: The store refuses or does not answer.
+        OSError: The disk of a local folder cannot be written.
+    """
     if is_uri(path):
         _ask(path, lambda: _write(join(path, name), token.encode()), patience_s)
     else:

@@ -35,7 +35,12 @@ class Split(NamedTuple):
     max_megapixels: int = MAX_MEGAPIXELS  # data.max_megapixels
 
     def read(self, path: Path, size: tuple[int, int] | None) -> torch.Tensor:
-        """Return :func:`raydetr.data.images.read_image` of a file with the annotated (width, height)."""
+        """Decode an image of this split as RGB, uint8 [3, height, width]; see :func:`raydetr.data.images.read_image`.
+
+        Args:
+            path: The image file.
+            size: Annotated width and height in pixels, which tell whether the EXIF rotation applies; None if they are unknown.
+        """
         return read_image(path, size, self.exif, self.max_megapixels)
 
 
@@ -415,7 +420,12 @@ class CocoImages(Dataset):
             return self.transforms(tv_tensors.Image(pixels), boxes)
 
     def size_of(self, epoch: int, index: int) -> tuple[int, int]:
-        """Return the height and width of the image of ``dataset[epoch, index]`` without reading its file."""
+        """Return the height and width of a transformed image, in pixels, without reading its file.
+
+        Args:
+            epoch: Number of the epoch, from which the random transforms follow.
+            index: Position of the image in the data set.
+        """
         width, height = self.files[index][1]
         image, _ = self._transformed(torch.empty(3, height, width, dtype=torch.uint8, device="meta"), epoch, index)
         return image.shape[-2], image.shape[-1]
@@ -539,7 +549,12 @@ def build_loader(
 
 
 def largest_batch(dataset: CocoImages, batch_size: int) -> int:
-    """Return an upper bound for the bytes of a batch: its images float32, padded to the largest, and its padding mask."""
+    """Return an upper bound for the size of a batch in bytes: its images in float32, padded to the largest, and its padding mask.
+
+    Args:
+        dataset: The images, whose annotated sizes and transforms bound those of the batch.
+        batch_size: Images per batch.
+    """
     from torchvision.transforms import v2
 
     from raydetr.data.transforms import RandomSizeCrop, ResizeShortSide  # torchvision, see _pack

@@ -106,7 +106,15 @@ def run_coco_eval(coco: dict, results: list[dict]) -> Evaluation:
 
 
 def check_results(coco: dict, results: list[dict]) -> None:
-    """Raise a UserError that names the first entry of ``results`` that is not a COCO detection of an image of ``coco``."""
+    """Check that every entry of ``results`` is a COCO detection in an image of the data set.
+
+    Args:
+        coco: A COCO data set.
+        results: What should be a list of dicts with ``image_id``, ``category_id``, ``bbox`` and ``score``.
+
+    Raises:
+        UserError: An entry is not; the message names the first.
+    """
     if not isinstance(results, list):
         raise UserError(f"results: expected a list of detections, found a {type(results).__name__}")
     known = {image["id"] for image in coco["images"]}

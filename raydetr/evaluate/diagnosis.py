@@ -50,14 +50,14 @@ def weights_not_loaded(history: History) -> str | None:
 
 
 def too_few_queries(num_queries: int, most_objects: int) -> str | None:
-    """An image has more objects than the network can detect."""
+    """Report that an image has more objects than the network has object queries, and so more than it can detect."""
     if most_objects <= num_queries:
         return None
     return f"An image has {most_objects} objects, but the network detects at most {num_queries}: raise model.num_queries."
 
 
 def rate_too_high(history: History, clip_max_norm: float) -> str | None:
-    """The loss rises from its lowest value and stays up, or is not a number."""
+    """Report a learning rate that is too high: the loss rises from its lowest value and stays up, or is not a number."""
     losses = _values(history, "train_loss")
     if not np.isfinite(losses).all():
         return "The training loss is no longer a number: lower optim.lr and optim.lr_backbone."
@@ -81,7 +81,7 @@ def rate_too_low(history: History) -> str | None:
 
 
 def overfitting(history: History) -> str | None:
-    """The validation loss rises after its lowest value while the training loss goes on falling, and AP does not rise either."""
+    """Report overfitting: the validation loss rises after its lowest value while the training loss keeps falling, and AP does not rise."""
     train, val = _values(history, "train_loss"), _values(history, "val_loss")
     if len(val) < 5 or not np.isfinite([*train, *val]).all():
         return None
@@ -122,7 +122,7 @@ def invented_or_missed(history: History) -> str | None:
 
 
 def too_few_images(history: History, images: int) -> str | None:
-    """AP moves more from epoch to epoch than the training can explain, or its interval is wide."""
+    """Report too few validation images: AP moves more from epoch to epoch than training can explain, or its interval is wide."""
     interval = history[-1].get("AP_interval")
     if interval is None or interval[1] - interval[0] < 0.15:
         return None

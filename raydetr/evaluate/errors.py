@@ -105,7 +105,7 @@ def suspected_labels(evaluation: Evaluation, coco: dict, min_score: float = SURE
     """Return labels that are probably wrong or missing, the most certain first.
 
     A model that is sure of a category where the annotation says another, or sure of an object where nothing is annotated, is often
-    right. Somebody has to look: the model learned from labels of the same hand.
+    right, so check the image: the model learned from labels of the same hand.
 
     Args:
         evaluation: The result of :func:`raydetr.evaluate.coco.run_coco_eval`.

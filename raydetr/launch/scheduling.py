@@ -344,7 +344,16 @@ def trial_folder(search: Search, number: int) -> Path:
 
 
 def best_so_far(search: Search, number: int, result: Mapping[str, Any]) -> float:
-    """Return the objective of a trial after the epoch of ``result``: the highest value of the search's metric, NaN without any."""
+    """Return the objective of a trial: the highest value of the search's metric up to an epoch.
+
+    Args:
+        search: The search.
+        number: The trial.
+        result: What the trial reported after the epoch.
+
+    Returns:
+        The highest value, or NaN if no epoch has one.
+    """
     noted = search.frozen()[number].intermediate_values.values()
     here = [result[name] for name in (search.metric, f"best_{search.metric}") if name in result]
     return max([*noted, *here], default=float("nan"))

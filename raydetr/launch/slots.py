@@ -102,7 +102,15 @@ def _check_gpus(config: settings.Config, demands: Demands, gpus: list[float]) ->
 
 
 def cores_each(cores: list[int], processes: int) -> int | None:
-    """Return the most CPUs that each of ``processes`` processes can have on nodes with so many cores; None where they do not fit."""
+    """Return the largest number of CPUs that each process can have.
+
+    Args:
+        cores: Number of CPU cores of each node.
+        processes: Number of processes that must fit on the nodes together.
+
+    Returns:
+        The number of CPUs, or None where the processes do not fit.
+    """
     return max((each for each in range(1, max(cores) + 1) if sum(node // each for node in cores) >= processes), default=None)
 
 

@@ -199,7 +199,12 @@ def resume_config(run: str, *layers: Mapping[str, Any]) -> settings.Config:
 
 
 def names_checkpoint(run: str, names: Collection[str] = ("best.pth", "last.pth")) -> bool:
-    """Return whether what ``--resume`` was given is one of the checkpoints of a run."""
+    """Return whether the argument of ``--resume`` is one of the checkpoints of a run.
+
+    Args:
+        run: Path or URI given to ``--resume``.
+        names: File names of the checkpoints.
+    """
     return split(run)[1] in names
 
 
@@ -396,7 +401,12 @@ def naming_the_file() -> Iterator[None]:
 
 @contextlib.contextmanager
 def showing(mailbox: Any, show: Callable[[dict], None]) -> Iterator[None]:
-    """Show what the workers post with ``show`` for the length of the context."""
+    """Show the events that the workers post, as long as the ``with`` block runs.
+
+    Args:
+        mailbox: The Ray actor that collects the workers' events.
+        show: Called with every event, in the order in which they were posted.
+    """
     done = threading.Event()
 
     def show_posted() -> None:

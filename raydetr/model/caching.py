@@ -20,7 +20,12 @@ class Cached:
         self._value: Any = None
 
     def get(self, compute: Callable[[], Any], *sources: Tensor, key: Any = None) -> Any:
-        """Return ``compute()``, from the cache if neither ``sources`` nor ``key`` has changed since it was computed."""
+        """Return the result of ``compute``, from the cache if neither ``sources`` nor ``key`` has changed since it was computed.
+
+        Args:
+            compute: Computes the result; called without arguments.
+            key: What the result depends on besides the tensors in ``sources``.
+        """
         if is_traced(*sources) or any(each.is_inference() for each in sources):
             return compute()
         known = len(self._sources) == len(sources) and all(

@@ -75,7 +75,12 @@ class ImagePrediction:
     scores: list[float]
 
     def boxes(self, categories: list[dict], threshold: float) -> list[Box]:
-        """Return the boxes with a score of ``threshold`` or more."""
+        """Return the boxes to draw.
+
+        Args:
+            categories: Categories in label order, which name the boxes.
+            threshold: Lowest score of a box that is kept.
+        """
         each = zip(self.xyxy, self.labels, self.scores, strict=True)
         return [Box((x0, y0, x1, y1), categories[label]["name"], score) for (x0, y0, x1, y1), label, score in each if score >= threshold]
 

@@ -128,7 +128,15 @@ def _differing(values: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def sort_runs(rows: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    """Return the rows of :func:`list_runs` sorted by a column of ``SORTED_BY``; rows without a value come last."""
+    """Sort the rows of :func:`list_runs`.
+
+    Args:
+        rows: The rows.
+        key: A column of ``SORTED_BY``.
+
+    Returns:
+        The sorted rows; those without a value in the column come last.
+    """
     with_value = [row for row in rows if row[key] is not None]
     return sorted(with_value, key=lambda row: row[key], reverse=SORTED_BY[key]) + [row for row in rows if row[key] is None]
 

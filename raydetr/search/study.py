@@ -208,7 +208,13 @@ class Search:
         return better_trial(values, number, running - {number}, self._random(number, epoch))
 
     def take_over(self, number: int, other: int, epoch: int) -> None:
-        """Record that a trial continues from the weights of trial ``other`` after ``epoch``, with perturbed settings of that trial."""
+        """Record that a trial continues from the weights of another, with perturbed settings of that other trial.
+
+        Args:
+            number: The trial.
+            other: The trial whose weights it continues from.
+            epoch: The epoch after which those weights were saved.
+        """
         drawn = moved(self.space, self.space.drawn({**self.base, **self.settings(other)}), self._random(number, epoch, 1))
         trial = optuna.Trial(self.study, self.frozen()[number]._trial_id)
         change = {"after": epoch, "from": other, "settings": drawn}
@@ -288,7 +294,15 @@ class Search:
         return list(self._again)
 
     def fail_unknown(self, known: Collection[str], reason: str = "its runner is gone") -> list[int]:
-        """Record unfinished trials whose key is not in ``known`` as failed, and return their numbers."""
+        """Record unfinished trials that no process knows as failed.
+
+        Args:
+            known: Keys of the trials that are still to be finished.
+            reason: Why the others failed, for the user.
+
+        Returns:
+            The numbers of the failed trials.
+        """
         numbers = [trial.number for trial in self._unfinished(known)]
         for number in numbers:
             self.tell(number, "failed", reason=reason)
@@ -679,7 +693,12 @@ def write_trials(folder: str | Path) -> list[Path]:
 
 
 def top_trials(search: Search, count: int = 5) -> str:
-    """Return a plain text table of the best trials and trial 0."""
+    """Return a plain text table of the best trials and of trial 0, which has the default settings.
+
+    Args:
+        search: The search.
+        count: The number of trials to list.
+    """
     from rich.console import Console
     from rich.table import Table
 

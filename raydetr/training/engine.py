@@ -87,7 +87,15 @@ def configure_cuda(speed: Speed) -> None:
 
 
 def choose_dtype(speed: Speed, device: torch.device) -> torch.dtype:
-    """Return the dtype of the forward pass that ``speed.precision`` names; ``auto`` is bfloat16 on GPUs that support it."""
+    """Return the dtype of the forward pass.
+
+    Args:
+        speed: The ``speed`` section of the settings.
+        device: Where the model is.
+
+    Returns:
+        The dtype that ``speed.precision`` names. ``auto`` is bfloat16 on GPUs that compute with it, and float32 elsewhere.
+    """
     if speed.precision == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float32
@@ -133,7 +141,15 @@ def train_one_epoch(training: Training, loader: Iterable[Batch], epoch: int, sho
 
 
 def take_step(training: Training, batches: list[Batch]) -> StepRecord:
-    """Take one optimizer step on ``batches``, whose gradients add up to the gradient of one large batch."""
+    """Take one optimizer step on several batches, whose gradients add up to the gradient of one large batch.
+
+    Args:
+        training: The model, optimizer and so on; changed in place.
+        batches: One batch for each of ``optim.accumulate`` forward and backward passes.
+
+    Returns:
+        The step's losses, still on the device, with the ids of its images and its learning rates.
+    """
     names = loss_names(training.criterion)
     targets = [[_boxes_and_labels(target, training.device) for target in batch[2]] for batch in batches]
     normalizers = training.criterion.normalizers(targets, training.detr.query_embed.num_embeddings)
@@ -374,7 +390,14 @@ def workers() -> int:
 
 
 def gathered(mine: Any) -> list[Any]:
-    """Return the ``mine`` of every worker, by rank, on every worker. All workers must call it together."""
+    """Gather one object from every worker. All workers must call this together.
+
+    Args:
+        mine: The object of this worker; it must be picklable.
+
+    Returns:
+        The objects of all workers, in order of their rank.
+    """
     if workers() == 1:
         return [mine]
     everyone: list[Any] = [None] * workers()

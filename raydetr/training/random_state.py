@@ -32,7 +32,12 @@ def get_random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Restore what :func:`get_random_state` returned; the generator of a GPU stays as it is if ``state`` is of a CPU."""
+    """Restore the state of all random number generators.
+
+    Args:
+        state: The result of :func:`get_random_state`.
+        device: Where the model is. The generator of a GPU is left alone if ``state`` was taken on a CPU.
+    """
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     np.random.set_state(state["numpy"])

@@ -1,4 +1,4 @@
-"""What a training run tells whoever started it, and what it is told by them."""
+"""How a training run reports to the process that started it, and what that process gives it."""
 
 import os
 from collections.abc import Mapping

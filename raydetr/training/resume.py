@@ -79,7 +79,16 @@ def restart_from_best(root: str) -> None:
 
 
 def check_same_network(config: Config, content: dict[str, Any], path: Path) -> None:
-    """Raise UserError if a checkpoint's ``model`` settings, other than the initial weights, differ from those of ``config``."""
+    """Check that a checkpoint is of the network that the settings describe.
+
+    Args:
+        config: The settings to resume with.
+        content: Content of the checkpoint.
+        path: The checkpoint, for the error message.
+
+    Raises:
+        UserError: A ``model`` setting other than the preset and the initial weights differs.
+    """
     before, now = content["settings"]["model"], to_dict(config)["model"]
     for name in now:
         if name not in ("preset", "weights") and before.get(name) != now[name]:

@@ -165,7 +165,15 @@ def _loaders(config: Config, reporter: Reporter, device: torch.device, train: Co
 
 
 def val_batch_size(config: Config, device: torch.device) -> int:
-    """Return the number of images in a batch of the validation set; it changes AP and losses by rounding errors at most."""
+    """Return the number of images in a batch of the validation set.
+
+    It is ``data.val_batch_size`` if that is set, else 8 on a GPU and ``optim.batch_size`` on a CPU. It changes AP and losses by rounding
+    errors at most.
+
+    Args:
+        config: The settings.
+        device: Where the model is.
+    """
     return config.data.val_batch_size or (GPU_VAL_BATCH_SIZE if device.type == "cuda" else config.optim.batch_size)
 
 

@@ -115,7 +115,12 @@ class Tracker:
         self._events.add(event, step)
 
     def log_pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
-        """Write images by their file names."""
+        """Write images to TensorBoard as JPEG.
+
+        Args:
+            step: Number of optimizer steps taken so far.
+            pictures: Images by file name, which becomes the end of the tag ``pictures/NAME``.
+        """
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]  # protobuf defines it at run time
 
         for name, picture in pictures.items():

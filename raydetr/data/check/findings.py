@@ -75,11 +75,26 @@ class Report:
         return not self.errors
 
     def error(self, split: str, what: str, where: str | None, advice: str) -> None:
-        """Add an error, or another occurrence of one: ``where`` it is, or None if the error is the whole split's."""
+        """Add an error, or another occurrence of one.
+
+        Args:
+            split: ``train``, ``val``, or ``both``.
+            what: The fault, in the same words at every occurrence.
+            where: What has the fault, such as ``a.jpg (image id 1)``; None if it is the whole split's.
+            advice: What to do about it.
+        """
         _add(self.errors, split, what, where, advice, NORMAL)
 
     def warn(self, split: str, what: str, where: str | None, advice: str, weight: int = NORMAL) -> None:
-        """Add a warning, or another occurrence of one: ``where`` it is, or None if the warning is the whole split's."""
+        """Add a warning, or another occurrence of one.
+
+        Args:
+            split: ``train``, ``val``, or ``both``.
+            what: The fault, in the same words at every occurrence.
+            where: What has the fault, such as ``a.jpg (image id 1)``; None if it is the whole split's.
+            advice: What to do about it.
+            weight: ``MINOR``, ``NORMAL`` or ``GRAVE``.
+        """
         _add(self._warnings, split, what, where, advice, weight)
 
     def text(self, width: int | None = None) -> str:

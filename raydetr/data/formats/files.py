@@ -92,7 +92,15 @@ class ImageFinder:
         raise UserError(f"{source}: No such file: image {short(name)} is not in {self.folder}{hint}")
 
     def check_name(self, name: object, source: str | Path) -> None:
-        """Raise UserError, starting with ``source``, where ``name`` is no file name or leads out of the folder."""
+        """Check that ``name`` can be the name of a file in the folder.
+
+        Args:
+            name: What an annotation file gives as the name of an image.
+            source: The annotation file and the position in it, with which the error message starts.
+
+        Raises:
+            UserError: It is not a file name, or leads out of the folder.
+        """
         try:
             image_path(self.folder, name)
         except UserError as error:

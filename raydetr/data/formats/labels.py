@@ -74,10 +74,15 @@ class LabeledImage:
 
 
 class Notes(dict[str, list[str]]):
-    """Warnings by their text, each with every place that it concerns."""
+    """Warnings by their text, each with every image, file or annotation that it concerns."""
 
     def add(self, text: str, where: str) -> None:
-        """Count one more place ``where`` under ``text``."""
+        """Add a warning, or another occurrence of one.
+
+        Args:
+            text: The warning.
+            where: The image, file or annotation that it concerns.
+        """
         self.setdefault(text, []).append(where)
 
     def lines(self) -> list[str]:

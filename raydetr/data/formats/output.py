@@ -38,7 +38,16 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def put_image(image: Path, target: Path, copy: bool) -> str:
-    """Put an image file at ``target``, as a link or, with ``copy`` or where there are no links, as a copy; return which of them."""
+    """Put an image file at ``target``, as a link or as a copy.
+
+    Args:
+        image: The image file.
+        target: The path to create.
+        copy: Whether to copy; otherwise the file is copied only where the file system has no links.
+
+    Returns:
+        ``"hard links"``, ``"symbolic links"`` or ``"copies"``.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     if not copy:
         for link, kind in ((os.link, "hard links"), (os.symlink, "symbolic links")):

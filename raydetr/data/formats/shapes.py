@@ -41,13 +41,28 @@ def from_polygon(polygon: list[Point]) -> Shape:
 
 
 def from_box(x: float, y: float, width: float, height: float) -> Shape:
-    """Return the shape of a rectangle given as xywh."""
+    """Return the shape of an upright rectangle.
+
+    Args:
+        x: Left edge.
+        y: Top edge.
+        width: Width.
+        height: Height, all in pixels.
+    """
     polygon = [(x, y), (x + width, y), (x + width, y + height), (x, y + height)]
     return Shape(polygon, (x, y, width, height), width * height)
 
 
 def from_ellipse(cx: float, cy: float, rx: float, ry: float, theta: float = 0.0) -> Shape:
-    """Return the shape of an ellipse rotated by ``theta`` radians; box and area are the ellipse's own, not those of its polygon."""
+    """Return the shape of an ellipse. Box and area are the ellipse's own, not those of the polygon that outlines it.
+
+    Args:
+        cx: Horizontal position of the center.
+        cy: Vertical position of the center.
+        rx: Horizontal radius before the rotation.
+        ry: Vertical radius before the rotation, all in pixels.
+        theta: Rotation in radians.
+    """
     cos, sin = math.cos(theta), math.sin(theta)
     angles = [2 * math.pi * corner / ROUND_CORNERS for corner in range(ROUND_CORNERS)]
     rim = [(rx * math.cos(angle), ry * math.sin(angle)) for angle in angles]
@@ -57,7 +72,15 @@ def from_ellipse(cx: float, cy: float, rx: float, ry: float, theta: float = 0.0)
 
 
 def from_rotated_box(x: float, y: float, width: float, height: float, theta: float) -> Shape:
-    """Return the shape of a rectangle given as xywh that is rotated clockwise by ``theta`` radians about (x, y)."""
+    """Return the shape of a rectangle that is rotated about its top left corner.
+
+    Args:
+        x: Horizontal position of the corner.
+        y: Vertical position of the corner.
+        width: Width before the rotation.
+        height: Height before the rotation, all in pixels.
+        theta: Clockwise rotation in radians.
+    """
     cos, sin = math.cos(theta), math.sin(theta)
     corners = [(0.0, 0.0), (width, 0.0), (width, height), (0.0, height)]
     return from_polygon([(x + u * cos - v * sin, y + u * sin + v * cos) for u, v in corners])
