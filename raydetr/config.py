@@ -548,7 +548,7 @@ def yaml_leaves(path: str | Path, depth: int | None = None) -> Iterator[tuple[st
         if name in seen:
             raise UserError(f"{path}, line {line}: {name} stands twice (first on line {seen[name]})")
         seen[name] = line
-        # YAML 1.1 reads 1:4 as 64, in base 60, which nobody means.
+        # YAML 1.1 reads 1:4 as 64, in base 60, which is never meant.
         in_base_60 = isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")) and ":" in node.value
         yield name, node.value if in_base_60 else yaml_value(node, path), line
 

@@ -36,7 +36,7 @@ LONGEST_PAUSE_S = 10  # between two attempts
 GOOGLE_PATIENCE_S = 10  # pyarrow's own retries with Google's store, which otherwise last a quarter of an hour
 CHUNK_BYTES = 8 << 20  # transferred at a time
 THREADS = 16  # concurrent transfers, because small files spend their time waiting for answers
-TOLD_BYTES = 50e6  # larger transfers are announced
+ANNOUNCED_BYTES = 50e6  # larger transfers are announced
 LAST = "last.pth"
 OWNER = ".owner"  # the file in an unfinished run with the token of the process that writes it
 TOKEN = re.compile(r"[0-9a-f]{32}")
@@ -339,7 +339,7 @@ def _get_all(uri: str, folder: Path, there: dict[str, Any]) -> None:
 
     missing = {name: info for name, info in there.items() if not _same(folder / name, info)}
     size = sum(info.size for info in missing.values())
-    if size > TOLD_BYTES:
+    if size > ANNOUNCED_BYTES:
         print(f"fetching {count(len(missing), 'file')}, {size / 1e6:.0f} MB, from {uri} to {folder}", file=sys.stderr, flush=True)
 
     def get(name: str) -> None:

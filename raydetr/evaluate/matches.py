@@ -66,7 +66,7 @@ class Matches:
         image: Which image each detection belongs to, int64 [D].
         category: Which category, int64 [D], ascending.
         score: float64 [D].
-        rank: The detection's place among those of its image and category, from 0; COCO counts the first 1, 10 or 100. int64 [D].
+        rank: The detection's position by score in its image and category, from 0; COCO counts the first 1, 10 or 100. int64 [D].
         row: Its row in the detections that were given, int64 [D].
         matched: Whether it hits an object that counts, bool [sizes of ``AREAS``, ``IOUS``, D].
         ignored: Whether it counts neither as a hit nor as a false positive, bool of the same shape.

@@ -272,7 +272,7 @@ class UntilSignal(ray.tune.Stopper):
 class Watcher(TrialProgressCallback):
     """Shows the trials as they run, and names those that stopped reporting.
 
-    It takes the place of Ray Tune's own callback of this kind, which would print lines of its own.
+    It replaces Ray Tune's own callback of this kind, which would print lines of its own.
     """
 
     def __init__(self, search: Search, display: TrialsDisplay):
@@ -389,7 +389,7 @@ def tidy_search(search: Search, stripped: Collection[int] = ()) -> None:
 
     Args:
         search: The search.
-        stripped: Finished trials that need no look.
+        stripped: Finished trials that need not be checked again.
     """
     shutil.rmtree(search.folder / RAY_FOLDER, ignore_errors=True)
     for trial in search.frozen():

@@ -101,7 +101,7 @@ class Report:
         """Return the report for a terminal of ``width`` columns (None: those of this terminal), ending with the verdict."""
         width = max(60, min(width or shutil.get_terminal_size((120, 24)).columns, 140))
         lines = [*_overview(self.stats), *_balance(self.stats)]
-        for title, findings in (("Errors: training would fail or its numbers would lie", self.errors), ("Warnings", self.warnings)):
+        for title, findings in (("Errors: training would fail or its metrics would be wrong", self.errors), ("Warnings", self.warnings)):
             if findings:
                 lines += ["", title, *(line for finding in findings for line in finding.lines(width))]
         return "\n".join([*lines, "", self.verdict()]).lstrip("\n")

@@ -179,8 +179,8 @@ def _find_shared(train: list[tuple[CheckedImage, torch.Tensor]], val: list[tuple
         distances, nearest = (torch.cdist(torch.stack([cells for _, cells in some]), of_train) / of_train.shape[1] ** 0.5).min(1)
         for (image, _), distance, row in zip(some, distances.tolist(), nearest.tolist(), strict=True):
             if distance < ALIKE:
-                places = f"{train[row][0].label} ~ {image.label}"
-                report.warn("both", "image looks the same in train and val", places, "look at both; one scene in both makes AP too good")
+                pair = f"{train[row][0].label} ~ {image.label}"
+                report.warn("both", "image looks the same in train and val", pair, "look at both; one scene in both makes AP too good")
 
 
 def _same_files(train: list[CheckedImage], val: list[CheckedImage]) -> list[tuple[CheckedImage, CheckedImage]]:
