@@ -1,7 +1,9 @@
 import errno
+import io
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -116,6 +118,42 @@ def test_only_what_changed_is_moved_and_the_last_checkpoint_last(store, monkeypa
     store.requests.clear()
     fetch(place)
     assert store.moved()[0] == ("GET", "last.pth")
+
+
+def test_a_file_that_changes_while_it_is_pushed_is_pushed_again(store, monkeypatch):
+    place, put_object = f"{store.uri}/runs/one", storage._put
+    write(working_folder(place), log__txt="epoch 1")
+
+    def put_and_change(uri, file):
+        put_object(uri, file)
+        file.write_text("epoch 2")  # of the same size
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(storage, "_put", put_and_change)
+        push(place)
+    assert store.read(f"{place}/log.txt") == b"epoch 1"
+    push(place)
+    assert store.read(f"{place}/log.txt") == b"epoch 2"
+
+
+def test_an_object_whose_name_leads_out_of_the_folder_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAYDETR_CACHE", str(tmp_path))
+    found = [SimpleNamespace(path="bucket/run/../../outside", is_file=True, size=1, mtime_ns=0)]
+    monkeypatch.setattr(storage, "_file_system", lambda _: SimpleNamespace(get_file_info=lambda _: found))
+    with pytest.raises(UserError, match=r"the object \.\./\.\./outside has a name that leads out of the folder"):
+        fetch("s3://bucket/run")
+
+
+def test_a_transfer_that_ends_early_is_no_file(tmp_path):
+    class Cut(io.BytesIO):
+        def size(self):
+            return 1000
+
+        def metadata(self):
+            return {}
+
+    with pytest.raises(OSError, match="object ended after 7 of 1000 bytes"):
+        storage._download(SimpleNamespace(open_input_file=lambda _: Cut(b"content")), "bucket/object", tmp_path / "file")
 
 
 def test_readers_have_a_copy_of_their_own(store):

@@ -319,7 +319,7 @@ def test_tiny_is_tiny():
         ({"hidden_dim": 100}, "model.hidden_dim: 100 is not a multiple of model.nheads"),
         ({"num_classes": 0}, "num_classes: 0 is out of bounds"),
         ({"weights": "coco"}, "model.weights: build_model starts from random weights"),
-        ({"preset": "detr_tiny", "dilation": True}, "model.dilation: the tiny backbone has no stage to dilate"),
+        ({"preset": "detr_tiny", "dilation": True}, "model.dilation: the tiny backbone has no dilated stage"),
     ],
 )
 def test_impossible_settings(settings, message):
