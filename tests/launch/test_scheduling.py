@@ -63,7 +63,8 @@ def search(coco_folder, tmp_path):
 
 def test_a_trial_that_stops_reporting_is_named_once_with_since_when(search, monkeypatch):
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(scheduling.time, "monotonic", lambda: clock.now)
+    wall = SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now, strftime=time.strftime, localtime=time.gmtime)
+    monkeypatch.setattr(scheduling, "time", wall)
     said = io.StringIO()
     watcher = Watcher(search, SimpleNamespace(console=Console(file=said), epoch=lambda *_: None, refresh=lambda: None))
     trials = [trial_of(search, key) for key in "abc"]
@@ -81,8 +82,8 @@ def test_a_trial_that_stops_reporting_is_named_once_with_since_when(search, monk
             watcher.on_trial_result(0, trials, trials[1], {"epoch": 2})
     lines = said.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == [search.trial_name(2), search.trial_name(0)]  # after five times the longest epoch
-    since = time.strftime("%H:%M", time.localtime(time.time() - (5 * 200 + 100)))
-    assert since in lines[1]
+    assert "since 00:20:00 (" in lines[0]  # when the third was first seen, at 1200 s
+    assert "since 00:26:40 (" in lines[1]  # the first's last epoch, at 1600 s
 
 
 def test_a_trial_that_fits_no_memory_says_so_and_what_to_lower(search, tmp_path):
