@@ -306,6 +306,25 @@ def test_a_trial_after_its_last_epoch_is_not_given_up(make):
     assert search.should_stop(6)
 
 
+def test_the_members_of_a_population_are_compared_at_the_same_epoch(make):
+    search = make(trials=4, pruner="pbt", sampler="random")
+    for number, value in enumerate((0.5, 0.3, 0.4, 0.9)):
+        search.ask()
+        search.report(number, 2, value)
+    search.report(1, 4, 0.95)
+    assert search.better_trial(1, 2) == 3  # later it was the best
+    assert search.better_trial(2, 4) is None  # it has not come so far
+    assert search.better_trial(3, 2) is None
+
+
+def test_trial_0_of_a_population_keeps_its_weights(make):
+    search = make(trials=4, pruner="pbt", sampler="random")
+    for number, value in enumerate((0.1, 0.3, 0.4, 0.9)):
+        search.ask()
+        search.report(number, 2, value)
+    assert search.better_trial(0, 2) is None
+
+
 def test_the_median_rule_spares_the_first_epochs(make):
     search = make(trials=12, pruner="median", grace=3)
     for number in range(10):
