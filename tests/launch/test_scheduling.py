@@ -8,7 +8,7 @@ from rich.console import Console
 
 from raydetr import config
 from raydetr.launch import scheduling
-from raydetr.launch.scheduling import StudyScheduler, StudySearcher, Watcher, grace_epochs, reported_metrics
+from raydetr.launch.scheduling import Hopeless, PopulationScheduler, StudyScheduler, StudySearcher, Watcher, grace_epochs, reported_metrics
 from raydetr.launch.slots import Demands, Slots
 from raydetr.search.space import read_space
 from raydetr.search.study import create_search
@@ -39,6 +39,8 @@ def test_as_many_trials_are_under_way_as_were_asked_for_or_have_places(monkeypat
     assert StudySearcher(search, Demands(gpus=0.5), Slots(4, 2, 0.5)).room() == 4
     assert StudySearcher(search, Demands(gpus=0.5, concurrent=3), Slots(4, 2, 0.5)).room() == 3
     assert StudySearcher(search, Demands(gpus=0.5, concurrent=6), Slots(4, 2, 0.5)).room() == 6  # an autoscaler sees two wait
+    monkeypatch.setattr(scheduling.ray, "nodes", list)
+    assert StudySearcher(search, Demands(gpus=0.5), Slots(4, 2, 0.5)).room() == 1  # one waits for the cluster to come back
 
 
 def test_the_grace_comes_after_the_warm_up():
@@ -61,7 +63,8 @@ def search(coco_folder, tmp_path):
 
 def test_a_trial_that_stops_reporting_is_named_once_with_since_when(search, monkeypatch):
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(scheduling.time, "monotonic", lambda: clock.now)
+    wall = SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now, strftime=time.strftime, localtime=time.gmtime)
+    monkeypatch.setattr(scheduling, "time", wall)
     said = io.StringIO()
     watcher = Watcher(search, SimpleNamespace(console=Console(file=said), epoch=lambda *_: None, refresh=lambda: None))
     trials = [trial_of(search, key) for key in "abc"]
@@ -79,8 +82,8 @@ def test_a_trial_that_stops_reporting_is_named_once_with_since_when(search, monk
             watcher.on_trial_result(0, trials, trials[1], {"epoch": 2})
     lines = said.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == [search.trial_name(2), search.trial_name(0)]  # after five times the longest epoch
-    since = time.strftime("%H:%M", time.localtime(time.time() - (5 * 200 + 100)))
-    assert since in lines[1]
+    assert "since 00:20:00 (" in lines[0]  # when the third was first seen, at 1200 s
+    assert "since 00:26:40 (" in lines[1]  # the first's last epoch, at 1600 s
 
 
 def test_a_trial_that_fits_no_memory_says_so_and_what_to_lower(search, tmp_path):
@@ -116,3 +119,104 @@ def test_a_trials_settings_are_drawn_once(search, monkeypatch):
     assigned = searcher.suggest("b")
     assert len(drawn) == 1
     assert assigned["config"].optim.lr == search.settings(1)["optim.lr"]
+
+
+class Controller:
+    """What schedulers use of Ray Tune's controller; keeps what they ask for."""
+
+    def __init__(self, *trials):
+        self.trials, self.asked = list(trials), []
+        self.search_alg = SimpleNamespace(on_trial_complete=lambda key, error: self.asked.append(("complete", key)))
+
+    def get_trials(self):
+        return self.trials
+
+    def stop_trial(self, trial):
+        self.asked.append(("stop", trial.trial_id))
+
+    def pause_trial(self, trial, should_checkpoint):
+        trial.status = Trial.PAUSED
+        self.asked.append(("pause", trial.trial_id))
+
+    def request_stop_experiment(self):
+        self.asked.append("end")
+
+
+def epoch_of(trial, number, value=0.5, **other):
+    trial.last_result = {"epoch": number, "AP": value, **other}
+    return trial.last_result
+
+
+def test_the_fault_of_a_lost_trial_is_forgotten_after_an_epoch_that_went_well(search):
+    trial, scheduler = trial_of(search, "a"), StudyScheduler(search)
+    controller = Controller(trial)
+    scheduler.on_trial_result(controller, trial, {"fault": "CUDA error", "epoch": 0})
+    scheduler.on_trial_result(controller, trial, epoch_of(trial, 1))
+    trial.error_file = None
+    for _ in range(2):
+        scheduler.losses["a"] += 1
+        scheduler.on_trial_add(controller, trial)
+    assert search.frozen()[0].user_attrs["reason"] == "lost 2 times, the last time: its process was killed"
+    assert controller.asked == [("complete", "a"), ("stop", "a")]
+
+
+def test_a_full_disk_ends_the_search_and_the_first_who_said_so_is_quoted(search):
+    trials = [trial_of(search, key) for key in "ab"]
+    scheduler, controller = StudyScheduler(search), Controller(*trials)
+    for trial in trials:
+        assert scheduler.on_trial_result(controller, trial, {"full": f"the disk is full ({trial.trial_id})"}) == StudyScheduler.STOP
+    assert controller.asked == ["end", "end"]
+    assert scheduler.full == "the disk is full (a)"
+    assert not search.frozen()[0].state.is_finished()  # it is resumed where there is room
+
+
+def test_a_search_is_hopeless_after_three_failures_and_not_after_a_single_epoch(search):
+    hopeless = Hopeless(search)
+    for number, key in enumerate("abc"):
+        assert not hopeless.stop_all()
+        search.ask(key)
+        search.tell(number, "failed", reason="no image can be read")
+    assert hopeless.stop_all()
+    assert not hopeless("c", {})
+    search.ask("d")
+    search.report(3, 1, 0.1)
+    assert not hopeless.stop_all()
+
+
+@pytest.fixture
+def population(coco_folder, tmp_path):
+    """A search by population-based training of 8 epochs, three of its trials, and the scheduler and controller of them."""
+    known = config.load_config({"data.path": str(coco_folder()), "optim.epochs": 8})
+    search = create_search(tmp_path / "population", read_space(SPACE), known, trials=8, sampler="random", pruner="pbt")
+    scheduler = PopulationScheduler(search, StudySearcher(search, Demands(concurrent=2), Slots(2, 1, 0.0)))
+    trials = [trial_of(search, key) for key in "abc"]
+    for trial in trials:
+        trial.set_config = lambda assigned, trial=trial: setattr(trial, "config", assigned)
+    return search, scheduler, Controller(*trials), trials
+
+
+def test_the_members_of_a_population_take_turns_at_every_quarter_but_the_last(population):
+    _, scheduler, controller, (trial, *_) = population
+    paused = [epoch for epoch in range(1, 9) if scheduler.on_trial_result(controller, trial, epoch_of(trial, epoch)) == scheduler.NOOP]
+    assert paused == [2, 4, 6]
+    assert controller.asked == [("pause", "a")] * 3
+
+
+def test_the_member_that_has_trained_least_is_next_where_there_is_a_slot(population, tmp_path):
+    search, scheduler, controller, (first, second, third) = population
+    for trial, epoch, value in ((first, 2, 0.5), (first, 4, 0.5), (second, 2, 0.0), (third, 2, 0.9)):
+        scheduler.on_trial_result(controller, trial, epoch_of(trial, epoch, value))
+    third.status = Trial.RUNNING
+    folder = tmp_path / "population" / "trials"
+    for number, content in ((1, "weights of the second"), (2, "weights of the third")):
+        (folder / search.trial_name(number)).mkdir(parents=True)
+        for name in ("best.pth", "last.pth"):
+            (folder / search.trial_name(number) / name).write_text(content)
+    assert scheduler.choose_trial_to_run(controller) is second
+    assert (folder / search.trial_name(1) / "last.pth").read_text() == "weights of the third"
+    assert search.frozen()[1].user_attrs["taken over"][0]["from"] == 2
+    assert second.config["config"].optim.lr == search.settings(1)["optim.lr"] != search.frozen()[1].params["optim.lr"]
+    second.status = Trial.RUNNING
+    assert scheduler.choose_trial_to_run(controller) is None  # two run, and no more may
+    first.status = Trial.PENDING
+    assert scheduler.choose_trial_to_run(controller) is first  # one that has not begun comes first

@@ -2,7 +2,6 @@
 
 import json
 import re
-import zlib
 
 import pytest
 import torch
@@ -11,44 +10,17 @@ from torch import Tensor, nn
 from raydetr.errors import UserError
 from raydetr.loss.criterion import build_criterion
 from raydetr.model.detr import DETR, build_model, postprocess
+from tests.networks import filled, padded
 
 COEFS = {"eos_coef": 0.3, "bbox_loss_coef": 3, "giou_loss_coef": 4, "set_cost_class": 2}
 FILES = [("detr_resnet50", {}, {}), ("detr_resnet50_coefs", {"aux_loss": False}, COEFS)]
-
-
-def fill(model: nn.Module) -> nn.Module:
-    """Weights made from their own names, as those of the official model were for the numbers."""
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-            if name.endswith("running_var"):
-                noise = 1 + 0.1 * noise.abs()
-            elif name.endswith("running_mean"):
-                noise = 0.05 * noise
-            elif name != "query_embed.weight" and tensor.dim() > 1:
-                noise = noise / tensor[0].numel() ** 0.5
-            elif tensor.dim() == 1:
-                noise = 1 + 0.05 * noise if name.endswith("weight") else 0.02 * noise
-            tensor.copy_(noise)
-    return model
-
-
-def padded(sizes: list[tuple[int, int]], seed: int = 7) -> tuple[Tensor, Tensor]:
-    """Noise of these (height, width), padded together, with the mask."""
-    generator = torch.Generator().manual_seed(seed)
-    height, width = (max(extent) for extent in zip(*sizes, strict=True))
-    images, mask = torch.zeros(len(sizes), 3, height, width), torch.ones(len(sizes), height, width, dtype=torch.bool)
-    for i, (h, w) in enumerate(sizes):
-        images[i, :, :h, :w] = torch.randn(3, h, w, generator=generator)
-        mask[i, :h, :w] = False
-    return images, mask
 
 
 @pytest.mark.parametrize(("file", "model_settings", "loss_settings"), FILES)
 def test_the_official_models_numbers(oracle, file, model_settings, loss_settings):
     """Names and shapes, outputs, losses, gradients, post-processing."""
     numbers, targets = oracle(file)
-    model = fill(build_model(dropout=0.0, **model_settings))
+    model = filled(build_model(dropout=0.0, **model_settings))
     names = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     expected_names = json.loads(str(numbers["state_keys"]))
     assert names == expected_names
@@ -190,7 +162,7 @@ SMALL = {"hidden_dim": 64, "nheads": 4, "dim_feedforward": 96, "enc_layers": 1, 
 )
 def test_outputs_losses_and_gradients_of_the_other_settings(preset, settings):
     torch.manual_seed(0)
-    model = fill(build_model(preset, 5, dropout=0.0, aux_loss=False, **settings))
+    model = filled(build_model(preset, 5, dropout=0.0, aux_loss=False, **settings))
     theirs = referee(model, {"eos_coefficient": 0.2, "bbox_loss_coefficient": 3})
     images, mask = padded([(64, 96), (80, 64)])
     targets = [{"labels": torch.randint(0, 5, (n,)), "boxes": 0.2 + 0.3 * torch.rand(n, 4)} for n in (3, 9)]
@@ -220,7 +192,7 @@ def test_outputs_losses_and_gradients_of_the_other_settings(preset, settings):
 
 # --- what holds for every network
 
-TINY = {"num_classes": 3, "preset": "detr_tiny"}
+SMALL = {"num_classes": 3, "preset": "detr_tiny"}
 
 
 def test_pre_norm_has_the_official_names():
@@ -243,7 +215,7 @@ def test_the_heads_start_as_the_official_ones():
 
 
 def test_every_parameter_that_trains_gets_a_gradient():
-    model = build_model(**TINY)
+    model = build_model(**SMALL)
     outputs = model(torch.randn(2, 3, 64, 96))
     criterion = build_criterion(3, dec_layers=3)
     nothing = [{"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}] * 2
@@ -253,7 +225,7 @@ def test_every_parameter_that_trains_gets_a_gradient():
 
 def test_no_mask_means_nothing_is_padded():
     for position in ("sine", "learned"):
-        model = build_model(**TINY, position_embedding=position).eval()
+        model = build_model(**SMALL, position_embedding=position).eval()
         images = torch.randn(2, 3, 64, 96)
         with torch.no_grad():
             without, with_mask = model(images), model(images, torch.zeros(2, 64, 96, dtype=torch.bool))
@@ -264,12 +236,12 @@ def test_no_mask_means_nothing_is_padded():
 @pytest.mark.parametrize("pre_norm", [False, True])
 def test_auxiliary_outputs_are_those_of_shorter_decoders(pre_norm):
     images = torch.randn(1, 3, 64, 64)
-    model = build_model(**TINY, pre_norm=pre_norm).eval()
+    model = build_model(**SMALL, pre_norm=pre_norm).eval()
     with torch.no_grad():
         outputs = model(images)
         assert len(outputs["aux_outputs"]) == 2
         for layers, expected in enumerate((*outputs["aux_outputs"], outputs), start=1):
-            shorter = build_model(**TINY, pre_norm=pre_norm, dec_layers=layers, aux_loss=False).eval()
+            shorter = build_model(**SMALL, pre_norm=pre_norm, dec_layers=layers, aux_loss=False).eval()
             shorter.load_state_dict({name: model.state_dict()[name] for name in shorter.state_dict()})
             found = shorter(images)
             assert set(found) == {"pred_logits", "pred_boxes"}
@@ -278,7 +250,7 @@ def test_auxiliary_outputs_are_those_of_shorter_decoders(pre_norm):
 
 
 def test_the_exported_network_gives_the_same_and_leaves_this_one_as_it_was():
-    model = build_model(**TINY, aux_loss=False).eval()
+    model = build_model(**SMALL, aux_loss=False).eval()
     images = torch.randn(2, 3, 64, 80)
     with torch.no_grad():
         exported = torch.export.export(model, (images,)).module()
@@ -287,7 +259,7 @@ def test_the_exported_network_gives_the_same_and_leaves_this_one_as_it_was():
 
 
 def test_outputs_are_float32_under_autocast():
-    model = build_model(**TINY).eval()
+    model = build_model(**SMALL).eval()
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         exact = model(images)
@@ -307,7 +279,7 @@ def test_the_settings_build_the_same_network_again():
 
 
 def test_tiny_is_tiny():
-    assert sum(each.numel() for each in build_model(**TINY).parameters()) < 1.5e6
+    assert sum(each.numel() for each in build_model(**SMALL).parameters()) < 1.5e6
 
 
 @pytest.mark.parametrize(
@@ -319,7 +291,7 @@ def test_tiny_is_tiny():
         ({"hidden_dim": 100}, "model.hidden_dim: 100 is not a multiple of model.nheads"),
         ({"num_classes": 0}, "num_classes: 0 is out of bounds"),
         ({"weights": "coco"}, "model.weights: build_model starts from random weights"),
-        ({"preset": "detr_tiny", "dilation": True}, "model.dilation: the tiny backbone has no stage to dilate"),
+        ({"preset": "detr_tiny", "dilation": True}, "model.dilation: the tiny backbone has no dilated stage"),
     ],
 )
 def test_impossible_settings(settings, message):

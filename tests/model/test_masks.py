@@ -1,7 +1,6 @@
 """The segmentation head and the losses of masks against numbers of the official model."""
 
 import json
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,34 +13,9 @@ from raydetr.loss.masks import mask_numerators, matched_masks
 from raydetr.loss.matcher import match
 from raydetr.model.detr import postprocess
 from raydetr.model.masks import MaskDETR, postprocess_masks
+from tests.networks import filled, padded
 
 SIZES, ORIGINAL = [(192, 256), (224, 160)], [(384, 512), (448, 320)]
-
-
-def fill(model):
-    """Weights made from their own names, as those of the official model were for the numbers."""
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-            if name.endswith("running_var"):
-                noise = 1 + 0.1 * noise.abs()
-            elif name.endswith("running_mean"):
-                noise = 0.05 * noise
-            elif not name.endswith("query_embed.weight") and tensor.dim() > 1:
-                noise = noise / tensor[0].numel() ** 0.5
-            elif tensor.dim() == 1:
-                noise = 1 + 0.05 * noise if name.endswith("weight") else 0.02 * noise
-            tensor.copy_(noise)
-    return model
-
-
-def padded_images():
-    generator = torch.Generator().manual_seed(7)
-    images, mask = torch.zeros(2, 3, 224, 256), torch.ones(2, 224, 256, dtype=torch.bool)
-    for i, (height, width) in enumerate(SIZES):
-        images[i, :, :height, :width] = torch.randn(3, height, width, generator=generator)
-        mask[i, :height, :width] = False
-    return images, mask
 
 
 def ellipses(boxes, height, width):
@@ -55,7 +29,7 @@ def ellipses(boxes, height, width):
 @pytest.fixture(scope="module")
 def official(oracle_masks):
     numbers, targets = oracle_masks
-    model = fill(MaskDETR(load_config({"model.num_queries": 20, "model.dropout": 0.0}).model, 91))
+    model = filled(MaskDETR(load_config({"model.num_queries": 20, "model.dropout": 0.0}).model, 91))
     return numbers, targets, model
 
 
@@ -104,7 +78,7 @@ def test_names_outputs_and_masks_are_the_official_ones(official):
     names = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     assert names == json.loads(str(numbers["state_keys"]))
     with torch.no_grad():
-        outputs = model.eval()(*padded_images())
+        outputs = model.eval()(*padded(SIZES))
         for name in ("pred_logits", "pred_boxes", "pred_masks"):
             assert (outputs[name] - torch.from_numpy(numbers[name])).abs().max() < 1e-4
         results = postprocess_masks(outputs["pred_masks"], (224, 256), torch.tensor(SIZES), torch.tensor(ORIGINAL))
@@ -125,7 +99,7 @@ def test_losses_and_gradients_are_the_official_ones(official, lean):
     numbers, targets, model = official
     criterion = build_criterion(91)
     model.train().zero_grad()
-    losses, _ = losses_of(model, criterion, *padded_images(), targets, lean)
+    losses, _ = losses_of(model, criterion, *padded(SIZES), targets, lean)
     total = criterion.weighted_sum(losses) + losses["loss_mask"] + losses["loss_dice"]
     expected = {name.removeprefix("loss/"): float(value) for name, value in numbers.items() if name.startswith("loss/")}
     assert {name: loss.item() for name, loss in (losses | {"total": total}).items()} == pytest.approx(expected, rel=1e-5)
@@ -137,7 +111,7 @@ def test_losses_and_gradients_are_the_official_ones(official, lean):
 def test_masks_of_chosen_queries_are_those_of_all(official):
     _, targets, model = official
     criterion, found = build_criterion(91), []
-    images, mask = padded_images()
+    images, mask = padded(SIZES)
     with torch.no_grad():
         every = model.eval()(images, mask)["pred_masks"]
         some = model(images, mask, matched_queries(criterion, targets, found))["pred_masks"]

@@ -1,9 +1,11 @@
 import copy
+import itertools
 import json
 import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,6 +205,20 @@ def test_losses_read_late_are_the_same(coco_folder, monkeypatch):
     assert [row["step"] for row in rows[0]] == [1, 2, 3, 4, 5]
 
 
+def clock_that_ticks():
+    """Stands for the module ``time``: a second passes between any two looks at the clock."""
+    ticks = itertools.count()
+    return SimpleNamespace(perf_counter=lambda: float(next(ticks)))
+
+
+def test_images_per_second_are_counted_by_the_step_and_over_the_epoch(coco_folder, monkeypatch):
+    monkeypatch.setattr(engine, "time", clock_that_ticks())
+    shown = []
+    means = train_one_epoch(make_training(), batches_of(coco_folder(train=6), 4, 2), 1, shown.append)
+    assert [row["images_per_second"] for row in shown] == [4.0, 2.0]
+    assert means["images_per_second"] == 6 / 3
+
+
 def test_a_training_set_without_a_batch():
     with pytest.raises(UserError, match="no batch"):
         train_one_epoch(make_training(), [], 1, lambda _: None)
@@ -327,12 +343,12 @@ def train_share(folder, broken=None, accumulate=1):
     if broken == dist.get_rank():
         batches[1][0][0, 0, 0, 0] = math.nan
     training = make_training(accumulate=accumulate, wrap=DistributedDataParallel)
-    shown = []
+    shown, engine.time = [], clock_that_ticks()
     try:
-        train_one_epoch(training, batches, 1, shown.append)
+        means = train_one_epoch(training, batches, 1, shown.append)
     except UserError as error:
         return str(error)
-    return {"model": training.detr.state_dict(), "shown": [{**row, "images_per_second": 0.0} for row in shown]}
+    return {"model": training.detr.state_dict(), "shown": shown, "means": means}
 
 
 def evaluate_share(folder, broken=None):
@@ -374,6 +390,8 @@ def test_two_workers_train_as_one_with_both_batches(two_workers):
     (folder, _, _), (first, second) = two_workers
     assert all(torch.equal(value, second["train"]["model"][name]) for name, value in first["train"]["model"].items())
     assert first["train"]["shown"] == second["train"]["shown"]
+    assert [row["images_per_second"] for row in first["train"]["shown"]] == [2.0, 2.0]  # of both workers, an image each
+    assert first["train"]["means"]["images_per_second"] == 4 / 3
     alone, shown = make_training(), []
     images = images_of(folder)
     train_one_epoch(alone, [collate([images[0], images[1]]), collate([images[2], images[3]])], 1, shown.append)

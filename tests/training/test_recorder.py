@@ -162,6 +162,29 @@ def test_the_best_checkpoint_stays_when_ap_falls(coco_folder, monkeypatch):
     assert [event["best"] for event in watcher.of_kind("epoch")] == [True, True, False, False]
 
 
+def test_the_validation_loss_decides_between_epochs_of_equal_ap(coco_folder, monkeypatch):
+    losses, evaluate = iter([2.0, 1.0, 3.0, 1.0]), fit.__globals__["evaluate"]
+
+    def scripted(*given):
+        numbers, detections = evaluate(*given)
+        return numbers | {"loss": next(losses)}, detections
+
+    monkeypatch.setitem(fit.__globals__, "evaluate", scripted)
+    monkeypatch.setitem(fit.__globals__, "summarize", lambda *given, real=fit.__globals__["summarize"]: real(*given) | {"AP": 0.5})
+    metrics, watcher = run(settings(coco_folder(), "run", optim__epochs=4))
+    assert [event["best"] for event in watcher.of_kind("epoch")] == [True, True, False, False]
+    assert metrics["best_epoch"] == 2
+
+
+@pytest.mark.parametrize(("searched", "drawn"), [(None, [1, 2, 3, 4]), ({"optim.lr": (1e-5, 1e-3)}, [1, 4])], ids=["a run", "a trial"])
+def test_images_are_drawn_in_many_epochs_of_a_run_and_in_the_first_and_last_of_a_trial(coco_folder, monkeypatch, searched, drawn):
+    watcher = Watcher()
+    watcher.searched, epochs = searched, []
+    monkeypatch.setattr(Pictures, "draw", lambda *_: epochs.append(1 + len(watcher.of_kind("epoch"))) or [])
+    fit(settings(coco_folder(), "run", run__pictures=1, optim__epochs=4), watcher)
+    assert epochs == drawn
+
+
 # --- before the first step ---
 
 

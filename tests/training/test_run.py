@@ -1,11 +1,13 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from raydetr.config import load_config
-from raydetr.errors import UserError
+from raydetr.data.coco import CocoImages
 from raydetr.training import run as module
 from raydetr.training.run import Progress, val_batch_size
-from tests.training.runs import last_of, run, settings
+from tests.training.runs import interrupted, last_of, run, settings
 
 
 def test_progress_counts_epochs_and_finds_the_best():
@@ -32,6 +34,22 @@ def test_the_size_of_validation_batches_changes_no_result(coco_folder):
         assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-5), name
 
 
+def test_each_epoch_has_its_own_order_and_crops_and_a_resumed_one_those_of_its_number(coco_folder, monkeypatch):
+    set_epoch, epochs = CocoImages.set_epoch, []
+    monkeypatch.setattr(CocoImages, "set_epoch", lambda images, epoch: epochs.append(epoch) or set_epoch(images, epoch))
+    config = settings(coco_folder(), "run")
+    interrupted(config, lambda event: event["kind"] == "step" and event["epoch"] == 2)
+    assert epochs == [1, 2]
+    run(config)
+    assert epochs == [1, 2, 2, 3]
+
+
+def test_workers_share_the_memory_for_decoded_images(coco_folder):
+    config = settings(coco_folder(train=4, val=2), "run", data__cache_gb=6 * (3 * 96 * 64) / 1e9)  # as much as the six take
+    kept = [module._data_sets(config, SimpleNamespace(world_size=number, images=None), None)[0].images.files for number in (1, 2)]
+    assert [len(files) for files in kept] == [6, 3]
+
+
 def test_a_run_resumed_on_a_gpu_seeds_each_rank_of_it_anew(coco_folder, monkeypatch):
     config = settings(coco_folder(), "run", optim__epochs=1)
     run(config)
@@ -47,8 +65,3 @@ def test_a_run_resumed_on_a_gpu_seeds_each_rank_of_it_anew(coco_folder, monkeypa
     assert drawn[0] != drawn[1]
     torch.set_rng_state(content["random"][0]["torch"])
     assert torch.rand(1) == drawn[0]  # what the checkpoint has is continued
-
-
-def test_a_network_that_cannot_be_built_is_refused_with_its_settings():
-    with pytest.raises(UserError, match=r"model\.dilation: the tiny backbone has no dilated stage"):
-        load_config({"model.preset": "detr_tiny", "model.dilation": True})

@@ -1,33 +1,16 @@
 """State dicts and checkpoints that the tests of the weights share."""
 
 import re
-import zlib
 
 import torch
 
 from raydetr.config import load_config, to_dict
 from raydetr.model.detr import build_model
 from raydetr.weights import official
+from tests.networks import official_values
 
 COCO_IDS = [each["id"] for each in official.COCO_CATEGORIES_IN_USE]
 SMALL_RESNET = {"backbone": "resnet50", "num_queries": 5, "enc_layers": 1}
-
-
-def official_values(shapes):
-    """The numbers that the fixtures were made with: every tensor drawn from its own name."""
-    state = {}
-    for name, shape in shapes.items():
-        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-        if name.endswith("running_var"):
-            drawn = 1 + 0.1 * drawn.abs()
-        elif name.endswith("running_mean"):
-            drawn = 0.05 * drawn
-        elif drawn.dim() > 1 and name != "query_embed.weight":
-            drawn = drawn / drawn[0].numel() ** 0.5
-        elif name != "query_embed.weight":
-            drawn = 1 + 0.05 * drawn if name.endswith("weight") else 0.02 * drawn
-        state[name] = drawn
-    return state
 
 
 def state_of(preset="detr_resnet50", num_classes=91, **settings):
