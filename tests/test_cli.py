@@ -86,7 +86,7 @@ def test_debug_shows_where(capsys):
 def test_the_demo_leaves_a_foreign_folder_alone(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("years of work")
     assert main(["demo", "--out", str(tmp_path)]) == 2
-    assert "holds something else" in capsys.readouterr().err
+    assert "holds something other than a demo" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 

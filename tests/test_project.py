@@ -1,5 +1,6 @@
 """The files around the package: workflow, templates, versions."""
 
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import raydetr
 from raydetr import __version__
@@ -68,11 +70,30 @@ def test_the_lowest_versions_are_those_of_the_package():
         assert tried[name] == version or tried[name] == f"{version}.0", name
 
 
-def test_every_direct_dependency_is_pinned():
-    pinned = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
-    extras = [text for extra in PROJECT["project"]["optional-dependencies"].values() for text in extra]
-    named = {Requirement(text).name.lower().replace("_", "-") for text in [*PROJECT["project"]["dependencies"], *extras]}
-    assert named <= pinned
+def closure(name, extras):
+    """The names of all distributions that a requirement installs here, itself included."""
+    found, open_ = set(), [(name, frozenset(extras))]
+    while open_:
+        name, extras = open_.pop()
+        if (name, extras) in found:
+            continue
+        found.add((name, extras))
+        try:
+            requirements = map(Requirement, importlib.metadata.requires(name) or ())
+        except importlib.metadata.PackageNotFoundError:  # an extra that this environment has not
+            continue
+        for each in requirements:
+            if each.marker is None or any(each.marker.evaluate({"extra": extra}) for extra in {"", *extras}):
+                open_.append((canonicalize_name(each.name), frozenset(each.extras)))
+    return {name for name, _ in found}
+
+
+def test_everything_that_is_installed_is_pinned():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {canonicalize_name(line.split("==")[0]) for line in lines if "==" in line}
+    needed = closure("raydetr", PROJECT["project"]["optional-dependencies"]) - {"raydetr"}
+    assert needed <= pinned
+    assert len(pinned) == len(lines) - 1
 
 
 def test_the_changelog_begins_with_this_version():

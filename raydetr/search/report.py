@@ -89,7 +89,8 @@ def _one(search: Search, anchor: str) -> dict[str, Any]:
 
 def _tiles(search: Search) -> list[tuple[str, str]]:
     trials, best = search.frozen(), search.best()
-    states = [f"{number} {name}" for state, name in STATE_NAMES.items() if (number := sum(trial.state == state for trial in trials))]
+    counts = {state: sum(trial.state == state for trial in trials) for state in STATE_NAMES if state.is_finished()}
+    states = [f"{number} {STATE_NAMES[state]}" for state, number in counts.items() if number]
     return [
         (f"best {search.metric}", f"{best.value:.4f}" if best else "-"),
         ("trials started", f"{sum(trial.state != TrialState.WAITING for trial in trials)} of {search.trials}"),
