@@ -27,6 +27,13 @@ with contextlib.suppress(ImportError):  # the extra "heic"
 
     register_heif_opener()
 
+# Files in a folder that are taken for images; a file that is named itself may have any suffix.
+IMAGE_SUFFIXES = frozenset(
+    [
+        *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"),
+        *(".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+    ]
+)
 MAX_MEGAPIXELS = 178  # Pillow's own limit
 # What Pillow raises on broken files, beside OSError.
 _BROKEN = (SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError)

@@ -8,12 +8,9 @@ from typing import Any
 
 from raydetr.config import Data
 from raydetr.data.coco import find_split, load_coco
-from raydetr.data.images import image_path
+from raydetr.data.images import IMAGE_SUFFIXES, image_path
 from raydetr.draw import Box
 from raydetr.errors import UserError
-
-# Files in a folder that are taken for images; a file that is named itself may have any suffix.
-SUFFIXES = frozenset([".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".jp2", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"])
 
 
 @dataclass
@@ -57,12 +54,13 @@ def find_images(
         raise UserError(f"{data_sets[0]} is a data set's folder: give it alone, or give {data_sets[0] / 'val2017'}")
     if data_sets:
         split = find_split(Data(path=str(data_sets[0]), val_annotations=str(annotations) if annotations else None), "val")
-        coco, warnings = load_coco(split.annotations)
+        # What is missing or cannot be read is left out and counted later.
+        coco, warnings = load_coco(split.annotations, split.images, split.exif, split.max_megapixels, must_exist=False)
         files = [image_path(split.images, image["file_name"]) for image in coco["images"]]
         return _annotated(files, [image["file_name"] for image in coco["images"]], coco["images"], coco), coco["categories"], warnings
     files = list(dict.fromkeys(_files_of(paths, out)))
     if not files:
-        raise UserError(f"no images in {', '.join(map(str, paths)) or 'nothing'}: looked for {' '.join(sorted(SUFFIXES))}")
+        raise UserError(f"no images in {', '.join(map(str, paths)) or 'nothing'}: looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
     names = _names(files)
     if annotations is None:
         return [InputImage(file, name, number) for number, (file, name) in enumerate(zip(files, names, strict=True), 1)], None, []
@@ -102,7 +100,7 @@ def _walk(folder: Path) -> Iterator[Path]:
         seen.add(os.path.realpath(parent))
         folders[:] = sorted(each for each in folders if not each.startswith("."))
         for file in sorted(files):
-            if Path(file).suffix.lower() in SUFFIXES and not file.startswith("."):
+            if Path(file).suffix.lower() in IMAGE_SUFFIXES and not file.startswith("."):
                 yield Path(os.path.abspath(os.path.join(parent, file)))
 
 

@@ -6,11 +6,12 @@ from typing import NamedTuple
 from raydetr.data.formats.coco import is_coco
 from raydetr.data.formats.createml import is_createml
 from raydetr.data.formats.csv_table import is_csv_table
-from raydetr.data.formats.files import IMAGE_SUFFIXES, list_files
+from raydetr.data.formats.files import list_files
 from raydetr.data.formats.labelme import is_labelme
 from raydetr.data.formats.labels import read_json, read_text
 from raydetr.data.formats.labelstudio import is_labelstudio
 from raydetr.data.formats.via import is_via
+from raydetr.data.images import IMAGE_SUFFIXES
 from raydetr.errors import UserError
 
 EXAMINED = 20  # files of one suffix that are opened; the formats with a file per image are told by the first ones

@@ -8,13 +8,10 @@ from collections import defaultdict
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from raydetr.data.images import image_path
+from raydetr.data.images import IMAGE_SUFFIXES, image_path
 from raydetr.errors import UserError
 from raydetr.values import plain, short
 
-IMAGE_SUFFIXES = frozenset(
-    [".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"]
-)
 _UPLOAD_PREFIX = re.compile(r"[0-9a-f]{8}-")  # Label Studio puts it in front of the name of an uploaded file
 
 

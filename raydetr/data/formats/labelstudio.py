@@ -4,7 +4,7 @@ import math
 from pathlib import Path, PurePosixPath
 
 from raydetr.data.formats import shapes
-from raydetr.data.formats.files import IMAGE_SUFFIXES, ImageFinder
+from raydetr.data.formats.files import ImageFinder
 from raydetr.data.formats.labels import (
     LabeledImage,
     Notes,
@@ -17,6 +17,7 @@ from raydetr.data.formats.labels import (
     read_splits,
     split_files,
 )
+from raydetr.data.images import IMAGE_SUFFIXES
 from raydetr.errors import UserError
 from raydetr.values import is_finite, short, whole_number
 

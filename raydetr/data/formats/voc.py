@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from xml.parsers import expat
 
 from raydetr.data.formats import shapes
-from raydetr.data.formats.files import IMAGE_SUFFIXES, ImageFinder, list_files
+from raydetr.data.formats.files import ImageFinder, list_files
 from raydetr.data.formats.labels import (
     LabeledImage,
     Notes,
@@ -23,6 +23,7 @@ from raydetr.data.formats.labels import (
     read_lines,
     split_folders,
 )
+from raydetr.data.images import IMAGE_SUFFIXES
 from raydetr.errors import UserError
 
 ANNOTATION_FOLDERS = ("Annotations", "annotations")

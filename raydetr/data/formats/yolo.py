@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import yaml
 
 from raydetr.data.formats import shapes
-from raydetr.data.formats.files import IMAGE_SUFFIXES, ImageFinder
+from raydetr.data.formats.files import ImageFinder
 from raydetr.data.formats.labels import (
     VAL_FOLDERS,
     LabeledImage,
@@ -23,6 +23,7 @@ from raydetr.data.formats.labels import (
     read_lines,
     read_text,
 )
+from raydetr.data.images import IMAGE_SUFFIXES
 from raydetr.errors import UserError
 
 SPLIT_NAMES = {"train": ("train",), "val": VAL_FOLDERS, "test": ("test",)}
