@@ -66,16 +66,17 @@ def find_split(data: Data, split: str) -> Split:
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
         looked = " and ".join(map(str, candidates))
-        advice = _advice_for_export(root) or f"set data.{split}_annotations or convert with raydetr data convert"
+        advice = _advice_for(root) or f"set data.{split}_annotations or convert with raydetr data convert"
         raise UserError(f"no {split} annotations: looked for {looked}; {advice}")
     if not folder.is_dir():
-        advice = _advice_for_export(root) or f"set data.{split}_images if they are elsewhere"
-        raise UserError(f"no {split} images: looked for the folder {folder}; {advice}")
+        raise UserError(f"no {split} images: looked for the folder {folder}; set data.{split}_images if they are elsewhere")
     return Split(folder, file, data.exif, data.max_megapixels)
 
 
-def _advice_for_export(root: Path) -> str | None:
-    """What to do with a folder that an annotation tool exported as COCO, where it can be told by its files."""
+def _advice_for(root: Path) -> str | None:
+    """Return what to do with a folder of another annotation format or of a tool's COCO export, where its files tell."""
+    from raydetr.data.formats.detect import conversion_hint  # reads this module's files in its turn
+
     tools = {
         "Roboflow": [f"{split}/_annotations.coco.json" for split in ("train", "valid", "val", "test", ".")],
         "CVAT": ["annotations/instances_default.json"],
@@ -85,7 +86,7 @@ def _advice_for_export(root: Path) -> str | None:
         found = next((file for file in files if (root / file).is_file()), None)
         if found:
             return f"this looks like a COCO export of {tool} ({found}): raydetr data convert {root} NEW_FOLDER --from coco"
-    return None
+    return conversion_hint(root)
 
 
 # ---------------------------------------------------------------------------------------------------- the annotation file
