@@ -229,10 +229,16 @@ class InputImages(Dataset):
         return image, {"index": index, "orig_size": torch.tensor(pixels.shape[-2:])}
 
 
-def _collate(batch: list[tuple]) -> tuple[tuple | None, list[dict]]:
-    """Return the batch of the images that could be read (None if none could) and the targets of the others."""
-    read = [each for each in batch if each[0] is not None]
-    return collate(read) if read else None, [target for image, target in batch if image is None]
+def _collate(batch: list[tuple]) -> tuple[list[tuple], list[dict]]:
+    """Return the images that could be read, in batches of one size, and the targets of the others.
+
+    Without padding the predictions do not depend on the batch size and are those that an evaluation scores.
+    """
+    by_size: dict[torch.Size, list[tuple]] = {}
+    for image, target in batch:
+        if image is not None:
+            by_size.setdefault(image.shape, []).append((image, target))
+    return [collate(same) for same in by_size.values()], [target for image, target in batch if image is None]
 
 
 def detect(
@@ -267,10 +273,9 @@ def detect(
     by_image, unread = {}, {}
     autocast = torch.autocast(target_device.type, dtype, enabled=dtype != torch.float32)
     with torch.inference_mode(), autocast, kept_memory(target_device.type), _progress(f"predicting with {title}", len(inputs)) as advance:
-        for batch, broken in loader:
+        for batches, broken in loader:
             unread |= {inputs[target["index"]].image_id: target["error"] for target in broken}
-            images, mask, targets = batch or (None, None, [])
-            if images is not None:
+            for images, mask, targets in batches:
                 images, mask = (None if each is None else each.to(target_device, non_blocking=True) for each in (images, mask))
                 sizes = torch.stack([target["orig_size"] for target in targets])
                 detections = postprocess(model(images, mask), sizes.to(target_device, non_blocking=True))
@@ -278,7 +283,8 @@ def detect(
                 for row, target in enumerate(targets):
                     prediction = _prediction({name: values[row] for name, values in on_host.items()}, target["orig_size"], checkpoint)
                     by_image[inputs[target["index"]].image_id] = prediction
-            advance(len(broken) + len(targets))
+                advance(len(targets))
+            advance(len(broken))
     return by_image, unread
 
 
