@@ -9,6 +9,7 @@ annotated size. Where the sides are equal either way (orientations 2, 3, 4, and 
 """
 
 import contextlib
+import errno
 import re
 import struct
 import zlib
@@ -138,6 +139,8 @@ def read_image(
 
 
 def _open(path: str | Path, max_megapixels: int) -> Image.Image:
+    if Path(path).is_fifo():
+        raise OSError(errno.EINVAL, "not a regular file")  # opening it would wait for another program to write
     if max_megapixels > MAX_MEGAPIXELS and Image.MAX_IMAGE_PIXELS is not None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_megapixels * 1_000_000)  # Pillow's limit would come before ours
     image = Image.open(path)
@@ -149,8 +152,8 @@ def _open(path: str | Path, max_megapixels: int) -> Image.Image:
 
 def _header(image: Image.Image) -> Header:
     orientation = 1
-    # Pillow turns TIFF and AVIF itself. Reading the tags of a PNG that has none in its head would decode it.
-    if "exif" in image.info and image.format not in ("TIFF", "AVIF"):
+    # Pillow turns TIFF itself. Reading the tags of a PNG that has none in its head would decode it.
+    if "exif" in image.info and image.format != "TIFF":
         try:
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         except (OSError, *_BROKEN):

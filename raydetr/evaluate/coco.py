@@ -125,7 +125,10 @@ def check_results(coco: dict, results: list[dict]) -> None:
             raise UserError(f"results: entry {number} belongs to image {result['image_id']!r}, which the annotations do not have")
         box_xywh, score = result["bbox"], result["score"]
         if not isinstance(box_xywh, (list, tuple)) or len(box_xywh) != 4 or not all(map(is_finite, (*box_xywh, score))):
-            raise UserError(f"results: entry {number} (image {result['image_id']}) has bbox {box_xywh!r} and score {score!r}")
+            raise UserError(
+                f"results: entry {number} (image {result['image_id']}) has bbox {box_xywh!r} and score {score!r}; "
+                "a bbox is four numbers, a score one, all of them finite"
+            )
 
 
 def _objects(coco: dict, image_ids: list, category_ids: list) -> AnnotatedBoxes:

@@ -61,6 +61,7 @@ RESUMABLE = {
     "data.val_batch_size",
     "data.cache_gb",
     "data.batch_timeout_s",
+    "data.exif",  # runs begun before this setting read images whose size does not tell as they are stored
     "data.max_megapixels",
     "run.max_failures",
     "run.wait_for_machines_min",

@@ -55,7 +55,8 @@ def find_images(
         raise UserError(f"{data_sets[0]} is a data set's folder: give it alone, or give {data_sets[0] / 'val2017'}")
     if data_sets:
         split = find_split(Data(path=str(data_sets[0]), val_annotations=str(annotations) if annotations else None), "val")
-        coco, warnings = load_coco(split.annotations)
+        # What is missing or cannot be read is left out and counted later.
+        coco, warnings = load_coco(split.annotations, split.images, split.exif, split.max_megapixels, must_exist=False)
         files = [image_path(split.images, image["file_name"]) for image in coco["images"]]
         return _annotated(files, [image["file_name"] for image in coco["images"]], coco["images"], coco), coco["categories"], warnings
     files = list(dict.fromkeys(_files_of(paths, out)))

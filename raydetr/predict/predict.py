@@ -56,6 +56,7 @@ OUTPUTS = ("index.html", "predictions.json", "images.json", "pictures", "thumbna
 _MARK = f'<meta name="generator" content="{GENERATOR}">'  # in a page of raydetr
 LONGEST_JPEG = 65_500  # pixels
 DRAWERS = 4  # threads; each holds a few copies of an image
+Reader = Callable[[Path, tuple[int, int] | None], torch.Tensor]
 
 
 @dataclass
@@ -167,11 +168,13 @@ def predict(
     _check_free(out)
     checkpoints = [checkpoint] if compare is None else [compare, checkpoint]
     titles = _titles(checkpoints)
+    models = [load(path) for path in checkpoints]
+    data = load_config(trained_with(checkpoint, models[-1])).data
+    read = partial(read_image, exif=data.exif, max_megapixels=data.max_megapixels)
     columns, left_out = [], {}
-    for path, title in zip(checkpoints, titles, strict=True):
-        model = load(path)
+    for path, title, model in zip(checkpoints, titles, models, strict=True):
         categories, notes = _categories_for(model, truth)
-        by_image, unread = detect(model, path, inputs, batch_size, device, title)
+        by_image, unread = detect(model, path, inputs, read, batch_size, device, title)
         warnings += [*model.notes, *(f"{path}: {note}" for note in notes)]
         left_out |= unread
         inputs = [each for each in inputs if each.image_id not in unread]
@@ -183,9 +186,9 @@ def predict(
         _claim(out)
         for folder, column in zip(_folders(out, len(columns)), columns, strict=True):
             _write_results(folder, inputs, column)
-        cards = _draw_all(out, inputs, columns, style := _style(columns, threshold, truth))
-        models = dict(zip(["found"] if compare is None else ["before", "after"], titles, strict=True))
-        _write(out / "index.html", gallery_page(models, cards, threshold, style.colours, lines))
+        cards = _draw_all(out, inputs, columns, style := _style(columns, threshold, truth), read)
+        headings = dict(zip(["found"] if compare is None else ["before", "after"], titles, strict=True))
+        _write(out / "index.html", gallery_page(headings, cards, threshold, style.colours, lines))
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot be written ({error.strerror or error})") from None
     drawn = Counter(box.name for card in cards for box in card.columns[-1].boxes)
@@ -211,11 +214,12 @@ class InputImages(Dataset):
 
     Args:
         inputs: The images.
+        read: Decodes a file with an annotated size, as :func:`raydetr.data.images.read_image` does.
         transforms: What turns a decoded image into the network's input.
     """
 
-    def __init__(self, inputs: Sequence[InputImage], transforms: Callable):
-        self.inputs, self.transforms = inputs, transforms
+    def __init__(self, inputs: Sequence[InputImage], read: Reader, transforms: Callable):
+        self.inputs, self.read, self.transforms = inputs, read, transforms
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -223,21 +227,27 @@ class InputImages(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor | None, dict[str, Any]]:
         each = self.inputs[index]
         try:
-            pixels = read_image(each.path, each.size)
+            pixels = self.read(each.path, each.size)
         except UserError as error:
             return None, {"index": index, "error": str(error)}
         image = self.transforms(tv_tensors.Image(pixels)).as_subclass(torch.Tensor)
         return image, {"index": index, "orig_size": torch.tensor(pixels.shape[-2:])}
 
 
-def _collate(batch: list[tuple]) -> tuple[tuple | None, list[dict]]:
-    """Return the batch of the images that could be read (None if none could) and the targets of the others."""
-    read = [each for each in batch if each[0] is not None]
-    return collate(read) if read else None, [target for image, target in batch if image is None]
+def _collate(batch: list[tuple]) -> tuple[list[tuple], list[dict]]:
+    """Return the images that could be read, in batches of one size, and the targets of the others.
+
+    Without padding the predictions do not depend on the batch size and are those that an evaluation scores.
+    """
+    by_size: dict[torch.Size, list[tuple]] = {}
+    for image, target in batch:
+        if image is not None:
+            by_size.setdefault(image.shape, []).append((image, target))
+    return [collate(same) for same in by_size.values()], [target for image, target in batch if image is None]
 
 
 def detect(
-    model: DETR, checkpoint: str | Path, inputs: Sequence[InputImage], batch_size: int, device: str, title: str
+    model: DETR, checkpoint: str | Path, inputs: Sequence[InputImage], read: Reader, batch_size: int, device: str, title: str
 ) -> tuple[dict[int, ImagePrediction], dict[int, str]]:
     """Predict on images.
 
@@ -245,6 +255,7 @@ def detect(
         model: The model of ``checkpoint``.
         checkpoint: Path or URL of the checkpoint, whose image sizes and, on a GPU, precision are used.
         inputs: The images.
+        read: Decodes them.
         batch_size: Images that are predicted at a time.
         device: ``"auto"``, ``"cpu"``, or ``"cuda"``.
         title: Name of the checkpoint for the progress display.
@@ -262,15 +273,14 @@ def detect(
     model.to(target_device).eval()
     # On a CPU the network uses every core, and loading processes would take them away.
     workers = config.data.num_workers if on_gpu else 0
-    dataset = InputImages(inputs, val_transforms(config.data))
+    dataset = InputImages(inputs, read, val_transforms(config.data))
     loader = DataLoader(dataset, batch_size, collate_fn=_collate, num_workers=workers, pin_memory=on_gpu)
     by_image, unread = {}, {}
     autocast = torch.autocast(target_device.type, dtype, enabled=dtype != torch.float32)
     with torch.inference_mode(), autocast, kept_memory(target_device.type), _progress(f"predicting with {title}", len(inputs)) as advance:
-        for batch, broken in loader:
+        for batches, broken in loader:
             unread |= {inputs[target["index"]].image_id: target["error"] for target in broken}
-            images, mask, targets = batch or (None, None, [])
-            if images is not None:
+            for images, mask, targets in batches:
                 images, mask = (None if each is None else each.to(target_device, non_blocking=True) for each in (images, mask))
                 sizes = torch.stack([target["orig_size"] for target in targets])
                 detections = postprocess(model(images, mask), sizes.to(target_device, non_blocking=True))
@@ -278,7 +288,8 @@ def detect(
                 for row, target in enumerate(targets):
                     prediction = _prediction({name: values[row] for name, values in on_host.items()}, target["orig_size"], checkpoint)
                     by_image[inputs[target["index"]].image_id] = prediction
-            advance(len(broken) + len(targets))
+                advance(len(targets))
+            advance(len(broken))
     return by_image, unread
 
 
@@ -415,7 +426,7 @@ def _style(columns: Sequence[Predictions], threshold: float, truth: list[dict] |
     return Style(threshold, category_colours(each["name"] for each in categories), name_true=truth is not None and len(truth) > 1)
 
 
-def _draw_all(out: Path, inputs: Sequence[InputImage], columns: Sequence[Predictions], style: Style) -> list[Card]:
+def _draw_all(out: Path, inputs: Sequence[InputImage], columns: Sequence[Predictions], style: Style, read: Reader) -> list[Card]:
     """Write every image and its thumbnail for each column, and return the page's cards."""
     for folder in _folders(out, len(columns)):
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
@@ -424,7 +435,7 @@ def _draw_all(out: Path, inputs: Sequence[InputImage], columns: Sequence[Predict
     pool = ThreadPoolExecutor(min(DRAWERS, os.cpu_count() or 1))
     try:
         with _progress("drawing", len(inputs)) as advance:
-            for card in pool.map(partial(_draw, out=out, columns=columns, style=style), inputs, _stems(inputs)):
+            for card in pool.map(partial(_draw, out=out, columns=columns, style=style, read=read), inputs, _stems(inputs)):
                 cards.append(card)
                 advance(1)
     finally:
@@ -432,8 +443,8 @@ def _draw_all(out: Path, inputs: Sequence[InputImage], columns: Sequence[Predict
     return cards
 
 
-def _draw(each: InputImage, stem: str, out: Path, columns: Sequence[Predictions], style: Style) -> Card:
-    image = to_pil_image(read_image(each.path, each.size))
+def _draw(each: InputImage, stem: str, out: Path, columns: Sequence[Predictions], style: Style, read: Reader) -> Card:
+    image = to_pil_image(read(each.path, each.size))
     scale = min(THUMBNAIL_HEIGHT / image.height, THUMBNAIL_WIDTH / image.width)
     small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
     file = stem + (".jpg" if max(image.size) <= LONGEST_JPEG else ".png")

@@ -19,6 +19,7 @@ from raydetr.files import atomic_write
 from raydetr.loss.criterion import build_criterion
 from raydetr.memory import kept_memory
 from raydetr.model.detr import DETR
+from raydetr.predict.box_formats import box_format_notes
 from raydetr.predict.categories import find_categories
 from raydetr.text import shortlist
 from raydetr.training.engine import choose_device, choose_dtype, evaluate
@@ -172,17 +173,19 @@ def read_predictions(predictions: str | Path, data: settings.Data, split: str = 
     try:
         check_results(dataset.coco, results)
     except UserError as error:
-        raise UserError(f"{predictions}: {error}") from None
+        raise UserError(f"{predictions}: {str(error).removeprefix('results: ')}") from None
     known = {category["id"] for category in dataset.coco["categories"]}
     foreign = Counter(result["category_id"] for result in results if result["category_id"] not in known)
     ids = shortlist(foreign, 5)
     note = f"{foreign.total()} of {len(results)} detections have a category id that the data set lacks ({ids}) and do not count"
-    return Detected(dataset.coco, results, None, [], [note] if foreign else [])
+    return Detected(dataset.coco, results, None, [], [*([note] if foreign else []), *box_format_notes(dataset.coco, results)])
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
-    """Return the twelve COCO numbers and those of each category as aligned text, with 95 % intervals over images, and the notes."""
-    lines = [f"{name:<10} {_number(metrics[name])}{_interval(metrics, name)}" for name in METRICS]
+    """Return the notes, the twelve COCO numbers, and those of each category as aligned text, with 95 % intervals over images."""
+    notes = _notes(metrics)
+    lines = [*notes, *([""] if notes else [])]
+    lines += [f"{name:<10} {_number(metrics[name])}{_interval(metrics, name)}" for name in METRICS]
     columns = ("AP", "AP50", "AP75", "AR100")
     names = list(metrics["per_category"])
     width = max([len("category"), *map(len, names)])
@@ -191,11 +194,21 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
     for name in names:
         numbers = "  ".join(f"{_number(metrics['per_category'][name][column]):>5}" for column in columns)
         lines.append(f"{name:<{width}}  {numbers}{_interval(metrics['per_category'][name], 'AP')}")
+    return "\n".join(lines)
+
+
+def _notes(metrics: Mapping[str, Any]) -> list[str]:
     notes = [f"{note[0].upper()}{note[1:]}." for note in metrics.get("notes", ())]
     unknown = metrics.get("unknown_categories")
     if unknown:
+<<<<<<< HEAD
         notes.append(f"The data set has no category named {shortlist(unknown, 5)}: what the checkpoint detects of them does not count.")
     return "\n".join([*lines, *([""] if notes else []), *notes])
+=======
+        names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        notes.append(f"The data set has no category named {names}: what the checkpoint detects of them does not count.")
+    return notes
+>>>>>>> cas
 
 
 def _number(value: float | None) -> str:

@@ -119,19 +119,23 @@ def official_state(content: dict[str, Any], path: Path) -> tuple[dict[str, Tenso
 
     Returns:
         The tensors under the names of the official DETR (those of a plain ResNet under the names of its backbone), and, where the file
-        has a moving average (EMA) of the weights, a note on whether it is used: only if the file has no other weights.
+        has a moving average (EMA) of the weights, a note on whether it is used: if it is complete, because
+        training programs that keep one evaluate it and not the last weights.
 
     Raises:
         UserError: The file holds no weights, or those of a DETR of Hugging Face transformers.
     """
-    weights, _ = _first_state(content, _WEIGHTS)
+    weights, weights_key = _first_state(content, _WEIGHTS)
     # Checkpoints of raydetr have the weights to use under "model", whatever else they keep for resuming.
     average, key = (None, None) if "settings" in content else _first_state(content, _AVERAGES)
     note = None
-    if weights is None and average is not None:
-        weights, note = average, f"the file holds only the moving average (EMA) of the weights, under {key!r}; it is used"
-    elif average is not None:
-        note = f"the file also holds a moving average (EMA) of the weights, under {key!r}; it is not used"
+    if average is not None:
+        note = f"the file holds a moving average (EMA) of the weights, under {key!r}: "
+        if weights is None or _official_names(weights) <= _official_names(average):
+            note += "it is used" if weights is None else f"it is used, not the weights under {weights_key!r}"
+            weights = average
+        else:
+            note += f"it is incomplete, and the weights under {weights_key!r} are used"
     tensors = _named_tensors(content if weights is None else weights)
     state: dict[str, Tensor] = {}
     for name, value in tensors.items():
@@ -158,6 +162,10 @@ def _first_state(content: dict[str, Any], keys: tuple[str, ...]) -> tuple[dict[s
 
 def _named_tensors(held: dict[Any, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in held.items() if isinstance(name, str) and _is_dense(value)}
+
+
+def _official_names(held: dict[Any, Any]) -> set[str]:
+    return {_official_name(name) for name in _named_tensors(held) if not _NO_WEIGHTS.search(name)}
 
 
 def _is_dense(value: Any) -> bool:

@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,24 @@ def test_what_is_missing_is_said_with_where_it_was_looked_for(coco_folder, tmp_p
 
 
 # ---------------------------------------------------------------------------------------------------- the annotation file
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "advice"),
+    [
+        ("train/_annotations.coco.json", "{}", "a COCO export of Roboflow (train/_annotations.coco.json)"),
+        ("annotations/instances_default.json", "{}", "a COCO export of CVAT (annotations/instances_default.json)"),
+        ("result.json", "{}", "a COCO export of Label Studio (result.json)"),
+        ("labels.json", '{"images": [], "annotations": [], "categories": []}', "labels.json is in the format coco"),
+        ("data.yaml", "names: [a]", "data.yaml is in the format yolo"),
+        ("Annotations/a.xml", "<annotation></annotation>", "Annotations/a.xml is in the format voc"),
+    ],
+)
+def test_a_folder_in_another_format_is_said_how_to_convert(tmp_path, file, content, advice):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=re.escape(f"{advice}: raydetr data convert {tmp_path} NEW_FOLDER --from ")):
+        find_split(settings(tmp_path), "train")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import io
+import os
 
 import numpy as np
 import pytest
@@ -260,6 +261,13 @@ def test_heic_is_read_where_the_extra_is_installed(tmp_path):
         assert abs(decoded - expected).mean() < 6
 
 
+def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    for read in (read_image, read_header):
+        with pytest.raises(UserError, match=r"a\.jpg: not a regular file"):
+            read(tmp_path / "a.jpg")
+
+
 def test_no_program_is_run_on_a_picture(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
     with pytest.raises(UserError, match="EPS is no photograph"):
@@ -320,6 +328,16 @@ def test_a_jpegs_orientation(tmp_path):
     path = save(tmp_path / "a.jpg", gradient(16, 32), 6)
     assert read_header(path) == Header(32, 16, 6)
     assert read_image(path).shape == (3, 32, 16)
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_an_avifs_orientation(tmp_path, orientation):
+    blocks = np.kron(gradient(2, 3) * 2, np.ones((24, 24, 1), np.uint8))  # large enough for a lossy format
+    path = save(tmp_path / "a.avif", blocks, orientation, quality=95)
+    assert read_header(path).orientation == orientation
+    error = pixels_of(read_image(path)).astype(int) - UPRIGHT[orientation](blocks).astype(int)
+    assert np.abs(error).mean() < 3
+    assert np.abs(pixels_of(read_image(path, exif="stored")).astype(int) - blocks).mean() < 3
 
 
 def test_a_tiff_that_comes_turned_is_not_turned_again(tmp_path):

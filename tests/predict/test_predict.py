@@ -98,6 +98,32 @@ def test_the_output_is_complete_and_pycocotools_reads_it(checkpoint, photos, tmp
     assert len(loaded.getAnnIds(imgIds=[2])) == len(results) // 3
 
 
+def test_predictions_do_not_depend_on_the_batch_size(checkpoint, photos, tmp_path):
+    """Images of other sizes in a batch would pad an image, and an evaluation pads none."""
+    photos("wide.jpg", "wider.jpg", size=(130, 40))
+    folder, found = photos("high.jpg", size=(33, 121)), {}
+    for batch_size in (1, 3):
+        predict(checkpoint(), [folder], tmp_path / f"out{batch_size}", batch_size=batch_size)
+        found[batch_size] = np.array([[*each["bbox"], each["score"]] for each in _load(tmp_path / f"out{batch_size}")[1]])
+    np.testing.assert_allclose(found[1], found[3], atol=2e-3)
+
+
+@pytest.mark.parametrize(("exif", "turned"), [("upright", True), ("stored", False)])
+def test_images_are_turned_as_in_training_where_the_annotated_size_does_not_tell(checkpoint, photos, tmp_path, exif, turned):
+    folder, path = photos("a.png", size=(64, 64)), checkpoint()
+    pixels = np.asarray(Image.open(folder / "a.png"))
+    tag = Image.Exif()
+    tag[0x0112] = 3
+    Image.fromarray(pixels).save(folder / "a.png", exif=tag)
+    content = torch.load(path, weights_only=True)
+    content["settings"]["data"]["exif"] = exif
+    torch.save(content, path)
+    predict(path, [folder], tmp_path / "out", threshold=1)
+    drawn = np.asarray(Image.open(tmp_path / "out" / "pictures" / "a.jpg")).astype(int)
+    wanted, other = (pixels[::-1, ::-1], pixels) if turned else (pixels, pixels[::-1, ::-1])
+    assert np.abs(drawn - wanted).mean() < np.abs(drawn - other).mean() / 2
+
+
 def test_boxes_lie_within_their_pictures(checkpoint, photos, tmp_path):
     photos("wide.jpg", size=(130, 40))
     folder = photos("high.jpg", size=(33, 121))

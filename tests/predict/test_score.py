@@ -159,8 +159,8 @@ def test_detections_of_categories_that_the_data_set_lacks_are_counted(data, perf
     (tmp_path / "results.json").write_text(json.dumps([*perfect, {**perfect[0], "category_id": 77}]))
     metrics = score_predictions(tmp_path / "results.json", Data(path=str(data)))
     assert metrics["AP"] == 1
-    assert metrics_table(metrics).endswith(
-        f"1 of {len(perfect) + 1} detections have a category id that the data set lacks (77) and do not count."
+    assert metrics_table(metrics).startswith(
+        f"1 of {len(perfect) + 1} detections have a category id that the data set lacks (77) and do not count.\n\nAP "
     )
 
 
@@ -168,6 +168,13 @@ def test_perfect_predictions_score_one_with_a_byte_order_mark_too(data, perfect,
     for encoding in ("utf-8", "utf-8-sig"):
         (tmp_path / "results.json").write_text(json.dumps(perfect), encoding=encoding)
         assert score_predictions(tmp_path / "results.json", Data(path=str(data)))["AP"] == 1
+
+
+def test_boxes_in_another_format_are_the_first_thing_that_is_said(data, perfect, tmp_path):
+    corners = [{**each, "bbox": [(box := each["bbox"])[0], box[1], box[0] + box[2], box[1] + box[3]]} for each in perfect]
+    (tmp_path / "results.json").write_text(json.dumps(corners))
+    shown = metrics_table(score_predictions(tmp_path / "results.json", Data(path=str(data))))
+    assert shown.startswith("The boxes look like [x1, y1, x2, y2] in pixels, but are read as COCO's")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +185,7 @@ def test_perfect_predictions_score_one_with_a_byte_order_mark_too(data, perfect,
         ('{"annotations": []}', "expected a list of detections, found a dict"),
         (
             '[{"image_id": 10, "category_id": 3, "bbox": [0, 0, 1, 1]}]',
-            "entry 0 is no detection with image_id, category_id, bbox and score",
+            "entry 0 is not a detection with image_id, category_id, bbox and score",
         ),
     ],
 )
@@ -195,7 +202,7 @@ def test_the_command_prints_and_writes_the_scores_of_a_results_file(data, perfec
     (tmp_path / "results.json").write_text(json.dumps(perfect))
     written = tmp_path / "metrics.json"
     assert main(["evaluate", "--predictions", str(tmp_path / "results.json"), "--data", str(data), "--json", str(written)]) == 0
-    assert capsys.readouterr().out.startswith("AP         1.000\n")
+    assert capsys.readouterr().out.startswith("AP         1.000  (1.000 to 1.000)\n")
     assert json.loads(written.read_text())["per_category"]["oblong"]["AP75"] == 1
 
 
@@ -203,7 +210,7 @@ def test_the_command_prints_and_writes_the_scores_of_a_checkpoint(data, detector
     written = tmp_path / "metrics.json"
     assert main(["evaluate", str(detector), "--data", str(data), "--json", str(written)]) == 0
     printed, metrics = capsys.readouterr().out, json.loads(written.read_text())
-    assert f"AP50       {metrics['AP50']:.3f}\n" in printed
+    assert f"AP50       {metrics['AP50']:.3f}  (" in printed
     assert metrics["unknown_categories"] == []
 
 

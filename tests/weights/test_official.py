@@ -135,9 +135,9 @@ def test_of_two_copies_of_the_network_the_first_is_used(tmp_path, small):
         (lambda state: {"model_ema": {"state_dict": state}, "optimizer": {"state": {}}}, "model_ema"),
     ],
 )
-def test_a_moving_average_is_used_where_there_is_nothing_else_and_this_is_said(tmp_path, small, wrap, key):
+def test_a_moving_average_that_is_all_there_is_is_used_and_this_is_said(tmp_path, small, wrap, key):
     path = saved(tmp_path / "average.pth", wrap(small))
-    said = f"the file holds only the moving average (EMA) of the weights, under '{key}'; it is used"
+    said = f"the file holds a moving average (EMA) of the weights, under '{key}': it is used"
     model = load(path)
     assert model.notes == [f"{path}: {said}"]
     assert torch.equal(model.query_embed.weight, small["query_embed.weight"])
@@ -145,10 +145,23 @@ def test_a_moving_average_is_used_where_there_is_nothing_else_and_this_is_said(t
 
 
 @pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict"])
-def test_a_moving_average_beside_the_weights_is_not_used_and_this_is_said(tmp_path, small, key):
-    path = saved(tmp_path / "both.pth", {"ema": {name: value + 1 for name, value in small.items()}, key: small})
+def test_a_moving_average_is_used_and_not_the_weights_beside_it_and_this_is_said(tmp_path, small, key):
+    path = saved(tmp_path / "both.pth", {key: {name: value + 1 for name, value in small.items()}, "ema": {"module": small}})
     model = load(path)
-    assert model.notes == [f"{path}: the file also holds a moving average (EMA) of the weights, under 'ema'; it is not used"]
+    assert model.notes == [
+        f"{path}: the file holds a moving average (EMA) of the weights, under 'ema': it is used, not the weights under '{key}'"
+    ]
+    assert torch.equal(model.query_embed.weight, small["query_embed.weight"])
+
+
+@pytest.mark.parametrize("part", [{"decay": torch.tensor(0.99)}, {"query_embed.weight": torch.ones(4, 8)}])
+def test_an_incomplete_moving_average_is_not_used_and_this_is_said(tmp_path, small, part):
+    path = saved(tmp_path / "both.pth", {"model": small, "ema": part})
+    model = load(path)
+    assert model.notes == [
+        f"{path}: the file holds a moving average (EMA) of the weights, under 'ema': "
+        "it is incomplete, and the weights under 'model' are used"
+    ]
     assert torch.equal(model.query_embed.weight, small["query_embed.weight"])
 
 

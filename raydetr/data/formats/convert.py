@@ -19,6 +19,7 @@ from raydetr.data.formats.via import read_via
 from raydetr.data.formats.voc import read_voc
 from raydetr.data.formats.yolo import read_yolo
 from raydetr.errors import UserError
+from raydetr.text import count
 from raydetr.values import plain
 
 SPLITS = ("train", "val")
@@ -59,14 +60,14 @@ class Summary:
 
     def text(self) -> str:
         """Return a few lines for the terminal."""
-        boxes = {split: sum(count[split] for count in self.objects.values()) for split in SPLITS}
+        boxes = {split: sum(boxes_of[split] for boxes_of in self.objects.values()) for split in SPLITS}
         lines = [f"Found {self.source} annotations ({plain(self.found_in)})."] if self.found_in else []
         lines += [f"Wrote {self.folder} in COCO format; its images are {self.stored}."]
-        lines += [f"  {split:<5} {self.images[split]:>6} images {boxes[split]:>7} boxes" for split in SPLITS]
+        lines += [f"  {split:<5} {count(self.images[split], 'image')}, {count(boxes[split], 'box')}" for split in SPLITS]
         names = {name: plain(name) for name in self.objects}
         width = max(map(len, ["category", *names.values()]))
         lines += ["", f"  {'category':<{width}}   train     val"]
-        lines += [f"  {names[name]:<{width}} {count['train']:>7} {count['val']:>7}" for name, count in self.objects.items()]
+        lines += [f"  {names[name]:<{width}} {boxes_of['train']:>7} {boxes_of['val']:>7}" for name, boxes_of in self.objects.items()]
         if self.warnings:
             lines += ["", "Worth a look:", *(f"  {warning}" for warning in self.warnings)]
         return "\n".join([*lines, "", f"Next: raydetr data check {self.folder}"])

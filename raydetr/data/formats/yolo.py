@@ -5,6 +5,7 @@ line is a box followed by its keypoints.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
@@ -55,6 +56,9 @@ def read_yolo(src: Path, options: Options, notes: Notes) -> dict[str, list[Label
     """
     file, settings = _settings(src)
     names = {} if options.category else _names(src, settings)
+    for name, times in Counter(names.values()).items():
+        if times > 1:
+            notes.add("name of several classes, which become one category", name)
     keypoints = _keypoint_numbers(file, settings)
     paths = {split: _split_images(src, settings, split, notes) for split in SPLIT_NAMES}
     if not any(paths[split] for split in ("train", "val")):
@@ -95,12 +99,15 @@ def _names(src: Path, settings: dict) -> dict[int, str]:
     names = settings.get("names")
     lists = [src / name for name in CLASS_FILES if (src / name).is_file()]
     if not names and "names" not in settings and lists:
-        names = [line for line in read_lines(lists[0]) if line]
+        names = read_lines(lists[0])
     if isinstance(names, list):
         names = {str(number): name for number, name in enumerate(names)}
-    if not isinstance(names, dict) or not names or not all(number.isdecimal() and isinstance(name, str) for number, name in names.items()):
-        raise UserError(f"{src}: no class names; give them as a list under names in data.yaml, one a line in classes.txt, or by --category")
-    return {int(number): name.strip() for number, name in names.items()}
+    if isinstance(names, dict) and all(number.isdecimal() and isinstance(name, str) for number, name in names.items()):
+        # A blank name counts, but names no class.
+        named = {int(number): name.strip() for number, name in names.items() if name.strip()}
+        if named:
+            return named
+    raise UserError(f"{src}: no class names; give them as a list under names in data.yaml, one a line in classes.txt, or by --category")
 
 
 def _keypoint_numbers(file: Path, settings: dict) -> int:

@@ -59,6 +59,21 @@ def test_layouts(folder, layout):
     assert not notes
 
 
+def test_classes_of_one_name_become_one_category_and_this_is_said(folder):
+    files = {**one("0 0.5 0.5 0.25 0.5\n2 0.5 0.5 0.25 0.5\n"), "data.yaml": "names: [cat, dog, cat]\n"}
+    splits, notes = read(folder(files))
+    assert {each.category for each in splits["train"][0].objects} == {"cat"}
+    assert notes == {"name of several classes, which become one category": ["cat"]}
+
+
+def test_a_blank_line_among_the_class_names_counts(folder):
+    files = {"images/a.jpg": None, "labels/a.txt": "2 0.5 0.5 0.25 0.5\n", "classes.txt": "cat\n\ndog\n\n"}
+    assert [each.category for each in read(folder(files))[0]["train"][0].objects] == ["dog"]
+    (folder({"labels/a.txt": "1 0.5 0.5 0.25 0.5\n"}))
+    with pytest.raises(UserError, match=r"a\.txt, line 1: class 1 has no name"):
+        read(folder({}))
+
+
 def test_a_flat_folder_with_folders_below_it_and_classes_txt(folder):
     files = {"images/a.jpg": None, "images/more/b.png": None, "labels/more/b.txt": "1 0.5 0.5 1 1", "labels/classes.txt": "cat\ndog\n\n"}
     splits, notes = read(folder(files))
