@@ -282,6 +282,28 @@ def test_a_killed_mailbox_or_controller_is_replaced_and_at_last_the_run_says_how
 
 
 @pytest.mark.slow
+def test_an_error_of_the_code_is_retried_once(cluster, photographs, tmp_path, monkeypatch):
+    attempts, train_worker = tmp_path / "attempts", training.train_worker
+
+    def fit(config, reporter):
+        with attempts.open("a") as file:
+            file.write("x")
+        raise RuntimeError("shapes do not fit")
+
+    def broken_worker(loop_config):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("raydetr.training.fit.fit", fit)
+            return train_worker(loop_config)
+
+    monkeypatch.setattr(training, "train_worker", broken_worker)
+    with pytest.raises(UserError) as caught:
+        train(settings(photographs, tmp_path, run__workers=1, run__max_failures=9))
+    assert str(caught.value).startswith(f"worker 0 failed: RuntimeError: shapes do not fit ({training.TWICE}); ")
+    assert str(caught.value).endswith(f"raydetr train --resume {tmp_path}/run")
+    assert attempts.read_text() == "xx"
+
+
+@pytest.mark.slow
 def test_two_workers_make_a_whole_run_folder(resumed):
     run, _, metrics = resumed
     assert metrics["epoch"] == EPOCHS
