@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -6,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -161,15 +163,22 @@ def test_a_trial_whose_process_dies_again_and_again_is_failed(cluster, coco_fold
 def test_a_fault_of_the_machine_ends_its_process_and_the_trial_is_retried(cluster, coco_folder, tmp_path, monkeypatch):
     processes = tmp_path / "processes"
 
-    def fit(config, reporter):
+    def kill_loader():
+        while not (loaders := psutil.Process().children()):
+            time.sleep(0.01)
+        loaders[0].kill()
+
+    def fit(original, config, reporter):
         """The first trial loses a loader process once, the second meets a CUDA error at each attempt, the third an error of the code."""
         import torch
 
         number = config.run.name[:3]
         with processes.open("a") as file:
             file.write(f"{number} {os.getpid()}\n")
-        if number == "000" and processes.read_text().count("000 ") == 1:
-            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        if number == "000":
+            if processes.read_text().count("000 ") == 1:
+                threading.Thread(target=kill_loader, daemon=True).start()
+            return original(config, reporter)
         if number == "001":
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
         if number == "002":
@@ -178,11 +187,13 @@ def test_a_fault_of_the_machine_ends_its_process_and_the_trial_is_retried(cluste
 
     def run_trial(assigned, images):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("raydetr.training.fit.fit", fit)
+            import raydetr.training.fit as module
+
+            patch.setattr(module, "fit", functools.partial(fit, module.fit))
             launched.run_trial(assigned, images)
 
     monkeypatch.setattr(launcher, "run_trial", run_trial)
-    known = settings(coco_folder(), tmp_path, run__max_failures=2)
+    known = settings(coco_folder(), tmp_path, run__max_failures=2, data__num_workers=1)
     search = tune(known, SPACE, trials=4, scheduler="none", demands=Demands(concurrent=1))
     assert [trial.state.name for trial in search.frozen()] == ["COMPLETE", "FAIL", "FAIL", "COMPLETE"]
     cuda, code = (search.frozen()[number].user_attrs["reason"] for number in (1, 2))
