@@ -89,7 +89,7 @@ def test_a_run_goes_on_from_the_store_alone_and_ends_in_the_same_bits(store, coc
     before = store.names(run)
 
     shutil.rmtree(storage.cache_folder())
-    outage = threading.Thread(target=stop_for, args=(store, 30, storage.working_folder(run) / "config.yaml"))
+    outage = threading.Thread(target=stop_for, args=(store, 15, storage.working_folder(run) / "config.yaml"))
     outage.start()
     train(resume_config(run, {"optim.epochs": 4}), resume=True)
     outage.join()

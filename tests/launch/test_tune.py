@@ -323,7 +323,7 @@ def test_a_time_that_is_none_is_refused(text):
         (["--resume", "absent"], "a search keeps its settings"),
     ],
 )
-def test_bad_flags_are_one_line(cluster, coco_folder, tmp_path, capsys, flags, says):
+def test_bad_flags_are_one_line(coco_folder, tmp_path, capsys, flags, says):
     from raydetr.cli import main
 
     assert main(["tune", "--data", str(coco_folder()), "--storage", str(tmp_path / "runs"), "--preset", "detr_tiny", *flags]) == 2
