@@ -261,16 +261,28 @@ def become_owner(path: str | Path) -> str:
     return token
 
 
-def check_owner(path: str | Path, token: str, patience_s: float = PATIENCE_S) -> None:
+def stamp(path: str | Path, name: str, patience_s: float = PATIENCE_S) -> tuple[int, int] | None:
+    """Return the size in bytes and the modification time in ns of a file in a folder or below a URI, None if there is none."""
+    if is_uri(path):
+        info = _ask(str(path), lambda: _file_system(str(path)).get_file_info(_path_of(join(path, name))), patience_s)
+        return (info.size, info.mtime_ns) if info.is_file else None
+    with contextlib.suppress(FileNotFoundError):
+        found = Path(path, name).expanduser().stat()
+        return found.st_size, found.st_mtime_ns
+    return None
+
+
+def check_owner(path: str | Path, token: str, patience_s: float = PATIENCE_S, is_unchanged: Callable[[], bool] = lambda: True) -> None:
     """Check that this process is still the one that writes a run.
 
-    Only another process's token means that it is not. If the token is missing, because somebody deleted it, it is written again. If
-    the store answers anything else, the store is asked again.
+    Another process's token means that it is not. If the token is missing, either somebody deleted it, and it is written again; or
+    another process took the run to its end, and ``is_unchanged`` is false. If the store answers anything else, it is asked again.
 
     Args:
         path: Path or URI of the run.
         token: What :func:`become_owner` returned.
         patience_s: How long to retry, in seconds.
+        is_unchanged: Called if the token is missing; returns whether the run is as this process left it.
 
     Raises:
         UserError: Another process took over the run, because this one was believed lost or the run was started twice; or the store
@@ -278,9 +290,10 @@ def check_owner(path: str | Path, token: str, patience_s: float = PATIENCE_S) ->
     """
     end, pause, was_missing, wrote = time.monotonic() + patience_s, 1.0, False, False
     while (found := read_token(str(path), OWNER, patience_s)) != token:
-        if found is not None and TOKEN.fullmatch(found):
+        missing_twice = found is None and was_missing  # once may just be a wrong answer
+        if (found is not None and TOKEN.fullmatch(found)) or (missing_twice and not is_unchanged()):
             raise UserError(f"another process has taken over {path}; this one stops")
-        if found is None and was_missing and not wrote:  # twice in a row, so that it is not just a wrong answer
+        if missing_twice and not wrote:
             write_token(str(path), OWNER, token, patience_s)
             wrote = True
         elif (found is not None or wrote) and time.monotonic() + pause > end:

@@ -51,7 +51,9 @@ def tune(config: settings.Config, space: Space | str | Path | Mapping[str, Any],
 
     Raises:
         UserError: Bad settings or data, an impossible request, or all trials failed.
-        KeyboardInterrupt: A signal ended the search; the message says how to resume.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP ended the search, which is kept: the message says how to resume it, and the
+            exception's attribute ``search`` is the :class:`raydetr.search.study.Search`, or None if it had not begun. ``best.yaml``,
+            ``best.pth`` and the tables in its folder are those of the trials so far.
     """
     search = launcher.tune(config, space, **options)
     return Found(best_config(search), trials_frame(search), search.study)

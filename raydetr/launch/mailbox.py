@@ -17,10 +17,19 @@ class Mailbox:
 
     def __init__(self):
         self.events, self.error = [], None
+        self.crashes: dict[int, str] = {}  # what each rank died of since the last epoch
 
     def post(self, event: dict) -> None:
         """Keep an event for the driver."""
         self.events.append(event)
+        if event["kind"] == "epoch":
+            self.crashes.clear()
+
+    def crash(self, rank: int, text: str) -> bool:
+        """Keep what a worker died of, and return whether it died of the same before, with no finished epoch in between."""
+        again = self.crashes.get(rank) == text
+        self.crashes[rank] = text
+        return again
 
     def take(self) -> list[dict]:
         """Return the events since the last call, oldest first."""

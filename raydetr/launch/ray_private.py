@@ -164,6 +164,8 @@ def lost_part(gcs_address: str, timeout_s: float) -> str | None:
     for name, part in ((ray_constants.PROCESS_TYPE_GCS_SERVER, "head"), (ray_constants.PROCESS_TYPE_RAYLET, "node")):
         if any(each.process.poll() is not None for each in processes.get(name, ())):
             return part
+    if processes.get(ray_constants.PROCESS_TYPE_RAYLET):  # both are this process's own, and run
+        return None
     host, _, port = gcs_address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s).close()

@@ -25,10 +25,11 @@ from raydetr.launch import ray_private
 from raydetr.launch.nodes import NO_MEMORY, is_node_failure
 from raydetr.launch.signals import Received
 from raydetr.launch.slots import Demands, Slots, slots_on
-from raydetr.launch.train import OUT_OF_MEMORY, RAY_FOLDER
+from raydetr.launch.train import OUT_OF_MEMORY, RAY_FOLDER, TWICE
 from raydetr.search.study import Search
 from raydetr.search.trials import TrialsDisplay
 from raydetr.storage import LAST, OWNER, copy, fetch, is_uri, join, push, remove_tokens, working_folder
+from raydetr.text import count
 from raydetr.training.metrics import REPORTED, WHERE
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
 
@@ -158,6 +159,7 @@ class StudyScheduler(FIFOScheduler):
         self.search, self.max_failures = search, search.config(0).run.max_failures
         self.losses: Counter[str] = Counter()
         self.reasons: dict[str, str] = {}  # why a trial's process was lost the last time, by Ray Tune's id
+        self.repeated: set[str] = set()  # trials with the same error twice, and no epoch in between
         self.full = ""  # what a trial said about a full disk
 
     def on_trial_error(self, tune_controller, trial) -> None:
@@ -171,11 +173,12 @@ class StudyScheduler(FIFOScheduler):
             self.losses[trial.trial_id] += 1
 
     def on_trial_add(self, tune_controller, trial) -> None:
-        """Fail a trial that is to be started again and was lost too often."""
-        losses, number = self.losses[trial.trial_id], self.search.number(trial.trial_id)
-        if losses > self.max_failures and number is not None:
+        """Fail a trial that is to be started again and was lost too often, or twice for the same error."""
+        losses, number, repeated = self.losses[trial.trial_id], self.search.number(trial.trial_id), trial.trial_id in self.repeated
+        if (losses > self.max_failures or repeated) and number is not None:
             reason = self.reasons.get(trial.trial_id, "its process was killed")
-            self.search.tell(number, "failed", reason=f"lost {losses} times, the last time: {reason}")
+            why = TWICE if repeated else "run.max_failures"
+            self.search.tell(number, "failed", reason=f"lost {count(losses, 'time')} ({why}), the last time: {reason}")
             tune_controller.search_alg.on_trial_complete(trial.trial_id, error=True)
             tune_controller.stop_trial(trial)
 
@@ -187,6 +190,8 @@ class StudyScheduler(FIFOScheduler):
             tune_controller.request_stop_experiment()
             return FIFOScheduler.STOP
         if result.get("fault"):
+            if result.get("repeatable") and _without_host(self.reasons.get(trial.trial_id, "")) == _without_host(result["fault"]):
+                self.repeated.add(trial.trial_id)
             self.reasons[trial.trial_id] = result["fault"]
         if not is_epoch(result) or number is None:
             return FIFOScheduler.CONTINUE
@@ -320,6 +325,10 @@ class Watcher(TrialProgressCallback):
                     f"runs: look at its process (`py-spy dump`), or kill it: it is retried from its last finished epoch"
                 )
                 self.display.console.print(text, markup=False, soft_wrap=True)
+
+
+def _without_host(fault: str) -> str:
+    return fault.partition(": ")[2]
 
 
 def is_epoch(result: Mapping[str, Any]) -> bool:

@@ -19,7 +19,8 @@ from raydetr.storage import store_environment
 from raydetr.text import one_line
 
 DRIVER = "trial_driver"  # the resource that keeps the drivers of multi-worker trials off the CPUs
-WATCH_INTERVAL_S = 1.0  # between two looks at whether Ray is still there
+WATCH_INTERVAL_S = 1.0  # between two looks at whether a Ray of one's own is still there
+PROBE_INTERVAL_S = 2.0  # between two connections to a cluster; its raylet logs each of them
 CONNECT_TIMEOUT_S = 5.0
 LOSS_PATIENCE_S = 4.0  # with the processes of a Ray of one's own and with this node's raylet, which nobody starts again
 HEAD_PATIENCE = 0.7  # with a cluster's head, as a share of the time after which Ray aborts this process
@@ -111,7 +112,7 @@ def ending_if_ray_is_lost(received: Received, last_words: Callable[[], str]) -> 
 
     def watch() -> None:
         lost_since: float | None = None
-        while not done.wait(WATCH_INTERVAL_S):
+        while not done.wait(WATCH_INTERVAL_S if own else PROBE_INTERVAL_S):
             began = time.monotonic()
             part = ray_private.lost_part(address, CONNECT_TIMEOUT_S)
             lost_since = None if part is None else lost_since or began

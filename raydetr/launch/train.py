@@ -38,6 +38,7 @@ from raydetr.launch.signals import Received, interruptible
 from raydetr.launch.slots import cores_each
 from raydetr.memory import without_collections
 from raydetr.storage import absolute, fetch, join, split, working_folder
+from raydetr.text import count, one_line
 from raydetr.training.console import Display
 
 RAY_FOLDER = "ray"  # in the folder of a run or a search: Ray's own records, of use only while it runs
@@ -47,6 +48,7 @@ SHOW_INTERVAL_S = 0.5  # between two looks at what the workers posted
 POLL_INTERVAL_S = 0.5
 RESIZE_INTERVAL_S = 20.0  # between two looks for nodes that a run of MIN:MAX workers could use
 RESIZE_TIMEOUT_S = 10.0  # how long such a run waits for slots that it believed to be there; Ray notices late that a node is gone
+TWICE = "the same error twice without a finished epoch in between, so it is not retried again"
 OUT_OF_MEMORY = (
     "the machine ran out of memory and Ray's memory monitor killed it: lower data.num_workers, data.cache_gb, optim.batch_size "
     "(optim.accumulate makes up for it) or data.max_size, or have fewer processes on a machine (--workers, --concurrent)"
@@ -272,7 +274,7 @@ def _run_here(config: settings.Config) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:
-        raise failed(error, "training", config) from error
+        raise failed(reason_of(error), "training", config) from error
 
 
 def _run(config: settings.Config, least: int, received: Received) -> dict[str, Any]:
@@ -330,7 +332,7 @@ def fit_with_retries(trainer: TorchTrainer, mailbox: Any, config: settings.Confi
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
             controllers_lost += not is_node_failure(error)
             if controllers_lost > config.run.max_failures:
-                raise failed(error, "Ray Train's controller", config) from error
+                raise failed(f"{reason_of(error)} ({_retries(config)})", "Ray Train's controller", config) from error
         else:
             if last is None:
                 raise user_error(mailbox) or UserError(f"the run ended without metrics; {how_to_resume(config)}")
@@ -357,9 +359,24 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
         images: list[Any] = [ray.get(each) for each in loop_config.get("images", ())]
         return fit(loop_config["config"], TrainReporter(mailbox, loop_config.get("searched"), *images))
     except UserError as error:
-        with contextlib.suppress(ray.exceptions.RayActorError):
-            ray.get(mailbox.fail.remote(error))
+        _post_failure(mailbox, error)
         raise
+    except RuntimeError as error:
+        rank, text = ray.train.get_context().get_world_rank(), f"{type(error).__name__}: {one_line(error)}"
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            if is_repeatable(error) and ray.get(mailbox.crash.remote(rank, text)):
+                _post_failure(mailbox, failed(f"{text} ({TWICE})", f"worker {rank}", loop_config["config"]))
+        raise
+
+
+def _post_failure(mailbox: Any, error: UserError) -> None:
+    with contextlib.suppress(ray.exceptions.RayActorError):
+        ray.get(mailbox.fail.remote(error))
+
+
+def is_repeatable(error: BaseException) -> bool:
+    """Return whether an error may be the program's own, so that it would come again: a plain RuntimeError, and none of CUDA's."""
+    return type(error) is RuntimeError and "CUDA" not in str(error)
 
 
 def user_error(mailbox: Any) -> UserError | None:
@@ -376,12 +393,16 @@ def failure_of(error: Exception, mailbox: Any, config: settings.Config) -> UserE
         return own
     causes = getattr(error, "worker_failures", None) or {0: error}
     rank, cause = next(iter(causes.items()))
-    return failed(cause, f"worker {rank}", config)
+    return failed(f"{reason_of(cause)} ({_retries(config)})", f"worker {rank}", config)
 
 
-def failed(error: BaseException, what: str, config: settings.Config) -> UserError:
-    """Return the error to show where ``what`` ended with ``error``, and how to resume."""
-    return UserError(f"{what} failed: {reason_of(error)}; {how_to_resume(config)}")
+def _retries(config: settings.Config) -> str:
+    return f"after {count(config.run.max_failures, 'retry', 'retries')}, run.max_failures"
+
+
+def failed(reason: str, what: str, config: settings.Config) -> UserError:
+    """Return the error to show where ``what`` ended for that reason, and how to resume."""
+    return UserError(f"{what} failed: {reason}; {how_to_resume(config)}")
 
 
 def reason_of(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from raydetr.data.cache import DecodedImages
 from raydetr.errors import DiskFull, UserError
 from raydetr.launch.mailbox import Mailbox
 from raydetr.launch.slots import Slots
-from raydetr.launch.train import fit_with_retries, ray_run_config, train_worker
+from raydetr.launch.train import fit_with_retries, is_repeatable, ray_run_config, train_worker
 from raydetr.memory import without_collections
 from raydetr.text import one_line
 
@@ -62,8 +62,8 @@ def run_trial(assigned: Mapping[str, Any], images: Sequence[ray.ObjectRef] = ())
 
     A failure that would come again is reported, not raised: ``failed`` is the reason. A fault of the machine (a killed loader process,
     a CUDA error, a file that cannot be read for a moment) is reported as ``fault`` and ends the process, since nothing else is sure
-    to work in it: Ray Tune then starts the trial in a new one, where it resumes from the last.pth of its run folder. ``full`` reports a
-    full disk, which ends the search.
+    to work in it: Ray Tune then starts the trial in a new one, where it resumes from the last.pth of its run folder. ``repeatable``
+    says that the fault may be the program's own. ``full`` reports a full disk, which ends the search.
 
     Args:
         assigned: ``number`` of the trial, ``config`` with its settings, ``metric`` (the objective), ``searched`` (the settings that
@@ -86,7 +86,7 @@ def run_trial(assigned: Mapping[str, Any], images: Sequence[ray.ObjectRef] = ())
     except (NotImplementedError, RecursionError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         ray.tune.report({"epoch": 0, "failed": _in_one_line(error)})
     except (RuntimeError, OSError, MemoryError) as error:
-        ray.tune.report({"epoch": 0, "fault": f"{socket.gethostname()}: {_in_one_line(error)}"})
+        ray.tune.report({"epoch": 0, "fault": f"{socket.gethostname()}: {_in_one_line(error)}", "repeatable": is_repeatable(error)})
         os._exit(1)  # also for a CUDA error, after which every call of this process fails
     else:
         ray.tune.report({**with_node(last), "finished": True})

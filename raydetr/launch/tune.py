@@ -37,7 +37,7 @@ from raydetr.launch.slots import ONE_WORKER_EACH, Demands, Slots, check_disk, fi
 from raydetr.launch.train import RAY_FOLDER, alone, check_data, naming_the_file, run_root, with_absolute_paths
 from raydetr.launch.trial import run_trial
 from raydetr.search.space import Space, read_space
-from raydetr.search.study import Search, create_search, open_search, top_trials, write_best, write_trials
+from raydetr.search.study import Search, check_request, create_search, open_search, top_trials, write_best, write_trials
 from raydetr.search.trials import TrialsDisplay
 from raydetr.storage import OWNER, absolute, become_owner, fetch, is_uri, join, remove_tokens, split, working_folder
 
@@ -83,12 +83,13 @@ def tune(
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP ended the search; the message says how to resume.
     """
     config = with_absolute_paths(config)
-    check_data(config)
     root = run_root(config)
     grace, seed = grace_epochs(config.optim), config.run.seed if seed is None else seed
     space = space if isinstance(space, Space) else read_space(space)
+    check_request(space, trials, sampler, scheduler)
     if scheduler == "pbt" and demands.workers > 1:
         raise UserError("--scheduler pbt: trials take over each other's weights with one worker each; lower --workers-per-trial")
+    check_data(config)
     with naming_the_file(), interruptible(lambda: ""), ray_session(demands.workers, drivers=demands.workers > 1):
         with reserved_slots(config, demands.workers, demands.gpus_per_worker()):
             check_nodes(config)

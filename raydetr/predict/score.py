@@ -201,14 +201,8 @@ def _notes(metrics: Mapping[str, Any]) -> list[str]:
     notes = [f"{note[0].upper()}{note[1:]}." for note in metrics.get("notes", ())]
     unknown = metrics.get("unknown_categories")
     if unknown:
-<<<<<<< HEAD
         notes.append(f"The data set has no category named {shortlist(unknown, 5)}: what the checkpoint detects of them does not count.")
-    return "\n".join([*lines, *([""] if notes else []), *notes])
-=======
-        names = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        notes.append(f"The data set has no category named {names}: what the checkpoint detects of them does not count.")
     return notes
->>>>>>> cas
 
 
 def _number(value: float | None) -> str:

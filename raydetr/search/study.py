@@ -34,7 +34,7 @@ from raydetr.config import PATH_SETTINGS, Config, by_name, read_config, read_yam
 from raydetr.errors import UserError
 from raydetr.search.population import better_trial, check_population, moved
 from raydetr.search.space import Space, as_drawn, draw, read_space
-from raydetr.storage import PATIENCE_S, check_owner, fetched, push, working_folder
+from raydetr.storage import PATIENCE_S, check_owner, fetched, push, stamp, working_folder
 from raydetr.text import count, shortlist
 from raydetr.training.metrics import REPORTED, WHERE
 from raydetr.values import is_finite
@@ -75,6 +75,7 @@ class Search:
         self.base = by_name(self.base_config)
         self._check_unedited()
         self.owner = ""  # the token of this process, where it runs the search
+        self._pushed: tuple[int, int] | None = None  # the stamp of the journal in the store after this process's last push
         self._again: list[int] = []  # the trials to hand out again
         self._numbers: dict[str, int] = {}  # the trials by key, which a trial keeps while this process runs the search
 
@@ -101,8 +102,10 @@ class Search:
             UserError: The store refuses or does not answer, or another process has taken over the search that this one runs.
         """
         if self.owner:
-            check_owner(self.path, self.owner, patience_s)
+            check_owner(self.path, self.owner, patience_s, lambda: self._pushed in (None, stamp(self.path, STUDY_FILE, patience_s)))
         push(self.path, recursive=False, patience_s=patience_s)
+        if self.owner:
+            self._pushed = stamp(self.path, STUDY_FILE, patience_s)
 
     @property
     def metric(self) -> str:
@@ -125,7 +128,8 @@ class Search:
 
     def extend(self, trials: int) -> None:
         """Set the total number of trials requested. Raises a UserError if it is less than one."""
-        self.study.set_user_attr("search", {**self._plan, "trials": _trial_count(trials)})
+        _check_count(trials)
+        self.study.set_user_attr("search", {**self._plan, "trials": trials})
 
     def frozen(self) -> list[FrozenTrial]:
         """Return every trial in its current state, by number. The trials must not be changed."""
@@ -362,10 +366,7 @@ def create_search(
     """
     folder = working_folder(path)
     base = by_name(config)
-    make_sampler(sampler, seed, _trial_count(trials))
-    make_pruner(pruner, grace, trials)
-    if pruner == "pbt":
-        check_population(space)
+    check_request(space, trials, sampler, pruner, grace)
     points = _without_repeats([space.check_point(point, base) for point in points])
     if len(points) >= trials:
         raise UserError(f"{len(points)} points to start from and trial 0 need {len(points) + 1} trials; {trials} were requested")
@@ -390,6 +391,26 @@ def create_search(
     kept = {name: value for name, value in base.items() if name not in PATH_SETTINGS and not name.startswith(("run.", "speed."))}
     study.set_user_attr("search", {**plan, "space": space.to_dict(), "base": kept})
     return Search(path)
+
+
+def check_request(space: Space, trials: int, sampler: str, pruner: str, grace: int = 1) -> None:
+    """Check what is asked of a new search.
+
+    Args:
+        space: The search space.
+        trials: The number of trials, including trial 0.
+        sampler: How settings are drawn, one of ``SAMPLERS``.
+        pruner: What stops trials early, one of ``SCHEDULERS``.
+        grace: The first epoch after which a trial may be stopped.
+
+    Raises:
+        UserError: There is no trial, a name is unknown, or the scheduler cannot search the space.
+    """
+    _check_count(trials)
+    make_sampler(sampler, 0, trials)
+    make_pruner(pruner, grace, trials)
+    if pruner == "pbt":
+        check_population(space)
 
 
 def open_search(path: str | Path, space: Space | None = None, trials: int | None = None) -> Search:
@@ -490,10 +511,9 @@ def _mend(path: Path) -> None:
                 file.truncate(content.rfind(b"\n") + 1)
 
 
-def _trial_count(trials: int) -> int:
+def _check_count(trials: int) -> None:
     if trials < 1:
         raise UserError(f"--trials {trials}: a search needs at least one trial, which has the default settings")
-    return trials
 
 
 def make_sampler(name: str, seed: int | Sequence[int], trials: int) -> optuna.samplers.BaseSampler:

@@ -9,7 +9,7 @@ import numpy as np
 
 from raydetr.config import to_dict, write_yaml
 from raydetr.errors import UserError, is_disk_full
-from raydetr.storage import OWNER, become_owner, check_owner, push, remove_tokens
+from raydetr.storage import OWNER, become_owner, check_owner, push, remove_tokens, stamp
 from raydetr.training.engine import Detections
 from raydetr.training.resume import BEST, LAST
 from raydetr.training.run import Run
@@ -59,6 +59,7 @@ class Recorder:
             raise UserError(f"run.storage: cannot write to {where}: {error.strerror}") from None
         if self._log.was_cut:
             run.show({"kind": "message", "text": f"{run.folder / 'log.txt'}: the last line was cut short and is removed"})
+        self._last = stamp(run.root, LAST)  # last.pth as this process found or left it
         self._owner = become_owner(run.root)
         self._pictures = Pictures(run.val_set, run.config.run.pictures)
 
@@ -78,12 +79,13 @@ class Recorder:
         Raises:
             UserError: A checkpoint cannot be written, the object store cannot be reached, or another process has taken over the run.
         """
-        check_owner(self._run.root, self._owner)
+        check_owner(self._run.root, self._owner, is_unchanged=lambda: stamp(self._run.root, LAST) == self._last)
         self._write_logs(results)
         self._draw(results)
         self._track(Tracker.flush)
         self._save(results)
         push(self._run.root)
+        self._last = stamp(self._run.root, LAST)
         if not self._tracker:
             with self._run.best_effort("TensorBoard events"):
                 self._tracker = self._open_tracker()

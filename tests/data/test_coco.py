@@ -115,13 +115,16 @@ def test_what_is_missing_is_said_with_where_it_was_looked_for(coco_folder, tmp_p
 # ---------------------------------------------------------------------------------------------------- the annotation file
 
 
+COCO_KEYS = '{"images": [], "annotations": [], "categories": []}'
+
+
 @pytest.mark.parametrize(
     ("file", "content", "advice"),
     [
-        ("train/_annotations.coco.json", "{}", "a COCO export of Roboflow (train/_annotations.coco.json)"),
-        ("annotations/instances_default.json", "{}", "a COCO export of CVAT (annotations/instances_default.json)"),
-        ("result.json", "{}", "a COCO export of Label Studio (result.json)"),
-        ("labels.json", '{"images": [], "annotations": [], "categories": []}', "labels.json is in the format coco"),
+        ("train/_annotations.coco.json", COCO_KEYS, "_annotations.coco.json is in the format coco"),  # Roboflow
+        ("annotations/instances_default.json", COCO_KEYS, "instances_default.json is in the format coco"),  # CVAT
+        ("result.json", COCO_KEYS, "result.json is in the format coco"),  # Label Studio
+        ("labels.json", COCO_KEYS, "labels.json is in the format coco"),
         ("data.yaml", "names: [a]", "data.yaml is in the format yolo"),
         ("Annotations/a.xml", "<annotation></annotation>", "Annotations/a.xml is in the format voc"),
     ],

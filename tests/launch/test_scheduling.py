@@ -10,6 +10,7 @@ from raydetr import config
 from raydetr.launch import scheduling
 from raydetr.launch.scheduling import Hopeless, PopulationScheduler, StudyScheduler, StudySearcher, Watcher, grace_epochs, reported_metrics
 from raydetr.launch.slots import Demands, Slots
+from raydetr.launch.train import TWICE
 from raydetr.search.space import read_space
 from raydetr.search.study import create_search
 
@@ -52,7 +53,7 @@ def test_the_grace_comes_after_the_warm_up():
 def trial_of(search, key, status=Trial.RUNNING):
     """What Ray Tune has of a trial that was just handed out."""
     search.ask(key)
-    return SimpleNamespace(trial_id=key, status=status, pickled_error_file=None)
+    return SimpleNamespace(trial_id=key, status=status, pickled_error_file=None, error_file=None)
 
 
 @pytest.fixture
@@ -99,8 +100,35 @@ def test_a_trial_that_fits_no_memory_says_so_and_what_to_lower(search, tmp_path)
         scheduler.on_trial_add(controller, trial)
     assert ended == ["a", trial]
     reason = search.frozen()[0].user_attrs["reason"]
-    assert reason.startswith("lost 2 times, the last time: the machine ran out of memory")
+    assert reason.startswith("lost 2 times (run.max_failures), the last time: the machine ran out of memory")
     assert "optim.batch_size" in reason
+
+
+def test_an_error_of_the_code_is_retried_once_unless_an_epoch_went_well_in_between(search):
+    trial, ended = trial_of(search, "a"), []
+    controller = SimpleNamespace(
+        search_alg=SimpleNamespace(on_trial_complete=lambda key, error: ended.append(key)), stop_trial=lambda trial: None
+    )
+    scheduler = StudyScheduler(search)
+    scheduler.max_failures = 9
+
+    def crash(host, error, repeatable=True):
+        scheduler.on_trial_result(controller, trial, {"epoch": 0, "fault": f"{host}: {error}", "repeatable": repeatable})
+        scheduler.on_trial_error(controller, trial)
+        scheduler.on_trial_add(controller, trial)
+
+    crash("one", "RuntimeError: shapes do not fit")
+    scheduler.on_trial_result(controller, trial, {"epoch": 1, "AP": 0.5})
+    crash("one", "RuntimeError: shapes do not fit")
+    crash("one", "RuntimeError: another")
+    for _ in range(3):
+        crash("one", "OSError: Stale file handle", repeatable=False)
+    crash("one", "RuntimeError: shapes do not fit")
+    assert ended == []
+    crash("other", "RuntimeError: shapes do not fit")
+    assert ended == ["a"]
+    reason = search.frozen()[0].user_attrs["reason"]
+    assert reason == f"lost 8 times ({TWICE}), the last time: other: RuntimeError: shapes do not fit"
 
 
 def test_what_ray_tune_adds_to_a_result_is_no_metric():

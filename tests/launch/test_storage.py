@@ -83,13 +83,13 @@ def test_a_run_goes_on_from_the_store_alone_and_ends_in_the_same_bits(store, coc
     store.upload(folder, photographs)
     train(settings(folder, tmp_path, optim__epochs=4))
     train(settings(photographs, store.uri, optim__epochs=2))
-    with pytest.raises(UserError, match=f"{run} holds a run already: go on with it by --resume {run}"):
+    with pytest.raises(UserError, match=f"{run} holds a run already: resume it with --resume {run}"):
         train(settings(folder, store.uri))
     assert log_of(store, run) == [0, 1]
     before = store.names(run)
 
     shutil.rmtree(storage.cache_folder())
-    outage = threading.Thread(target=stop_for, args=(store, 30, storage.working_folder(run) / "config.yaml"))
+    outage = threading.Thread(target=stop_for, args=(store, 15, storage.working_folder(run) / "config.yaml"))
     outage.start()
     train(resume_config(run, {"optim.epochs": 4}), resume=True)
     outage.join()

@@ -3,6 +3,7 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def test_one_worker_without_a_cluster_is_the_process_itself(coco_folder, tmp_pat
     command = [*few_files, sys.executable, "-c", ALONE, tmp_path / "settings.yaml"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.splitlines()[-1] == "2 False []"
-    assert done.stderr == ""
+    assert re.fullmatch(r"(data: \d warnings; .*\n)?", done.stderr)
     assert [line["epoch"] for line in log_of(tmp_path / "runs" / "run")] == [0, 1]
 
 
@@ -278,6 +279,28 @@ def test_a_killed_mailbox_or_controller_is_replaced_and_at_last_the_run_says_how
     assert ended[0].startswith("Ray Train's controller failed: ")
     assert ended[0].endswith(f"raydetr train --resume {run}")
     assert "\n" not in ended[0]
+
+
+@pytest.mark.slow
+def test_an_error_of_the_code_is_retried_once(cluster, photographs, tmp_path, monkeypatch):
+    attempts, train_worker = tmp_path / "attempts", training.train_worker
+
+    def fit(config, reporter):
+        with attempts.open("a") as file:
+            file.write("x")
+        raise RuntimeError("shapes do not fit")
+
+    def broken_worker(loop_config):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("raydetr.training.fit.fit", fit)
+            return train_worker(loop_config)
+
+    monkeypatch.setattr(training, "train_worker", broken_worker)
+    with pytest.raises(UserError) as caught:
+        train(settings(photographs, tmp_path, run__workers=1, run__max_failures=9))
+    assert str(caught.value).startswith(f"worker 0 failed: RuntimeError: shapes do not fit ({training.TWICE}); ")
+    assert str(caught.value).endswith(f"raydetr train --resume {tmp_path}/run")
+    assert attempts.read_text() == "xx"
 
 
 @pytest.mark.slow
