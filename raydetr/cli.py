@@ -233,7 +233,7 @@ def data_check(folder: str | None, quick: bool, **options) -> int:
     from raydetr.data.check.check import check
 
     settings = config.with_settings(config.Config(), config.parse_settings({"data.path": folder}), *given_settings(options))
-    report = check(settings.data, quick=quick, num_queries=settings.model.num_queries)
+    report = check(settings.data, quick=quick, num_queries=settings.model.num_queries, test=True)
     click.echo(report.text())
     return 0 if report.ok else 1
 
@@ -247,7 +247,7 @@ def data_check(folder: str | None, quick: bool, **options) -> int:
 @click.option(
     "--against", metavar="OTHER", type=click.Path(), help="Compare with another checkpoint or results file (.json), image by image."
 )
-@click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="The images to evaluate on.")
+@click.option("--split", type=click.Choice(["val", "train", "test"]), default="val", show_default=True, help="The images to evaluate on.")
 @settings_options("data", "optim", "speed")
 def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | None, against: str | None, split: str, **options) -> None:
     """Evaluate a checkpoint, or a results file, on labeled images: the COCO metrics with their 95 % intervals, in all and by category.

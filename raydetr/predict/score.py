@@ -53,7 +53,7 @@ def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: 
     Args:
         checkpoint: Path or URL of the checkpoint.
         *layers: Settings, later ones winning; they name the data set.
-        split: ``"train"`` or ``"val"``.
+        split: ``"train"``, ``"val"`` or ``"test"``.
 
     Returns:
         The numbers and intervals of :func:`raydetr.evaluate.intervals.interval_metrics`, ``unknown_categories`` (names of the categories
@@ -146,7 +146,7 @@ def score_predictions(predictions: str | Path, data: settings.Data, split: str =
     Args:
         predictions: JSON file with a list of detections (``image_id``, ``category_id``, ``bbox`` xywh in pixels, ``score``).
         data: Settings that name the data set.
-        split: ``"train"`` or ``"val"``.
+        split: ``"train"``, ``"val"`` or ``"test"``.
 
     Returns:
         The numbers and intervals of :func:`raydetr.evaluate.intervals.interval_metrics`, and ``notes`` (lines for the user).

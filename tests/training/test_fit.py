@@ -18,10 +18,12 @@ from raydetr.data.coco import CocoImages, build_loader, find_split
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, coco_metrics, stats
+from raydetr.launch.train import check_data
 from raydetr.loss.criterion import build_criterion
 from raydetr.training.engine import evaluate
 from raydetr.training.fit import fit
 from raydetr.weights.checkpoint import read_checkpoint
+from tests.helpers import break_test_set
 from tests.training.runs import STATEFUL, Watcher, folder_of, interrupted, last_of, log_of, run, same, settings
 
 # --- one run ---
@@ -30,8 +32,18 @@ from tests.training.runs import STATEFUL, Watcher, folder_of, interrupted, last_
 @pytest.fixture(scope="module")
 def finished(module_coco_folder):
     """The settings of a finished run, its metrics and what its reporter was told."""
-    config = settings(module_coco_folder(train=6, val=3), "whole", **STATEFUL)
+    data = module_coco_folder(train=6, val=3)
+    break_test_set(data)
+    config = settings(data, "whole", **STATEFUL)
     return config, *run(config)
+
+
+def test_a_training_never_reads_the_test_set(finished):
+    config, metrics, _ = finished
+    check_data(config)
+    assert metrics["epoch"] == 3
+    with pytest.raises(UserError, match="no test images"):
+        find_split(config.data, "test")
 
 
 def test_the_run_folder(finished):
