@@ -276,6 +276,27 @@ def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | N
         write_metrics(metrics, json_file)
 
 
+@cli.command(cls=SettingsCommand, short_help="Show why a checkpoint misses objects.")
+@click.argument("checkpoint", type=click.Path())
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for index.html, errors.json and suspect labels.",
+)
+@click.option("--split", type=click.Choice(["val", "train", "test"]), default="val", show_default=True, help="The images to look at.")
+@settings_options("data", "optim", "speed")
+def errors(checkpoint: str, out: Path, split: str, **options) -> None:
+    """Show why CHECKPOINT, or a results file (.json), misses objects: AP lost to each kind of error, the worst images, and labels that
+    look wrong or are missing, as files for a labeling tool.
+
+    Example: raydetr errors runs/first/best.pth --data photographs --out why
+    """
+    from raydetr.predict.errors import explain_errors
+
+    click.echo(explain_errors(checkpoint, out, *given_settings(options), split=split))
+
+
 @cli.command(cls=SettingsCommand, short_help="Search for better settings.")
 @click.option("--space", metavar="FILE", help="The search space: a YAML file, or the name of a bundled one (learning_rates, loss, ...).")
 @click.option("--trials", type=int, metavar="N", help="Total number of trials; the first has the default settings (default: 32).")

@@ -35,6 +35,7 @@ class Detected(NamedTuple):
         names: Names of the categories that were detected; None for a results file, which has none.
         unknown: Those of ``names`` that the data set does not have.
         notes: Lines for the user.
+        dataset: What reads the images.
     """
 
     coco: dict[str, list[dict]]
@@ -42,6 +43,7 @@ class Detected(NamedTuple):
     names: list[str] | None
     unknown: list[str]
     notes: list[str]
+    dataset: CocoImages
 
 
 def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val") -> dict[str, Any]:
@@ -67,6 +69,13 @@ def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: 
     return {**metrics, "unknown_categories": detected.unknown, "notes": detected.notes}
 
 
+def detections_of(source: str | Path, *layers: Mapping[str, Any], split: str = "val") -> Detected:
+    """Return the detections of a checkpoint, or of a COCO results file (``.json``); the rest is as for :func:`score_checkpoint`."""
+    if Path(source).suffix.lower() == ".json":
+        return read_predictions(source, settings.load_config(*layers).data, split)
+    return detect(source, *layers, split=split)
+
+
 def detect(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val") -> Detected:
     """Run a checkpoint on a labeled data set; arguments and errors are those of :func:`score_checkpoint`."""
     model = load(checkpoint)
@@ -78,7 +87,7 @@ def detect(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val
     unknown = [category["name"] for category, position in zip(model.categories, found, strict=True) if position is None]
     # COCO's unused ids, and classes without a name, are nobody's category: there is nothing to say about them.
     unknown = [name for name in unknown if name != "N/A" and not notes]
-    return Detected(dataset.coco, results, [each["name"] for each in model.categories], unknown, [*model.notes, *notes])
+    return Detected(dataset.coco, results, [each["name"] for each in model.categories], unknown, [*model.notes, *notes], dataset)
 
 
 def detect_with(
@@ -175,7 +184,7 @@ def read_predictions(predictions: str | Path, data: settings.Data, split: str = 
     foreign = Counter(result["category_id"] for result in results if result["category_id"] not in known)
     ids = ", ".join(map(str, list(foreign)[:5])) + (", ..." if len(foreign) > 5 else "")
     note = f"{foreign.total()} of {len(results)} detections have a category id that the data set lacks ({ids}) and do not count"
-    return Detected(dataset.coco, results, None, [], [note] if foreign else [])
+    return Detected(dataset.coco, results, None, [], [note] if foreign else [], dataset)
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
