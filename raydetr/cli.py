@@ -333,6 +333,7 @@ def errors(checkpoint: str, out: Path, split: str, **options) -> None:
 @click.option("--points", metavar="FILE", help="YAML or JSON list of points to try first.")
 @click.option("--warm-start", metavar="SEARCH", help="Folder of an earlier search; its best settings are tried first.")
 @click.option("--resume", metavar="SEARCH", help="Resume the search in this folder.")
+@click.option("--confirm", is_flag=True, help="Confirm the result at the end, as `raydetr confirm` does.")
 @settings_options("model", "loss", "matcher", "data", "optim", "speed", "run")
 def tune(**options) -> None:
     """Search for better settings, with Ray Tune and Optuna.
@@ -349,6 +350,28 @@ def tune(**options) -> None:
     del options["max_epochs"]
     layers = given_settings(options)
     click.echo(tune_command(layers, **options))
+
+
+@cli.command(short_help="Train the best settings of a search afresh.")
+@click.argument("search", type=click.Path())
+@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Number of settings to train besides the defaults.")
+@click.option("--seeds", type=click.IntRange(2), default=5, show_default=True, help="Number of trainings of each.")
+@click.option("--budget", type=int, metavar="N", help="Number of trainings in all, instead of --top and --seeds.")
+@click.option("--concurrent", type=click.IntRange(1), metavar="M", help="Number of trainings at the same time (default: as many as fit).")
+@click.option("--workers-per-trial", type=click.IntRange(1), default=1, show_default=True, help="Number of workers of each training.")
+@click.option("--gpus-per-trial", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="GPUs of each training.")
+def confirm(search: str, **options) -> None:
+    """Tell whether the best settings of SEARCH beat the defaults: train both afresh with common seeds and compare them on the test set.
+
+    Without a test set the validation images judge, with a stricter correction. An interrupted confirmation resumes when the command is
+    given again.
+
+    Example: raydetr confirm runs/search --top 3 --seeds 5
+    """
+    with without_collections():
+        from raydetr.launch.command import confirm_command
+
+    click.echo(confirm_command(search, **options))
 
 
 @cli.command(short_help="Run train or tune on a Ray cluster.")

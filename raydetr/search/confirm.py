@@ -32,6 +32,7 @@ DEFAULTS = 0  # trial 0 of every search has the default settings
 RACE_BUDGET = 20  # trainings; with fewer, a fixed number of seeds of fewer candidates finds more
 RACE_CANDIDATES, FEW_CANDIDATES = 4, 2
 LEAST_IMAGES = 5  # on fewer nothing is claimed
+VERDICT_FILE = "verdict.json"  # in the folder of a search that was confirmed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,14 +302,23 @@ def enough(gain: Gain, images: int, seeds: int, comparisons: int, wanted: float)
     return least(images, lambda factor: shown(factor, 1)), least(seeds, lambda factor: shown(1, factor))
 
 
-def sentence(verdict: Verdict) -> str:
-    """Return the verdict in one honest sentence."""
-    seeds, images = f"{verdict.seeds} seeds", f"{verdict.images} test images"
+def no_claim(images: int) -> str:
+    """Return what can be said about fewer than ``LEAST_IMAGES`` images."""
+    return (
+        f"With {_few(images)} no difference can be shown, whatever the number of seeds; at least {LEAST_IMAGES} images are needed to try."
+    )
+
+
+def sentence(verdict: Verdict, judged_on: str = "test") -> str:
+    """Return the verdict in one honest sentence.
+
+    Args:
+        verdict: The verdict.
+        judged_on: ``"test"``, or ``"val"`` where the validation images of the search judged.
+    """
+    seeds, images = f"{verdict.seeds} seeds", f"{verdict.images} {'test' if judged_on == 'test' else 'validation'} images"
     if verdict.images < LEAST_IMAGES:
-        return (
-            f"With {_few(verdict.images)} no difference can be shown, whatever the number of seeds; "
-            f"at least {LEAST_IMAGES} images are needed to try."
-        )
+        return no_claim(verdict.images)
     interval = f"(95 % interval {_points(verdict.low)} to {_points(verdict.high)}; {seeds}, {images})"
     if verdict.better:
         return f"Settings {verdict.setting} beat the defaults by {_points(verdict.gain)} AP {interval}."
