@@ -14,8 +14,11 @@ removes, so there the comparison is corrected for every trial of the search.
 import bisect
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
@@ -339,6 +342,22 @@ def _needed(verdict: Verdict) -> str:
     if verdict.enough_seeds:
         return f"{shown} about {verdict.enough_seeds} seeds would be needed, more images alone would not do"
     return f"{shown} both more images and more seeds would be needed"
+
+
+def read_verdict(folder: Path) -> dict[str, Any] | None:
+    """Return the content of a search's ``verdict.json``, which a confirmation wrote; None where the search was not confirmed.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    file = folder / VERDICT_FILE
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        return {name: content[name] for name in ("sentence", "caveat", "chosen", "judged_on")}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: is damaged; write it again with raydetr confirm {folder}") from None
 
 
 def caveat(judged_on: str, trials: int = 0) -> str:

@@ -94,12 +94,9 @@ def _train(run: Run) -> None:
 
 def diagnosis(run: Run) -> list[str]:
     """Return what the curves of a finished run say, a sentence each; nothing where all is well."""
-    history = read_history(run.folder / "log.txt")
-    if history:
-        history[-1] = {**history[-1], **run.metrics}  # log.txt has no interval
     objects = Counter((split, each["image_id"]) for split in (run.train_set, run.val_set) for each in split.coco["annotations"])
     return diagnose(
-        history,
+        read_history(run.folder / "log.txt"),
         num_queries=run.config.model.num_queries,
         most_objects=max(objects.values(), default=0),
         images=len(run.val_set),

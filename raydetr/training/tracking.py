@@ -288,7 +288,7 @@ def log_line(
         epoch: Number of the epoch, from 0 as in the official log.
         train: Means over the epoch, of :func:`raydetr.training.engine.train_one_epoch`.
         val: Losses, of :func:`raydetr.training.engine.evaluate`.
-        metrics: Of :func:`raydetr.evaluate.coco.summarize`.
+        metrics: Of :func:`raydetr.evaluate.coco.summarize`, with the interval of AP where it is known.
         weights: ``weight_dict`` of the criterion.
         parameters: Number of trained parameters.
     """
@@ -299,7 +299,13 @@ def log_line(
         line |= {f"{split}_{name}": losses[name] * weight for name, weight in weights.items()}
         errors = ("loss_", "class_error", "cardinality_error")
         line |= {f"{split}_{name}_unscaled": value for name, value in losses.items() if name.startswith(errors)}
-    return {**line, "test_coco_eval_bbox": stats(metrics), "epoch": epoch, "n_parameters": parameters}
+    return {
+        **line,
+        "test_coco_eval_bbox": stats(metrics),
+        "test_AP_interval": metrics.get("AP_interval"),
+        "epoch": epoch,
+        "n_parameters": parameters,
+    }
 
 
 class Log:
@@ -346,7 +352,8 @@ def _as_metrics(line: Mapping[str, Any]) -> dict[str, Any]:
     for mine, theirs in (("train", "train"), ("val", "test")):
         numbers |= {f"{mine}_{name}": line[f"{theirs}_{name}"] for name in ("loss", "class_error")}
         numbers[f"{mine}_cardinality_error"] = line[f"{theirs}_cardinality_error_unscaled"]
-    return {**numbers, "train_grad_norm": line.get("train_grad_norm")}
+    low, high = line.get("test_AP_interval") or (None, None)
+    return {**numbers, "AP_low": low, "AP_high": high, "train_grad_norm": line.get("train_grad_norm")}
 
 
 def logged_epochs(path: Path) -> int:

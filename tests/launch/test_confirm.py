@@ -23,7 +23,14 @@ from raydetr.search.study import Search, create_search
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
 from tests import helpers
 
-TINY = helpers.TINY | {"optim.epochs": 1, "optim.batch_size": 2, "optim.schedule": "constant", "data.crop": 0.0, "run.name": "search"}
+TINY = helpers.TINY | {
+    "optim.epochs": 1,
+    "optim.batch_size": 2,
+    "optim.schedule": "constant",
+    "data.crop": 0.0,
+    "run.name": "search",
+    "run.seed": 0,
+}
 SPACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "loss.eos_coef": {"uniform": [0.05, 0.5]}}
 
 
