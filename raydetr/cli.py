@@ -234,7 +234,7 @@ def data_check(folder: str | None, quick: bool, **options) -> int:
     from raydetr.data.check.check import check
 
     settings = config.with_settings(config.Config(), config.parse_settings({"data.path": folder}), *given_settings(options))
-    report = check(settings.data, quick=quick, num_queries=settings.model.num_queries)
+    report = check(settings.data, quick=quick, num_queries=settings.model.num_queries, test=True)
     click.echo(report.text())
     return 0 if report.ok else 1
 
@@ -248,7 +248,7 @@ def data_check(folder: str | None, quick: bool, **options) -> int:
 @click.option(
     "--against", metavar="OTHER", type=click.Path(), help="Compare with another checkpoint or results file (.json), image by image."
 )
-@click.option("--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="The images to evaluate on.")
+@click.option("--split", type=click.Choice(["val", "train", "test"]), default="val", show_default=True, help="The images to evaluate on.")
 @settings_options("data", "optim", "speed")
 def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | None, against: str | None, split: str, **options) -> None:
     """Evaluate a checkpoint, or a results file, on labeled images: the COCO metrics with their 95 % intervals, in all and by category.
@@ -275,6 +275,27 @@ def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | N
     click.echo(against_table(metrics) if against else metrics_table(metrics))
     if json_file:
         write_metrics(metrics, json_file)
+
+
+@cli.command(cls=SettingsCommand, short_help="Show why a checkpoint misses objects.")
+@click.argument("checkpoint", type=click.Path())
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for index.html, errors.json and suspect labels.",
+)
+@click.option("--split", type=click.Choice(["val", "train", "test"]), default="val", show_default=True, help="The images to look at.")
+@settings_options("data", "optim", "speed")
+def errors(checkpoint: str, out: Path, split: str, **options) -> None:
+    """Show why CHECKPOINT, or a results file (.json), misses objects: AP lost to each kind of error, the worst images, and labels that
+    look wrong or are missing, as files for a labeling tool.
+
+    Example: raydetr errors runs/first/best.pth --data photographs --out why
+    """
+    from raydetr.predict.errors import explain_errors
+
+    click.echo(explain_errors(checkpoint, out, *given_settings(options), split=split))
 
 
 @cli.command(cls=SettingsCommand, short_help="Search for better settings.")
@@ -313,6 +334,7 @@ def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | N
 @click.option("--points", metavar="FILE", help="YAML or JSON list of points to try first.")
 @click.option("--warm-start", metavar="SEARCH", help="Folder of an earlier search; its best settings are tried first.")
 @click.option("--resume", metavar="SEARCH", help="Resume the search in this folder.")
+@click.option("--confirm", is_flag=True, help="Confirm the result at the end, as `raydetr confirm` does.")
 @settings_options("model", "loss", "matcher", "data", "optim", "speed", "run")
 def tune(**options) -> None:
     """Search for better settings, with Ray Tune and Optuna.
@@ -329,6 +351,28 @@ def tune(**options) -> None:
     del options["max_epochs"]
     layers = given_settings(options)
     click.echo(tune_command(layers, **options))
+
+
+@cli.command(short_help="Train the best settings of a search afresh.")
+@click.argument("search", type=click.Path())
+@click.option("--top", type=click.IntRange(1), default=3, show_default=True, help="Number of settings to train besides the defaults.")
+@click.option("--seeds", type=click.IntRange(2), default=5, show_default=True, help="Number of trainings of each.")
+@click.option("--budget", type=int, metavar="N", help="Number of trainings in all, instead of --top and --seeds.")
+@click.option("--concurrent", type=click.IntRange(1), metavar="M", help="Number of trainings at the same time (default: as many as fit).")
+@click.option("--workers-per-trial", type=click.IntRange(1), default=1, show_default=True, help="Number of workers of each training.")
+@click.option("--gpus-per-trial", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True, help="GPUs of each training.")
+def confirm(search: str, **options) -> None:
+    """Tell whether the best settings of SEARCH beat the defaults: train both afresh with common seeds and compare them on the test set.
+
+    Without a test set the validation images judge, with a stricter correction. An interrupted confirmation resumes when the command is
+    given again.
+
+    Example: raydetr confirm runs/search --top 3 --seeds 5
+    """
+    with without_collections():
+        from raydetr.launch.command import confirm_command
+
+    click.echo(confirm_command(search, **options))
 
 
 @cli.command(short_help="Run train or tune on a Ray cluster.")

@@ -130,6 +130,8 @@ class Data:
     train_annotations: str | None = setting(None, "COCO annotation file of the training set (default: found in annotations/ of data.path)")
     val_images: str | None = setting(None, "folder of the validation images (default: val2017 in data.path)")
     val_annotations: str | None = setting(None, "COCO annotation file of the validation set (default: found in annotations/ of data.path)")
+    test_images: str | None = setting(None, "folder of the test images, which training never reads (default: test2017 in data.path)")
+    test_annotations: str | None = setting(None, "COCO annotation file of the test set (default: found in annotations/ of data.path)")
     train_sizes: list[int] = setting(
         [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
         "lengths of the short side after resizing in training, one drawn per image (pixels)",
@@ -359,7 +361,12 @@ SETTINGS: dict[str, Setting] = {each.name: each for each in _describe_all()}
 
 
 # Settings whose values are paths or URIs.
-PATH_SETTINGS = ("data.path", "data.train_images", "data.train_annotations", "data.val_images", "data.val_annotations", "run.storage")
+SPLITS = ("train", "val", "test")
+PATH_SETTINGS = (
+    "data.path",
+    *(f"data.{split}_{what}" for split in SPLITS for what in ("images", "annotations")),
+    "run.storage",
+)
 
 # Applied before a preset, so that nothing of an earlier preset remains.
 _PRESET_DEFAULTS = {name: SETTINGS[name].default for changes in PRESETS.values() for name in changes}

@@ -27,3 +27,9 @@ def tiny_config(layer: dict[str, Any], data: str | Path, storage: str | Path, **
     """
     dotted = {name.replace("__", "."): value for name, value in changes.items()}
     return load_config(layer, {"data.path": str(data), "run.storage": str(storage)}, dotted)
+
+
+def break_test_set(data: str | Path) -> None:
+    """Give a data set a test set that nobody can read."""
+    Path(data, "annotations", "custom_test.json").write_text("broken")
+    Path(data, "test2017").write_text("no folder")

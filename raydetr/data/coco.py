@@ -53,7 +53,7 @@ def find_split(data: Data, split: str) -> Split:
 
     Args:
         data: The settings ``data.*``.
-        split: ``train`` or ``val``.
+        split: ``train``, ``val`` or ``test``.
 
     Raises:
         UserError: If the images or the annotations are missing; it says where they were looked for.
@@ -80,6 +80,17 @@ def find_split(data: Data, split: str) -> Split:
         advice = _conversion_advice(root) or f"set data.{split}_images if they are elsewhere"
         raise UserError(f"no {split} images: looked for the folder {folder}; {advice}")
     return Split(folder, file, data.exif, data.max_megapixels)
+
+
+def has_split(data: Data, split: str) -> bool:
+    """Return whether the settings name one part of the data set, or its folder ``data.path`` has something of it, complete or not."""
+    if getattr(data, f"{split}_images") or getattr(data, f"{split}_annotations"):
+        return True
+    if data.path is None:
+        return False
+    root = fetched(data.path)
+    files = (root / "annotations" / name.format(split=split) for name in ANNOTATION_FILES)
+    return (root / f"{split}2017").exists() or any(file.exists() for file in files)
 
 
 def _conversion_advice(root: Path) -> str | None:

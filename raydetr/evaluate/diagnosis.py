@@ -1,7 +1,8 @@
 """What the curves of a run say, in words: each rule looks for one thing that went wrong and says what to do about it.
 
 The rules read the metrics that a run reports after each epoch (:func:`raydetr.training.fit.fit`): ``AP``, ``AP50``, ``AP75``,
-``train_loss``, ``val_loss``, ``val_class_error``, ``val_cardinality_error`` and so on. Where all is well they say nothing.
+``AP_low``, ``AP_high``, ``train_loss``, ``train_grad_norm``, ``val_loss``, ``val_class_error``, ``val_cardinality_error`` and so on.
+Where all is well they say nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -63,8 +64,8 @@ def rate_too_high(history: History, clip_max_norm: float) -> str | None:
         return "The training loss is no longer a number: lower optim.lr and optim.lr_backbone."
     if len(losses) < 4 or losses[-3:].min() < 1.3 * losses.min():
         return None
-    norms = _values(history, "grad_norm") if "grad_norm" in history[-1] else np.zeros(0)
-    always = len(norms) and clip_max_norm and (norms > clip_max_norm).all()
+    norms = _values(history, "train_grad_norm")
+    always = clip_max_norm and (norms > clip_max_norm).all()
     clipped = " and the gradient is clipped in every epoch" if always else ""
     return (
         f"The training loss rose from {losses.min():.2f} to {losses[-1]:.2f}{clipped}: the learning rate is too high; lower optim.lr and "
@@ -122,16 +123,16 @@ def invented_or_missed(history: History) -> str | None:
 
 
 def too_few_images(history: History, images: int) -> str | None:
-    """Report too few validation images: AP moves more from epoch to epoch than training can explain, or its interval is wide."""
-    interval = history[-1].get("AP_interval")
-    if interval is None or interval[1] - interval[0] < 0.15:
+    """Report too few validation images: the interval of the AP is wide."""
+    low, high = history[-1].get("AP_low"), history[-1].get("AP_high")
+    if low is None or high is None or high - low < 0.15:
         return None
     number = f"{images} validation images" if images else "The validation images"
     return (
-        f"{number} are too few to tell settings apart: AP is only known to lie between {100 * interval[0]:.0f} and {100 * interval[1]:.0f} "
+        f"{number} are too few to tell settings apart: AP is only known to lie between {100 * low:.0f} and {100 * high:.0f} "
         "(95 % interval)."
     )
 
 
 def _values(history: History, name: str) -> np.ndarray:
-    return np.array([np.nan if each[name] is None else each[name] for each in history], float)
+    return np.array([np.nan if each.get(name) is None else each[name] for each in history], float)

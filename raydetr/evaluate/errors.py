@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from raydetr.evaluate.coco import Evaluation, category_names
+from raydetr.evaluate.intervals import overall, weighted_metrics
 from raydetr.evaluate.matches import coco_eval
 
 KINDS = {
@@ -28,6 +29,7 @@ KINDS = {
     "Bkg": "background",
     "Miss": "missed",
 }
+CROWDED = (1, 2, 4, 8, 16)  # the least objects per image of each group of images
 SURE = 0.5  # the score from which a detection is taken at its word
 
 
@@ -69,6 +71,25 @@ def category_curves(evaluation: Evaluation, categories: Iterable[dict]) -> dict[
     precision = evaluation.accumulated["precision"][0, :, :, 0, -1]  # [recall, category]
     columns = {name: precision[:, evaluation.category_ids.index(number)] for number, name in category_names(categories).items()}
     return {name: None if (column < 0).all() else column for name, column in columns.items()}
+
+
+def ap_by_objects(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Return AP on images with few and with many objects, as if each group of images were a data set of its own.
+
+    Returns:
+        For each group that has images ``low`` and ``high`` (objects in an image, ``high`` None: or more), ``images`` and ``AP``.
+    """
+    objects = evaluation.matches.objects[0].sum(1)
+    ends = [*(least - 1 for least in CROWDED[1:]), None]
+    groups = [(low, high, (objects >= low) & (True if high is None else objects <= high)) for low, high in zip(CROWDED, ends, strict=True)]
+    groups = [(low, high, chosen) for low, high, chosen in groups if chosen.any()]
+    if not groups:
+        return []
+    aps = overall(weighted_metrics(evaluation.matches, np.array([chosen for *_, chosen in groups]), ["AP"])["AP"])
+    return [
+        {"low": low, "high": high, "images": int(chosen.sum()), "AP": float(ap)}
+        for (low, high, chosen), ap in zip(groups, aps, strict=True)
+    ]
 
 
 def calibration(evaluation: Evaluation, bins: int = 10) -> dict[str, Any]:

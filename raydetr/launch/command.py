@@ -11,12 +11,14 @@ import optuna
 from raydetr import config as settings
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS
+from raydetr.launch import confirm as confirmer
 from raydetr.launch import tune as launcher
+from raydetr.launch.confirm import confirmed_text
 from raydetr.launch.signals import Interrupted
 from raydetr.launch.slots import Demands
 from raydetr.launch.tune import summary
 from raydetr.search.space import Space, read_space
-from raydetr.search.study import best_config, best_points, read_points, trials_frame
+from raydetr.search.study import Search, best_config, best_points, read_points, trials_frame
 
 if TYPE_CHECKING:
     import pandas
@@ -75,6 +77,7 @@ def tune_command(
     points: str | None,
     warm_start: str | None,
     resume: str | None,
+    confirm: bool = False,
 ) -> str:
     """Run or resume a search and return its summary; the arguments are the flags of ``raydetr tune``.
 
@@ -90,7 +93,8 @@ def tune_command(
             given = ", ".join(sorted(name for layer in layers for name in settings.flatten(layer)))
             raise UserError(f"--resume: a search keeps its settings; {given} may not be given")
         with printing_summary():
-            return summary(launcher.resume(resume, known, trials=trials, demands=demands, time_budget_s=budget))
+            search = launcher.resume(resume, known, trials=trials, demands=demands, time_budget_s=budget)
+        return _summary_and_verdict(search, confirm, demands)
     if known is None:
         raise UserError("--space: say what to search, a file or a ready space such as loss or learning_rates")
     if metric not in METRICS:
@@ -108,7 +112,34 @@ def tune_command(
             points=first_points(known, config, points, warm_start),
             time_budget_s=budget,
         )
-    return summary(search)
+    return _summary_and_verdict(search, confirm, demands)
+
+
+def _summary_and_verdict(search: Search, confirmed: bool, demands: Demands) -> str:
+    if not confirmed:
+        return summary(search)
+    print(summary(search), flush=True)
+    return confirmed_text(confirmer.confirm(search.place, demands=demands), search.place)
+
+
+def confirm_command(
+    search: str,
+    *,
+    top: int,
+    seeds: int,
+    budget: int | None,
+    concurrent: int | None,
+    workers_per_trial: int,
+    gpus_per_trial: float,
+) -> str:
+    """Confirm a search and return the verdict; the arguments are the flags of ``raydetr confirm``.
+
+    Raises:
+        UserError: As :func:`raydetr.launch.confirm.confirm`.
+        KeyboardInterrupt: A signal ended it; the message says how to resume.
+    """
+    demands = Demands(workers_per_trial, gpus_per_trial, concurrent)
+    return confirmed_text(confirmer.confirm(search, top=top, seeds=seeds, budget=budget, demands=demands), search)
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ from raydetr.search.trials import TrialsDisplay
 from raydetr.storage import OWNER, absolute, become_owner, fetch, is_uri, join, remove_tokens, split, working_folder
 
 STORE_SHARE = 0.5  # of Ray's object store, for decoded images
+CONFIRM_FOLDER = "confirm"  # in a search's folder: the search of its confirmation
 KEEP_INTERVAL_S = 5.0  # between two pushes of a search's own files to an object store
 
 
@@ -101,7 +102,7 @@ def tune(
             root, space, config, trials=trials, metric=metric, sampler=sampler, pruner=scheduler, grace=grace, seed=seed, points=points
         )
         with driving(search.folder), pushing(search):
-            return _run(search, demands, slots, images, time_budget_s)
+            return run_trials(search, demands, slots, images, time_budget_s)
 
 
 def resume(
@@ -143,7 +144,7 @@ def resume(
                 slots = find_slots(base, demands, search.trials)
                 images = share_images(base)
             tidy_search(search)
-            return _run(search, demands, slots, images, time_budget_s)
+            return run_trials(search, demands, slots, images, time_budget_s)
 
 
 def _extend(search: Search, trials: int | None) -> None:
@@ -193,7 +194,8 @@ def pushing(search: Search) -> Iterator[None]:
         remove_tokens(search.path, OWNER)
 
 
-def _run(search: Search, demands: Demands, slots: Slots, images: list[ray.ObjectRef], time_budget_s: float | None) -> Search:
+def run_trials(search: Search, demands: Demands, slots: Slots, images: list[ray.ObjectRef], time_budget_s: float | None) -> Search:
+    """Run the trials of a search that have not ended, and write what it leaves; arguments and errors are those of :func:`tune`."""
     searcher, population = StudySearcher(search, demands, slots), search.scheduler == "pbt"
     os.environ |= ray_private.TUNE_ENVIRONMENT
     # Without a limit of its own Ray Tune lets one trial wait; the searcher has the limit. The members of a population take turns.
@@ -245,7 +247,8 @@ def _last_words(search: Search) -> str:
 
 def how_to_resume(search: Search) -> str:
     """Return how to resume a search that ended early, in words."""
-    return f"finished epochs are kept: raydetr tune --resume {search.path}"
+    parent, name = split(search.path)
+    return f"finished epochs are kept: raydetr {f'confirm {parent}' if name == CONFIRM_FOLDER else f'tune --resume {search.path}'}"
 
 
 def fit_until_full(tuner: ray.tune.Tuner, search: Search, scheduler: StudyScheduler) -> None:

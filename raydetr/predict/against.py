@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raydetr import config as settings
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, run_coco_eval, summarize
 from raydetr.evaluate.intervals import compare, verdict, with_intervals
-from raydetr.predict.score import Detected, detect, metrics_table, read_predictions
+from raydetr.predict.score import Detected, detections_of, metrics_table
 from raydetr.text import fold_name, shortlist
 
 
@@ -28,7 +27,7 @@ def score_against(mine: str | Path, other: str | Path, *layers: Mapping[str, Any
     Raises:
         UserError: If the two were trained on different categories, or one of them cannot be read.
     """
-    detected, others = _detections(mine, layers, split), _detections(other, layers, split)
+    detected, others = (detections_of(source, *layers, split=split) for source in (mine, other))
     names, other_names = _folded(detected), _folded(others)
     if names is not None and other_names is not None and names != other_names:
         raise UserError(
@@ -47,12 +46,6 @@ def score_against(mine: str | Path, other: str | Path, *layers: Mapping[str, Any
         "against": {"other": str(other), **difference},
         "verdict": verdict(difference, len(coco["images"])),
     }
-
-
-def _detections(source: str | Path, layers: tuple[Mapping[str, Any], ...], split: str) -> Detected:
-    if Path(source).suffix.lower() == ".json":
-        return read_predictions(source, settings.load_config(*layers).data, split)
-    return detect(source, *layers, split=split)
 
 
 def _folded(detected: Detected) -> set[str] | None:

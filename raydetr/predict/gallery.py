@@ -82,9 +82,14 @@ def gallery_page(
     )
 
 
-def _template() -> jinja2.Template:
+def page_environment() -> jinja2.Environment:
+    """Return what renders the pages of this package; all text is escaped."""
     loader = jinja2.PackageLoader("raydetr.predict", "")
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+
+
+def _template() -> jinja2.Template:
+    environment = page_environment()
     environment.filters.update(url=quote, css_colour=_css_colour, count_boxes=_count, floored=_floored)
     return environment.get_template("gallery.html")
 

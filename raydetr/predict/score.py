@@ -38,6 +38,7 @@ class Detected(NamedTuple):
         names: Names of the categories that were detected; None for a results file, which has none.
         unknown: Those of ``names`` that the data set does not have.
         notes: Lines for the user.
+        dataset: What reads the images.
     """
 
     coco: dict[str, list[dict]]
@@ -45,6 +46,7 @@ class Detected(NamedTuple):
     names: list[str] | None
     unknown: list[str]
     notes: list[str]
+    dataset: CocoImages
 
 
 def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val") -> dict[str, Any]:
@@ -56,7 +58,7 @@ def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: 
     Args:
         checkpoint: Path or URL of the checkpoint.
         *layers: Settings, later ones winning; they name the data set.
-        split: ``"train"`` or ``"val"``.
+        split: ``"train"``, ``"val"`` or ``"test"``.
 
     Returns:
         The numbers and intervals of :func:`raydetr.evaluate.intervals.interval_metrics`, ``unknown_categories`` (names of the categories
@@ -70,6 +72,13 @@ def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: 
     return {**metrics, "unknown_categories": detected.unknown, "notes": detected.notes}
 
 
+def detections_of(source: str | Path, *layers: Mapping[str, Any], split: str = "val") -> Detected:
+    """Return the detections of a checkpoint, or of a COCO results file (``.json``); the rest is as for :func:`score_checkpoint`."""
+    if Path(source).suffix.lower() == ".json":
+        return read_predictions(source, settings.load_config(*layers).data, split)
+    return detect(source, *layers, split=split)
+
+
 def detect(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val") -> Detected:
     """Run a checkpoint on a labeled data set; arguments and errors are those of :func:`score_checkpoint`."""
     model = load(checkpoint)
@@ -81,7 +90,7 @@ def detect(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val
     unknown = [category["name"] for category, position in zip(model.categories, found, strict=True) if position is None]
     # COCO's unused ids, and classes without a name, are nobody's category: there is nothing to say about them.
     unknown = [name for name in unknown if name != "N/A" and not notes]
-    return Detected(dataset.coco, results, [each["name"] for each in model.categories], unknown, [*model.notes, *notes])
+    return Detected(dataset.coco, results, [each["name"] for each in model.categories], unknown, [*model.notes, *notes], dataset)
 
 
 def detect_with(
@@ -149,7 +158,7 @@ def score_predictions(predictions: str | Path, data: settings.Data, split: str =
     Args:
         predictions: JSON file with a list of detections (``image_id``, ``category_id``, ``bbox`` xywh in pixels, ``score``).
         data: Settings that name the data set.
-        split: ``"train"`` or ``"val"``.
+        split: ``"train"``, ``"val"`` or ``"test"``.
 
     Returns:
         The numbers and intervals of :func:`raydetr.evaluate.intervals.interval_metrics`, and ``notes`` (lines for the user).
@@ -178,7 +187,7 @@ def read_predictions(predictions: str | Path, data: settings.Data, split: str = 
     foreign = Counter(result["category_id"] for result in results if result["category_id"] not in known)
     ids = shortlist(foreign, 5)
     note = f"{foreign.total()} of {len(results)} detections have a category id that the data set lacks ({ids}) and do not count"
-    return Detected(dataset.coco, results, None, [], [*([note] if foreign else []), *box_format_notes(dataset.coco, results)])
+    return Detected(dataset.coco, results, None, [], [*([note] if foreign else []), *box_format_notes(dataset.coco, results)], dataset)
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:

@@ -14,9 +14,11 @@ removes, so there the comparison is corrected for every trial of the search.
 import bisect
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from scipy.optimize import brentq
@@ -26,7 +28,6 @@ from scipy.stats import t as student_t
 
 from raydetr.errors import UserError
 from raydetr.evaluate.intervals import CONFIDENCE, jackknife_variance
-from raydetr.text import count
 
 Scores = Sequence[float] | np.ndarray  # AP of the runs of one setting, one for each seed
 
@@ -36,6 +37,7 @@ DEFAULTS = 0  # trial 0 of every search has the default settings
 RACE_BUDGET = 20  # trainings; with fewer, a fixed number of seeds of fewer candidates finds more
 RACE_CANDIDATES, FEW_CANDIDATES = 4, 2
 LEAST_IMAGES = 5  # on fewer nothing is claimed
+VERDICT_FILE = "verdict.json"  # in the folder of a search that was confirmed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,14 +307,21 @@ def enough(gain: Gain, images: int, seeds: int, comparisons: int, wanted: float)
     return least(images, lambda factor: shown(factor, 1)), least(seeds, lambda factor: shown(1, factor))
 
 
-def sentence(verdict: Verdict) -> str:
-    """Return the verdict in one honest sentence."""
-    seeds, images = f"{verdict.seeds} seeds", f"{verdict.images} test images"
+def no_claim(images: int) -> str:
+    """Return what can be said about fewer than ``LEAST_IMAGES`` images."""
+    return f"With {count(images, 'image')} no difference can be shown, whatever the number of seeds; at least {LEAST_IMAGES} images are needed to try."
+
+
+def sentence(verdict: Verdict, judged_on: str = "test") -> str:
+    """Return the verdict in one honest sentence.
+
+    Args:
+        verdict: The verdict.
+        judged_on: ``"test"``, or ``"val"`` where the validation images of the search judged.
+    """
+    seeds, images = f"{verdict.seeds} seeds", f"{verdict.images} {'test' if judged_on == 'test' else 'validation'} images"
     if verdict.images < LEAST_IMAGES:
-        return (
-            f"With {count(verdict.images, 'image')} no difference can be shown, whatever the number of seeds; "
-            f"at least {LEAST_IMAGES} images are needed to try."
-        )
+        return no_claim(verdict.images)
     interval = f"(95 % interval {_points(verdict.low)} to {_points(verdict.high)}; {seeds}, {images})"
     if verdict.better:
         return f"Settings {verdict.setting} beat the defaults by {_points(verdict.gain)} AP {interval}."
@@ -333,6 +342,22 @@ def _needed(verdict: Verdict) -> str:
     if verdict.enough_seeds:
         return f"{shown} about {verdict.enough_seeds} seeds would be needed, more images alone would not do"
     return f"{shown} both more images and more seeds would be needed"
+
+
+def read_verdict(folder: Path) -> dict[str, Any] | None:
+    """Return the content of a search's ``verdict.json``, which a confirmation wrote; None where the search was not confirmed.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    file = folder / VERDICT_FILE
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text())
+        return {name: content[name] for name in ("sentence", "caveat", "chosen", "judged_on")}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: is damaged; write it again with raydetr confirm {folder}") from None
 
 
 def caveat(judged_on: str, trials: int = 0) -> str:

@@ -18,6 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from raydetr.errors import UserError
 from raydetr.files import atomic_write_text
+from raydetr.search.confirm import read_verdict
 from raydetr.search.space import as_drawn
 from raydetr.search.study import STATE_NAMES, Search, epochs_of, importance_evaluator, importances, reported_metrics, trials_frame
 from raydetr.storage import fetched, is_uri
@@ -77,6 +78,7 @@ def _one(search: Search, anchor: str) -> dict[str, Any]:
         "best": search.best(),
         "default": trials[0],
         "ranked": len(search.ranked()),
+        "verdict": read_verdict(search.folder),
         "tiles": _tiles(search),
         "beside": _best_beside_default(search),
         "charts": [_chart(f"{anchor}-{name}", *chart) for name, chart in _figures(search).items()],

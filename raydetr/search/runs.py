@@ -6,13 +6,13 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.table import Table
 
 from raydetr.config import by_name, read_config
 from raydetr.errors import UserError
-from raydetr.search.study import CONFIG_FILE, STATE_NAMES, STUDY_FILE, Search, compact, epochs_of, top_trials
+from raydetr.search.study import CONFIG_FILE, STATE_NAMES, STUDY_FILE, Search, compact, epochs_of, reported_metrics, top_trials
 from raydetr.storage import OWNER, fetched, file_sizes
 from raydetr.text import count
 from raydetr.training.metrics import METRICS
@@ -28,7 +28,8 @@ def list_runs(storage: str) -> list[dict[str, Any]]:
         storage: Path or URI of the folder.
 
     Returns:
-        Rows with ``name``, ``kind``, ``state``, ``epochs``, ``best`` (the best AP or objective), ``when`` (of the last change, in ISO
+        Rows with ``name``, ``kind``, ``state``, ``epochs``, ``best`` (the best AP or objective), ``interval`` (of that AP, 95 %,
+        over the validation images; None if unknown), ``when`` (of the last change, in ISO
         format), ``size`` in bytes, and ``settings``: those that differ between the rows, by dotted name.
 
     Raises:
@@ -49,7 +50,7 @@ def list_runs(storage: str) -> list[dict[str, Any]]:
             settings = by_name(read_config(local / folder / CONFIG_FILE))
             found = _search_row(local / folder) if folder in searches else _run_row(local / folder, settings, f"{prefix}{OWNER}" in sizes)
         except UserError as error:
-            settings, found = {}, {"kind": "?", "state": str(error), "epochs": None, "best": None, "when": None}
+            settings, found = {}, {"kind": "?", "state": str(error), "epochs": None, "best": None, "interval": None, "when": None}
         rows.append({**row, **found})
         values.append(settings)
     for row, differing in zip(rows, _differing(values), strict=True):
@@ -63,16 +64,19 @@ def _run_row(folder: Path, settings: Mapping[str, Any], owned: bool) -> dict[str
     scores = []
     for line in lines:
         try:
-            scores.append(json.loads(line)["test_coco_eval_bbox"][list(METRICS).index("AP")])
-        except (ValueError, LookupError, TypeError):  # the last line of a run that is being written, or a damaged one
+            entry = json.loads(line)
+            scores.append((entry["test_coco_eval_bbox"][list(METRICS).index("AP")], entry.get("test_AP_interval")))
+        except (ValueError, LookupError, TypeError, AttributeError):  # the last line of a run that is being written, or a damaged one
             continue
+    best, interval = max(scores, key=lambda score: score[0], default=(None, None))
     state = "unfinished" if owned else "finished" if lines else "empty"
     changed = log if lines else folder / CONFIG_FILE
     return {
         "kind": "run",
         "state": f"{state}, {len(lines)} of {settings['optim.epochs']} epochs" if owned else state,
         "epochs": len(lines),
-        "best": max(scores, default=None),
+        "best": best,
+        "interval": interval,
         "when": _time_of(changed),
     }
 
@@ -86,8 +90,17 @@ def _search_row(folder: Path) -> dict[str, Any]:
         "state": "finished" if ended >= search.trials else f"unfinished, {ended} of {search.trials} trials",
         "epochs": sum(epochs_of(trial) for trial in trials),
         "best": best.value if best else None,
+        "interval": _interval_of(best, search.metric),
         "when": _time_of(folder / STUDY_FILE),
     }
+
+
+def _interval_of(best: FrozenTrial | None, metric: str) -> list[float] | None:
+    """Return the interval of the AP that is the objective of the best trial; None where that is not the AP of its last epoch."""
+    kept = reported_metrics(best) if best else {}
+    if metric != "AP" or kept.get("AP") != getattr(best, "value", None) or not {"AP_low", "AP_high"} <= kept.keys():
+        return None
+    return [kept["AP_low"], kept["AP_high"]]
 
 
 def search_status(path: str) -> str:
@@ -148,6 +161,7 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> str:
         table.add_column(heading, justify="right" if heading in ("epochs", "best", "MB") else "left", no_wrap=True)
     for row in rows:
         best = "-" if row["best"] is None else f"{row['best']:.4f}"
+        best += f" ({row['interval'][0]:.2f} to {row['interval'][1]:.2f})" if row["interval"] else ""
         settings = " ".join(f"{name}={compact(value)}" for name, value in row["settings"].items())
         cells = (row["name"], row["kind"], row["state"], "-" if row["epochs"] is None else str(row["epochs"]), best, row["when"] or "-")
         table.add_row(*cells, f"{row['size'] / 1e6:.1f}", settings)

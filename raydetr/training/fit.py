@@ -8,6 +8,7 @@ copy on this node, which is fetched before the first epoch and pushed after ever
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from raydetr.config import Config
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, precision_recall, run_coco_eval, summarize
+from raydetr.evaluate.diagnosis import diagnose
 from raydetr.evaluate.intervals import with_intervals
 from raydetr.memory import kept_memory
 from raydetr.storage import fetch, join, working_folder
@@ -28,7 +30,7 @@ from raydetr.training.recorder import EpochResults, NoRecorder, Recorder, open_r
 from raydetr.training.reporter import LocalReporter, Reporter
 from raydetr.training.resume import BEST, LAST, find_checkpoint
 from raydetr.training.run import Progress, Run, build_run
-from raydetr.training.tracking import LOSSES
+from raydetr.training.tracking import LOSSES, read_history
 
 
 def fit(config: Config, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -42,7 +44,8 @@ def fit(config: Config, reporter: Reporter | None = None) -> dict[str, Any]:
             the caller has initialized ``torch.distributed``.
 
     Returns:
-        The metrics of the last epoch: ``epoch`` (from 1), the twelve COCO numbers (None if the validation set has no object), losses as
+        The metrics of the last epoch: ``epoch`` (from 1), the twelve COCO numbers (None if the validation set has no object), the
+        interval of AP as ``AP_low`` and ``AP_high``, losses as
         ``train_loss`` (weighted), ``val_loss_ce`` (not weighted) and so on, ``best_AP``, ``best_epoch``, ``images_per_second`` and
         ``seconds``.
 
@@ -83,6 +86,22 @@ def _train(run: Run) -> None:
         recorder.finish()
     best = {"best_AP": run.progress.best_AP, "best_epoch": run.progress.best_epoch, "checkpoint": join(run.root, BEST)}
     run.show({"kind": "end", "epochs": run.progress.epoch, **best})
+    if run.reporter.rank == 0:
+        with run.best_effort("the diagnosis"):
+            for words in diagnosis(run):
+                run.show({"kind": "message", "text": words})
+
+
+def diagnosis(run: Run) -> list[str]:
+    """Return what the curves of a finished run say, a sentence each; nothing where all is well."""
+    objects = Counter((split, each["image_id"]) for split in (run.train_set, run.val_set) for each in split.coco["annotations"])
+    return diagnose(
+        read_history(run.folder / "log.txt"),
+        num_queries=run.config.model.num_queries,
+        most_objects=max(objects.values(), default=0),
+        images=len(run.val_set),
+        clip_max_norm=run.config.optim.clip_max_norm,
+    )
 
 
 def _train_epoch(run: Run, recorder: Recorder | NoRecorder) -> None:
@@ -134,7 +153,8 @@ def _metrics(progress: Progress, train: dict[str, float], val: dict[str, float],
     return {
         "epoch": progress.epoch,
         **{name: scores[name] for name in METRICS},
-        **{f"train_{name}": train[name] for name in LOSSES},
+        **dict(zip(("AP_low", "AP_high"), scores["AP_interval"] or (None, None), strict=True)),
+        **{f"train_{name}": train[name] for name in (*LOSSES, "grad_norm")},
         **{f"val_{name}": val[name] for name in LOSSES},
         "best_AP": progress.best_AP,
         "best_epoch": progress.best_epoch,

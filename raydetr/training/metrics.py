@@ -6,7 +6,9 @@ from raydetr.evaluate.coco import METRICS
 LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error")
 REPORTED = (
     *METRICS,
-    *(f"train_{name}" for name in LOSSES),
+    "AP_low",  # the ends of its 95 % interval over the validation images
+    "AP_high",
+    *(f"train_{name}" for name in (*LOSSES, "grad_norm")),
     *(f"val_{name}" for name in LOSSES),
     "best_AP",
     "best_epoch",

@@ -13,6 +13,7 @@ process wrote after its last checkpoint. Tags:
 
 import io
 import json
+import math
 import os
 import socket
 import time
@@ -292,17 +293,24 @@ def log_line(
         epoch: Number of the epoch, from 0 as in the official log.
         train: Means over the epoch, of :func:`raydetr.training.engine.train_one_epoch`.
         val: Losses, of :func:`raydetr.training.engine.evaluate`.
-        metrics: Of :func:`raydetr.evaluate.coco.summarize`.
+        metrics: Of :func:`raydetr.evaluate.coco.summarize`, with the interval of AP where it is known.
         weights: ``weight_dict`` of the criterion.
         parameters: Number of trained parameters.
     """
-    line: dict[str, Any] = {"train_lr": train["lr_transformer"]}
+    norm = train["grad_norm"]  # NaN where every step of fp16 overflowed
+    line: dict[str, Any] = {"train_lr": train["lr_transformer"], "train_grad_norm": norm if math.isfinite(norm) else None}
     for split, losses in (("train", train), ("test", val)):
         line |= {f"{split}_class_error": losses["class_error"], f"{split}_loss": losses["loss"]}
         line |= {f"{split}_{name}": losses[name] * weight for name, weight in weights.items()}
         errors = ("loss_", "class_error", "cardinality_error")
         line |= {f"{split}_{name}_unscaled": value for name, value in losses.items() if name.startswith(errors)}
-    return {**line, "test_coco_eval_bbox": stats(metrics), "epoch": epoch, "n_parameters": parameters}
+    return {
+        **line,
+        "test_coco_eval_bbox": stats(metrics),
+        "test_AP_interval": metrics.get("AP_interval"),
+        "epoch": epoch,
+        "n_parameters": parameters,
+    }
 
 
 class Log:
@@ -332,6 +340,25 @@ class Log:
         self._lines.append(json.dumps(line, allow_nan=False))
         with atomic_write(self._path) as file:
             file.write("".join(f"{text}\n" for text in self._lines).encode())
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Return the metrics of each epoch in a log.txt, as far as it has them, under the names that ``fit`` reports.
+
+    Raises:
+        UserError: The file cannot be read, or a line of it is damaged.
+    """
+    lines, _ = _read_log(path)
+    return [_as_metrics(json.loads(text)) for _, text in lines]
+
+
+def _as_metrics(line: Mapping[str, Any]) -> dict[str, Any]:
+    numbers = {name: None if value < 0 else value for name, value in zip(METRICS, line["test_coco_eval_bbox"], strict=True)}
+    for mine, theirs in (("train", "train"), ("val", "test")):
+        numbers |= {f"{mine}_{name}": line[f"{theirs}_{name}"] for name in ("loss", "class_error")}
+        numbers[f"{mine}_cardinality_error"] = line[f"{theirs}_cardinality_error_unscaled"]
+    low, high = line.get("test_AP_interval") or (None, None)
+    return {**numbers, "AP_low": low, "AP_high": high, "train_grad_norm": line.get("train_grad_norm")}
 
 
 def logged_epochs(path: Path) -> int:

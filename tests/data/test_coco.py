@@ -13,7 +13,7 @@ from torch.utils.data import get_worker_info
 from torchvision import tv_tensors
 
 from raydetr.config import load_config
-from raydetr.data.coco import CocoImages, Split, build_loader, collate, find_split, load_coco, read_coco
+from raydetr.data.coco import CocoImages, Split, build_loader, collate, find_split, has_split, load_coco, read_coco
 from raydetr.data.formats.convert import convert
 from raydetr.data.images import read_image
 from raydetr.data.transforms import train_transforms, val_transforms
@@ -915,3 +915,16 @@ def test_transforms_get_what_torchvision_knows(known):
     assert image.dtype == torch.uint8
     assert boxes.canvas_size == (50, 100)
     assert boxes[1].tolist() == [90, 40, 100, 50]  # clipped to the picture
+
+
+def test_a_test_set_is_found_where_the_others_are_and_need_not_be_there(coco_folder, tmp_path):
+    root = coco_folder()
+    assert not has_split(settings(root), "test")
+    assert not has_split(settings(), "test")
+    assert has_split(settings(root, test_annotations=tmp_path / "mine.json"), "test")
+    (root / "annotations" / "custom_val.json").rename(root / "annotations" / "custom_test.json")
+    assert has_split(settings(root), "test")  # not complete yet
+    with pytest.raises(UserError, match=r"no test images: looked for the folder .*test2017; set data\.test_images"):
+        find_split(settings(root), "test")
+    (root / "val2017").rename(root / "test2017")
+    assert find_split(settings(root), "test") == Split(root / "test2017", root / "annotations" / "custom_test.json")

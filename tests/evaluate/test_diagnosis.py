@@ -12,7 +12,7 @@ def run(epochs=10, **curves):
         **{"AP": 0.5 * (1 - 0.7**steps), "AP50": 0.8 * (1 - 0.6**steps), "AP75": 0.6 * (1 - 0.7**steps), "AR100": 0.7},
         **{"train_loss": 2 + 8 * 0.6**steps, "val_loss": 3 + 7 * 0.7**steps, "val_class_error": 20.0, "val_cardinality_error": 1.0},
     }
-    curves = {name: np.broadcast_to(values, epochs) for name, values in (good | curves).items() if name != "AP_interval"}
+    curves = {name: np.broadcast_to(values, epochs) for name, values in (good | curves).items()}
     return [{name: float(values[epoch]) for name, values in curves.items()} for epoch in range(epochs)]
 
 
@@ -42,7 +42,7 @@ def test_more_objects_than_queries():
 def test_a_rate_that_is_too_high():
     loss = [10, 6, 4, 7, 9, 9, 9, 9, 9, 9]
     assert "clipped" not in only(run(train_loss=loss), "rose from 4.00 to 9.00", "optim.lr")
-    only(run(train_loss=loss, grad_norm=5), "the gradient is clipped in every epoch", clip_max_norm=0.1)
+    only(run(train_loss=loss, train_grad_norm=5), "the gradient is clipped in every epoch", clip_max_norm=0.1)
     only(run(train_loss=[10, 5, 4, 4, 4, 4, 4, 4, 4, np.nan]), "no longer a number")
 
 
@@ -69,9 +69,9 @@ def test_objects_invented_or_missed(recall, words):
 
 def test_a_validation_set_that_is_too_small():
     history = run()
-    history[-1]["AP_interval"] = [0.41, 0.63]
+    history[-1] |= {"AP_low": 0.41, "AP_high": 0.63}
     only(history, "13 validation images are too few", "between 41 and 63", images=13)
-    history[-1]["AP_interval"] = [0.48, 0.54]
+    history[-1] |= {"AP_low": 0.48, "AP_high": 0.54}
     assert diagnose(history) == []
 
 

@@ -1,10 +1,12 @@
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from raydetr.evaluate.coco import coco_metrics, run_coco_eval
 from raydetr.evaluate.errors import (
+    ap_by_objects,
     calibration,
     category_curves,
     confusion,
@@ -143,3 +145,21 @@ def test_suspects_go_back_into_labeling_tools(coco, evaluation):
         }
     ]
     json.dumps([back, via], allow_nan=False)
+
+
+def test_ap_by_number_of_objects_is_that_of_the_images_alone():
+    coco = random_set(2)
+    results = noisy(coco)
+    groups = ap_by_objects(run_coco_eval(coco, results))
+    objects = Counter(each["image_id"] for each in coco["annotations"] if not each["iscrowd"])
+    assert len(groups) > 1
+    assert sum(group["images"] for group in groups) == len(objects)
+    for group in groups:
+        ids = {each for each, number in objects.items() if group["low"] <= number <= (group["high"] or number)}
+        assert group["images"] == len(ids)
+        part = {
+            "images": [each for each in coco["images"] if each["id"] in ids],
+            "annotations": [each for each in coco["annotations"] if each["image_id"] in ids],
+            "categories": coco["categories"],
+        }
+        assert group["AP"] == pytest.approx(coco_metrics(part, [each for each in results if each["image_id"] in ids])["AP"], abs=1e-9)

@@ -78,10 +78,11 @@ def spoiled():
 @pytest.fixture(scope="module")
 def searched(cluster, module_coco_folder, tmp_path_factory):
     """A search of three trials from Python: its folder, and what it returned."""
-    storage = tmp_path_factory.mktemp("searched")
+    storage, data = tmp_path_factory.mktemp("searched"), module_coco_folder()
+    helpers.break_test_set(data)
     with spoiled():
         options = {"trials": 3, "scheduler": "none", "sampler": "random", "seed": 3, "demands": Demands(concurrent=1)}
-        returned = raydetr.tune(settings(module_coco_folder(), storage), SPACE, **options)
+        returned = raydetr.tune(settings(data, storage), SPACE, **options)
     return storage / "search", returned
 
 
@@ -110,6 +111,13 @@ def test_a_search_trains_every_trial_with_its_own_settings(searched):
     assert columns[-3:] == ["node", "name", "reason"]
     assert columns[len(trial) : -3] == [name for name in REPORTED if name in columns and name not in trial]  # nothing of Ray's own
     assert {"AP50", "train_loss", "val_loss_giou", "best_epoch"} <= set(columns)
+
+
+@pytest.mark.slow
+def test_a_search_never_reads_the_test_set(searched):
+    search = open_search(searched[0])
+    assert (Path(search.base_config.data.path) / "annotations" / "custom_test.json").read_text() == "broken"
+    assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"] * 3
 
 
 @pytest.mark.slow

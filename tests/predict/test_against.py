@@ -92,5 +92,5 @@ def test_checkpoints_of_different_categories_are_refused_in_one_line(data, check
 def test_a_results_file_that_is_broken_is_named(data, results, tmp_path):
     broken = tmp_path / "broken.json"
     broken.write_text("[")
-    with pytest.raises(UserError, match=r"broken\.json: not a JSON list of detections"):
+    with pytest.raises(UserError, match=r"broken\.json: not a JSON list"):
         score_against(results("good.json", 0.0), broken, {"data.path": str(data)})

@@ -73,6 +73,20 @@ def layers(data):
     return {"data.path": str(data)}
 
 
+def test_the_test_set_is_evaluated_on_request(coco_folder, tmp_path):
+    root = coco_folder(train=1, val=3)
+    (root / "val2017").rename(root / "test2017")
+    (root / "annotations" / "custom_val.json").rename(root / "annotations" / "custom_test.json")
+    coco = json.loads((root / "annotations" / "custom_test.json").read_text())
+    file = tmp_path / "results.json"
+    file.write_text(
+        json.dumps([{name: each[name] for name in ("image_id", "category_id", "bbox")} | {"score": 0.9} for each in coco["annotations"]])
+    )
+    assert main(["evaluate", "--predictions", str(file), "--data", str(root), "--split", "test", "--json", str(tmp_path / "out.json")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["AP"] == 1
+    assert main(["evaluate", "--predictions", str(file), "--data", str(root)]) == 2
+
+
 def test_ids_of_a_checkpoint_are_found_by_name_whatever_their_order(data, detector, detections_of, tmp_path):
     """The checkpoint has the data set's ids for the other category each, and its labels in the other order."""
 

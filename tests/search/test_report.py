@@ -1,4 +1,5 @@
 import html
+import json
 import re
 import shutil
 import subprocess
@@ -89,7 +90,7 @@ def test_a_search_is_told_with_all_its_pictures(make):
     page = page_of(report([search.folder]))
     names = ("history", "curves", "importances", "parallel", "slices", "slices", "slices", "slices", "timeline")  # four settings are drawn
     assert page.pictures == [f"s0-{name}" for name in names]
-    assert "Trial 5 reaches AP 0.6250; the default settings (trial 0) reach 0.4000: +0.2250." in page.words
+    assert "Not confirmed: trial 5 reaches AP 0.6250; the default settings (trial 0) reach 0.4000: +0.2250." in page.words
     beside = {row[0]: row[1:] for row in page.tables[0]}
     assert beside[""] == ["trial 0 (default)", "trial 5 (best)"]
     assert beside["AP"] == ["0.4", "0.625"]
@@ -132,8 +133,12 @@ def test_the_report_needs_no_network(make):
         (["running"], ["timeline"], "No trial has ended with a value of AP yet."),
         ([0.25], ["history", "curves", "timeline"], "No trial beats the default settings (trial 0), which reach AP 0.2500."),
         (["failed", "failed", "failed"], ["timeline"], "No trial has ended with a value of AP yet."),
-        (["failed", 0.5], ["history", "curves", "timeline"], "Trial 1 reaches AP 0.5000; the default settings (trial 0) have no value."),
-        ([("pruned", 0.1), ("pruned", 0.2)], ["curves", "timeline"], "Trial 1 reaches AP 0.2000"),
+        (
+            ["failed", 0.5],
+            ["history", "curves", "timeline"],
+            "Not confirmed: trial 1 reaches AP 0.5000; the default settings (trial 0) have no value.",
+        ),
+        ([("pruned", 0.1), ("pruned", 0.2)], ["curves", "timeline"], "Not confirmed: trial 1 reaches AP 0.2000"),
         ([0.0] * 6, ["history", "curves", "parallel", *["slices"] * 4, "timeline"], "No trial beats the default settings"),
     ],
 )
@@ -237,3 +242,21 @@ def test_a_browser_draws_every_chart_within_its_card_at_both_widths(make, tmp_pa
     charts = len(page_of(path).pictures)
     assert re.findall(r"\[(\d+): (\d+) charts, (.*?)\]", done.stdout) == [("1280", str(charts), "well"), ("400", str(charts), "well")]
     assert "Uncaught" not in done.stderr
+
+
+def test_the_first_sentence_of_a_confirmed_search_is_the_verdict(make):
+    search = make(ends=[0.4, 0.5]).folder
+    words = {
+        "sentence": "No difference can be shown <here>.",
+        "caveat": "Judged on the validation images.",
+        "chosen": 0,
+        "judged_on": "val",
+    }
+    (search / "verdict.json").write_text(json.dumps(words))
+    page = page_of(report([search]))
+    first, second = page.words.index(words["sentence"]), page.words.index(words["caveat"])
+    assert page.words.index("Search ") < first < second < page.words.index("In the search itself, trial")
+    assert "Not confirmed" not in page.words
+    (search / "verdict.json").write_text("{}")
+    with pytest.raises(UserError, match=r"verdict\.json: is damaged; write it again with raydetr confirm"):
+        report([search])

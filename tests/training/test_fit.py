@@ -18,10 +18,14 @@ from raydetr.data.coco import CocoImages, build_loader, find_split
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, coco_metrics, stats
+from raydetr.evaluate.diagnosis import diagnose
+from raydetr.launch.train import check_data
 from raydetr.loss.criterion import build_criterion
 from raydetr.training.engine import evaluate
 from raydetr.training.fit import fit
+from raydetr.training.tracking import read_history
 from raydetr.weights.checkpoint import read_checkpoint
+from tests.helpers import break_test_set
 from tests.training.runs import STATEFUL, Watcher, folder_of, interrupted, last_of, log_of, run, same, settings
 
 # --- one run ---
@@ -30,8 +34,46 @@ from tests.training.runs import STATEFUL, Watcher, folder_of, interrupted, last_
 @pytest.fixture(scope="module")
 def finished(module_coco_folder):
     """The settings of a finished run, its metrics and what its reporter was told."""
-    config = settings(module_coco_folder(train=6, val=3), "whole", **STATEFUL)
+    data = module_coco_folder(train=6, val=3)
+    break_test_set(data)
+    config = settings(data, "whole", **STATEFUL)
     return config, *run(config)
+
+
+def diagnosis_of(config):
+    """What the curves of a finished run say."""
+    history = read_history(folder_of(config) / "log.txt")
+    return diagnose(history, num_queries=9, images=3, clip_max_norm=config.optim.clip_max_norm)
+
+
+def test_the_end_of_a_run_says_what_its_curves_say(finished, module_coco_folder):
+    config, metrics, watcher = finished
+    end = next(row for row, event in enumerate(watcher.events) if event["kind"] == "end")
+    assert [event["text"] for event in watcher.events[end + 1 :]] == diagnosis_of(config)
+    assert len(read_history(folder_of(config) / "log.txt")) == 3
+    for name in (
+        "AP",
+        "AP75",
+        "AP_low",
+        "AP_high",
+        "train_loss",
+        "train_grad_norm",
+        "val_loss",
+        "val_class_error",
+        "val_cardinality_error",
+    ):
+        assert read_history(folder_of(config) / "log.txt")[-1][name] == pytest.approx(metrics[name]), name
+    crowded = settings(module_coco_folder(train=1, val=1, boxes=12, folder="crowded"), "crowded", **{"optim.epochs": 1})
+    _, watcher = run(crowded)
+    assert watcher.events[-1]["text"].startswith("An image has 12 objects, but the network detects at most 9: raise model.num_queries")
+
+
+def test_a_training_never_reads_the_test_set(finished):
+    config, metrics, _ = finished
+    check_data(config)
+    assert metrics["epoch"] == 3
+    with pytest.raises(UserError, match="no test images"):
+        find_split(config.data, "test")
 
 
 def test_the_run_folder(finished):
@@ -56,6 +98,7 @@ def test_the_run_folder(finished):
         *("message", "start"),
         *("evaluate", "report", "epoch") * 3,
         "end",
+        *["message"] * len(diagnosis_of(config)),
     ]
     assert [(event["epoch"], event["step"]) for event in watcher.of_kind("step")] == [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)]
 

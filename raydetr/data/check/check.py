@@ -10,7 +10,7 @@ from raydetr.data.categories import match_categories, twin_names
 from raydetr.data.check.box_format import guess_box_format
 from raydetr.data.check.findings import GRAVE, MINOR, Report
 from raydetr.data.check.images import CheckedImage, check_images, check_pixels
-from raydetr.data.coco import Split, box_of, category_name, find_split, read_coco
+from raydetr.data.coco import Split, box_of, category_name, find_split, has_split, read_coco
 from raydetr.errors import UserError
 from raydetr.text import fold_name, shortlist
 from raydetr.values import as_number, is_finite, short, whole_number
@@ -23,14 +23,16 @@ def check(
     quick: bool = False,
     num_queries: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    test: bool = False,
 ) -> Report:
-    """Check the training and validation sets of a data set.
+    """Check the training and validation sets of a data set, and its test set on request.
 
     Args:
         data: The settings ``data.*``, or a folder with ``annotations/``, ``train2017/`` and ``val2017/``.
         quick: Whether to leave out what needs every image decoded: broken pixels, and images that are in both sets.
         num_queries: The model's object queries, to warn of images with more boxes; None if unknown.
         progress: Called with (done, total) as images are decoded.
+        test: Whether to check the test set as well, if there is one.
 
     Returns:
         The findings and statistics.
@@ -43,7 +45,7 @@ def check(
     report = Report(quick=quick)
     images: dict[str, list[CheckedImage]] = {}
     categories: dict[str, dict[int, str]] = {}
-    for name, split in _find_splits(data, report).items():
+    for name, split in _find_splits(data, report, test).items():
         try:
             coco = read_coco(split.annotations)
         except UserError as error:
@@ -53,16 +55,18 @@ def check(
         by_id = check_images(coco["images"], split, name, report)
         report.stats[name] = _check_annotations(coco["annotations"], by_id, categories[name], num_queries, name, report)
         images[name] = [image for image in by_id.values() if image.path]
-    if len(categories) == 2:
+    if {"train", "val"} <= categories.keys():
         _compare_categories(categories["train"], categories["val"], report)
+    if {"train", "test"} <= categories.keys():
+        _check_test_categories(categories["train"], categories["test"], report)
     if not quick:
         check_pixels(images, report, progress)
     return report
 
 
-def _find_splits(data: Data, report: Report) -> dict[str, Split]:
+def _find_splits(data: Data, report: Report, test: bool) -> dict[str, Split]:
     found, complaints = {}, {}
-    for name in ("train", "val"):
+    for name in ("train", "val", "test") if test and has_split(data, "test") else ("train", "val"):
         try:
             found[name] = find_split(data, name)
         except UserError as error:
@@ -70,7 +74,8 @@ def _find_splits(data: Data, report: Report) -> dict[str, Split]:
     if not found:
         raise UserError(complaints["train"])
     for name, complaint in complaints.items():
-        report.error(name, complaint, None, "training needs both a training and a validation set")
+        advice = "complete the test set, or take it away" if name == "test" else "training needs both a training and a validation set"
+        report.error(name, complaint, None, advice)
     return found
 
 
@@ -282,6 +287,16 @@ def _compare_categories(train: dict[int, str], val: dict[int, str], report: Repo
     for name, train_id, val_id in pairs:
         learnt, measured = boxes["train"].get(train_id, 0), boxes["val"].get(val_id, 0)
         _compare_category(name, train_id, val_id, learnt, measured, list(train.values()), report)
+
+
+def _check_test_categories(train: dict[int, str], test: dict[int, str], report: Report) -> None:
+    """Report categories of the test set that have boxes and that training does not know."""
+    known = [{"id": category_id, "name": name} for category_id, name in train.items()]
+    found = match_categories([{"id": category_id, "name": name} for category_id, name in test.items()], known)
+    for (category_id, label), position in zip(_labels(test).items(), found, strict=True):
+        if position is None and report.stats["test"]["categories"][label]["boxes"]:
+            where = short(test[category_id])
+            report.error("test", "category is not in the training file", where, "give both files the same list of categories")
 
 
 def _compare_category(

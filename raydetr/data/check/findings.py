@@ -16,7 +16,7 @@ class Finding:
     """One kind of fault in one split.
 
     Attributes:
-        split: ``train``, ``val``, or ``both``.
+        split: ``train``, ``val``, ``both`` (of these two), or ``test``.
         what: The fault.
         advice: What to do about it.
         occurrences: Everything that has the fault, such as ``a.jpg (image id 1)``; empty where the fault is the split's.

@@ -132,7 +132,7 @@ def _warn_of_rotation(header: Header, size: tuple[int, int] | None, label: str, 
 
 
 def check_pixels(images: dict[str, list[CheckedImage]], report: Report, progress: Callable[[int, int], None] | None = None) -> None:
-    """Decode every image, report the broken ones, and look for images of train in val.
+    """Decode every image, report the broken ones, and look for images that are in two splits.
 
     Args:
         images: By split, the images with a file.
@@ -153,8 +153,9 @@ def check_pixels(images: dict[str, list[CheckedImage]], report: Report, progress
                 progress(done, len(jobs))
     finally:
         pool.shutdown(cancel_futures=True)  # an interrupt does not wait for all the rest
-    if all(seen.get(split) for split in ("train", "val")):
-        _find_shared(seen["train"], seen["val"], report)
+    for one, other, label in (("train", "val", "both"), ("train", "test", "test"), ("val", "test", "test")):
+        if seen.get(one) and seen.get(other):
+            _find_shared(seen[one], seen[other], f"{one} and {other}", label, report)
 
 
 def _thumbnail(image: CheckedImage) -> torch.Tensor | UserError:
@@ -167,10 +168,12 @@ def _thumbnail(image: CheckedImage) -> torch.Tensor | UserError:
     return adaptive_avg_pool2d(pixels[:, ::step, ::step].float(), THUMBNAIL).flatten()
 
 
-def _find_shared(train: list[tuple[CheckedImage, torch.Tensor]], val: list[tuple[CheckedImage, torch.Tensor]], report: Report) -> None:
+def _find_shared(
+    train: list[tuple[CheckedImage, torch.Tensor]], val: list[tuple[CheckedImage, torch.Tensor]], splits: str, label: str, report: Report
+) -> None:
     pairs = _same_files([image for image, _ in train], [image for image, _ in val])
     for one, other in pairs:
-        report.error("both", "same file in train and val", f"{one.label} = {other.label}", "AP would be too good; keep it in one of them")
+        report.error(label, f"same file in {splits}", f"{one.label} = {other.label}", "AP would be too good; keep it in one of them")
     same = {id(other) for _, other in pairs}
     rest = [(image, cells) for image, cells in val if id(image) not in same and cells.std() > 2 * ALIKE]  # blank ones are all alike
     of_train = torch.stack([cells for _, cells in train])
@@ -180,7 +183,8 @@ def _find_shared(train: list[tuple[CheckedImage, torch.Tensor]], val: list[tuple
         for (image, _), distance, row in zip(some, distances.tolist(), nearest.tolist(), strict=True):
             if distance < ALIKE:
                 pair = f"{train[row][0].label} ~ {image.label}"
-                report.warn("both", "image looks the same in train and val", pair, "look at both; one scene in both makes AP too good")
+                advice = "look at both; one scene in both makes AP too good"
+                report.warn(label, f"image looks the same in {splits}", pair, advice)
 
 
 def _same_files(train: list[CheckedImage], val: list[CheckedImage]) -> list[tuple[CheckedImage, CheckedImage]]:

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import time
 
 import numpy as np
@@ -754,3 +755,29 @@ def test_blood_cells(shared_data, tmp_path):
         **{("train", speck): 1, ("val", speck): 1},
         ("both", "image looks the same in train and val"): 1,  # one field under the microscope, in two focuses
     }
+
+
+def with_test_set(root, source="val", change=lambda coco: None):
+    """Give a folder a test set, a copy of another set."""
+    content = json.loads((root / "annotations" / f"custom_{source}.json").read_text())
+    change(content)
+    (root / "annotations" / "custom_test.json").write_text(json.dumps(content))
+    shutil.copytree(root / f"{source}2017", root / "test2017")
+    return root
+
+
+def test_a_test_set_is_checked_on_request_alone(coco_folder):
+    def add_category(coco):
+        coco["categories"].append({"id": 99, "name": "ship"})
+        coco["annotations"][0]["category_id"] = 99
+
+    root = with_test_set(coco_folder(), "train", add_category)
+    assert check(root).ok
+    errors = found(check(root, test=True).errors)
+    assert errors["test", "category is not in the training file"] == ["'ship'"]
+    assert len(errors["test", "same file in train and test"]) == 4
+    (root / "test2017").rename(root / "elsewhere")
+    assert check(root).ok
+    assert "no test images" in check(root, test=True).errors[0].what
+    (root / "annotations" / "custom_test.json").write_text("broken")
+    assert check(root, quick=True).ok

@@ -1,0 +1,234 @@
+"""Why a model misses objects, as a page and as files: what ``raydetr errors`` writes.
+
+The folder gets
+
+- ``index.html``: the page, which needs nothing but itself;
+- ``errors.json``: its numbers;
+- ``suspects_coco.json`` and ``suspects_via.json``: labels that look wrong or missing, for a labeling tool. Somebody has to look at them.
+"""
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from raydetr.draw import Box, category_colours, draw_boxes
+from raydetr.errors import UserError
+from raydetr.evaluate.coco import Evaluation, category_names, run_coco_eval, summarize
+from raydetr.evaluate.errors import (
+    SURE,
+    ap_by_objects,
+    calibration,
+    category_curves,
+    confusion,
+    lost_ap,
+    suspected_labels,
+    suspects_as_coco,
+    suspects_as_via,
+    worst_images,
+)
+from raydetr.evaluate.intervals import with_intervals
+from raydetr.files import atomic_write_text
+from raydetr.predict.gallery import GENERATOR, page_environment
+from raydetr.predict.score import Detected, detections_of
+from raydetr.text import count
+
+MOST_CATEGORIES = 12  # shown of the confusion matrix and of the curves; the rest is in errors.json
+MOST_SUSPECTS = 24  # drawn; all of them are in the files
+IMAGE_SIDE, SUSPECT_SIDE, LETTERS = 560, 280, 13  # pixels
+SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
+
+
+def explain_errors(source: str | Path, out: str | Path, *layers: Mapping[str, Any], split: str = "val") -> str:
+    """Write why a model misses objects into a folder.
+
+    Args:
+        source: Path or URL of a checkpoint, or a COCO results file (``.json``).
+        out: The folder; files of an earlier call in it are replaced.
+        *layers: Settings, later ones winning; they name the data set.
+        split: ``"train"``, ``"val"`` or ``"test"``.
+
+    Returns:
+        A few lines for the terminal.
+
+    Raises:
+        UserError: The checkpoint or the data set cannot be read, or the folder cannot be written.
+    """
+    out = Path(out).expanduser()
+    detected = detections_of(source, *layers, split=split)
+    evaluation = run_coco_eval(detected.coco, detected.results)
+    numbers = error_numbers(evaluation, detected.coco)
+    numbers = {"checkpoint": str(source), "split": split, "images": len(detected.coco["images"]), **numbers, "notes": detected.notes}
+    headline = first_sentence(numbers)
+    suspects = numbers["suspects"]
+    files = {image_id: path for image_id, (path, _) in zip(detected.dataset.image_ids, detected.dataset.files, strict=True)}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        sizes = {suspect["image_id"]: files[suspect["image_id"]].stat().st_size for suspect in suspects}
+        _write_json(out / "errors.json", numbers)
+        _write_json(out / "suspects_coco.json", suspects_as_coco(suspects, detected.coco))
+        _write_json(out / "suspects_via.json", suspects_as_via(suspects, detected.coco, sizes))
+        atomic_write_text(out / "index.html", errors_page(numbers, detected, headline))
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: {error.strerror or error}") from None
+    lines = [headline, f"look at {out / 'index.html'}"]
+    if suspects:
+        lines.append(f"{count(len(suspects), 'label')} may be wrong or missing: load {out / 'suspects_coco.json'} or suspects_via.json")
+    return "\n".join([*(f"{note[0].upper()}{note[1:]}." for note in detected.notes), *lines])
+
+
+def error_numbers(evaluation: Evaluation, coco: dict) -> dict[str, Any]:
+    """Return everything that :mod:`raydetr.evaluate.errors` finds, as JSON can hold it.
+
+    Args:
+        evaluation: The evaluation of the detections.
+        coco: Its data set.
+    """
+    categories = coco["categories"]
+    names, counts = confusion(evaluation, categories)
+    return {
+        "metrics": with_intervals(summarize(evaluation, categories), evaluation, categories),
+        "lost_AP50": lost_ap(evaluation),
+        "confusion": {"categories": names, "counts": counts.tolist(), "min_score": SURE},
+        "precision_at_recall": {
+            name: None if curve is None else [round(float(each), 6) for each in curve]
+            for name, curve in category_curves(evaluation, categories).items()
+        },
+        "AP_by_objects": ap_by_objects(evaluation),
+        "calibration": calibration(evaluation),
+        "worst_images": worst_images(evaluation),
+        "suspects": suspected_labels(evaluation, coco),
+    }
+
+
+def first_sentence(numbers: Mapping[str, Any]) -> str:
+    """Return the AP with its interval, and which kind of error costs most."""
+    metrics = numbers["metrics"]
+    images = f"{numbers['images']} {SPLIT_NAMES[numbers['split']]} image{'' if numbers['images'] == 1 else 's'}"
+    if metrics["AP"] is None:
+        return f"The {images} hold no object to find."
+    interval = metrics["AP_interval"]
+    known = "" if interval is None else f" (95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+    kind, worst = max(numbers["lost_AP50"].items(), key=lambda each: each[1]["AP"])
+    if worst["AP"] > 0:
+        most = f"; {kind} errors cost most, {100 * worst['AP']:.1f} of AP50"
+    else:  # everything is found, or nothing is
+        most = "" if metrics["AP50"] else "; no object is found"
+    return f"AP {100 * metrics['AP']:.1f}{known} on {images}{most}."
+
+
+def _write_json(file: Path, content: Any) -> None:
+    atomic_write_text(file, json.dumps(content, indent=1) + "\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------- page
+
+
+def errors_page(numbers: Mapping[str, Any], detected: Detected, headline: str) -> str:
+    """Return the page as HTML.
+
+    Args:
+        numbers: Those of :func:`error_numbers` with ``checkpoint``, ``split`` and ``images``.
+        detected: The data set and the detections.
+        headline: The first sentence.
+    """
+    painter = Painter(detected)
+    shown, matrix = _most_confused(**{name: numbers["confusion"][name] for name in ("categories", "counts")})
+    per_category = numbers["metrics"]["per_category"]
+    known = [name for name, each in per_category.items() if each["AP"] is not None]
+    known.sort(key=lambda name: per_category[name]["AP"])
+    names = category_names(detected.coco["categories"])
+    return (
+        page_environment()
+        .get_template("errors.html")
+        .render(
+            generator=GENERATOR,
+            numbers=numbers,
+            headline=headline,
+            split=SPLIT_NAMES[numbers["split"]],
+            metrics=numbers["metrics"],
+            largest=max(each["AP"] for each in numbers["lost_AP50"].values()) or 1.0,
+            confused=shown,
+            matrix=matrix,
+            curves={name: numbers["precision_at_recall"][name] for name in known[:MOST_CATEGORIES]},
+            categories_left_out=max(0, len(known) - MOST_CATEGORIES),
+            worst=[each | painter.draw_image(each["image_id"]) for each in numbers["worst_images"]],
+            suspects=[
+                suspect | painter.draw_suspect(suspect) | {"name": names[suspect["category_id"]]}
+                for suspect in numbers["suspects"][:MOST_SUSPECTS]
+            ],
+            names=names,
+            sure=SURE,
+        )
+    )
+
+
+def _most_confused(categories: Sequence[str], counts: Sequence[Sequence[int]]) -> tuple[list[str], list[list[int]]]:
+    """Return the part of a confusion matrix with the most errors: names, and rows with the column of missed objects last."""
+    matrix = np.array(counts)
+    errors = matrix.sum(0)[:-1] + matrix.sum(1)[:-1] - 2 * np.diag(matrix)[:-1]
+    chosen = np.sort(np.argsort(-errors, kind="stable")[:MOST_CATEGORIES])
+    return [categories[each] for each in chosen], matrix[np.ix_([*chosen, -1], [*chosen, -1])].tolist()
+
+
+class Painter:
+    """Draws images with their detections and true boxes for the page.
+
+    Args:
+        detected: The data set and the detections; those with a score below ``SURE`` are not drawn.
+    """
+
+    def __init__(self, detected: Detected):
+        self._dataset = detected.dataset
+        self._names = category_names(detected.coco["categories"])
+        self._colours = category_colours(self._names.values())
+        self._rows = {image_id: row for row, image_id in enumerate(detected.dataset.image_ids)}
+        self._file_names = {image["id"]: image["file_name"] for image in detected.coco["images"]}
+        self._true: dict[Any, list[dict]] = {}
+        self._found: dict[Any, list[dict]] = {}
+        for annotation in detected.coco["annotations"]:
+            self._true.setdefault(annotation["image_id"], []).append(annotation)
+        for result in detected.results:
+            if result["score"] >= SURE and result["category_id"] in self._names:
+                self._found.setdefault(result["image_id"], []).append(result)
+
+    def draw_image(self, image_id: Any) -> dict[str, Any]:
+        """Return ``file_name``, ``picture`` (a data URI), ``width`` and ``height`` of an image with all its boxes."""
+        picture = self._read(image_id)
+        scale = min(1.0, IMAGE_SIDE / max(picture.size))
+        small = picture.resize([max(1, round(side * scale)) for side in picture.size])
+        found = [self._box(each, scale) for each in self._found.get(image_id, ())]
+        true = [self._box(each, scale) for each in self._true.get(image_id, ())]
+        return self._shown(image_id, draw_boxes(small, found, true, self._colours, LETTERS / max(small.size), True))
+
+    def draw_suspect(self, suspect: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the same for the surroundings of a suspected label, with its box alone."""
+        picture = self._read(suspect["image_id"])
+        x, y, width, height = suspect["bbox"]
+        margin = 0.5 * max(width, height)
+        left, top = max(0, round(x - margin)), max(0, round(y - margin))
+        right, bottom = min(picture.width, round(x + width + margin)), min(picture.height, round(y + height + margin))
+        part = picture.crop((left, top, max(left + 1, right), max(top + 1, bottom)))
+        scale = SUSPECT_SIDE / max(part.size)
+        part = part.resize([max(1, round(side * scale)) for side in part.size])
+        box = self._box({**suspect, "bbox": [x - left, y - top, width, height]}, scale)
+        return self._shown(suspect["image_id"], draw_boxes(part, [box], [], self._colours, LETTERS / max(part.size), False))
+
+    def _read(self, image_id: Any) -> Image.Image:
+        path, size = self._dataset.files[self._rows[image_id]]
+        return Image.fromarray(self._dataset.split.read(path, size).permute(1, 2, 0).numpy())
+
+    def _box(self, entry: Mapping[str, Any], scale: float) -> Box:
+        x, y, width, height = (scale * each for each in entry["bbox"])
+        return Box((x, y, x + width, y + height), self._names[entry["category_id"]], entry.get("score"))
+
+    def _shown(self, image_id: Any, picture: Image.Image) -> dict[str, Any]:
+        content = io.BytesIO()
+        picture.save(content, "JPEG", quality=80)
+        uri = f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+        return {"file_name": self._file_names[image_id], "picture": uri, "width": picture.width, "height": picture.height}

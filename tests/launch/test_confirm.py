@@ -1,0 +1,172 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from raydetr import config
+from raydetr.cli import main
+from raydetr.data.coco import CocoImages, find_split
+from raydetr.data.fingerprint import data_fingerprint
+from raydetr.errors import UserError
+from raydetr.launch import confirm as confirmer
+from raydetr.launch.confirm import Plan, check_judging_images, check_same_data, choose, confirm, make_plan
+from raydetr.launch.scheduling import trial_folder
+from raydetr.launch.session import DRIVER
+from raydetr.launch.slots import Demands
+from raydetr.launch.tune import tune
+from raydetr.search.confirm import Verdict
+from raydetr.search.space import read_space
+from raydetr.search.study import Search, create_search
+from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
+from tests import helpers
+
+TINY = helpers.TINY | {
+    "optim.epochs": 1,
+    "optim.batch_size": 2,
+    "optim.schedule": "constant",
+    "data.crop": 0.0,
+    "run.name": "search",
+    "run.seed": 0,
+}
+SPACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "loss.eos_coef": {"uniform": [0.05, 0.5]}}
+
+
+def finished_search(storage, data, aps):
+    """A search that nobody trained: trial n ended with AP ``aps[n]``, or is still running where that is None."""
+    search = create_search(
+        storage / "search", read_space(SPACE), helpers.tiny_config(TINY, data, storage), trials=len(aps), sampler="random", seed=3
+    )
+    for number, ap in enumerate(aps):
+        search.ask(str(number))
+        if ap is not None:
+            search.report(number, 1, ap)
+            search.tell(number, "complete", ap)
+    return Search(search.folder)
+
+
+def test_the_plan_is_the_best_complete_trials_with_new_seeds(coco_folder, tmp_path):
+    search = finished_search(tmp_path, coco_folder(), [0.3, 0.5, 0.2, 0.6])
+    assert make_plan(search, 3, 5, None) == Plan([3, 1, 2], [1, 2, 3, 4, 5])
+    assert make_plan(search, 2, 2, None) == Plan([3, 1], [1, 2])
+    assert make_plan(search, 3, 5, 12) == Plan([3, 1], [1, 2, 3, 4])  # two candidates and a third of the budget each
+    assert make_plan(search, 3, 5, 24) == Plan([3, 1, 2], list(range(1, 13)), 24)  # a race of all
+
+
+def test_every_pair_is_trained_once():
+    plan = Plan([4, 7], [1, 2])
+    assert plan.next_trainings({}) == [(0, 1), (4, 1), (7, 1), (0, 2), (4, 2), (7, 2)]
+    assert plan.next_trainings({(0, 1): 0.1, (7, 2): 0.2}) == [(4, 1), (7, 1), (0, 2), (4, 2)]
+    assert plan.next_trainings({(setting, seed): 0.1 for setting in (0, 4, 7) for seed in (1, 2)}) == []
+
+
+def test_a_race_drops_who_falls_behind_and_resumes_within_a_round():
+    plan, ap = Plan([4, 7], [1, 2, 3, 4], 20), {0: 0.3, 4: 0.1, 7: 0.5}
+    scored = {}
+    assert plan.next_trainings(scored) == [(0, 1), (4, 1), (7, 1)]
+    scored |= {(setting, 1): ap[setting] for setting in ap}
+    assert plan.next_trainings(scored) == [(0, 2), (4, 2), (7, 2)]
+    scored |= {(7, 2): 0.51}
+    assert plan.next_trainings(scored) == [(0, 2), (4, 2)]  # of the round that was interrupted
+    scored |= {(0, 2): 0.31, (4, 2): 0.11}
+    assert plan.next_trainings(scored) == [(0, 3), (7, 3)]
+    assert Plan([4, 7], [1, 2, 3, 4], 6).next_trainings(scored) == []
+
+
+@pytest.mark.parametrize(
+    ("aps", "numbers", "message"),
+    [
+        ([0.3], {}, "no complete trial has other settings than trial 0"),
+        ([0.3, 0.5, None], {}, "trials 2 are still running.*raydetr tune --resume"),
+        ([0.3, 0.5], {"seeds": 1}, "at least 1 setting and 2 seeds"),
+        ([0.3, 0.5], {"budget": 5}, "at least 6 trainings"),
+    ],
+)
+def test_searches_that_cannot_be_confirmed(coco_folder, tmp_path, capsys, aps, numbers, message):
+    search = finished_search(tmp_path, coco_folder(val=5), aps)
+    with pytest.raises(UserError, match=message) as error:
+        confirm(search.folder, **numbers)
+    assert "\n" not in str(error.value)
+    if not numbers:
+        assert main(["confirm", str(search.folder)]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_four_images_say_nothing(coco_folder, tmp_path):
+    search = finished_search(tmp_path, coco_folder(val=4), [0.3, 0.5])
+    with pytest.raises(UserError, match="With 4 images no difference can be shown, whatever the number of seeds; at least 5"):
+        confirm(search.folder)
+    check_judging_images(helpers.tiny_config(TINY, coco_folder(val=5, folder="five"), tmp_path).data, "val")
+
+
+def test_changed_data_are_refused_with_the_difference(coco_folder, tmp_path):
+    data = coco_folder(val=5)
+    search = finished_search(tmp_path, data, [0.3, 0.5])
+    with pytest.raises(UserError, match=r"trial 0 has no best\.pth"):
+        confirm(search.folder)
+    known = {
+        split: data_fingerprint(CocoImages(find_split(search.base_config.data, split), lambda *each: each).coco)
+        for split in ("train", "val")
+    }
+    trial_folder(search, 0).mkdir(parents=True)
+    save_checkpoint(trial_folder(search, 0) / "best.pth", {"model": {"w": torch.zeros(1)}, "data": known})
+    check_same_data(search)
+    file = data / "annotations" / "custom_train.json"
+    coco = json.loads(file.read_text())
+    coco["annotations"].pop()
+    file.write_text(json.dumps(coco))
+    with pytest.raises(UserError, match=r"the train set is not the one of .*: boxes of image \d+ changed \(3 before, 2 now\)"):
+        confirm(search.folder)
+
+
+def test_the_defaults_are_kept_where_the_winner_is_not_above_them():
+    verdict = Verdict(4, 0.02, -0.01, 0.05, 2, 50, None, None, 0.02)
+    assert choose(verdict) == 4
+    assert choose(Verdict(4, -0.01, -0.04, 0.02, 2, 50, None, None, 0.02)) == 0
+
+
+@pytest.mark.slow
+def test_a_search_is_confirmed_on_its_test_set_and_no_training_runs_twice(module_coco_folder, tmp_path_factory, monkeypatch):
+    data, storage = module_coco_folder(val=2), tmp_path_factory.mktemp("confirmed")
+    ray.init(address="local", num_cpus=2, include_dashboard=True, resources={DRIVER: 4}, logging_level="error", log_to_driver=False)
+    try:
+        search = tune(
+            helpers.tiny_config(TINY, data, storage), SPACE, trials=2, scheduler="none", sampler="random", demands=Demands(concurrent=2)
+        )
+        other = module_coco_folder(train=1, val=6, seed=5, folder="test")
+        shutil.move(other / "val2017", data / "test2017")
+        shutil.move(other / "annotations" / "custom_val.json", data / "annotations" / "custom_test.json")
+        content = confirm(search.folder, top=1, seeds=2, demands=Demands(concurrent=2))
+        assert content["judged_on"] == "test"
+        assert content["images"] == 6
+        assert content["seeds"] == 2
+        assert content["caveat"] == ""
+        assert "6 test images" in content["sentence"]
+        assert json.loads((search.folder / "verdict.json").read_text()) == content
+
+        confirmation = Search(search.folder / "confirm")
+        trained = {(config.by_name(confirmation.config(number))["optim.lr"], confirmation.config(number).run.seed) for number in range(4)}
+        assert trained == {(search.config(number).optim.lr, seed) for number in (0, 1) for seed in (1, 2)}
+        scores = json.loads((confirmation.folder / "scores.json").read_text())
+        assert [len(each["left_out"]) for each in scores.values()] == [6] * 4
+        best = config.load_config(config.read_yaml(search.folder / "best.yaml"))
+        assert best.optim.lr == search.config(content["chosen"]).optim.lr
+        kept = read_checkpoint(search.folder / "best.pth")["settings"]
+        assert kept["optim"]["lr"] == best.optim.lr
+        assert kept["run"]["seed"] in (1, 2)
+
+        # Given again it trains and scores nothing; without the scores of one training it scores that one alone.
+        monkeypatch.setattr(confirmer, "run_trials", lambda *_: pytest.fail("a finished training ran again"))
+        assert confirm(search.folder, top=1, seeds=2) == content
+        gone = scores.pop("2")
+        (confirmation.folder / "scores.json").write_text(
+            json.dumps({number: each | {"AP": each["AP"] + 1e-9} for number, each in scores.items()})
+        )
+        confirm(search.folder, top=1, seeds=2)
+        now = json.loads((confirmation.folder / "scores.json").read_text())
+        assert now["2"] == gone
+        assert np.isclose(now["0"]["AP"] - scores["0"]["AP"], 1e-9, rtol=1e-3)
+    finally:
+        ray.shutdown()
