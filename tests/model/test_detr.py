@@ -2,7 +2,6 @@
 
 import json
 import re
-import zlib
 
 import pytest
 import torch
@@ -11,37 +10,10 @@ from torch import Tensor, nn
 from raydetr.errors import UserError
 from raydetr.loss.criterion import build_criterion
 from raydetr.model.detr import DETR, build_model, postprocess
+from tests.helpers import fill, padded
 
 COEFS = {"eos_coef": 0.3, "bbox_loss_coef": 3, "giou_loss_coef": 4, "set_cost_class": 2}
 FILES = [("detr_resnet50", {}, {}), ("detr_resnet50_coefs", {"aux_loss": False}, COEFS)]
-
-
-def fill(model: nn.Module) -> nn.Module:
-    """Weights made from their own names, as those of the official model were for the numbers."""
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
-            if name.endswith("running_var"):
-                noise = 1 + 0.1 * noise.abs()
-            elif name.endswith("running_mean"):
-                noise = 0.05 * noise
-            elif name != "query_embed.weight" and tensor.dim() > 1:
-                noise = noise / tensor[0].numel() ** 0.5
-            elif tensor.dim() == 1:
-                noise = 1 + 0.05 * noise if name.endswith("weight") else 0.02 * noise
-            tensor.copy_(noise)
-    return model
-
-
-def padded(sizes: list[tuple[int, int]], seed: int = 7) -> tuple[Tensor, Tensor]:
-    """Noise of these (height, width), padded together, with the mask."""
-    generator = torch.Generator().manual_seed(seed)
-    height, width = (max(extent) for extent in zip(*sizes, strict=True))
-    images, mask = torch.zeros(len(sizes), 3, height, width), torch.ones(len(sizes), height, width, dtype=torch.bool)
-    for i, (h, w) in enumerate(sizes):
-        images[i, :, :h, :w] = torch.randn(3, h, w, generator=generator)
-        mask[i, :h, :w] = False
-    return images, mask
 
 
 @pytest.mark.parametrize(("file", "model_settings", "loss_settings"), FILES)
