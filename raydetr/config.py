@@ -202,6 +202,12 @@ class Speed:
         "precision of the forward pass; auto: bf16 on GPUs that support it, else fp32; tf32: fp32 with faster, less exact products on GPUs",
         choices=["auto", "fp32", "tf32", "bf16", "fp16"],
     )
+    pad_to: int | None = setting(
+        None,
+        "pad the sides of training batches to multiples of this, for fewer shapes (pixels; default: 64 on a GPU, 1 on a CPU)",
+        low=1,
+        high=1024,
+    )
     compile: str = setting(
         "auto",
         "compile the backbone with torch.compile, which takes a minute at the start; auto: off",
