@@ -38,6 +38,28 @@ def test_the_stub_is_seen_as_a_gpu(fake_cuda):
     assert done.stdout.split("\n")[0] == "Fake H100 cuda:0 torch.bfloat16"
 
 
+def test_batches_are_sent_on_a_stream_of_their_own(fake_cuda):
+    """The stub copies for real: the batches arrive as they were, and only the copies run beside the computation."""
+    code = """
+import torch
+from raydetr.training.engine import sent_ahead
+batches = [(torch.full((1, 3, 2, 2), n, dtype=torch.uint8), None if n else torch.ones(1, 2, 2, dtype=torch.bool), [n]) for n in range(3)]
+streams, to = [], torch.Tensor.to
+def copying(self, *args, **options):
+    streams.append(torch.cuda.current_stream())
+    return to(self, *args, **options)
+torch.Tensor.to = copying
+for (images, mask, targets), (pixels, padding, numbers) in zip(batches, sent_ahead(batches, torch.device("cuda", 0)), strict=True):
+    assert pixels.is_cuda and pixels.cpu().equal(images) and numbers is targets
+    assert padding is None if mask is None else padding.cpu().equal(mask)
+assert torch.cuda.default_stream() not in streams and len(set(streams)) == 1, streams
+print("sent", len(streams))
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=fake_cuda, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "sent 4\n"
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_everything_is_on_the_gpu(results, case):
     """Operators on tensors of two devices raise, so that a result on the GPU says that all inputs were there."""
