@@ -30,7 +30,7 @@ DEEPEST = 20  # levels of nesting in a YAML file
 
 
 def setting(
-    default: Any, meaning: str, *, low: float | None = None, high: float | None = None, choices: list | None = None, span=False
+    default: Any, meaning: str, *, low: float | None = None, high: float | None = None, choices: list | None = None, span=False, auto=False
 ) -> Any:
     """Declare a field of the tree.
 
@@ -41,8 +41,9 @@ def setting(
         high: The largest value allowed; of a list, for every entry.
         choices: The values allowed, where they can be listed.
         span: Whether the setting also takes text ``MIN:MAX``; both ends are within the bounds.
+        auto: Whether the setting also takes the text ``auto``.
     """
-    metadata = {"meaning": meaning, "low": low, "high": high, "choices": choices, "span": span}
+    metadata = {"meaning": meaning, "low": low, "high": high, "choices": choices, "span": span, "auto": auto}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -204,6 +205,12 @@ class Speed:
         "precision of the forward pass; auto: bf16 on GPUs that support it, else fp32; tf32: fp32 with faster, less exact products on GPUs",
         choices=["auto", "fp32", "tf32", "bf16", "fp16"],
     )
+    pad_to: int | None = setting(
+        None,
+        "pad the sides of training batches to multiples of this, for fewer shapes (pixels; default: 64 on a GPU, 1 on a CPU)",
+        low=1,
+        high=1024,
+    )
     compile: str = setting(
         "auto",
         "compile the backbone with torch.compile, which takes a minute at the start; auto: off",
@@ -220,10 +227,12 @@ class Run:
     seed: int = setting(42, "seed of all random numbers", low=0, high=2**31 - 1)
     workers: int | str = setting(
         1,
-        "number of training workers, one per GPU where there are GPUs; MIN:MAX, such as 2:8, follows the size of the cluster",
+        "number of training workers, one per GPU where there are GPUs; MIN:MAX, such as 2:8, follows the size of the cluster; "
+        "auto: as many as there are GPUs at the start",
         low=1,
         high=4096,
         span=True,
+        auto=True,
     )
     wait_for_machines_min: float = setting(0.0, "how long to wait for nodes that Ray's autoscaler starts (minutes)", low=0.0, high=10080.0)
     max_failures: int = setting(3, "how often lost workers are replaced before the run fails", low=0, high=1000)
@@ -257,6 +266,7 @@ class Setting:
     choices: list | None
     meaning: str
     span: bool  # an integer, or text "MIN:MAX" with two
+    auto: bool  # or the text "auto"
 
     def bounds(self) -> str:
         """Return the allowed values in words, such as ``0.0 to 1.0``; empty if every value is allowed."""
@@ -282,6 +292,8 @@ class Setting:
         """
         if self.optional and (value is None or (isinstance(value, str) and value.lower() in ("null", "~"))):
             return None
+        if self.auto and value == "auto":
+            return value
         if self.span and isinstance(value, str) and ":" in value:
             return self._parse_span(value)
         if not self.is_list:
@@ -473,9 +485,16 @@ def check_run_name(name: str) -> None:
 
 
 def least_and_most_workers(config: Config) -> tuple[int, int]:
-    """Return both ends of ``run.workers``; they are equal if it is a plain number."""
+    """Return both ends of ``run.workers``, which :func:`with_workers` has set; they are equal if it is a plain number."""
     least, _, most = str(config.run.workers).partition(":")
     return int(least), int(most or least)
+
+
+def with_workers(config: Config, gpus: int) -> Config:
+    """Return the settings with a number in place of ``auto`` in ``run.workers``: a worker for each GPU, and one on CPUs."""
+    if config.run.workers != "auto":
+        return config
+    return with_settings(config, {"run.workers": max(1, gpus) if config.speed.device != "cpu" else 1})
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -46,20 +46,9 @@ def shared_data():
 def oracle():
     """``oracle("detr_resnet50")`` returns outputs of the official model for two images, and the targets of these images."""
 
-    import torch
+    from tests.helpers import official_numbers
 
-    def read(name: str) -> tuple[dict, list[dict]]:
-        numbers = dict(np.load(Path(__file__).parent / "fixtures" / f"{name}.npz"))
-        generator = torch.Generator().manual_seed(11)
-        targets = []
-        for n in (4, 7):
-            size = torch.rand(n, 2, generator=generator) * 0.3 + 0.05
-            center = torch.rand(n, 2, generator=generator) * 0.5 + 0.25
-            labels = torch.randint(0, 91, (n,), generator=generator)
-            targets.append({"labels": labels, "boxes": torch.cat((center, size), 1)})
-        return numbers, targets
-
-    return read
+    return official_numbers
 
 
 @pytest.fixture

@@ -3,6 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from raydetr.config import Config, load_config
 
 # The smallest network on images of 48 pixels. A test lays its own settings over these: TINY | {"optim.epochs": 3}.
@@ -33,3 +37,16 @@ def break_test_set(data: str | Path) -> None:
     """Give a data set a test set that nobody can read."""
     Path(data, "annotations", "custom_test.json").write_text("broken")
     Path(data, "test2017").write_text("no folder")
+
+
+def official_numbers(name: str) -> tuple[dict[str, np.ndarray], list[dict[str, Tensor]]]:
+    """Return outputs, losses and gradients of the official model for two images, and the targets of these images."""
+    numbers = dict(np.load(Path(__file__).parent / "fixtures" / f"{name}.npz"))
+    generator = torch.Generator().manual_seed(11)
+    targets = []
+    for n in (4, 7):
+        size = torch.rand(n, 2, generator=generator) * 0.3 + 0.05
+        center = torch.rand(n, 2, generator=generator) * 0.5 + 0.25
+        labels = torch.randint(0, 91, (n,), generator=generator)
+        targets.append({"labels": labels, "boxes": torch.cat((center, size), 1)})
+    return numbers, targets

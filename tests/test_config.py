@@ -47,6 +47,24 @@ def test_workers_are_a_number_or_a_span(tmp_path, given, ends):
     assert config.load_config(config.read_yaml(tmp_path / "config.yaml")) == loaded
 
 
+@pytest.mark.parametrize(
+    ("given", "device", "gpus", "workers"),
+    [
+        ("auto", "auto", 4, 4),
+        ("auto", "auto", 0, 1),
+        ("auto", "cpu", 4, 1),
+        ("auto", "cuda", 2, 2),
+        (3, "auto", 4, 3),
+        ("1:4", "auto", 2, "1:4"),
+    ],
+)
+def test_automatic_workers_are_one_for_each_gpu(tmp_path, given, device, gpus, workers):
+    asked = config.load_config({"run.workers": given, "speed.device": device})
+    config.write_yaml(asked, tmp_path / "config.yaml")
+    assert config.load_config(config.read_yaml(tmp_path / "config.yaml")) == asked
+    assert config.with_workers(asked, gpus).run.workers == workers
+
+
 def test_a_span_written_by_hand_is_not_read_to_the_base_of_60(tmp_path):
     (tmp_path / "run.yaml").write_text("run:\n  workers: 1:4\n  seed: 12\n")
     assert config.read_yaml(tmp_path / "run.yaml") == {"run.workers": "1:4", "run.seed": 12}

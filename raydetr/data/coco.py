@@ -1,5 +1,6 @@
 """Load a COCO data set: find its files, clean its annotations, and turn images and boxes into batches."""
 
+import functools
 import itertools
 import json
 import math
@@ -475,17 +476,18 @@ def _use_categories(coco: dict[str, list[dict]], categories: list[dict], path: s
 # ------------------------------------------------------------------------------------------------------------- the batches
 
 
-def collate(batch: list[tuple[torch.Tensor, dict]]) -> tuple[torch.Tensor, torch.Tensor | None, list[dict]]:
+def collate(batch: list[tuple[torch.Tensor, dict]], pad_to: int = 1) -> tuple[torch.Tensor, torch.Tensor | None, list[dict]]:
     """Pad the images of a batch to the largest height and width, with 0 at the right and the bottom.
 
     Args:
         batch: Images float32 [3, h, w] with their targets, as :class:`CocoImages` returns them.
+        pad_to: Height and width of the batch are rounded up to multiples of it.
 
     Returns:
         The images float32 [B, 3, H, W]; the padding mask bool [B, H, W], True where padded, or None where nothing is; the targets.
     """
     images, targets = zip(*batch, strict=True)
-    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    height, width = (_rounded_up(max(image.shape[axis] for image in images), pad_to) for axis in (1, 2))
     padded = images[0].new_zeros(len(images), 3, height, width)
     mask = torch.ones(len(images), height, width, dtype=torch.bool)
     for image, target_image, target_mask in zip(images, padded, mask, strict=True):
@@ -494,9 +496,13 @@ def collate(batch: list[tuple[torch.Tensor, dict]]) -> tuple[torch.Tensor, torch
     return padded, mask if mask.any() else None, list(targets)
 
 
-def collate_arrays(batch: list[tuple[torch.Tensor, dict]]) -> tuple[np.ndarray, np.ndarray | None, list[dict]]:
+def _rounded_up(side: int, multiple: int) -> int:
+    return -(-side // multiple) * multiple
+
+
+def collate_arrays(batch: list[tuple[torch.Tensor, dict]], pad_to: int = 1) -> tuple[np.ndarray, np.ndarray | None, list[dict]]:
     """Return :func:`collate` of a batch as NumPy arrays, which processes hand over without shared memory."""
-    return as_arrays(collate(batch))
+    return as_arrays(collate(batch, pad_to))
 
 
 def build_loader(
@@ -510,6 +516,7 @@ def build_loader(
     device: str | torch.device = "cpu",
     group_sizes: bool = False,
     timeout_s: float = 0.0,
+    pad_to: int = 1,
 ) -> DataLoader:
     """Return a loader of the batches of one worker.
 
@@ -533,13 +540,14 @@ def build_loader(
         group_sizes: Whether training batches are made of images of similar size, see :class:`LikeSizes`.
         timeout_s: The longest wait for a batch of the loading processes, in seconds; 0 waits for ever. A batch that takes longer raises
             UserError while iterating.
+        pad_to: The sides of batches are rounded up to multiples of it, so that there are fewer shapes of batches.
     """
     if shuffle:
         sampler = EpochSampler(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
         batches = (LikeSizes if group_sizes else BatchSampler)(sampler, batch_size, drop_last=len(sampler) >= batch_size)
     else:
         batches = _batches_of_one_size(dataset, batch_size)[rank::world_size]
-    in_flight = num_workers * PREFETCH * largest_batch(dataset, batch_size)
+    in_flight = num_workers * PREFETCH * largest_batch(dataset, batch_size, pad_to)
     fits = fits_shared_memory(in_flight * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # which Ray Train and torchrun set
     if num_workers and not fits:
         dataset.warnings.append(
@@ -549,7 +557,7 @@ def build_loader(
     return Loader(
         dataset,
         batch_sampler=batches,
-        collate_fn=collate if fits else collate_arrays,
+        collate_fn=functools.partial(collate if fits else collate_arrays, pad_to=pad_to),
         num_workers=num_workers,
         prefetch_factor=PREFETCH if num_workers else None,
         persistent_workers=num_workers > 0,
@@ -559,12 +567,13 @@ def build_loader(
     )
 
 
-def largest_batch(dataset: CocoImages, batch_size: int) -> int:
+def largest_batch(dataset: CocoImages, batch_size: int, pad_to: int = 1) -> int:
     """Return an upper bound for the size of a batch in bytes: its images in float32, padded to the largest, and its padding mask.
 
     Args:
         dataset: The images, whose annotated sizes and transforms bound those of the batch.
         batch_size: Images per batch.
+        pad_to: Number of pixels that the sides of a batch are a multiple of.
     """
     from torchvision.transforms import v2
 
@@ -580,6 +589,7 @@ def largest_batch(dataset: CocoImages, batch_size: int) -> int:
                 limit = math.inf if each.max_size is None else each.max_size + aspect  # rounding can exceed it, see resized_size
                 longest = min(limit, max(each.sizes) * aspect)
     # An upright image can be padded beside a wide one: the square of the longest side.
+    longest = _rounded_up(math.ceil(longest), pad_to)
     return int(batch_size * longest**2 * (3 * torch.float32.itemsize + torch.bool.itemsize))
 
 
@@ -635,7 +645,7 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Iterator:
         try:
-            yield from map(as_tensors, super().__iter__()) if self.collate_fn is collate_arrays else super().__iter__()
+            yield from map(as_tensors, super().__iter__())
         except UserError as error:
             raise UserError(str(error).rstrip().rsplit(f"{UserError.__module__}.{UserError.__qualname__}: ", 1)[-1]) from None
         except RuntimeError as error:

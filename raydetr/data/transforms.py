@@ -6,6 +6,7 @@ pixels [n, 4]. Images stay uint8 until their last size. Everything random is dra
 """
 
 import contextlib
+import functools
 import hashlib
 from typing import Any
 
@@ -20,7 +21,7 @@ LEAST_SIDE = 32  # pixels: the stride of the backbones. A shorter side has no ce
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, per RGB channel of 0 to 1
 
 
-def train_transforms(data: Data) -> v2.Transform:
+def train_transforms(data: Data, normalized: bool = True) -> v2.Transform:
     """Return the training transforms: with probability ``data.crop`` a resize and a random crop, then a random resize and a random flip.
 
     The distribution is that of ``make_coco_transforms("train")`` in the official datasets/coco.py. The flip comes last instead of
@@ -28,6 +29,7 @@ def train_transforms(data: Data) -> v2.Transform:
 
     Args:
         data: The settings ``data.*``.
+        normalized: False leaves images uint8, for :func:`normalize` on a GPU: a batch is then a quarter of the bytes to copy.
     """
     # The official code has no limit here: a strip of an image, 1 x 5000 pixels, would become gigabytes.
     crop = [ResizeShortSide(data.crop_resize, 10 * data.max_size), RandomSizeCrop(data.crop_min, data.crop_max)]
@@ -36,26 +38,62 @@ def train_transforms(data: Data) -> v2.Transform:
             v2.RandomApply(crop, p=data.crop),
             ResizeShortSide(data.train_sizes, data.max_size),
             v2.RandomHorizontalFlip(data.flip),
-            *_normalize(),
+            *_last(normalized),
         ]
     )
 
 
-def val_transforms(data: Data) -> v2.Transform:
-    """Return the transforms of evaluation and prediction: resize to ``data.val_size`` and normalize, nothing random."""
-    return v2.Compose([ResizeShortSide([data.val_size], data.max_size), *_normalize()])
+def val_transforms(data: Data, normalized: bool = True) -> v2.Transform:
+    """Return the transforms of evaluation and prediction: resize to ``data.val_size`` and normalize, nothing random.
+
+    Args:
+        data: The settings ``data.*``.
+        normalized: False leaves images uint8, as in :func:`train_transforms`.
+    """
+    return v2.Compose([ResizeShortSide([data.val_size], data.max_size), *_last(normalized)])
 
 
-def _normalize() -> list[v2.Transform]:
-    # Mean and deviation are those of 0 to 255: dividing by 255 would be one more pass over the image.
-    mean, std = [255 * each for each in MEAN], [255 * each for each in STD]
-    return [v2.Lambda(_float_planes, tv_tensors.Image), v2.Normalize(mean, std, inplace=True)]
+# Those of 0 to 255: dividing by 255 would be one more pass over the image.
+_MEAN, _STD = [255 * each for each in MEAN], [255 * each for each in STD]
+
+
+def _last(normalized: bool) -> list[v2.Transform]:
+    if normalized:
+        return [v2.Lambda(_float_planes, tv_tensors.Image), v2.Normalize(_MEAN, _STD, inplace=True)]
+    return [v2.Lambda(_byte_planes, tv_tensors.Image)]
 
 
 def _float_planes(image: tv_tensors.Image) -> tv_tensors.Image:
     # Decoding and resizing work on interleaved pixels, the network on planes: converted in the pass that makes them float.
     planes = image.to(torch.float32, memory_format=torch.contiguous_format)
     return tv_tensors.wrap(planes, like=image)  # pyright: ignore[reportCallIssue]  # its decorator hides its parameters
+
+
+def _byte_planes(image: tv_tensors.Image) -> tv_tensors.Image:
+    return tv_tensors.wrap(image.contiguous(), like=image)
+
+
+@functools.lru_cache(8)
+def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    # Once for each device: the host would wait for every copy.
+    with torch.inference_mode(False):
+        mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (_MEAN, _STD))
+    return mean, std
+
+
+def normalize(images: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Normalize a batch of bytes on its device; the padding gets 0, as that of images that are normalized one by one.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        mask: Padding mask, bool [B, H, W]; None if nothing is padded.
+
+    Returns:
+        float32 [B, 3, H, W].
+    """
+    mean, std = _constants(images.device)
+    images = images.float().sub_(mean).div_(std)
+    return images if mask is None else images.masked_fill_(mask[:, None], 0)
 
 
 def resized_size(height: int, width: int, short_side: int, max_size: int | None = None) -> tuple[int, int]:

@@ -119,7 +119,7 @@ def _summary_and_verdict(search: Search, confirmed: bool, demands: Demands) -> s
     if not confirmed:
         return summary(search)
     print(summary(search), flush=True)
-    return confirmed_text(confirmer.confirm(search.place, demands=demands), search.place)
+    return confirmed_text(confirmer.confirm(search.path, demands=demands), search.path)
 
 
 def confirm_command(

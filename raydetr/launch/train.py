@@ -14,6 +14,7 @@ from typing import Any, cast
 import ray
 import ray.exceptions
 import ray.train
+import torch
 from ray.train.torch import TorchTrainer
 
 from raydetr import config as settings
@@ -74,7 +75,7 @@ RESUMABLE = {
 
 
 def train(config: settings.Config, resume: bool = False, from_best: bool = False) -> dict[str, Any]:
-    """Fine-tune with ``config.run.workers`` Ray Train workers.
+    """Fine-tune with ``config.run.workers`` Ray Train workers; ``auto`` is one for each GPU of the cluster or of this machine.
 
     One worker without a cluster is this process itself (Ray Train's local mode). For more, Ray is started on this machine unless
     ``RAY_ADDRESS`` names a cluster. Of ``MIN:MAX`` workers there are as many as the cluster has resources for, also when nodes come
@@ -94,7 +95,9 @@ def train(config: settings.Config, resume: bool = False, from_best: bool = False
     """
     config = with_absolute_paths(config)
     check_data(config)
-    least, most = settings.least_and_most_workers(config)
+    in_cluster = ray.is_initialized() or "RAY_ADDRESS" in os.environ
+    if not in_cluster:
+        config = settings.with_workers(config, torch.cuda.device_count())
     busy = f"{run_root(config)}: another raydetr is training this run; wait for its end or stop it first"
     interrupted = interruptible(lambda: how_to_resume(config) if _has_begun(config) else "")
     with naming_the_file(), alone(run_folder(config) / ".lock", busy), interrupted as received:
@@ -105,11 +108,12 @@ def train(config: settings.Config, resume: bool = False, from_best: bool = False
 
             restart_from_best(run_root(config))
         try:
-            if most == 1 and not ray.is_initialized() and "RAY_ADDRESS" not in os.environ:
+            if not in_cluster and settings.least_and_most_workers(config) == (1, 1):
                 check_nodes(config)
                 return _run_here(config)
-            with ray_session(least):
-                return _run(config, least, received)
+            with ray_session(1 if in_cluster else settings.least_and_most_workers(config)[0]):
+                config = settings.with_workers(config, _gpus(nodes_resources()))
+                return _run(config, settings.least_and_most_workers(config)[0], received)
         finally:
             shutil.rmtree(run_folder(config) / RAY_FOLDER, ignore_errors=True)
 
@@ -241,7 +245,7 @@ def scaling_config(config: settings.Config) -> ray.train.ScalingConfig:
         UserError: The cluster has too little; the message has the numbers.
     """
     (workers, most), nodes = settings.least_and_most_workers(config), nodes_resources()
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    gpus = _gpus(nodes)
     use_gpu = config.speed.device != "cpu" and gpus > 0
     if config.speed.device == "cuda" and not gpus:
         raise UserError(f"speed.device: cuda was asked for and Ray sees no GPU; --speed.device cpu trains without{AUTOSCALED}")
@@ -262,6 +266,10 @@ def scaling_config(config: settings.Config) -> ray.train.ScalingConfig:
         use_gpu=use_gpu,
         resources_per_worker=resources,
     )
+
+
+def _gpus(nodes: list[dict[str, float]]) -> int:
+    return int(sum(node.get("GPU", 0) for node in nodes))
 
 
 def _run_here(config: settings.Config) -> dict[str, Any]:

@@ -40,13 +40,18 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
         self._folded = Cached()
 
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """Return the affine map that the normalization amounts to: the scale [channels, 1, 1, 1] and the shift [channels]."""
-        return self._folded.get(self._scale_and_shift, self.weight, self.bias, self.running_mean, self.running_var)
+    def scale_and_shift(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return the affine map that the normalization amounts to: the scale [channels, 1, 1, 1] and the shift [channels].
 
-    def _scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        Args:
+            dtype: Of the shift, so that autocast does not convert it in every forward pass.
+        """
+        buffers = self.weight, self.bias, self.running_mean, self.running_var
+        return self._folded.get(lambda: self._scale_and_shift(dtype), *buffers, key=dtype)
+
+    def _scale_and_shift(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         scale = self.weight * (self.running_var + self.EPS).rsqrt()
-        return scale[:, None, None, None], self.bias - self.running_mean * scale
+        return scale[:, None, None, None], (self.bias - self.running_mean * scale).to(dtype)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         state_dict.pop(prefix + "num_batches_tracked", None)
@@ -119,15 +124,16 @@ def folded_conv(x: Tensor, conv: Convolution, norm: FrozenBatchNorm) -> Tensor:
     Returns:
         Float [B, outputs, h, w].
     """
-    scale, shift = norm.scale_and_shift()
+    # The convolution's dtype: that of autocast, if it is enabled.
+    dtype = torch.get_autocast_dtype(x.device.type) if _is_autocast(x.device.type) else conv.weight.dtype
+    scale, shift = norm.scale_and_shift(dtype)
     # The compiler decides by itself what is worth keeping for the backward pass.
     if torch.is_grad_enabled() and conv.weight.requires_grad and not torch.compiler.is_compiling():
         return FoldedConvolution.apply(x, conv.weight, scale, shift, conv.geometry)
     if x.is_cpu or conv.weight.requires_grad:
         return F.conv2d(x, conv.weight * scale, shift, *conv.geometry)
-    # Off the CPU the launches of small kernels cost time: the folded weight of a frozen layer is kept, in the convolution's dtype.
-    dtype = torch.get_autocast_dtype(x.device.type) if _is_autocast(x.device.type) else conv.weight.dtype
-    weight, shift = conv.folded.get(lambda: ((conv.weight * scale).to(dtype), shift.to(dtype)), conv.weight, scale, shift, key=dtype)
+    # Off the CPU the launches of small kernels cost time: the folded weight of a frozen layer is kept.
+    weight = conv.folded.get(lambda: (conv.weight * scale).to(dtype), conv.weight, scale, key=dtype)
     return F.conv2d(x, weight, shift, *conv.geometry)
 
 

@@ -28,6 +28,7 @@ from scipy.stats import t as student_t
 
 from raydetr.errors import UserError
 from raydetr.evaluate.intervals import CONFIDENCE, jackknife_variance
+from raydetr.text import count
 
 Scores = Sequence[float] | np.ndarray  # AP of the runs of one setting, one for each seed
 

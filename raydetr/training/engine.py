@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from raydetr.config import Speed
+from raydetr.data.transforms import normalize
 from raydetr.errors import UserError
 from raydetr.loss.criterion import Criterion
 from raydetr.loss.matcher import NonFiniteCost
@@ -129,7 +130,7 @@ def train_one_epoch(training: Training, loader: Iterable[Batch], epoch: int, sho
     """
     training.model.train()
     losses = EpochLosses(training, epoch, show)
-    batches = iter(loader)
+    batches = sent_ahead(loader, training.device)
     while group := list(itertools.islice(batches, training.accumulate)):
         losses.add(take_step(training, group))
     losses.read()
@@ -138,6 +139,28 @@ def train_one_epoch(training: Training, loader: Iterable[Batch], epoch: int, sho
     if training.scaler.is_enabled() and training.scaler.get_scale() < MIN_LOSS_SCALE:
         raise UserError(f"the gradients overflow in fp16 at every loss scale (epoch {epoch}); use speed.precision bf16 or fp32")
     return losses.means()
+
+
+def sent_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Iterate over batches. Those for a GPU are copied to it on a stream of their own.
+
+    The host is ahead of the GPU, so that a batch is copied while the GPU computes the step before it.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    copies = torch.cuda.Stream(device)
+    for images, mask, targets in batches:
+        with torch.cuda.stream(copies):
+            images = images.to(device, non_blocking=True)
+            mask = None if mask is None else mask.to(device, non_blocking=True)
+        compute = torch.cuda.current_stream(device)
+        compute.wait_stream(copies)
+        # Their memory serves other copies only after the step has used it.
+        images.record_stream(compute)
+        if mask is not None:
+            mask.record_stream(compute)
+        yield images, mask, targets
 
 
 def take_step(training: Training, batches: list[Batch]) -> StepRecord:
@@ -261,6 +284,8 @@ def _boxes_and_labels(target: dict[str, Tensor], device: torch.device) -> dict[s
 def _forward(model: nn.Module, images: Tensor, mask: Tensor | None, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     images = images.to(device, non_blocking=True)
     mask = None if mask is None else mask.to(device, non_blocking=True)
+    if images.dtype == torch.uint8:
+        images = normalize(images, mask)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         return model(images, mask)
 
@@ -341,7 +366,7 @@ def evaluate(
     model.eval()
     names: tuple[str, ...] = ()
     sums, found, broken = [], [], []
-    for images, mask, targets in loader:
+    for images, mask, targets in sent_ahead(loader, device):
         outputs = _forward(model, images, mask, device, dtype)
         image_ids = [int(target["image_id"]) for target in targets]
         try:

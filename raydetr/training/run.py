@@ -31,6 +31,8 @@ from raydetr.training.schedule import MovingAverage, build_optimizer, build_sche
 from raydetr.weights.fitting import load_weights
 
 GPU_VAL_BATCH_SIZE = 8
+# Multi-scale training has nearly as many shapes as batches. On a GPU libraries plan, and the allocator reserves, for each of them.
+GPU_PAD_TO = 64
 
 
 @dataclasses.dataclass
@@ -120,7 +122,7 @@ def build_run(config: Config, reporter: Reporter, root: str, device: torch.devic
     """
     content = read_resumable(start, root) if start else None
     seed_everything(config.run.seed)  # every worker initializes the same network
-    train_set, val_set = _data_sets(config, reporter, content)
+    train_set, val_set = _data_sets(config, reporter, device, content)
     train, val = _loaders(config, reporter, device, train_set, val_set)
     data = {"train": data_fingerprint(train_set.coco), "val": data_fingerprint(val_set.coco)}
     if start and content:
@@ -144,11 +146,11 @@ def build_run(config: Config, reporter: Reporter, root: str, device: torch.devic
     return run
 
 
-def _data_sets(config: Config, reporter: Reporter, content: dict[str, Any] | None) -> tuple[CocoImages, CocoImages]:
-    data = config.data
+def _data_sets(config: Config, reporter: Reporter, device: torch.device, content: dict[str, Any] | None) -> tuple[CocoImages, CocoImages]:
+    data, normalized = config.data, device.type == "cpu"  # a GPU normalizes the bytes itself
     known = content["categories"] if content else None
-    train = CocoImages(find_split(data, "train"), train_transforms(data), config.run.seed, known)
-    val = CocoImages(find_split(data, "val"), val_transforms(data), config.run.seed, train.categories)
+    train = CocoImages(find_split(data, "train"), train_transforms(data, normalized), config.run.seed, known)
+    val = CocoImages(find_split(data, "val"), val_transforms(data, normalized), config.run.seed, train.categories)
     limit = cache_limit(data) // reporter.world_size  # as if all workers were on one node
     train.images = val.images = reporter.images or DecodedImages(train.files + val.files, limit, train.split.read)
     return train, val
@@ -159,7 +161,9 @@ def _loaders(config: Config, reporter: Reporter, device: torch.device, train: Co
     common = {"num_workers": data.num_workers, "seed": config.run.seed, "device": device, "timeout_s": data.batch_timeout_s}
     share = {"rank": reporter.rank, "world_size": reporter.world_size}
     return (
-        build_loader(train, config.optim.batch_size, **share, shuffle=True, group_sizes=data.group_sizes, **common),
+        build_loader(
+            train, config.optim.batch_size, **share, shuffle=True, group_sizes=data.group_sizes, pad_to=pad_to(config, device), **common
+        ),
         build_loader(val, val_batch_size(config, device), **share, **common),
     )
 
@@ -175,6 +179,11 @@ def val_batch_size(config: Config, device: torch.device) -> int:
         device: Where the model is.
     """
     return config.data.val_batch_size or (GPU_VAL_BATCH_SIZE if device.type == "cuda" else config.optim.batch_size)
+
+
+def pad_to(config: Config, device: torch.device) -> int:
+    """Return what the sides of training batches are rounded up to, in pixels. Batches of evaluation are not padded."""
+    return config.speed.pad_to or (GPU_PAD_TO if device.type == "cuda" else 1)
 
 
 def _training(

@@ -707,6 +707,28 @@ def test_collate_has_no_mask_where_nothing_is_padded():
     assert collate([(torch.rand(3, 9, 5), {})])[1] is None
 
 
+@pytest.mark.parametrize("pad_to", [1, 4, 64])
+def test_the_sides_of_a_batch_are_rounded_up(pad_to):
+    """Nothing but the size of the batch changes: pixels, targets, and what the mask says of them."""
+    images = [torch.rand(3, 4, 5), torch.rand(3, 2, 7)]
+    expected, expected_mask, _ = collate([(image, {}) for image in images])
+    padded, mask, _ = collate([(image, {}) for image in images], pad_to)
+    assert padded.shape[2:] == {1: (4, 7), 4: (4, 8), 64: (64, 64)}[pad_to]
+    assert torch.equal(padded[:, :, :4, :7], expected)
+    assert torch.equal(mask[:, :4, :7], expected_mask)
+    assert mask[:, 4:].all()
+    assert mask[:, :, 7:].all()
+    assert not padded[mask[:, None].expand_as(padded)].any()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_loader_rounds_sides_up(coco_folder, num_workers):
+    train = dataset(coco_folder(train=2, size=(96, 64)), "train")
+    ((images, mask, _),) = build_loader(train, 2, shuffle=True, num_workers=num_workers, pad_to=128)
+    assert (images.shape[2] % 128, images.shape[3] % 128) == (0, 0)
+    assert mask is not None
+
+
 def ids_of(loader) -> list[list[int]]:
     return [[target["image_id"].item() for target in targets] for _, _, targets in loader]
 

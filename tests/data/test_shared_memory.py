@@ -68,8 +68,9 @@ def test_no_batch_is_larger_than_the_bound(dataset, size, crop):
         data = dataset(split, size, **settings, **{"data.crop_max": 50, "data.val_size": 64})
         for epoch in range(4):
             data.set_epoch(epoch)
-            for images, mask, _ in build_loader(data, 2, shuffle=split == "train"):
-                assert images.nbytes + (0 if mask is None else mask.nbytes) <= largest_batch(data, 2)
+            for pad_to in (1, 64):
+                for images, mask, _ in build_loader(data, 2, shuffle=split == "train", pad_to=pad_to):
+                    assert images.nbytes + (0 if mask is None else mask.nbytes) <= largest_batch(data, 2, pad_to)
 
 
 SETTINGS = {"data.train_sizes": [64], "data.val_size": 64, "data.crop": 0.0}

@@ -7,7 +7,8 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from raydetr.config import load_config
-from raydetr.data.transforms import RandomSizeCrop, ResizeShortSide, drawn_from, resized_size, train_transforms, val_transforms
+from raydetr.data.coco import collate
+from raydetr.data.transforms import RandomSizeCrop, ResizeShortSide, drawn_from, normalize, resized_size, train_transforms, val_transforms
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
@@ -242,3 +243,21 @@ def test_the_process_draws_on_as_if_nothing_had_happened():
     with pytest.raises(RuntimeError), drawn_from(4):
         torch.rand(100) @ torch.rand(99)
     assert torch.equal(torch.rand(5), expected)
+
+
+@pytest.mark.parametrize("transforms", [train_transforms, val_transforms])
+def test_bytes_that_are_normalized_as_a_batch_are_the_same_numbers(transforms):
+    """Also in the padding, which is 0 either way."""
+    batches = []
+    for normalized in (True, False):
+        prepare, images = transforms(data(train_sizes=[48], val_size=48, crop=0.0), normalized), []
+        for number, size in enumerate([(90, 130), (130, 90)]):
+            with drawn_from(number):
+                images.append((prepare(*sample(*size))[0].as_subclass(torch.Tensor), {}))
+        batches.append(collate(images, 64)[:2])
+    (expected, mask), (pixels, mask_of_bytes) = batches
+    assert pixels.dtype == torch.uint8
+    assert pixels.is_contiguous()
+    assert torch.equal(mask, mask_of_bytes)
+    assert torch.equal(normalize(pixels, mask), expected)
+    assert pixels.dtype == torch.uint8

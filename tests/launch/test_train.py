@@ -91,6 +91,22 @@ def test_one_worker_without_a_cluster_is_the_process_itself(coco_folder, tmp_pat
     assert [line["epoch"] for line in log_of(tmp_path / "runs" / "run")] == [0, 1]
 
 
+@pytest.mark.parametrize("in_cluster", [False, True])
+def test_automatic_workers_are_counted_where_they_will_run(coco_folder, tmp_path, monkeypatch, in_cluster):
+    """On this machine before Ray starts on it, or in the cluster once it is joined."""
+    sessions, runs = [], []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(training, "nodes_resources", lambda: [{"CPU": 8, "GPU": 3}, {"CPU": 8, "GPU": 4}] if in_cluster else [])
+    monkeypatch.setattr(training, "ray_session", lambda workers: sessions.append(workers) or contextlib.nullcontext())
+    monkeypatch.setattr(training, "_run", lambda config, least, _: runs.append((config.run.workers, least)) or {})
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if in_cluster:
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    train(settings(coco_folder(), tmp_path, run__workers="auto"))
+    assert (sessions, runs) == ([1], [(7, 7)]) if in_cluster else ([2], [(2, 2)])
+
+
 def test_what_ends_the_one_worker_is_said_in_one_line_with_how_to_go_on(coco_folder, tmp_path, monkeypatch):
     def fail(_config):
         raise RuntimeError("CUDA error\nthe card fell off the bus")

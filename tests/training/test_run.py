@@ -6,7 +6,7 @@ import torch
 from raydetr.config import load_config
 from raydetr.data.coco import CocoImages
 from raydetr.training import run as module
-from raydetr.training.run import Progress, val_batch_size
+from raydetr.training.run import Progress, pad_to, val_batch_size
 from tests.training.runs import interrupted, last_of, run, settings
 
 
@@ -25,6 +25,20 @@ def test_progress_counts_epochs_and_finds_the_best():
 def test_batches_of_the_validation_set_have_their_own_size(given, device, expected):
     config = load_config({"optim.batch_size": 3, "data.val_batch_size": given})
     assert val_batch_size(config, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(("given", "device", "expected"), [(None, "cpu", 1), (None, "cuda", 64), (32, "cpu", 32), (1, "cuda", 1)])
+def test_sides_of_training_batches_are_rounded_up_on_a_gpu(given, device, expected):
+    assert pad_to(load_config({"speed.pad_to": given}), torch.device(device)) == expected
+
+
+def test_rounding_sides_up_pads_training_batches_alone(coco_folder):
+    """A run that learns nothing evaluates the same network with and without."""
+    folder, still = coco_folder(train=2, val=3), {"optim__epochs": 1, "optim__lr": 0.0, "optim__lr_backbone": 0.0}
+    plain, padded = (run(settings(folder, str(pad), speed__pad_to=pad, **still))[0] for pad in (1, 50))
+    assert plain["train_loss"] != padded["train_loss"], "the batches were padded"
+    for name in ("AP", "val_loss", "val_loss_giou"):
+        assert plain[name] == padded[name], name
 
 
 def test_the_size_of_validation_batches_changes_no_result(coco_folder):
