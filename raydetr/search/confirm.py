@@ -310,7 +310,10 @@ def enough(gain: Gain, images: int, seeds: int, comparisons: int, wanted: float)
 
 def no_claim(images: int) -> str:
     """Return what can be said about fewer than ``LEAST_IMAGES`` images."""
-    return f"With {count(images, 'image')} no difference can be shown, whatever the number of seeds; at least {LEAST_IMAGES} images are needed to try."
+    return (
+        f"With {count(images, 'image')} no difference can be shown, whatever the number of seeds; "
+        f"at least {LEAST_IMAGES} images are needed to try."
+    )
 
 
 def sentence(verdict: Verdict, judged_on: str = "test") -> str:
