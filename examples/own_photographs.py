@@ -1,10 +1,10 @@
-"""From labelled photographs to a table of what is on new ones.
+"""From labeled photographs to a table of what is on new ones.
 
-    python own_photographs.py LABELLED NEW --from via
+    python own_photographs.py LABELED NEW
 
-Converts and checks the folder LABELLED (VIA, VOC or YOLO labels), fine-tunes on it, finds objects on the images of the folder NEW, and
-writes them to detections.csv. Flags after ``--`` go to ``raydetr train``: ``-- --preset detr_tiny --workers 2``. Take it as a start for a
-script of your own.
+Converts and checks the folder LABELED (any format that `raydetr data convert` reads), fine-tunes on it, finds objects on the images of the
+folder NEW, and writes them to detections.csv. Flags after ``--`` go to ``raydetr train``: ``-- --preset detr_tiny --workers 2``. Take it as
+a start for a script of your own.
 """
 
 import argparse
@@ -43,16 +43,16 @@ def detections(folder: Path, threshold: float) -> list[list]:
 def main() -> None:
     """Run all steps."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], epilog="Flags after -- go to raydetr train.")
-    parser.add_argument("labelled", type=Path, help="folder of labelled photographs")
+    parser.add_argument("labeled", type=Path, help="folder of labeled photographs")
     parser.add_argument("new", type=Path, help="folder of photographs to look at")
-    parser.add_argument("--from", dest="source", default="via", help="format of the labels (default via)")
+    parser.add_argument("--from", dest="source", help="format of the labels (default: found out)")
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--threshold", type=float, default=0.7, help="lowest score that counts (default 0.7)")
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     options, train_flags = parser.parse_args(words[:end]), words[end + 1 :]
 
-    raydetr("data", "convert", options.labelled, "data", "--from", options.source)
+    raydetr("data", "convert", options.labeled, "data", *(["--from", options.source] if options.source else []))
     raydetr("data", "check", "data")
     raydetr("train", "--data", "data", "--name", "own", "--epochs", options.epochs, *train_flags)
     raydetr("predict", "runs/own/best.pth", options.new, "--out", "seen")

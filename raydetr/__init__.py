@@ -1,4 +1,4 @@
-"""Fine-tune DETR on a small set of labelled images, distributed and searched with Ray.
+"""Fine-tune DETR on a small set of labeled images, distributed and searched with Ray.
 
 This is the public Python API. Importing it imports neither torch nor ray: each name loads what it needs when it is first used.
 """

@@ -35,7 +35,7 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: i
     _claim(out)
     photographs, coco, runs = out / "photographs", out / "coco", out / "runs"
 
-    _say(1, "Generating images of balloons, labelled in the format of the VGG Image Annotator")
+    _say(1, "Generating images of balloons, labeled in the format of the VGG Image Annotator")
     from raydetr.demo import balloons
 
     balloons.generate(photographs, seed=seed)

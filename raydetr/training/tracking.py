@@ -224,7 +224,7 @@ def custom_scalars() -> dict[str, dict[str, list]]:
 
     return {
         "AP": {
-            "AP": ["Margin", ["val/AP", "val/AP_low", "val/AP_high"]],
+            "AP with 95 % interval": ["Margin", ["val/AP", "val/AP_low", "val/AP_high"]],
             "AP by IoU": together("val/AP", "val/AP50", "val/AP75"),
             "AP by size": together("val/AP_small", "val/AP_medium", "val/AP_large"),
             "AP by category": together("val/AP/.*"),

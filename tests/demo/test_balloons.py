@@ -1,4 +1,4 @@
-"""The generated balloon images: repeatable, labelled where the balloons are, never trivial."""
+"""The generated balloon images: repeatable, labeled where the balloons are, never trivial."""
 
 import json
 from pathlib import Path

@@ -43,7 +43,7 @@ def test_the_notebook_runs_to_its_end(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_script_lists_what_it_finds(tmp_path):
     balloons.generate(tmp_path / "photographs", train=8, val=4)
-    flags = ["--from", "via", "--epochs", "1", "--threshold", "0", "--", "--preset", "detr_tiny", "--data.num_workers", "0"]
+    flags = ["--epochs", "1", "--threshold", "0", "--", "--preset", "detr_tiny", "--data.num_workers", "0"]
     command = [sys.executable, EXAMPLES / "own_photographs.py", "photographs", "photographs/val", *flags]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -176,8 +176,8 @@ def test_custom_scalars_name_tags_that_are_there(finished):
         for charts in layout.values()
         for name, chart in charts.items()
     }
-    assert layout["AP"]["AP"] == ["Margin", ["val/AP", "val/AP_low", "val/AP_high"]]  # the value within its interval
-    assert set(by_chart["AP"]) == {"val/AP", "val/AP_low", "val/AP_high"}
+    assert layout["AP"]["AP with 95 % interval"] == ["Margin", ["val/AP", "val/AP_low", "val/AP_high"]]  # the value within its interval
+    assert set(by_chart["AP with 95 % interval"]) == {"val/AP", "val/AP_low", "val/AP_high"}
     assert set(by_chart["AP by IoU"]) == {"val/AP", "val/AP50", "val/AP75"}
     assert set(by_chart["AP by category"]) == {"val/AP/square", "val/AP/oblong"}
     assert set(by_chart["loss_ce"]) == {"train/loss_ce", "train_epoch/loss_ce", "val/loss_ce"}
