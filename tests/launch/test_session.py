@@ -86,6 +86,17 @@ def test_a_ray_that_times_out_is_one_line(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_a_limit_that_ray_would_abort_at_is_one_line(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(session.resource, "getrlimit", lambda _: (6_000_000 * 1024, session.resource.RLIM_INFINITY))
+    with (
+        pytest.raises(UserError, match=r"may have 6\.1 GB of address space \(ulimit -v\) and needs .* ulimit -v unlimited"),
+        ray_session(1),
+    ):
+        pass
+
+
 LOSING = """
 import sys, time
 import ray
