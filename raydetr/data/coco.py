@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -636,6 +637,9 @@ def _likeness(size: tuple[int, int]) -> tuple[bool, int, int]:
     return width > height, max(size), min(size)
 
 
+DEAD_PROCESS_S = 5.0  # how soon a killed loading process is noticed
+
+
 class Loader(DataLoader):
     """A DataLoader that yields tensors also for :func:`collate_arrays`, and whose errors are one line for the user.
 
@@ -645,7 +649,7 @@ class Loader(DataLoader):
 
     def __iter__(self) -> Iterator:
         try:
-            yield from map(as_tensors, super().__iter__())
+            yield from map(as_tensors, self._awaited(super().__iter__()))
         except UserError as error:
             raise UserError(str(error).rstrip().rsplit(f"{UserError.__module__}.{UserError.__qualname__}: ", 1)[-1]) from None
         except RuntimeError as error:
@@ -657,3 +661,19 @@ class Loader(DataLoader):
                 f"no batch came from the processes that load images within {self.timeout:g} s: shared memory is full{memory}, or the "
                 "images' disk does not answer; set data.num_workers 0, give more shared memory, or raise data.batch_timeout_s"
             ) from error
+
+    def _awaited(self, batches: Any) -> Iterator:
+        # torch notices a killed process at once in the main thread only, otherwise when its timeout has passed: a short one, repeated.
+        batches._timeout = min(self.timeout, DEAD_PROCESS_S)
+        began = time.monotonic()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader timed out") or time.monotonic() - began >= self.timeout:
+                    raise
+            else:
+                yield batch
+                began = time.monotonic()

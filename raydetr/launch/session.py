@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import resource
 import sys
 import threading
 import time
@@ -23,6 +24,8 @@ WATCH_INTERVAL_S = 1.0  # between two looks at whether a Ray of one's own is sti
 PROBE_INTERVAL_S = 2.0  # between two connections to a cluster; its raylet logs each of them
 CONNECT_TIMEOUT_S = 5.0
 LOSS_PATIENCE_S = 4.0  # with the processes of a Ray of one's own and with this node's raylet, which nobody starts again
+STORE_SHARE = 0.3  # of the machine's memory: Ray's object store, which every process maps
+PROCESS_BYTES = 8e9  # address space of a process of Ray's that has loaded torch, without the store
 HEAD_PATIENCE = 0.7  # with a cluster's head, as a share of the time after which Ray aborts this process
 
 
@@ -67,7 +70,24 @@ def _join_cluster(address: str) -> None:
         ) from error
 
 
+def check_address_space() -> None:
+    """Check that a process may map Ray's object store: where the system refuses it, Ray aborts with a C++ stack trace.
+
+    Raises:
+        UserError: The limit on a process's address space is too low.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = STORE_SHARE * memory + PROCESS_BYTES
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        raise UserError(
+            f"Ray does not start on this machine: a process may have {limit / 1e9:.1f} GB of address space (ulimit -v) and needs "
+            f"{needed / 1e9:.1f} GB; lift the limit: ulimit -v unlimited"
+        )
+
+
 def _start_own(workers: int, drivers: bool) -> None:
+    check_address_space()
     os.environ |= {**ray_private.SPARING, **os.environ}
     cpus = max(os.cpu_count() or 1, workers)
     try:

@@ -61,6 +61,16 @@ def test_a_folder_that_ray_cannot_use_is_one_line(short_folder, name, reason):
     assert "RAY_TMPDIR" in said
 
 
+def test_a_read_only_folder_is_one_line(short_folder):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", short_folder], capture_output=True, check=False).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        said = start_ray_in(short_folder)
+    finally:
+        subprocess.run(["umount", "--lazy", short_folder], check=True)
+    assert f"Ray does not start on this machine: [Errno 30] Read-only file system: '{short_folder}/ray'; " in said
+
+
 def test_a_ray_that_times_out_is_one_line(monkeypatch):
     def init(**_options):  # as Ray does under `ulimit -v 3000000`, after half a minute
         raise Exception("The current node timed out during startup.\nThis could happen because some of the raylet failed to startup")
@@ -74,6 +84,17 @@ def test_a_ray_that_times_out_is_one_line(monkeypatch):
     ):
         pass
     assert "\n" not in str(caught.value)
+
+
+def test_a_limit_that_ray_would_abort_at_is_one_line(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(session.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(session.resource, "getrlimit", lambda _: (6_000_000 * 1024, session.resource.RLIM_INFINITY))
+    with (
+        pytest.raises(UserError, match=r"may have 6\.1 GB of address space \(ulimit -v\) and needs .* ulimit -v unlimited"),
+        ray_session(1),
+    ):
+        pass
 
 
 LOSING = """

@@ -197,7 +197,7 @@ def start(folder, storage, *more, epochs, environment=None):
     return subprocess.Popen(command, env=os.environ | (environment or {}), start_new_session=True, **pipes)
 
 
-def wait_for_epoch(run, epoch, process, patience_s=120):
+def wait_for_epoch(run, epoch, process, patience_s=300):
     deadline = time.monotonic() + patience_s
     while not (run / "log.txt").exists() or len(log_of(run)) < epoch:
         assert process.poll() is None, process.stdout.read()
