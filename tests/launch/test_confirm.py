@@ -127,6 +127,23 @@ def test_the_defaults_are_kept_where_the_winner_is_not_above_them():
     assert choose(Verdict(4, -0.01, -0.04, 0.02, 2, 50, None, None, 0.02)) == 0
 
 
+def test_tune_confirms_at_its_end_on_request(coco_folder, tmp_path, monkeypatch, capsys):
+    data = coco_folder(val=5)
+    search = finished_search(tmp_path, data, [0.3, 0.5])
+    content = {"sentence": "Settings 1 beat the defaults.", "caveat": "Judged on few images.", "chosen": 1, "seeds": 5}
+    asked = []
+    monkeypatch.setattr("raydetr.launch.tune.tune", lambda *_, **__: search)
+    monkeypatch.setattr(confirmer, "confirm", lambda folder, **_: asked.append(str(folder)) or content)
+    flags = ["tune", "--space", "loss", "--data", str(data), "--storage", str(tmp_path)]
+    assert main(flags) == 0
+    assert not asked
+    assert main([*flags, "--confirm"]) == 0
+    assert asked == [str(search.folder)]
+    last = capsys.readouterr().out.splitlines()[-3:]
+    assert last[:2] == [content["sentence"], content["caveat"]]
+    assert "now hold settings 1, trained with 5 seeds" in last[2]
+
+
 @pytest.mark.slow
 def test_a_search_is_confirmed_on_its_test_set_and_no_training_runs_twice(module_coco_folder, tmp_path_factory, monkeypatch):
     data, storage = module_coco_folder(val=2), tmp_path_factory.mktemp("confirmed")

@@ -210,3 +210,9 @@ def test_caveats():
     assert "among 32 trials" in caveat("val", 32)
     assert "overstated" in caveat("val", 32)
     assert "folds" in caveat("folds")
+
+
+def test_the_sentence_names_the_images_that_judged():
+    verdict = Verdict(3, 0.03, 0.01, 0.05, 5, 40, None, None, 0.02)
+    assert "40 test images" in sentence(verdict)
+    assert "40 validation images" in sentence(verdict, "val")

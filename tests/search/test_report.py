@@ -248,7 +248,7 @@ def test_the_first_sentence_of_a_confirmed_search_is_the_verdict(make):
     search = make(ends=[0.4, 0.5]).folder
     words = {
         "sentence": "No difference can be shown <here>.",
-        "caveat": "Judged on the validation images.",
+        "caveat": "Judged elsewhere.",
         "chosen": 0,
         "judged_on": "val",
     }

@@ -6,7 +6,7 @@ import pytest
 from raydetr.cli import main
 from raydetr.config import load_config, write_yaml
 from raydetr.errors import UserError
-from raydetr.search.runs import list_runs, sort_runs
+from raydetr.search.runs import list_runs, runs_table, sort_runs
 from raydetr.search.space import read_space
 from raydetr.search.study import Search, create_search
 
@@ -98,3 +98,15 @@ def test_runs_in_an_object_store_are_listed(storage, store):
     assert there == here
     with pytest.raises(UserError, match="there is no bucket"):
         list_runs("s3://no-such-bucket/runs")
+
+
+def test_the_best_ap_comes_with_its_interval_where_the_run_wrote_one(storage):
+    lines = [
+        {"test_coco_eval_bbox": [0.2], "test_AP_interval": [0.1, 0.3]},
+        {"test_coco_eval_bbox": [0.6], "test_AP_interval": [0.44, 0.76]},
+    ]
+    (storage / "first" / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    rows = {row["name"]: row for row in list_runs(str(storage))}
+    assert rows["first"]["interval"] == [0.44, 0.76]
+    assert rows["deep/second"]["interval"] is None  # written by an earlier version
+    assert "0.6000 (0.44 to 0.76)" in runs_table(list(rows.values()))
