@@ -212,7 +212,7 @@ def test_a_fault_of_the_machine_ends_its_process_and_the_trial_is_retried(cluste
     assert code == f"lost 2 times ({TWICE}), the last time: {host}: RuntimeError: shapes do not fit"
     trials, pids = zip(*(line.split() for line in processes.read_text().splitlines()), strict=True)
     assert trials == ("000", "000", "001", "001", "001", "002", "002", "003")
-    assert len(set(pids)) == 6
+    assert len(set(pids)) == 7
     assert pids[1] == pids[2]  # a process is reused unless it met a fault
 
 
