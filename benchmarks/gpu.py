@@ -23,7 +23,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -375,7 +375,7 @@ def _graphed_step(setup: Setup, batch: int) -> Callable[[], object]:
             return torch.stack([each["pred_logits"] for each in layers]), torch.stack([each["pred_boxes"] for each in layers])
 
     engine._forward(network, images, None, setup.device, setup.dtype)  # what the network keeps must exist before the capture
-    graphed = torch.cuda.make_graphed_callables(Flat(), (images.clone(),), allow_unused_input=True)
+    graphed = cast(nn.Module, torch.cuda.make_graphed_callables(Flat(), (images.clone(),), allow_unused_input=True))
 
     class Graphed(nn.Module):
         """The outputs of the graph in the form that the criterion takes."""

@@ -66,11 +66,15 @@ def _last(normalized: bool) -> list[v2.Transform]:
 def _float_planes(image: tv_tensors.Image) -> tv_tensors.Image:
     # Decoding and resizing work on interleaved pixels, the network on planes: converted in the pass that makes them float.
     planes = image.to(torch.float32, memory_format=torch.contiguous_format)
-    return tv_tensors.wrap(planes, like=image)  # pyright: ignore[reportCallIssue]  # its decorator hides its parameters
+    return _image_like(planes, image)
 
 
 def _byte_planes(image: tv_tensors.Image) -> tv_tensors.Image:
-    return tv_tensors.wrap(image.contiguous(), like=image)
+    return _image_like(image.contiguous(), image)
+
+
+def _image_like(pixels: torch.Tensor, image: tv_tensors.Image) -> tv_tensors.Image:
+    return tv_tensors.wrap(pixels, like=image)  # pyright: ignore[reportCallIssue]  # its decorator hides its parameters
 
 
 @functools.lru_cache(8)

@@ -173,7 +173,8 @@ def _most_confused(categories: Sequence[str], counts: Sequence[Sequence[int]]) -
     matrix = np.array(counts)
     errors = matrix.sum(0)[:-1] + matrix.sum(1)[:-1] - 2 * np.diag(matrix)[:-1]
     chosen = np.sort(np.argsort(-errors, kind="stable")[:MOST_CATEGORIES])
-    return [categories[each] for each in chosen], matrix[np.ix_([*chosen, -1], [*chosen, -1])].tolist()
+    rows = matrix[np.ix_([*chosen, -1], [*chosen, -1])]
+    return [categories[int(each)] for each in chosen], [[int(number) for number in row] for row in rows]
 
 
 class Painter:
