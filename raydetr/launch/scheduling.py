@@ -72,10 +72,15 @@ class StudySearcher(Searcher):
         if asked is None:
             return Searcher.FINISHED
         number, drawn = asked
+        try:
+            # A member of a population may have taken over settings since it was drawn.
+            assigned = self.assigned(number, None if population else drawn)
+        except UserError as error:  # each setting is within its bounds, but they do not fit together
+            self.search.tell(number, "failed", reason=str(error))
+            return None  # Ray Tune asks again, for the next one
         self.search.push()  # before the trial leaves anything in the store
         self.live[trial_id] = None if population else self.choose_node()
-        # A member of a population may have taken over settings since it was drawn.
-        return self.assigned(number, None if population else drawn) | {"node": self.live[trial_id]}
+        return assigned | {"node": self.live[trial_id]}
 
     def node_slots(self) -> dict[str, int]:
         """Return how many trials, or workers of trials, fit on each node that is alive, by its id."""

@@ -14,5 +14,5 @@ def test_the_command_prints_its_table(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks.start", "--quick"])
     start.main()
     shown = capsys.readouterr().out
-    assert "| raydetr train, detr_tiny, 1 worker, until its first step begins" in shown
+    assert "| raydetr train, detr_tiny, 1 worker, until the first step begins" in shown
     assert "12 s" in shown

@@ -184,7 +184,7 @@ def test_the_fault_of_a_lost_trial_is_forgotten_after_an_epoch_that_went_well(se
     for _ in range(2):
         scheduler.losses["a"] += 1
         scheduler.on_trial_add(controller, trial)
-    assert search.frozen()[0].user_attrs["reason"] == "lost 2 times, the last time: its process was killed"
+    assert search.frozen()[0].user_attrs["reason"] == "lost 2 times (run.max_failures), the last time: its process was killed"
     assert controller.asked == [("complete", "a"), ("stop", "a")]
 
 

@@ -263,14 +263,14 @@ def test_a_signal_ends_a_run_without_ray_in_order(photographs, tmp_path, sign):
     check_interrupted(process.returncode, said, tmp_path / "run", sign)
 
 
-def processes_of(title):
-    """Processes with that title of the Ray that was started here."""
+def newest_process(title):
+    """The youngest process with that title of the Ray that was started here; those of earlier runs may still be ending."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if title in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+                found.append((process.create_time(), process))
+    return max(found, key=lambda each: each[0])[1]
 
 
 @pytest.mark.slow
@@ -287,10 +287,9 @@ def test_a_killed_mailbox_or_controller_is_replaced_and_at_last_the_run_says_how
     running = SimpleNamespace(poll=lambda: None if thread.is_alive() else 1, stdout=io.StringIO("the run has ended"))
     wait_for_epoch(run, 1, running)
     for title in ("ray::Mailbox", "ray::TrainController"):
-        (process,) = processes_of(title)
-        process.kill()
+        newest_process(title).kill()
         wait_for_epoch(run, len(log_of(run)) + 2, running)  # one may have been on its way
-    processes_of("ray::TrainController")[0].kill()
+    newest_process("ray::TrainController").kill()
     thread.join(timeout=120)
     assert ended[0].startswith("Ray Train's controller failed: ")
     assert ended[0].endswith(f"raydetr train --resume {run}")
