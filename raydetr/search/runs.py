@@ -65,7 +65,8 @@ def _run_row(folder: Path, settings: Mapping[str, Any], owned: bool) -> dict[str
     for line in lines:
         try:
             entry = json.loads(line)
-            scores.append((entry["test_coco_eval_bbox"][list(METRICS).index("AP")], entry.get("test_AP_interval")))
+            interval = [entry["test_AP_low"], entry["test_AP_high"]] if "test_AP_low" in entry else None
+            scores.append((entry["test_coco_eval_bbox"][list(METRICS).index("AP")], interval))
         except (ValueError, LookupError, TypeError, AttributeError):  # the last line of a run that is being written, or a damaged one
             continue
     best, interval = max(scores, key=lambda score: score[0], default=(None, None))

@@ -7,6 +7,7 @@ the result is the same, bit for bit, as without the interruption. If the run fol
 copy on this node, which is fetched before the first epoch and pushed after every epoch.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -154,7 +155,8 @@ def _metrics(progress: Progress, train: dict[str, float], val: dict[str, float],
         "epoch": progress.epoch,
         **{name: scores[name] for name in METRICS},
         **dict(zip(("AP_low", "AP_high"), scores["AP_interval"] or (None, None), strict=True)),
-        **{f"train_{name}": train[name] for name in (*LOSSES, "grad_norm")},
+        **{f"train_{name}": train[name] for name in LOSSES},
+        "train_grad_norm": train["grad_norm"] if math.isfinite(train["grad_norm"]) else None,  # NaN where every step of fp16 overflowed
         **{f"val_{name}": val[name] for name in LOSSES},
         "best_AP": progress.best_AP,
         "best_epoch": progress.best_epoch,

@@ -297,8 +297,11 @@ def log_line(
         weights: ``weight_dict`` of the criterion.
         parameters: Number of trained parameters.
     """
-    norm = train["grad_norm"]  # NaN where every step of fp16 overflowed
-    line: dict[str, Any] = {"train_lr": train["lr_transformer"], "train_grad_norm": norm if math.isfinite(norm) else None}
+    line: dict[str, Any] = {"train_lr": train["lr_transformer"]}
+    # Numbers only, and left out where there is none: the official plot_logs interpolates every column.
+    extra = {"train_grad_norm": train["grad_norm"]}
+    extra |= zip(("test_AP_low", "test_AP_high"), metrics.get("AP_interval") or (math.nan, math.nan), strict=True)
+    line |= {name: value for name, value in extra.items() if math.isfinite(value)}
     for split, losses in (("train", train), ("test", val)):
         line |= {f"{split}_class_error": losses["class_error"], f"{split}_loss": losses["loss"]}
         line |= {f"{split}_{name}": losses[name] * weight for name, weight in weights.items()}
@@ -307,7 +310,6 @@ def log_line(
     return {
         **line,
         "test_coco_eval_bbox": stats(metrics),
-        "test_AP_interval": metrics.get("AP_interval"),
         "epoch": epoch,
         "n_parameters": parameters,
     }
@@ -357,8 +359,12 @@ def _as_metrics(line: Mapping[str, Any]) -> dict[str, Any]:
     for mine, theirs in (("train", "train"), ("val", "test")):
         numbers |= {f"{mine}_{name}": line[f"{theirs}_{name}"] for name in ("loss", "class_error")}
         numbers[f"{mine}_cardinality_error"] = line[f"{theirs}_cardinality_error_unscaled"]
-    low, high = line.get("test_AP_interval") or (None, None)
-    return {**numbers, "AP_low": low, "AP_high": high, "train_grad_norm": line.get("train_grad_norm")}
+    return {
+        **numbers,
+        "AP_low": line.get("test_AP_low"),
+        "AP_high": line.get("test_AP_high"),
+        "train_grad_norm": line.get("train_grad_norm"),
+    }
 
 
 def logged_epochs(path: Path) -> int:

@@ -102,8 +102,8 @@ def test_runs_in_an_object_store_are_listed(storage, store):
 
 def test_the_best_ap_comes_with_its_interval_where_the_run_wrote_one(storage):
     lines = [
-        {"test_coco_eval_bbox": [0.2], "test_AP_interval": [0.1, 0.3]},
-        {"test_coco_eval_bbox": [0.6], "test_AP_interval": [0.44, 0.76]},
+        {"test_coco_eval_bbox": [0.2], "test_AP_low": 0.1, "test_AP_high": 0.3},
+        {"test_coco_eval_bbox": [0.6], "test_AP_low": 0.44, "test_AP_high": 0.76},
     ]
     (storage / "first" / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = {row["name"]: row for row in list_runs(str(storage))}

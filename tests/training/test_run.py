@@ -60,7 +60,10 @@ def test_each_epoch_has_its_own_order_and_crops_and_a_resumed_one_those_of_its_n
 
 def test_workers_share_the_memory_for_decoded_images(coco_folder):
     config = settings(coco_folder(train=4, val=2), "run", data__cache_gb=6 * (3 * 96 * 64) / 1e9)  # as much as the six take
-    kept = [module._data_sets(config, SimpleNamespace(world_size=number, images=None), None)[0].images.files for number in (1, 2)]
+    kept = [
+        module._data_sets(config, SimpleNamespace(world_size=number, images=None), torch.device("cpu"), None)[0].images.files
+        for number in (1, 2)
+    ]
     assert [len(files) for files in kept] == [6, 3]
 
 
