@@ -59,8 +59,8 @@ def peer_evaluation(name: str, coco: dict, results: list[dict]) -> COCOeval:
     Index: Any
     Evaluation: Any
     if name == FASTER:
-        from faster_coco_eval import COCO as Index
-        from faster_coco_eval import COCOeval_faster as Evaluation
+        from faster_coco_eval import COCO as Index  # pyright: ignore[reportMissingImports]
+        from faster_coco_eval import COCOeval_faster as Evaluation  # pyright: ignore[reportMissingImports]
     else:
         Index, Evaluation = COCO, COCOeval
     with contextlib.redirect_stdout(io.StringIO()):
