@@ -1,4 +1,5 @@
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -7,9 +8,12 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import ray
 import torch
@@ -257,6 +261,39 @@ def test_a_signal_ends_a_run_without_ray_in_order(photographs, tmp_path, sign):
     os.killpg(process.pid, sign)
     said, _ = process.communicate(timeout=120)
     check_interrupted(process.returncode, said, tmp_path / "run", sign)
+
+
+def newest_process(title):
+    """The youngest process with that title of the Ray that was started here; those of earlier runs may still be ending."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if title in " ".join(process.cmdline()):
+                found.append((process.create_time(), process))
+    return max(found, key=lambda each: each[0])[1]
+
+
+@pytest.mark.slow
+def test_a_killed_mailbox_or_controller_is_replaced_and_at_last_the_run_says_how_to_resume(cluster, photographs, tmp_path):
+    run, ended = tmp_path / "run", []
+
+    def fail():
+        with pytest.raises(UserError) as caught:
+            train(settings(photographs, tmp_path, run__workers=1, run__max_failures=1, optim__epochs=10_000))
+        ended.append(str(caught.value))
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    running = SimpleNamespace(poll=lambda: None if thread.is_alive() else 1, stdout=io.StringIO("the run has ended"))
+    wait_for_epoch(run, 1, running)
+    for title in ("ray::Mailbox", "ray::TrainController"):
+        newest_process(title).kill()
+        wait_for_epoch(run, len(log_of(run)) + 2, running)  # one may have been on its way
+    newest_process("ray::TrainController").kill()
+    thread.join(timeout=120)
+    assert ended[0].startswith("Ray Train's controller failed: ")
+    assert ended[0].endswith(f"raydetr train --resume {run}")
+    assert "\n" not in ended[0]
 
 
 @pytest.mark.slow
