@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from PIL import Image
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A new Ray cluster does not start a worker process for each CPU before it has work.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+# Tests send these signals to themselves and to processes they start, which would inherit that nohup or a shell's "&" ignores them.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).with_name("startup")), *filter(None, [os.environ.get("PYTHONPATH")])])
 
