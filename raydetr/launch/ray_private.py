@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray._common.utils import get_ray_address_file
 from ray._private import ray_constants, services, worker
+from ray.util.placement_group import PlacementGroup
 
 READ_IN = "2.60.0"  # the version of Ray in which every hook below was read
 
@@ -39,6 +41,7 @@ HOOKS = {
     "ray.tune.progress_reporter.TrialProgressCallback": "prints lines of its own unless the search has one",
     "ray.tune.experiment.trial.Trial.set_config": "a member of a population resumes with other settings",
     "ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError": "wraps the loss of a training worker",
+    "ray.PlacementGroupID": "what a killed controller of Ray Train had reserved is released",
     "ray.dashboard.modules.dashboard_sdk.SubmissionClient._do_request": "asks a cluster for its versions before a job is submitted",
 }
 
@@ -142,6 +145,20 @@ def automatic_address() -> str | None:
 def address_file() -> str:
     """Return the path of the file in which a Ray of this machine leaves its address."""
     return get_ray_address_file(None)
+
+
+def release_reserved() -> None:
+    """Remove the placement groups of this driver's job, which a killed controller of Ray Train left.
+
+    Ray Train's own cleaner asks the dashboard whether the controller lives, and waits forever where there is none. Inside an actor this
+    does nothing: other trials of the job have placement groups too, and a search has a dashboard.
+    """
+    context = ray.get_runtime_context()
+    if context.get_actor_id() is not None:
+        return
+    for name, group in ray.util.placement_group_table().items():
+        if group["state"] != "REMOVED" and name.endswith(context.get_job_id()):  # an id ends with that of its job
+            ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name))))
 
 
 def last_trial_error(trial: Any) -> str:

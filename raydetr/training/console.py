@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from raydetr.text import count
+
 PLAIN_INTERVAL_S = 10.0  # between two lines about steps if the output is not a terminal
 
 # The columns of an epoch's table: heading, and name among the metrics.
@@ -138,7 +140,7 @@ class Display:
     def _end(self, event: dict[str, Any]) -> None:
         self._stop_progress()
         best = f"best AP {_number(event['best_AP'])} in epoch {event['best_epoch']}"
-        self._plain(f"{event['epochs']} epochs finished, {best}: {event['checkpoint']}")
+        self._plain(f"{count(event['epochs'], 'epoch')} finished, {best}: {event['checkpoint']}")
 
     def _plain(self, line: str) -> None:
         self.console.print(line, markup=False, soft_wrap=True)

@@ -121,7 +121,7 @@ def test_tensorboards_service_finds_it():
 @pytest.mark.parametrize(
     ("name", "flags", "says", "leaves"),
     [
-        ("train", "--epochs 1 --workers 1", "1 epochs finished", {"first/best.pth", "first/last.pth", "first/log.txt"}),
+        ("train", "--epochs 1 --workers 1", "1 epoch finished", {"first/best.pth", "first/last.pth", "first/log.txt"}),
         (
             "tune",
             "--trials 1 --max-epochs 1 --concurrent 1",

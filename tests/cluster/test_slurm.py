@@ -65,7 +65,7 @@ def test_two_nodes_train_together(coco_folder, tmp_path):
     finally:
         subprocess.run(["rm", "-rf", f"/tmp/ray-{job}"], check=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 epochs finished" in done.stdout
+    assert "1 epoch finished" in done.stdout
     assert (tmp_path / "runs" / "first" / "best.pth").exists()
     head, worker = (line.split(maxsplit=2) for line in (tmp_path / "started").read_text().splitlines())
     assert head[0] == worker[0] == "token"
