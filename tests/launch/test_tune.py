@@ -395,9 +395,9 @@ def test_a_trial_whose_worker_is_killed_resumes_from_its_last_epoch(cluster, coc
     for picture in photographs.glob("*2017/*.jpg"):
         picture.write_bytes(b"nothing that could be decoded")  # as it was when the search began
     log = next(folder.glob("trials/*")) / "log.txt"
+    victim, _ = wait_for(lambda: len(workers := processes_of("ray::RayTrainWorker")) == 2 and workers)
     wait_for(lambda: driver.poll() is not None or (log.exists() and log_of(log.parent)))
     assert len(log_of(log.parent)) < epochs
-    (victim, _) = processes_of("ray::RayTrainWorker")
     victim.kill()
     assert driver.wait(timeout=400) == 0, driver.stdout.read()
     search = open_search(folder)
