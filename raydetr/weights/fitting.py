@@ -152,7 +152,7 @@ def _known_categories(content: dict[str, Any], rows: int, path: Path) -> Categor
 
 
 def _known_settings(content: dict[str, Any], state: dict[str, Tensor], path: Path) -> dict[str, Any]:
-    """Return what a file tells of its network, by the last names of the ``model`` settings: its settings or args, and its tensors."""
+    """Return what a file tells about its network in its settings or args and its tensors: ``model`` settings by their last name."""
     leaves = {field.name for field in dataclasses.fields(config.Model)} - {"weights"}
     args, settings = content.get("args"), content.get("settings")
     args = vars(args) if isinstance(args, argparse.Namespace) else {}
@@ -166,7 +166,7 @@ def _known_settings(content: dict[str, Any], state: dict[str, Tensor], path: Pat
 
 
 def _inferred_settings(state: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the settings that the names and shapes of the tensors tell."""
+    """Return the settings that can be inferred from the names and shapes of the tensors."""
     inferred: dict[str, Any] = {}
     depths = {blocks[2]: name for name, blocks in RESNET_BLOCKS.items()}
     backbone = depths.get(_count_layers(state, f"{BODY}layer3."), "tiny" if f"{BODY}layers.0.norm1.weight" in state else None)
