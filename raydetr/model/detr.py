@@ -35,7 +35,14 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in itertools.pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``x``, float [..., inputs], to [..., outputs]."""
+        """Apply the layers to the last dimension.
+
+        Args:
+            x: Float [..., inputs].
+
+        Returns:
+            Float [..., outputs].
+        """
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
@@ -115,7 +122,14 @@ class DETR(nn.Module):
         return projected, states, memory
 
     def predict(self, states: Tensor) -> dict[str, Any]:
-        """Apply the heads to states of the object queries, float [layers, B, Q, D]; return the outputs of :meth:`forward`."""
+        """Apply the heads to the states of the object queries.
+
+        Args:
+            states: Outputs of decoder layers, float [layers, B, Q, D], as :meth:`transform` returns them.
+
+        Returns:
+            The outputs of :meth:`forward`.
+        """
         logits, boxes_cxcywh = self.class_embed(states), self.bbox_embed(states)
         # Under autocast the heads are the last layers that run in half precision.
         logits, boxes_cxcywh = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (logits, boxes_cxcywh))
