@@ -28,7 +28,7 @@ with contextlib.suppress(ImportError):  # the extra "heic"
 
     register_heif_opener()
 
-# Files in a folder that are taken for images, by their suffix in lower case.
+# Suffixes, in lower case, of the files in a folder that count as images.
 IMAGE_SUFFIXES = frozenset(
     [".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"]
     + [".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
@@ -53,19 +53,23 @@ class Header(NamedTuple):
 
     @property
     def upright(self) -> tuple[int, int]:
-        """Width and height once turned as the EXIF tag demands."""
+        """Width and height after the image was turned as its EXIF tag demands."""
         return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
     def size(self, exif: str) -> tuple[int, int]:
-        """Return width and height for the value of ``data.exif``, where no annotation says them."""
+        """Return the width and height of the image if no annotation states them.
+
+        Args:
+            exif: ``"upright"`` or ``"stored"``, the value of ``data.exif``.
+        """
         return self.upright if exif == "upright" else self.stored
 
     def is_turned(self, size: tuple[int, int] | None, exif: str) -> bool:
-        """Return whether the annotated image is the upright one and differs from the stored one.
+        """Return whether the image must be turned as its EXIF tag demands to be the one that was annotated.
 
         Args:
             size: The annotated width and height; None if there is no annotation.
-            exif: ``upright`` or ``stored``; counts where ``size`` cannot tell.
+            exif: ``"upright"`` or ``"stored"``, which decides if ``size`` does not.
         """
         if self.orientation == 1:
             return False
@@ -73,12 +77,19 @@ class Header(NamedTuple):
 
 
 def image_path(folder: Path, file_name: object) -> Path:
-    """Return ``folder / file_name`` for a file name read from an annotation file.
+    """Return the path of an image whose name was read from an annotation file.
 
     Only the name is checked (no "..", no absolute path, on any operating system). Links inside the folder are followed.
 
+    Args:
+        folder: The image folder.
+        file_name: The name relative to the folder, unchecked.
+
+    Returns:
+        ``folder / file_name``, which need not exist.
+
     Raises:
-        UserError: If the name would leave the folder, or is not a file name.
+        UserError: The name leads out of the folder, or is not a file name.
     """
     if not isinstance(file_name, str) or not PurePosixPath(file_name).name or any(ord(letter) < 32 for letter in file_name):
         raise UserError(f"file name {short(file_name)} is no file name")
@@ -89,10 +100,14 @@ def image_path(folder: Path, file_name: object) -> Path:
 
 
 def read_header(path: str | Path, max_megapixels: int = MAX_MEGAPIXELS) -> Header:
-    """Return the size and orientation of an image file without decoding it.
+    """Read the size and orientation of an image file without decoding it.
+
+    Args:
+        path: The image file.
+        max_megapixels: The largest image to accept, in millions of pixels (``data.max_megapixels``).
 
     Raises:
-        UserError: If the file is missing, is not an image, or has more than ``max_megapixels``.
+        UserError: The file is missing, is not an image, or is too large.
     """
     try:
         with _open(path, max_megapixels) as image:
@@ -157,7 +172,7 @@ def _header(image: Image.Image) -> Header:
         try:
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         except (OSError, *_BROKEN):
-            orientation = 1  # the pixels can be whole where the tag is broken
+            orientation = 1  # the pixels may be intact although the tag is broken
     return Header(*image.size, orientation if orientation in range(1, 9) else 1)
 
 
