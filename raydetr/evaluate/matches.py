@@ -1,7 +1,7 @@
 """Which detection matches which object, as arrays: the part of a COCO evaluation that does not depend on how images are weighted.
 
-hotcoco does the matching. Reading its matches image by image costs far more than computing them, so it is given only the detections
-that overlap an object enough to match it; all others are unmatched, whatever happens.
+hotcoco computes the matches. Reading them image by image costs far more than computing them, so hotcoco gets only the detections that
+overlap an object enough to match it. All others are unmatched in any case.
 """
 
 import dataclasses
@@ -84,7 +84,17 @@ class Matches:
 
 
 def coco_eval(objects: AnnotatedBoxes, detections: DetectedBoxes, images: int, categories: int) -> hotcoco.COCOeval:
-    """Return hotcoco's evaluation of ``detections``, matched but not accumulated yet; its ids are positions from 1."""
+    """Match detections with objects by hotcoco. Precision and recall are not accumulated yet.
+
+    Args:
+        objects: The annotated boxes.
+        detections: The detected boxes.
+        images: The number of images.
+        categories: The number of categories.
+
+    Returns:
+        hotcoco's evaluation. Its ids of images, categories, objects and detections are their positions, counted from 1.
+    """
     truth = hotcoco.COCO.from_arrays(
         [{"id": number} for number in range(1, images + 1)],
         [{"id": number, "name": str(number)} for number in range(1, categories + 1)],
@@ -101,7 +111,7 @@ def coco_eval(objects: AnnotatedBoxes, detections: DetectedBoxes, images: int, c
 
 
 def match(objects: AnnotatedBoxes, detections: DetectedBoxes, images: int, categories: int) -> Matches:
-    """Match ``detections`` with ``objects`` as COCO does.
+    """Match detections with objects as COCO does.
 
     Args:
         objects: The annotated boxes.
