@@ -1,4 +1,4 @@
-"""Exported models against the model they come from, on real images."""
+"""Compare exported models with the models that they come from, on real images."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
