@@ -257,10 +257,24 @@ class Config:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Setting:
-    """The description of one setting: dotted name, type, default, bounds, choices and meaning."""
+    """The description of one setting.
+
+    Attributes:
+        name: The dotted name.
+        type: ``bool``, ``int``, ``float`` or ``str``; for a list, the type of its entries.
+        is_list: Whether the value is a list.
+        optional: Whether the value may be None.
+        default: The default.
+        low: The smallest allowed value, or None.
+        high: The largest allowed value, or None.
+        choices: The allowed values if they can be listed, or None.
+        meaning: One line for ``--help`` and the documentation.
+        span: Whether the value may also be the text ``MIN:MAX`` with two integers.
+        auto: Whether the value may also be the text ``auto``.
+    """
 
     name: str
-    type: Any  # bool, int, float or str; of a list, the type of its entries
+    type: Any
     is_list: bool
     optional: bool
     default: Any
@@ -268,8 +282,8 @@ class Setting:
     high: float | None
     choices: list | None
     meaning: str
-    span: bool  # an integer, or text "MIN:MAX" with two
-    auto: bool  # or the text "auto"
+    span: bool
+    auto: bool
 
     def bounds(self) -> str:
         """Return the allowed values in words, such as ``0.0 to 1.0``; empty if every value is allowed."""
@@ -288,7 +302,7 @@ class Setting:
             value: A value of the setting's type, or its text.
 
         Returns:
-            The value as the tree holds it.
+            The value in the form in which the tree of settings keeps it.
 
         Raises:
             UserError: The value has another type or is out of bounds.

@@ -63,7 +63,7 @@ def is_uri(path: str | Path) -> bool:
 
 
 def store_environment() -> dict[str, str]:
-    """Return the environment variables of this process that say where the store is."""
+    """Return the environment variables of this process that tell where the object store is."""
     return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
 
 
@@ -383,10 +383,11 @@ def stamp(path: str | Path, name: str, patience_s: float = PATIENCE_S) -> tuple[
 
 
 def check_owner(path: str | Path, token: str, patience_s: float = PATIENCE_S, is_unchanged: Callable[[], bool] = lambda: True) -> None:
-    """Check that this process is still the one that writes a run.
+    """Check that this process is still the one that may write a run.
 
-    Another process's token means that it is not. If the token is missing, either somebody deleted it, and it is written again; or
-    another process took the run to its end, and ``is_unchanged`` is false. If the store answers anything else, it is asked again.
+    If the token in the run folder is that of another process, it is not. If there is no token, there are two possibilities: it was deleted
+    by mistake, and is written again; or another process has finished the run, in which case ``is_unchanged`` returns False. If the store
+    answers anything else, the question is repeated.
 
     Args:
         path: Path or URI of the run.
@@ -395,8 +396,8 @@ def check_owner(path: str | Path, token: str, patience_s: float = PATIENCE_S, is
         is_unchanged: Called if the token is missing; returns whether the run is as this process left it.
 
     Raises:
-        UserError: Another process took over the run, because this one was believed lost or the run was started twice; or the store
-            does not answer properly for ``patience_s``.
+        UserError: Another process took over the run, because this one was believed lost or the run was started twice; or the store does not
+            answer properly for ``patience_s``.
     """
     end, pause, was_missing, wrote = time.monotonic() + patience_s, 1.0, False, False
     while (found := read_token(str(path), OWNER, patience_s)) != token:

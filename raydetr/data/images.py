@@ -1,11 +1,10 @@
 """Decode image files to RGB pixels, and name those that cannot be decoded.
 
-EXIF orientation. Cameras store an image as the sensor saw it, with a tag that says how to turn it upright. Boxes are given in the
-pixels of the image that the annotator saw, which today's browsers and annotation tools show upright. The annotated width and height
-tell which one it was where the tag swaps the sides: the image is turned if the upright image, and not the stored one, has the
-annotated size. Where the sides are equal either way (orientations 2, 3, 4, and all on square images) or not annotated, the setting
-``data.exif`` decides: ``upright`` (the default) or ``stored``, which is what the official DETR reads. An image without annotations
-(prediction) is turned upright.
+EXIF orientation. Cameras store an image as the sensor captured it, with a tag that says how to turn it upright. Boxes are given in the
+pixels of the image that the annotator saw, which today's browsers and annotation tools show upright. If the tag swaps width and height, the
+annotated size tells which image it was: the image is turned if the upright image has the annotated size, and the stored one has not. If the
+sizes are equal (orientations 2, 3 and 4, and all orientations of square images) or nothing is annotated, the setting ``data.exif`` decides:
+``upright`` (the default) or ``stored``, which is what the official DETR reads. An image without annotations (prediction) is turned upright.
 """
 
 import contextlib
@@ -34,7 +33,7 @@ IMAGE_SUFFIXES = frozenset(
     + [".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
 )
 MAX_MEGAPIXELS = 178  # Pillow's own limit
-# What Pillow raises on broken files, beside OSError.
+# What Pillow raises for broken files, besides OSError.
 _BROKEN = (SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError)
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}  # ISO/IEC 23008-12, annex B
 
@@ -121,20 +120,20 @@ def read_image(
 ) -> torch.Tensor:
     """Decode an image file to RGB.
 
-    Grayscale and palette images become RGB, CMYK is converted, 16 bits become the upper 8, of several frames the first is taken, and an
+    Grayscale and palette images become RGB, CMYK is converted, of 16 bits the upper 8 are kept, of several frames the first is used, and an
     alpha channel is dropped.
 
     Args:
         path: The image file.
         size: The annotated (width, height) in pixels; None for an image without annotations.
-        exif: ``upright`` or ``stored``, the value of ``data.exif``: which image to return where ``size`` cannot tell.
+        exif: ``"upright"`` or ``"stored"``, the value of ``data.exif``, which decides about EXIF orientation if ``size`` does not.
         max_megapixels: The largest image to decode, in millions of pixels (``data.max_megapixels``).
 
     Returns:
         uint8 [3, height, width], with the strides of channels-last memory.
 
     Raises:
-        UserError: If the file is missing, truncated, broken, too large, or not of the annotated size.
+        UserError: The file is missing, truncated, broken, too large, or not of the annotated size.
     """
     try:
         with _open(path, max_megapixels) as image:
@@ -157,7 +156,7 @@ def _open(path: str | Path, max_megapixels: int) -> Image.Image:
     if Path(path).is_fifo():
         raise OSError(errno.EINVAL, "not a regular file")  # opening it would wait for another program to write
     if max_megapixels > MAX_MEGAPIXELS and Image.MAX_IMAGE_PIXELS is not None:
-        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_megapixels * 1_000_000)  # Pillow's limit would come before ours
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_megapixels * 1_000_000)  # otherwise Pillow's own limit applies first
     image = Image.open(path)
     if image.width * image.height > max_megapixels * 1_000_000:
         image.close()
@@ -205,7 +204,7 @@ def _unreadable(path: str | Path, error: Exception, max_megapixels: int) -> User
 
 
 def _kind_of_file(path: Path) -> str:
-    """Say what a file is that Pillow does not know, as far as its first bytes tell."""
+    """Describe a file that Pillow does not recognize by its first bytes."""
     with path.open("rb") as file:
         start = file.read(64)
     if start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS:

@@ -220,15 +220,15 @@ def stats(metrics: dict[str, Any]) -> list[float]:
 
 
 def precision_recall(evaluation: Evaluation, thresholds: int = 101) -> dict[str, np.ndarray]:
-    """Return precision and recall of all categories together at an IoU of 0.5, as the score threshold goes from 0 to 1.
+    """Return precision and recall of all categories together at an IoU of 0.5, for score thresholds from 0 to 1.
 
     Args:
         evaluation: The result of :func:`run_coco_eval`.
         thresholds: The number of score thresholds, evenly spaced from 0 to 1.
 
     Returns:
-        Arrays [thresholds]: ``threshold``, ``true_positives``, ``false_positives``, ``false_negatives``, ``precision`` (1 where
-        nothing is detected) and ``recall`` (0 where there is nothing to find).
+        Arrays [thresholds]: ``threshold``, ``true_positives``, ``false_positives``, ``false_negatives``, ``precision`` (1 where nothing is
+        detected) and ``recall`` (0 if there are no objects).
     """
     matches = evaluation.matches
     counted = ~matches.ignored[0, 0]

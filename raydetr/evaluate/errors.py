@@ -217,6 +217,9 @@ def suspects_as_via(suspects: list[dict[str, Any]], coco: dict, sizes: Mapping[A
         suspects: The result of :func:`suspected_labels`.
         coco: The data set.
         sizes: The size of each image's file in bytes, by image id, because VIA identifies an image by its name and size.
+
+    Returns:
+        The content of VIA's annotation file.
     """
     names = category_names(coco["categories"])
     files: dict[str, dict] = {}

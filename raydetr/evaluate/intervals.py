@@ -1,18 +1,19 @@
-"""How far chance in the choice of the images moves an average precision: intervals, and the comparison of two results.
+"""How much an average precision depends on which images were chosen: intervals, and the comparison of two results.
 
-A validation set is a sample. On other images of the same kind the same model scores differently, and on a small set by many points.
-The intervals here say by how much: they are 95 % intervals over images, by the jackknife with Student's t.
+A validation set is a sample. On other images of the same kind the same model scores differently, and on a small set by many points. The
+intervals here say by how much: they are 95 % intervals over images, by the jackknife with Student's t.
 
-**Why the jackknife.** On synthetic sets with known AP, the plain percentile bootstrap holds the true AP in 88, 91 and 94 % of cases at
-13, 50 and 200 images where it promises 95 %, the bias-corrected and accelerated bootstrap does no better, the jackknife in 92, 93 and
-95 %, and for the difference of two results on the same images in 95, 96 and 97 %. ``python -m benchmarks.claims coverage`` repeats the
-measurement. With several categories on very few images the interval of an AP itself covers less (90 % for five categories on 13
-images), since the AP is then biased upwards: a category's AP on its two or three objects is mostly 0 or 1. Differences do not suffer.
+**Why the jackknife.** On synthetic sets with known AP, the plain percentile bootstrap contains the true AP in 88, 91 and 94 % of cases at
+13, 50 and 200 images, where 95 % is promised. The bias-corrected and accelerated bootstrap does no better. The jackknife contains it in 92,
+93 and 95 %, and the true difference of two results on the same images in 95, 96 and 97 %. ``python -m benchmarks.claims coverage`` repeats
+the measurement. With several categories on very few images the interval of an AP itself covers less (90 % for five categories on 13
+images), because the AP is then biased upwards: the AP of a category on its two or three objects is mostly 0 or 1. Differences are not
+affected.
 
-**Why it is fast.** Detections are matched once. For any weights of the images the counts of true positives and of detections are
-weighted cumulative sums over the detections in the order of their scores, so leaving an image out, or drawing it twice, needs no new
-matching. The result equals pycocotools on the re-sampled set (where detections of different images share one score, pycocotools'
-result on duplicated images depends on their order; leaving images out keeps the order).
+**Why it is fast.** Detections are matched once. For any weights of the images, the counts of true positives and of detections are weighted
+cumulative sums over the detections in the order of their scores, so that leaving an image out, or drawing it twice, needs no new matching.
+The result equals that of pycocotools on the resampled set. (If detections of different images have the same score, the result of
+pycocotools on duplicated images depends on their order; leaving images out keeps the order.)
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ def weighted_metrics(matches: Matches, weights: np.ndarray, names: Sequence[str]
         names: Which of ``METRICS``.
 
     Returns:
-        Arrays [R, categories] by name, NaN where the weighted images hold no object of the category and size.
+        Arrays [R, categories] by name, NaN where the weighted images have no object of the category and size.
     """
     weights = np.ascontiguousarray(weights, np.float32)
     categories = matches.objects.shape[2]
@@ -333,7 +334,7 @@ def _differences(mine: dict, theirs: dict, mine_left_out: dict, theirs_left_out:
 
 
 def verdict(difference: dict[str, Any], images: int) -> str:
-    """Return in words what :func:`compare` says of the AP, the first result being called the checkpoint and the second the other.
+    """Return the difference in AP of two results in words, which call the first result the checkpoint and the second the other.
 
     Args:
         difference: The result of :func:`compare`.

@@ -55,22 +55,22 @@ def export(
     precision: Literal["fp32", "fp16"] = "fp32",
     quantize: Literal["none", "int8"] = "none",
 ) -> Exported:
-    """Export a checkpoint, load what was written and compare it with the checkpoint on real images.
+    """Export a checkpoint, load what was written, and compare it with the checkpoint on real images.
 
     Args:
         checkpoint: Path or URI of the checkpoint.
         out: File to write; a folder for ``transformers``.
         to: One of ``FORMATS``.
-        layers: Settings (``data.*``) laid over those that the checkpoint was trained with.
+        layers: Settings (``data.*``) that override those that the checkpoint was trained with.
         images: Image files to compare on; default: the validation images.
         precision: ``fp16`` writes half-precision weights (ONNX only).
         quantize: ``int8`` quantizes the weights of matrix products (ONNX only).
 
     Returns:
-        The path, and how far the export is from the checkpoint.
+        The path, and how much the export differs from the checkpoint.
 
     Raises:
-        UserError: If the format cannot hold this model, a package is missing, ``out`` exists, or the outputs differ.
+        UserError: The format does not support this model, a package is missing, ``out`` exists, or the outputs differ.
     """
     out, reduced = Path(out), precision != "fp32" or quantize != "none"
     if to not in FORMATS:

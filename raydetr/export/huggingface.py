@@ -52,7 +52,7 @@ def write_huggingface(model: DETR, folder: Path, data: Data) -> None:
         data: Settings of the image size.
 
     Raises:
-        UserError: If transformers is missing, or has no such network: it knows ResNets without dilation, post-norm.
+        UserError: transformers is missing, or does not support the network: it has only ResNets without dilation, and post-norm layers.
     """
     transformers = _import()
     _check_known(model.settings)

@@ -77,10 +77,9 @@ class OnnxModel(nn.Module):
 def write_onnx(model: DETR, file: Path, data: Data, precision: Literal["fp32", "fp16"] = "fp32", quantize: bool = False) -> None:
     """Write a model as an ONNX file.
 
-    Inputs are ``images`` float32 [batch, 3, height, width], normalized, and ``mask`` bool [batch, height, width], True where padded;
-    outputs are ``logits`` float32 [batch, Q, K + 1], the last class being no-object, and ``boxes`` float32 [batch, Q, 4], cxcywh
-    relative to the unpadded image. The metadata hold ``categories`` (JSON, in label order), ``val_size`` and ``max_size`` (pixels of
-    the short and the long side after resizing), ``mean`` and ``std`` (JSON, of RGB values from 0 to 1).
+    Inputs are ``images`` float32 [batch, 3, height, width], normalized, and ``mask`` bool [batch, height, width], True where padded.
+    Outputs are ``logits`` float32 [batch, Q, K + 1], whose last class is no-object, and ``boxes`` float32 [batch, Q, 4], cxcywh relative to
+    the unpadded image. The metadata of the file are those of :func:`metadata`.
 
     Args:
         model: The model, in eval mode on the CPU.
@@ -90,7 +89,7 @@ def write_onnx(model: DETR, file: Path, data: Data, precision: Literal["fp32", "
         quantize: Whether to store the weights of matrix products as 8-bit integers (onnxruntime's dynamic quantization).
 
     Raises:
-        UserError: If onnx, onnxscript or onnxruntime is missing.
+        UserError: onnx, onnxscript or onnxruntime is missing.
     """
     onnx = _import("onnx")
     _import("onnxscript")

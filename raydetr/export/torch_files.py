@@ -48,10 +48,10 @@ def read_official(file: Path, model: DETR) -> DETR:
 
     Args:
         file: The file.
-        model: The model that it was written from, which says the settings and the categories.
+        model: The model that was written, whose settings and categories the new model gets.
 
     Returns:
-        A new model in eval mode, with a head of these categories only.
+        A new model in eval mode, with a head for these categories only.
 
     Raises:
         UserError: The file cannot be read.
@@ -94,7 +94,7 @@ def read_safetensors(file: Path, model: DETR) -> DETR:
 
     Args:
         file: The file.
-        model: The model that it was written from, which says the settings and the number of categories.
+        model: The model that was written, whose settings and number of categories the new model gets.
 
     Returns:
         A new model in eval mode.

@@ -1,9 +1,9 @@
-"""Confirm a search: train its best settings and the defaults afresh with common seeds, and judge all of them on the same images.
+"""Confirm a search: train its best settings and the defaults again with common seeds, and judge all of them on the same images.
 
-The trainings are the trials of a search of their own in ``SEARCH/confirm/``, whose points are given: one for each pair of settings and
-seed. So they are packed on the cluster, resumed and killed as any trials, and a finished one never runs again. ``scores.json`` in that
-folder has the AP of each training on the judging images, and its values with one image left out. The verdict is
-:func:`raydetr.search.confirm.judge`'s; it is written to ``SEARCH/verdict.json``, and ``best.yaml`` and ``best.pth`` of the search become
+The trainings are the trials of another search in ``SEARCH/confirm/``, whose points are given: one for each pair of settings and seed. They
+are therefore packed on the cluster, resumed and stopped like any trials, and a finished one never runs again. ``scores.json`` in that
+folder has the AP of each training on the images that judge, and the AP without each of these images. The verdict is computed by
+:func:`raydetr.search.confirm.judge` and written to ``SEARCH/verdict.json``. ``best.yaml`` and ``best.pth`` of the search are replaced by
 the confirmed ones.
 """
 
@@ -64,9 +64,9 @@ class Plan:
     """What a confirmation trains.
 
     Attributes:
-        candidates: Trials of the search, without trial 0.
+        candidates: Numbers of trials of the search, without trial 0.
         seeds: The seeds in the order in which they are used.
-        budget: The number of trainings of a race; 0: every setting is trained with every seed.
+        budget: The number of trainings of a race. 0 means no race: every setting is trained with every seed.
     """
 
     candidates: list[int]
@@ -74,10 +74,10 @@ class Plan:
     budget: int = 0
 
     def next_trainings(self, scored: Mapping[tuple[int, int], float]) -> list[tuple[int, int]]:
-        """Return the pairs of settings and seed to train next; none where the confirmation is finished.
+        """Return the pairs of settings (the number of a trial) and seed to train next; none if the confirmation is finished.
 
         Args:
-            scored: AP by pair, of the trainings so far.
+            scored: The AP of the trainings so far, by pair.
         """
         everybody = [DEFAULTS, *self.candidates]
         if not self.budget:
@@ -97,11 +97,11 @@ def make_plan(search: Search, top: int, seeds: int, budget: int | None) -> Plan:
     Args:
         search: The search.
         top: The number of its best complete trials to confirm, besides trial 0.
-        seeds: The number of trainings of each.
-        budget: The number of trainings in all, which replaces ``top`` and ``seeds``; None: these two.
+        seeds: The number of trainings of each, with different seeds.
+        budget: The number of trainings in all, from which ``top`` and ``seeds`` are then derived; None: use ``top`` and ``seeds``.
 
     Raises:
-        UserError: The search has nothing to confirm, or the numbers are too small to say anything.
+        UserError: The search has nothing to confirm, or the numbers are too small for a verdict.
     """
     if seeds < 2 or top < 1:
         raise UserError(f"--top {top} --seeds {seeds}: a confirmation needs at least 1 setting and 2 seeds of each")
@@ -134,18 +134,18 @@ def confirm(
 ) -> dict[str, Any]:
     """Confirm a search, or resume its confirmation with the plan that it began with.
 
-    It is judged on the test split where there is one, otherwise on the validation images with a stricter correction.
+    The test split judges if there is one, otherwise the validation images with a stricter correction.
 
     Args:
         folder: Path or URI of the search.
-        top: The number of its best complete trials to train afresh, besides trial 0.
-        seeds: The number of seeds of each.
-        budget: The number of trainings in all, which replaces ``top`` and ``seeds``.
-        demands: What each training asks of the cluster.
+        top: The number of its best complete trials to train again, besides trial 0.
+        seeds: The number of seeds for each of them.
+        budget: The number of trainings in all, which replaces ``top`` and ``seeds``; None: use these.
+        demands: What each training requests from the cluster.
 
     Returns:
-        The content of ``verdict.json``: the numbers of :class:`raydetr.search.confirm.Verdict`, ``sentence``, ``caveat``, ``judged_on``
-        and ``chosen``, the trial whose settings are in ``best.yaml`` now.
+        The content of ``verdict.json``: the numbers of :class:`raydetr.search.confirm.Verdict`, ``sentence``, ``caveat``, ``judged_on`` and
+        ``chosen``, the trial whose settings are in ``best.yaml`` now.
 
     Raises:
         UserError: There is nothing to confirm, the data changed since the search, or a training failed.
@@ -205,7 +205,7 @@ def check_same_data(search: Search) -> None:
 
 
 def _open(search: Search, place: str, plan: Plan) -> tuple[Search, Plan]:
-    """Return the confirmation, a new one or the one that is there, and its plan."""
+    """Return the confirmation, which is created if it does not exist, and its plan."""
     if (working_folder(place) / STUDY_FILE).exists():
         confirmation = open_search(place)
         if PLAN not in confirmation.study.user_attrs:
@@ -244,7 +244,7 @@ def _point(search: Search, confirmation: Search, setting: int, seed: int) -> dic
 
 
 def _train_and_score(confirmation: Search, search: Search, plan: Plan, split: str, demands: Demands) -> dict[tuple[int, int], dict]:
-    """Train and score everything that is not yet; return the scores by pair."""
+    """Run and score the trainings that have no score yet, and return all scores by pair of settings and seed."""
     base = confirmation.base_config
     base.run.storage = search.path  # the search may have been moved since it began
     with reserved_slots(base, demands.workers, demands.gpus_per_worker()):
@@ -270,7 +270,7 @@ def _train_and_score(confirmation: Search, search: Search, plan: Plan, split: st
 
 
 def _pair(trial: FrozenTrial, plan: Plan) -> tuple[int, int]:
-    """Return which trial of the search, with which seed, a training repeats; the first one is the defaults' own."""
+    """Return which trial of the search a training repeats, and with which seed. The first training is that of the defaults."""
     setting, seed = trial.user_attrs.get(PAIR, (DEFAULTS, plan.seeds[0]))
     return setting, seed
 

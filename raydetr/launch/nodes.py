@@ -28,7 +28,7 @@ QUIET_S = 5  # no message announces a wait for slots that ends sooner
 TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (~/.ray/auth_token)"
 AUTOSCALED = "; with an autoscaler, --run.wait_for_machines_min says how long to wait for its machines"
 LOSS_TIMEOUT_S = 30  # for Ray to notice that a node is gone (five health checks, 3 s apart); workers elsewhere notice at once
-NO_MEMORY = "running low on memory"  # what Ray's memory monitor says of the processes that it kills
+NO_MEMORY = "running low on memory"  # in the error of a process that Ray's memory monitor killed
 PROBE_TIMEOUT_S = 120  # for an answer from each node; its first worker process has to be started
 
 
@@ -100,15 +100,15 @@ def reserved_slots(config: settings.Config, workers: int, gpus_per_worker: float
 
 
 def check_nodes(config: settings.Config, probe: Callable[..., dict[str, Any]] | None = None) -> None:
-    """Check that every node of the cluster has what a run needs; with one node, that an object store accepts the run.
+    """Check that every node of the cluster has what a run needs. With a single node, check only that an object store accepts the run.
 
     Args:
         config: Settings with absolute paths.
         probe: The function that runs on each node, :func:`probe_node` by default.
 
     Raises:
-        UserError: Names the nodes without raydetr or with another version of it, those that do not see the images, and those for which
-            ``run.storage`` is another folder than here or refuses what they write.
+        UserError: Some nodes lack raydetr, have another version of it, do not have the images, or have another folder as ``run.storage``;
+            or the store refuses what they write. The message names the nodes.
     """
     nodes = alive_nodes() if ray.is_initialized() else {}
     storage, alone = config.run.storage, len(nodes) < 2

@@ -110,7 +110,7 @@ def on_loopback() -> Iterator[None]:
 def in_own_process_groups() -> Iterator[None]:
     """Put the processes of a Ray that is started within the context into process groups of their own.
 
-    A signal to this process's group (a closed terminal, ``kill -- -PGID``) then reaches only this process, which shuts Ray down in order.
+    A signal to this process's group (a closed terminal, ``kill -- -PGID``) then reaches only this process, which shuts Ray down gracefully.
     Ray's processes still end with this process: the kernel tells them (PR_SET_PDEATHSIG).
     """
     before = services.ConsolePopen

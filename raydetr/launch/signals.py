@@ -1,4 +1,4 @@
-"""End a run or a search in order at Ctrl-C, SIGTERM (systemd, `ray job stop`, `scancel`) or SIGHUP (a closed terminal)."""
+"""Shut a run or a search down gracefully at Ctrl-C, SIGTERM (systemd, `ray job stop`, `scancel`) or SIGHUP (a closed terminal)."""
 
 import contextlib
 import os
@@ -46,7 +46,7 @@ def ending_signals(end: Callable[[], None] | None = None) -> Iterator[Received]:
     A signal that was ignored before stays ignored (``nohup``). Outside the main thread, where Python allows no handlers, this does nothing.
 
     Args:
-        end: Called for the first signal, to end in order what runs within the context. Any further signal, and the first one without
+        end: Called for the first signal, to end gracefully what runs within the context. Any further signal, and the first one without
             ``end``, raises :class:`KeyboardInterrupt`.
 
     Yields:

@@ -17,13 +17,13 @@ from raydetr.launch.session import DRIVER
 
 @dataclasses.dataclass(frozen=True)
 class Demands:
-    """What the trials of a search ask of the cluster.
+    """The resources that the trials of a search request from the cluster.
 
     Attributes:
-        workers: Training workers of each trial.
-        gpus: GPUs of a trial of one worker; below 1, trials share a GPU. Ignored where there are no GPUs.
-        concurrent: Trials at a time; None: as many as fit, also when nodes come and go.
-        placement: ``"pack"`` puts trials on as few nodes as hold them, ``"spread"`` distributes them over all.
+        workers: Number of training workers of each trial.
+        gpus: GPUs of a trial of one worker; below 1, trials share a GPU. Ignored if there are no GPUs.
+        concurrent: Number of trials at a time; None: as many as fit, also when nodes come and go.
+        placement: ``"pack"`` puts trials on as few nodes as possible, ``"spread"`` distributes them over all nodes.
     """
 
     workers: int = 1
@@ -41,12 +41,12 @@ ONE_WORKER_EACH = Demands()
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """What the cluster gives each trial, or each worker of a trial.
+    """The resources that each trial, or each worker of a trial, gets.
 
     Attributes:
-        concurrent: Trials at a time.
+        concurrent: Number of trials at a time.
         cpus: CPUs of each trial, or of each of its workers.
-        gpus: GPUs of each; 0 without.
+        gpus: GPUs of each; 0 without GPUs.
         placement: As in :class:`Demands`.
     """
 
@@ -61,7 +61,7 @@ def find_slots(config: settings.Config, demands: Demands, trials: int) -> Slots:
 
     Args:
         config: Settings of the trials, of which ``speed.device`` and ``run.wait_for_machines_min`` are used.
-        demands: What each trial asks of the cluster.
+        demands: What each trial requests from the cluster.
         trials: Number of trials in all.
 
     Raises:

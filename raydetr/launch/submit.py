@@ -30,7 +30,7 @@ from raydetr.text import one_line, shortlist
 
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # the environment variables that name a cluster, in Ray's order
 AGENT_WAIT_S = 60  # how long to retry while a cluster that has just started has no node that takes jobs
-STOP_WAIT_S = 300  # the time that `ray job stop` gives a search to end in order; by default Ray kills it after 3 s
+STOP_WAIT_S = 300  # the time that `ray job stop` gives a search to end gracefully; by default Ray kills it after 3 s
 
 # Not sent: data and runs belong on a disk that all nodes see. The patterns are anchored, because raydetr/data/ is code.
 EXCLUDES = ("/data/", "/runs/", "/.venv/", "/.git/", "__pycache__/")

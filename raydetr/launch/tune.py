@@ -68,7 +68,7 @@ def tune(
         config: The settings of trial 0, and the values of all settings that are not in the space.
         space: A search space, a file of one, the name of a ready one, or a mapping.
         trials: Number of trials in all, trial 0 included.
-        demands: What each trial asks of the cluster.
+        demands: What each trial requests from the cluster.
         metric: The COCO metric to maximize.
         sampler: How settings are drawn: ``"tpe"``, ``"gp"``, ``"random"`` or ``"cmaes"``.
         scheduler: What stops trials early: ``"asha"``, ``"median"``, ``"none"`` or ``"pbt"``.
@@ -119,7 +119,7 @@ def resume(
         folder: Path or URI of the search.
         space: Its search space, which is compared with the one that the search began with; None: no comparison.
         trials: Number of trials in all from now on; None: as before.
-        demands: What each trial asks of the cluster.
+        demands: What each trial requests from the cluster.
         time_budget_s: Time in seconds after which the search stops; None: no limit.
 
     Returns:
@@ -220,7 +220,7 @@ def run_trials(search: Search, demands: Demands, slots: Slots, images: list[ray.
 
     Args:
         search: The search.
-        demands: What each trial asks of the cluster.
+        demands: What each trial requests from the cluster.
         slots: What each trial gets, from :func:`raydetr.launch.slots.find_slots`.
         images: A reference to the decoded images, from :func:`share_images`.
         time_budget_s: Time in seconds after which the search stops; None: no limit.

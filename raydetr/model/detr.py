@@ -58,7 +58,7 @@ class DETR(nn.Module):
     Attributes:
         settings: The arguments of :func:`build_model` that build this network again.
         categories: Categories in label order, ``[{"id", "name"}, ...]``; empty unless :func:`raydetr.load` set them.
-        category_names: Where the names are from: ``"file"``, ``"coco"`` (told by the size of the head), or ``"unknown"``.
+        category_names: Where the names are from: ``"file"``, ``"coco"`` (inferred from the size of the head), or ``"unknown"``.
         notes: Lines for the user about how the checkpoint was read.
 
     Raises:
@@ -163,7 +163,7 @@ def build_model(preset: str = "detr_resnet50", num_classes: int = 91, **model_se
 
 
 def postprocess(outputs: dict[str, Any], sizes: Tensor) -> list[dict[str, Tensor]]:
-    """Turn outputs into detections: the best class that is an object, its probability, and the box in pixels.
+    """Convert outputs to detections: the best class that is an object, its probability, and the box in pixels.
 
     This is ``PostProcess`` of the official ``models/detr.py``.
 

@@ -87,7 +87,7 @@ def configure_cuda(speed: Speed) -> None:
     """
     # cuDNN's attention builds a plan for every new shape of a batch, which takes longer than the step itself.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # PyTorch's own default is TF32 in convolutions, with a relative error of 1e-3 where float32 is asked for.
+    # By default PyTorch uses TF32 in convolutions also for float32, with a relative error of 1e-3.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = speed.precision == "tf32"
 
 
@@ -189,7 +189,7 @@ def take_step(training: Training, batches: list[Batch]) -> StepRecord:
     normalizers = training.criterion.normalizers(targets, training.detr.query_embed.num_embeddings)
     model, values = training.model, []
     for number, (images, mask, _) in enumerate(batches):
-        last = number == len(batches) - 1  # whose backward pass adds up the gradients of all workers
+        last = number == len(batches) - 1  # only this backward pass averages the gradients over the workers
         with contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
             outputs = _forward(model, images, mask, training.device, training.dtype)
             losses = _losses(training.criterion, outputs, targets[number], normalizers)
@@ -226,7 +226,7 @@ class EpochLosses:
     """Reads the losses of optimizer steps from the device, ``READ_EVERY`` steps at a time, and averages them over an epoch.
 
     Args:
-        training: Says how the losses are named, on which device they are, and whether fp16 is in use.
+        training: The training, from which the names of the losses, the device and whether fp16 is in use are taken.
         epoch: Number of the epoch, from 1.
         show: Called with the numbers of every step that is read; see :func:`train_one_epoch`.
     """

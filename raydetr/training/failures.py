@@ -10,7 +10,7 @@ import torch
 from raydetr.errors import DiskFull, UserError, is_disk_full
 from raydetr.text import one_line
 
-# How the CUDA libraries say that they are out of memory; PyTorch's own allocator raises OutOfMemoryError. cuDNN finds no engine, and
+# The CUDA libraries' messages about too little memory; PyTorch's own allocator raises OutOfMemoryError. cuDNN finds no engine, and
 # cuBLAS does not start, if there is no memory for their workspace.
 OUT_OF_MEMORY = re.compile(
     r"out of memory|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)|CUDNN_STATUS_\w*ALLOC\w*_FAILED|unable to find an engine"

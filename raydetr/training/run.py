@@ -115,8 +115,8 @@ def build_run(config: Config, reporter: Reporter, root: str, device: torch.devic
 
     Args:
         config: The settings.
-        reporter: Says which worker this is.
-        root: The run folder, a path or a URI.
+        reporter: The reporter of this worker, which knows its rank.
+        root: Path or URI of the run folder.
         device: Where to train.
         start: The checkpoint to resume from; None to start a run.
         best_effort: Shows warnings.

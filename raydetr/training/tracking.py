@@ -102,10 +102,10 @@ class Tracker:
         Args:
             step: Number of optimizer steps taken so far.
             epoch: Number of the epoch, from 1.
-            train: Means over the epoch, of :func:`raydetr.training.engine.train_one_epoch`.
-            val: Losses, of :func:`raydetr.training.engine.evaluate`.
-            metrics: Of :func:`raydetr.evaluate.coco.summarize`.
-            curve: Of :func:`raydetr.evaluate.coco.precision_recall`.
+            train: Means over the epoch, from :func:`raydetr.training.engine.train_one_epoch`.
+            val: Losses, from :func:`raydetr.training.engine.evaluate`.
+            metrics: Result of :func:`raydetr.evaluate.coco.summarize`.
+            curve: Result of :func:`raydetr.evaluate.coco.precision_recall`.
         """
         scalars = {"epoch": epoch}
         scalars |= {f"train_epoch/{name}": train[name] for name in (*LOSSES, "grad_norm")}
@@ -164,9 +164,9 @@ def summary():
 
 
 class _Events:
-    """An event file written by the calling thread, so that errors of the disk are raised there.
+    """An event file that the calling thread writes, so that disk errors are raised in it.
 
-    TensorBoard hides what earlier files of the folder hold at ``purge_step`` and later.
+    TensorBoard hides the events of ``purge_step`` and later steps in earlier files of the folder.
     """
 
     flush_interval_s = 10.0
@@ -303,9 +303,9 @@ def log_line(
 
     Args:
         epoch: Number of the epoch, from 0 as in the official log.
-        train: Means over the epoch, of :func:`raydetr.training.engine.train_one_epoch`.
-        val: Losses, of :func:`raydetr.training.engine.evaluate`.
-        metrics: Of :func:`raydetr.evaluate.coco.summarize`, with the interval of AP where it is known.
+        train: Means over the epoch, from :func:`raydetr.training.engine.train_one_epoch`.
+        val: Losses, from :func:`raydetr.training.engine.evaluate`.
+        metrics: Result of :func:`raydetr.evaluate.coco.summarize`, with the interval of AP if it is known.
         weights: ``weight_dict`` of the criterion.
         parameters: Number of trained parameters.
     """
@@ -330,8 +330,8 @@ def log_line(
 class Log:
     """A run's log.txt: one line of JSON for each epoch.
 
-    Lines of unfinished epochs, by a process that was interrupted, are dropped, and so is a last line that was cut short. The file is
-    written as a whole with every line, so that a line that could not be written is not lost while the run lasts.
+    Lines that an interrupted process wrote for unfinished epochs are dropped, and so is a last line that was cut short. Every call writes
+    the complete file, so that a line that could not be written is written with the next one.
 
     Args:
         path: The file; it need not exist.

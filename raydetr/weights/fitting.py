@@ -34,19 +34,19 @@ Categories = list[dict[str, Any]]
 def load(path: str | Path) -> DETR:
     """Load the model of a checkpoint, ready for inference: in evaluation mode, on the CPU, in float32.
 
-    A checkpoint of raydetr says what its settings and categories are. For any other file, the settings are inferred from its tensors
-    (and DC5 from its name), and the categories are COCO's if the head has their number.
+    A checkpoint of raydetr contains its settings and categories. For any other file, the settings are inferred from its tensors (and DC5
+    from its name), and the categories are COCO's if the head has their number.
 
     Args:
-        path: Path or URL of a checkpoint: raydetr's own, the official DETR's, detectron2's DETR, or a bare state dict of one.
+        path: Path, URL or URI of a checkpoint: raydetr's own, the official DETR's, detectron2's DETR, or a bare state dict of one.
 
     Returns:
         The model. Besides ``settings`` it has ``categories`` (``[{"id", "name"}, ...]`` in label order), ``category_names`` (where their
-        names are from: ``"file"``, ``"coco"``, or ``"unknown"``, when they are called ``class 0``, ``class 1``, ...), and ``notes``, a list
-        of lines for the user about how the file was read.
+        names are from: ``"file"``, ``"coco"``, or ``"unknown"``, in which case they are called ``class 0``, ``class 1``, ...), and
+        ``notes``, a list of lines for the user about how the file was read.
 
     Raises:
-        UserError: The file cannot be read, or does not hold a complete DETR.
+        UserError: The file cannot be read, or does not contain a complete DETR.
     """
     path = located(path)
     content = read_checkpoint(path)
@@ -73,20 +73,21 @@ def load(path: str | Path) -> DETR:
 def load_weights(model: DETR, weights: str, categories: Categories | None = None) -> str:
     """Initialize a model from weights that may have other categories and another number of queries.
 
-    The classification head is taken as it is if the file's categories are the model's, or are unknown and have their number. Otherwise
-    the no-object row and the rows of categories of the same name are kept, and the other rows stay as they were initialized. If the
-    number of queries differs, the first queries are kept.
+    The classification head is copied unchanged if the file's categories are the model's, or are unknown and have their number. Otherwise
+    the no-object row and the rows of categories of the same name are copied, and the other rows stay as they were initialized. If the
+    number of queries differs, the file's first queries are copied.
 
     Args:
-        model: The model; nothing of it is changed if an exception is raised.
-        weights: ``"coco"``, ``"imagenet"``, ``"bundled"``, ``"none"``, a path, or a URL.
+        model: The model. If an exception is raised, it is unchanged.
+        weights: ``"coco"``, ``"imagenet"``, ``"bundled"``, ``"none"``, a path, a URL, or a URI.
         categories: The model's categories in label order, ``[{"id", "name"}, ...]``.
 
     Returns:
-        One line that says what was done.
+        One line that describes what was loaded.
 
     Raises:
         UserError: The weights cannot be read, belong to another network, or match almost nothing of the model.
+        ValueError: The number of categories is not that of the model's classes.
     """
     if categories is not None and len(categories) != model.settings["num_classes"]:
         raise ValueError(f"{len(categories)} categories for a model of {model.settings['num_classes']} classes")
@@ -118,7 +119,7 @@ def _count_and_list(what: str, names: list[str]) -> str:
     return f"{len(names)} {what}" + (f" ({shown})" if names else "")
 
 
-# ------------------------------------------------------------------------------------------------- what a file tells
+# ------------------------------------------------------------------------------------- what is known about a file
 
 
 def _is_backbone(state: dict[str, Tensor]) -> bool:
