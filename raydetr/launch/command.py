@@ -44,9 +44,9 @@ def tune(config: settings.Config, space: Space | str | Path | Mapping[str, Any],
     """Search ``space`` around ``config``.
 
     Args:
-        config: The settings of trial 0, and what the space leaves alone.
+        config: The settings of trial 0, and the values of all settings that are not in the space.
         space: A search space, a file of one, the name of a ready one, or a mapping.
-        **options: Those of :func:`raydetr.launch.tune.tune`.
+        **options (Any): Those of :func:`raydetr.launch.tune.tune`.
 
     Returns:
         The best settings, a table of all trials, and the study.
