@@ -1,13 +1,13 @@
 """Runs, searches and data sets in an object store: folders at ``s3://`` or ``gs://`` and their copies on this computer.
 
-Every function takes a path or a URI. For a local path it does nothing or returns the path, so that callers need not distinguish.
-For a URI there are two local copies below :func:`cache_folder`: the *working copy*, which a run writes and pushes, and the *reading
-copy* for processes that only read, possibly beside a run on the same computer.
+Every function takes a path or a URI, so that callers need not distinguish them. For a local path there is nothing to copy: functions that
+copy do nothing or return the path. For a URI there are two local copies below :func:`cache_folder`: the *working copy*, which a run writes
+and pushes, and the *reading copy* for processes that only read, possibly at the same time as a run on the same computer.
 
-A file counts as unchanged if its size and modification time agree with the object's, as with rsync; fetching and pushing set both to
-the same time. Files and objects are replaced atomically. ``last.pth`` is pushed after all other files and fetched before them, so that
-a process that resumes from it finds everything that belongs to its epoch. A store that does not answer is retried for minutes; a store
-that refuses is reported at once.
+A file counts as unchanged if its size and modification time agree with the object's, as with rsync; fetching and pushing set both to the
+same time. Files and objects are replaced atomically. ``last.pth`` is pushed after all other files and fetched before them, so that a
+process that resumes from it finds everything that belongs to its epoch. If a store does not answer, requests are retried for minutes; if it
+refuses, an error is reported at once.
 """
 
 import base64
@@ -500,8 +500,8 @@ def _get(system: Any, info: Any, target: Path) -> None:
 def _download(system: Any, path: str, file: Path) -> None:
     """Fetch an object as ``file`` and check it against the store's digest.
 
-    Content that does not agree is fetched again, and accepted if it is the same twice: the ETag of an encrypted object looks like a
-    digest of its content, but is not.
+    If the content does not agree with the digest, it is fetched again, and accepted if it is the same twice: the ETag of an encrypted
+    object looks like a digest of its content, but is not.
     """
     before = None
     while True:

@@ -87,14 +87,14 @@ def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def normalize(images: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Normalize a batch of bytes on its device; the padding gets 0, as that of images that are normalized one by one.
+    """Normalize a uint8 batch on its device. Padded pixels become 0, as if each image had been normalized before padding.
 
     Args:
-        images: uint8 [B, 3, H, W].
-        mask: Padding mask, bool [B, H, W]; None if nothing is padded.
+        images: Pixel values from 0 to 255, uint8 [B, 3, H, W].
+        mask: Padding mask, bool [B, H, W], True where padded; None if nothing is padded.
 
     Returns:
-        float32 [B, 3, H, W].
+        Normalized images, float32 [B, 3, H, W].
     """
     mean, std = _constants(images.device)
     images = images.float().sub_(mean).div_(std)
@@ -102,17 +102,17 @@ def normalize(images: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def resized_size(height: int, width: int, short_side: int, max_size: int | None = None) -> tuple[int, int]:
-    """Return the height and width of an image once its short side is ``short_side``, or less where the long one would exceed ``max_size``.
+    """Return the height and width of an image after resizing its shorter side to a length.
 
-    The rounding is that of ``get_size_with_aspect_ratio`` in the official datasets/transforms.py, so that sizes are the official ones.
-    Unlike there, an image so elongated that its short side would get shorter than ``LEAST_SIDE`` is stretched to that side: the networks
-    take no image of a few pixels.
+    If the longer side would exceed ``max_size``, the image becomes smaller. The rounding is that of ``get_size_with_aspect_ratio`` in the
+    official datasets/transforms.py, so that sizes are the official ones. Unlike there, an elongated image whose shorter side would become
+    shorter than ``LEAST_SIDE`` is stretched to that side, because the networks do not accept images of a few pixels.
 
     Args:
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
-        short_side: The wanted length of the shorter side, in pixels.
-        max_size: The largest length of the longer side, in pixels; None for no limit.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        short_side: New length of the shorter side in pixels.
+        max_size: Largest length of the longer side in pixels; None for no limit.
     """
     if max_size is not None and max(height, width) / min(height, width) * short_side > max_size:
         least, short_side = min(short_side, LEAST_SIDE), round(max_size * min(height, width) / max(height, width))

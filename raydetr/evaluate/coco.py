@@ -114,10 +114,10 @@ def check_results(coco: dict, results: list[dict]) -> None:
 
     Args:
         coco: A COCO data set.
-        results: What should be a list of dicts with ``image_id``, ``category_id``, ``bbox`` and ``score``.
+        results: Unchecked value, which should be a list of dicts with ``image_id``, ``category_id``, ``bbox`` and ``score``.
 
     Raises:
-        UserError: An entry is not; the message names the first.
+        UserError: An entry is not such a detection; the message names the first.
     """
     if not isinstance(results, list):
         raise UserError(f"results: expected a list of detections, found a {type(results).__name__}")

@@ -94,7 +94,7 @@ def _ious(names: Iterable[str]) -> list[int]:
 
 
 def _recall(matches: Matches, part: slice, area: int, most: int, weights: np.ndarray, objects: np.ndarray) -> np.ndarray:
-    """Recall [R, IoUs] with ``most`` detections per image; 0 where there is no object."""
+    """Return the recall with ``most`` detections per image, [R, IoUs]; 0 where there are no objects."""
     hits = np.zeros((len(IOUS), weights.shape[1]), np.float32)
     within = matches.rank[part] < most
     for number in range(len(IOUS)):
@@ -104,7 +104,7 @@ def _recall(matches: Matches, part: slice, area: int, most: int, weights: np.nda
 
 
 def _precision(matches: Matches, part: slice, area: int, weights: np.ndarray, objects: np.ndarray, ious: list[int]) -> np.ndarray:
-    """Precision averaged over the recall levels [R, IoUs], of one category and size; 0 where there is no object."""
+    """Return the precision of one category and size, averaged over the recall levels, [R, IoUs]; 0 where there are no objects."""
     image, matched, ignored = matches.image[part], matches.matched[area, :, part], matches.ignored[area, :, part]
     averages = np.zeros((len(weights), len(IOUS)))
     # The number of counted detections above each hit is the same at all IoUs unless some are ignored at one of them only.
@@ -126,7 +126,7 @@ def _precision(matches: Matches, part: slice, area: int, weights: np.ndarray, ob
 
 
 def _counts_above(image: np.ndarray, counted: np.ndarray, hits: np.ndarray, images: int) -> np.ndarray:
-    """How many counted detections each image has down to each of ``hits``, float32 [images, hits] (whole numbers, exact)."""
+    """Return how many counted detections each image has down to each of ``hits``, float32 [images, hits] (whole numbers, exact)."""
     next_hit = np.searchsorted(hits, np.arange(len(image)))
     kept = counted & (next_hit < len(hits))
     counts = np.bincount(image[kept] * len(hits) + next_hit[kept], minlength=images * len(hits))
@@ -134,7 +134,7 @@ def _counts_above(image: np.ndarray, counted: np.ndarray, hits: np.ndarray, imag
 
 
 def _area_under(true_positives: np.ndarray, detected: np.ndarray, objects: np.ndarray) -> np.ndarray:
-    """COCO's average [R] over its recall levels of the highest precision at that recall or more (pycocotools' ``accumulate``).
+    """Return COCO's average, over its recall levels, of the highest precision at that recall or more, [R] (pycocotools' ``accumulate``).
 
     ``true_positives`` and ``detected`` [R, hits] count down to each hit; ``objects`` [R].
     """

@@ -12,7 +12,7 @@ from raydetr.errors import UserError
 class Mailbox:
     """Carries events to show, and the first error that the user can fix, from the workers to the driver.
 
-    A mailbox whose process is killed starts again, empty.
+    If the mailbox's process is killed, it is restarted with an empty mailbox.
     """
 
     def __init__(self):

@@ -33,14 +33,14 @@ PROBE_TIMEOUT_S = 120  # for an answer from each node; its first worker process 
 
 
 def check_listening(what: str, address: str) -> None:
-    """Check that something listens at an address of Ray, which itself would try to connect for minutes.
+    """Check that something listens at the address of a Ray cluster, because Ray itself would try to connect for minutes.
 
     Args:
         what: Where the address comes from, for the error message.
         address: ``HOST:PORT``, a URL, or ``auto``.
 
     Raises:
-        UserError: Nothing listens there, or it is no address of a Ray cluster.
+        UserError: Nothing listens there, or it is not the address of a Ray cluster.
     """
     stale = ""
     if address == "auto":

@@ -1,8 +1,8 @@
-"""Every private part of Ray that raydetr relies on, in one file. Private means: Ray may change it without notice.
+"""Every private part of Ray that raydetr relies on, in one file. Private means that Ray may change it without notice.
 
-All of it was read in Ray 2.60.0, the version that ``pyproject.toml`` allows. ``HOOKS`` lists what must exist, by its full name and
-with the reason for using it; a test resolves each name and so names what a new version of Ray lacks. To move to another version of
-Ray: change the bound in ``pyproject.toml``, run ``tests/launch/test_ray_private.py``, and read what changed around each hook it names.
+All of it was read in Ray 2.60.0, the version that ``pyproject.toml`` allows. ``HOOKS`` lists what must exist, by its full name and with the
+reason for using it. A test resolves each name, and so reports those that a new version of Ray lacks. To move to another version of Ray,
+change the bound in ``pyproject.toml``, run ``tests/launch/test_ray_private.py``, and read what changed around each hook that it reports.
 """
 
 import contextlib
@@ -182,7 +182,7 @@ def lost_part(gcs_address: str, timeout_s: float) -> str | None:
 
 
 def _answers(path: str, timeout_s: float) -> bool:
-    """Whether a process listens on a Unix socket; True where the path is none, as on Windows."""
+    """Return whether a process listens on a Unix socket; True if the path is not a socket, as on Windows."""
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             return True

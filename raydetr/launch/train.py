@@ -1,4 +1,4 @@
-"""One fine-tuning over GPUs and nodes with Ray Train's TorchTrainer."""
+"""Run one fine-tuning on GPUs and nodes with Ray Train's TorchTrainer."""
 
 import contextlib
 import logging

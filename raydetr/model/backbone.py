@@ -310,7 +310,7 @@ class TinyNet(nn.Module):
 
         Args:
             images: Normalized images, float [B, 3, H, W].
-            mask: Padding mask, bool [B, H, W], True where padded; None if nothing is.
+            mask: Padding mask, bool [B, H, W], True where padded; None if nothing is padded.
 
         Returns:
             Float [B, 128, H / 16, W / 16].
@@ -379,7 +379,7 @@ class Backbone(nn.Module):
 
         Args:
             images: Normalized images, float [B, 3, H, W].
-            mask: Padding mask, bool [B, H, W], True where padded; None if nothing is.
+            mask: Padding mask, bool [B, H, W], True where padded; None if nothing is padded.
 
         Returns:
             Features, float [B, C, h, w], and their padding mask, bool [B, h, w] or None.

@@ -94,7 +94,7 @@ class DETR(nn.Module):
 
         Args:
             images: Normalized images, float [B, 3, H, W].
-            mask: Padding mask, bool [B, H, W], True where padded; None if nothing is.
+            mask: Padding mask, bool [B, H, W], True where padded; None if nothing is padded.
 
         Returns:
             A dict with ``pred_logits`` [B, Q, K + 1] (the last class is no-object) and ``pred_boxes`` [B, Q, 4] (cxcywh, relative to the
@@ -109,7 +109,7 @@ class DETR(nn.Module):
 
         Args:
             features: Feature map of the backbone, float [B, C, h, w].
-            mask: Its padding mask, bool [B, h, w], True where padded; None if nothing is.
+            mask: Its padding mask, bool [B, h, w], True where padded; None if nothing is padded.
 
         Returns:
             The projected feature map, float [B, D, h, w]; the states of the object queries, float [layers, B, Q, D], of the last decoder

@@ -112,7 +112,7 @@ class EncoderLayer(nn.Module):
         Args:
             x: Float [B, S, D].
             position: Position encoding, float [B, S, D] or [1, S, D].
-            attend: Bool [B, 1, 1, S], True for cells that are not padded; None if none is.
+            attend: Bool [B, 1, 1, S], True for cells that are not padded; None if no cell is padded.
         """
         if self.pre_norm:
             x = x + self.dropout(self._attention(self.norm1(x), position, attend))
@@ -159,7 +159,7 @@ class DecoderLayer(nn.Module):
             query_position: Learned query embeddings, float [1, Q, D].
             memory: Output of the encoder, float [B, S, D].
             memory_keys: ``memory`` plus its position encoding, float [B, S, D].
-            attend: Bool [B, 1, 1, S], True for cells that are not padded; None if none is.
+            attend: Bool [B, 1, 1, S], True for cells that are not padded; None if no cell is padded.
         """
         if self.pre_norm:
             x = x + self.dropout(self._self_attention(self.norm1(x), query_position))
@@ -234,7 +234,7 @@ class Decoder(nn.Module):
             query_position: Learned query embeddings, float [1, Q, D].
             memory: Output of the encoder, float [B, S, D].
             memory_keys: ``memory`` plus its position encoding, float [B, S, D].
-            attend: Bool [B, 1, 1, S], True for cells that are not padded; None if none is.
+            attend: Bool [B, 1, 1, S], True for cells that are not padded; None if no cell is padded.
             every_layer: Return the states of every layer instead of the last one's.
         """
         x = query_position.new_zeros(memory.shape[0], *query_position.shape[1:])
@@ -274,7 +274,7 @@ class Transformer(nn.Module):
         Args:
             source: Projected feature map, float [B, S, D].
             position: Its position encoding, float [B, S, D] or [1, S, D].
-            padded: Padding mask, bool [B, S], True where padded; None if nothing is.
+            padded: Padding mask, bool [B, S], True where padded; None if nothing is padded.
             queries: Learned query embeddings, float [Q, D].
             every_layer: Return the states after every decoder layer instead of only the last.
 

@@ -354,7 +354,7 @@ class Detections(NamedTuple):
     labels: np.ndarray  # int64 [N, Q], 0..K-1
 
     def results(self, categories: list[dict]) -> list[dict]:
-        """Return them as COCO results: a list of dicts with ``image_id``, ``category_id``, ``bbox`` (xywh, pixels) and ``score``.
+        """Return the detections as COCO results: dicts with ``image_id``, ``category_id``, ``bbox`` (xywh, pixels) and ``score``.
 
         Args:
             categories: Dicts with ``id``, in label order.
@@ -375,11 +375,11 @@ def evaluate(
     """Compute the losses and detections of a whole data set.
 
     Args:
-        model: The network itself, not wrapped in DistributedDataParallel: workers may have different numbers of batches.
+        model: The network itself, not wrapped in DistributedDataParallel, because workers may have different numbers of batches.
         criterion: Computes the losses.
         loader: This worker's batches. An image should be in the batches of one worker only.
         device: Where ``model`` is.
-        dtype: Of the forward pass.
+        dtype: Dtype of the forward pass.
 
     Returns:
         The losses by name (``loss`` is the weighted sum, the others are not weighted) and the detections in the images of all workers.

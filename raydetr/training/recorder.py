@@ -33,15 +33,15 @@ class EpochResults:
 
 
 class Recorder:
-    """Writes the run folder: config.yaml, log.txt, tb/, best.pth and last.pth. Use it as a context manager.
+    """Writes the run folder: config.yaml, log.txt, tb/, best.pth and last.pth. It is a context manager, which closes TensorBoard's file.
 
-    A checkpoint that cannot be written ends the run. Pictures, TensorBoard events and log.txt that cannot be written are a warning.
+    A checkpoint that cannot be written ends the run. If pictures, TensorBoard events or log.txt cannot be written, the user is warned.
 
     Args:
         run: The run, before its first step.
 
     Raises:
-        UserError: The folder cannot be written, or what is in it is damaged.
+        UserError: The folder cannot be written, or a file in it is damaged.
     """
 
     def __init__(self, run: Run):

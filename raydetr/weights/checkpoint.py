@@ -1,8 +1,9 @@
-"""Checkpoint files: written atomically, and read without running what they contain.
+"""Checkpoint files: written atomically, and read without running code that they contain.
 
 A checkpoint of raydetr is a dict: ``model`` (the weights to use, a state dict under the official DETR's names), ``settings`` (the whole
-tree as nested dicts), ``categories`` (``[{"id", "name"}, ...]`` in label order), ``epoch``, ``metrics``, and, for resuming,
-``optimizer``, ``lr_scheduler``, ``scaler``, ``ema``, and ``random``.
+tree as nested dicts), ``categories`` (``[{"id", "name"}, ...]`` in label order), ``data`` (fingerprints of the data sets), ``epoch``,
+``step``, ``metrics``, and, for resuming, ``optimizer``, ``lr_scheduler``, ``scaler``, ``ema``, ``ema_updates``, ``trained`` (the weights
+whose moving average ``model`` is), ``random`` and ``progress``.
 """
 
 import argparse

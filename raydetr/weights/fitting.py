@@ -127,7 +127,7 @@ def _is_backbone(state: dict[str, Tensor]) -> bool:
 
 
 def _head_rows(state: dict[str, Tensor]) -> int | None:
-    """Return the rows of the classification head, no-object included; None if there is no sound head."""
+    """Return the number of rows of the classification head, no-object included; None if there is no valid head."""
     weight, bias = state.get(HEAD[0]), state.get(HEAD[1])
     if weight is None or bias is None or weight.dim() != 2 or bias.shape != weight.shape[:1] or len(weight) < 2:
         return None
