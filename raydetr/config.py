@@ -1,12 +1,12 @@
 """The tree of settings: the default, the bounds and the meaning of every setting, defined once.
 
-A dotted name such as ``optim.lr`` is an attribute (``config.optim.lr``), a flag (``--optim.lr``), a key in a YAML file, a
-dimension of a search space, a row of the HPARAMS page and a field of the saved checkpoint. Leaf names are those of the
-official DETR's ``main.py`` where it has them.
+A dotted name such as ``optim.lr`` is an attribute (``config.optim.lr``), a flag (``--optim.lr``), a key in a YAML file, a dimension of a
+search space, a row of the HPARAMS page and a field of the saved checkpoint. Leaf names are those of the official DETR's ``main.py`` where
+it has them.
 
-Values are parsed and checked against their bounds once, where they come in: :func:`load_config` takes unchecked values from
-Python, :func:`read_yaml` those of a file, :func:`parse_settings` those of the command line. From there on the tree itself is passed
-on; :func:`with_settings` makes a changed copy of it.
+Values are parsed and checked against their bounds once, where they enter the program: :func:`load_config` takes unchecked values from
+Python, :func:`read_yaml` those of a file, :func:`parse_settings` those of the command line. All other functions take the tree itself, and
+:func:`with_settings` returns a changed copy of it.
 """
 
 import copy
@@ -32,16 +32,19 @@ DEEPEST = 20  # levels of nesting in a YAML file
 def setting(
     default: Any, meaning: str, *, low: float | None = None, high: float | None = None, choices: list | None = None, span=False, auto=False
 ) -> Any:
-    """Declare a field of the tree.
+    """Declare a field of the tree of settings.
 
     Args:
-        default: The value where nothing else is given.
+        default: The value if nothing else is given.
         meaning: One line for ``--help`` and the documentation.
-        low: The smallest value allowed; of a list, for every entry.
-        high: The largest value allowed; of a list, for every entry.
-        choices: The values allowed, where they can be listed.
-        span: Whether the setting also takes text ``MIN:MAX``; both ends are within the bounds.
+        low: The smallest allowed value; for a list, of each entry.
+        high: The largest allowed value; for a list, of each entry.
+        choices: The allowed values, if they can be listed.
+        span: Whether the setting also takes the text ``MIN:MAX``, with both ends within the bounds.
         auto: Whether the setting also takes the text ``auto``.
+
+    Returns:
+        A dataclass field.
     """
     metadata = {"meaning": meaning, "low": low, "high": high, "choices": choices, "span": span, "auto": auto}
     if isinstance(default, list):
@@ -254,10 +257,24 @@ class Config:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Setting:
-    """The description of one setting: dotted name, type, default, bounds, choices and meaning."""
+    """The description of one setting.
+
+    Attributes:
+        name: The dotted name.
+        type: ``bool``, ``int``, ``float`` or ``str``; for a list, the type of its entries.
+        is_list: Whether the value is a list.
+        optional: Whether the value may be None.
+        default: The default.
+        low: The smallest allowed value, or None.
+        high: The largest allowed value, or None.
+        choices: The allowed values if they can be listed, or None.
+        meaning: One line for ``--help`` and the documentation.
+        span: Whether the value may also be the text ``MIN:MAX`` with two integers.
+        auto: Whether the value may also be the text ``auto``.
+    """
 
     name: str
-    type: Any  # bool, int, float or str; of a list, the type of its entries
+    type: Any
     is_list: bool
     optional: bool
     default: Any
@@ -265,8 +282,8 @@ class Setting:
     high: float | None
     choices: list | None
     meaning: str
-    span: bool  # an integer, or text "MIN:MAX" with two
-    auto: bool  # or the text "auto"
+    span: bool
+    auto: bool
 
     def bounds(self) -> str:
         """Return the allowed values in words, such as ``0.0 to 1.0``; empty if every value is allowed."""
@@ -285,7 +302,7 @@ class Setting:
             value: A value of the setting's type, or its text.
 
         Returns:
-            The value as the tree holds it.
+            The value in the form in which the tree of settings keeps it.
 
         Raises:
             UserError: The value has another type or is out of bounds.
@@ -380,12 +397,19 @@ PATH_SETTINGS = (
     "run.storage",
 )
 
-# Applied before a preset, so that nothing of an earlier preset remains.
+# Applied before a preset, so that no value of an earlier preset remains.
 _PRESET_DEFAULTS = {name: SETTINGS[name].default for changes in PRESETS.values() for name in changes}
 
 
 def find_setting(name: str) -> Setting:
-    """Return the setting with that dotted name. An unknown name raises a UserError that suggests the nearest one."""
+    """Return the setting with a dotted name.
+
+    Args:
+        name: The name, such as ``optim.lr``.
+
+    Raises:
+        UserError: There is no such setting; the message suggests the nearest name.
+    """
     if name in SETTINGS:
         return SETTINGS[name]
     by_leaf = {known.split(".")[1]: known for known in SETTINGS}
@@ -397,14 +421,27 @@ def find_setting(name: str) -> Setting:
 
 
 def preset_settings(preset: str) -> dict[str, Any]:
-    """Return the value of every setting, by dotted name, that a preset starts from: the defaults with the preset's changes."""
+    """Return the values that a preset starts from: the defaults with the preset's changes.
+
+    Args:
+        preset: Name of the preset, a key of ``PRESETS``.
+
+    Returns:
+        The value of every setting by dotted name.
+
+    Raises:
+        UserError: There is no such preset.
+    """
     preset = SETTINGS["model.preset"].parse(preset)
     defaults = {name: each.default for name, each in SETTINGS.items()}
     return {**defaults, "model.preset": preset, **PRESETS[preset]}
 
 
 def parse_settings(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Parse the values of a mapping from dotted names (or nested sections) to unchecked values.
+    """Parse and check values that come from outside, each on its own.
+
+    Args:
+        layer: A mapping from dotted names, or from nested sections, to unchecked values.
 
     Returns:
         The parsed values by dotted name, as :func:`with_settings` takes them.
@@ -473,8 +510,12 @@ def _check_together(config: Config) -> None:
 def check_run_name(name: str) -> None:
     """Check that ``run.name`` can be the name of a folder.
 
+    Args:
+        name: The name.
+
     Raises:
-        UserError: The name is blank, too long, or has a slash, a backslash or a control character in it.
+        UserError: The name is blank, longer than ``LONGEST_NAME`` bytes in UTF-8, ``.`` or ``..``, or has a slash, a backslash or an
+            unprintable character in it.
     """
     if not name.strip():
         raise UserError("run.name: is blank; give the run a name, or leave the setting out for a name made from preset and time")
@@ -485,20 +526,39 @@ def check_run_name(name: str) -> None:
 
 
 def least_and_most_workers(config: Config) -> tuple[int, int]:
-    """Return both ends of ``run.workers``, which :func:`with_workers` has set; they are equal if it is a plain number."""
+    """Return both ends of ``run.workers``; they are equal if it is a plain number.
+
+    Args:
+        config: Settings without ``auto`` in ``run.workers``, as :func:`with_workers` returns them.
+
+    Returns:
+        The smallest and the largest number of workers.
+    """
     least, _, most = str(config.run.workers).partition(":")
     return int(least), int(most or least)
 
 
 def with_workers(config: Config, gpus: int) -> Config:
-    """Return the settings with a number in place of ``auto`` in ``run.workers``: a worker for each GPU, and one on CPUs."""
+    """Return the settings with a number in place of ``auto`` in ``run.workers``: one worker for each GPU, or one worker on CPUs.
+
+    Args:
+        config: The settings; they are not changed.
+        gpus: Number of GPUs of this machine or of the cluster.
+    """
     if config.run.workers != "auto":
         return config
     return with_settings(config, {"run.workers": max(1, gpus) if config.speed.device != "cpu" else 1})
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested sections as dotted names: ``{"optim": {"lr": 1}}`` and ``{"optim.lr": 1}`` both give ``{"optim.lr": 1}``."""
+    """Return the leaves of nested mappings by dotted name.
+
+    ``{"optim": {"lr": 1}}`` and ``{"optim.lr": 1}`` both become ``{"optim.lr": 1}``.
+
+    Args:
+        tree: The mapping.
+        prefix: Text before every name.
+    """
     flat = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -509,24 +569,35 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """Return the settings as nested plain data: section, leaf, value."""
+    """Return the settings as nested dicts of plain values: section, leaf, value.
+
+    Args:
+        config: The settings.
+    """
     return dataclasses.asdict(config)
 
 
 def by_name(config: Config) -> dict[str, Any]:
-    """Return the value of every setting by its dotted name."""
+    """Return the value of every setting by its dotted name.
+
+    Args:
+        config: The settings.
+    """
     return flatten(to_dict(config))
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a settings file.
 
+    Args:
+        path: The YAML file.
+
     Returns:
-        The parsed values of the settings in the file, by dotted name; empty if the file is.
+        The parsed values of the settings in the file, by dotted name; empty if the file is empty.
 
     Raises:
-        UserError: The file cannot be read, is not a YAML mapping, or holds an unknown setting or a bad value. The message names the
-            file and the line.
+        UserError: The file cannot be read, is not a YAML mapping, or has an unknown setting or a bad value. The message names the file and
+            the line.
     """
     values = {}
     for name, value, line in yaml_leaves(path):
@@ -542,8 +613,11 @@ def read_config(path: str | Path) -> Config:
 
     Settings that the file does not have, because an earlier version wrote it, get their defaults.
 
+    Args:
+        path: The file.
+
     Raises:
-        UserError: As :func:`read_yaml`, and if the file is empty: no run has only default settings.
+        UserError: As for :func:`read_yaml`, and if the file is empty, which a run's file never is.
     """
     values = read_yaml(path)
     if not values:
@@ -556,7 +630,7 @@ def yaml_leaves(path: str | Path, depth: int | None = None) -> Iterator[tuple[st
 
     Args:
         path: The file.
-        depth: How many dots a name gets from nested mappings; None: all mappings are unfolded.
+        depth: How many levels of nested mappings are unfolded, which is the largest number of dots in a name; None: all levels.
 
     Yields:
         Dotted name, value and line number of each leaf.
@@ -589,7 +663,13 @@ def _leaves_of(node: yaml.MappingNode, prefix: str, depth: int | None) -> Iterat
 
 
 def read_yaml_nodes(path: str | Path) -> yaml.Node | None:
-    """Read a YAML file as PyYAML's nodes, which know their lines; None if the file is empty.
+    """Read a YAML file as PyYAML's nodes, which know their line numbers.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The root node, or None if the file is empty.
 
     Raises:
         UserError: The file cannot be read, is not YAML, refers to itself, or is nested too deeply. The message names the line.
@@ -624,7 +704,15 @@ def _check_nesting(node: yaml.Node, path: str | Path, above: tuple[yaml.Node, ..
 
 
 def yaml_value(node: yaml.Node, path: str | Path) -> Any:
-    """Return the plain value of a node of :func:`read_yaml_nodes`; ``path`` is the file that a UserError names."""
+    """Return the value of a YAML node in plain Python types.
+
+    Args:
+        node: A node from :func:`read_yaml_nodes`.
+        path: Its file, for the error message.
+
+    Raises:
+        UserError: The node has a value that YAML does not allow, such as a date with month 13.
+    """
     try:
         return yaml.SafeLoader("").construct_document(node)
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:  # a date of month 13 raises ValueError
@@ -633,5 +721,13 @@ def yaml_value(node: yaml.Node, path: str | Path) -> Any:
 
 
 def write_yaml(config: Config, path: str | Path) -> None:
-    """Write all settings as YAML, atomically. A run started from the file repeats this one. Raises OSError."""
+    """Write all settings as YAML, atomically. A run that is started from the file repeats the run with these settings.
+
+    Args:
+        config: The settings.
+        path: The file to create or replace.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     atomic_write_text(Path(path), yaml.safe_dump(to_dict(config), sort_keys=False))

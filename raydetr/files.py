@@ -16,10 +16,10 @@ LEFTOVER_S = 3600  # a partial file that was not written to for so long was left
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that replaces ``path`` when the block ends without an error, and leaves no trace when it does not.
+    """Open a file that replaces ``path`` when the block ends without an error, and is deleted if the block raises one.
 
-    The content is on the disk before it replaces ``path``, so that a reader, or a machine that lost its power, has either the old
-    file or the new one. Partial files that killed processes left beside ``path`` are deleted.
+    The content is on the disk before it replaces ``path``, so that a reader, or a machine that lost its power, has either the old file or
+    the new one. Partial files that killed processes left beside ``path`` are deleted.
 
     Args:
         path: The file to create or to replace. Its folder must exist.
@@ -46,25 +46,33 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by a file with that text in UTF-8, atomically; characters that are not valid Unicode become question marks."""
+    """Replace a file by a text in UTF-8, atomically.
+
+    Args:
+        path: The file to create or to replace. Its folder must exist.
+        text: The content. Characters that are not valid Unicode become question marks.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     with atomic_write(path) as file:
         file.write(text.encode("utf-8", errors="replace"))
 
 
 @contextlib.contextmanager
 def one_process(lock_file: Path, *, wait: bool = True, waiting_for: str = "") -> Iterator[None]:
-    """Keep other processes of this machine out of the block, by a lock on a file.
+    """Keep other processes of this machine out of the block by a lock on a file.
 
-    The operating system frees the lock of a process that was killed. On a file system without locks the block runs unlocked, and a
+    The operating system releases the lock of a process that was killed. On a file system without locks the block runs without one, and a
     line on stderr says so.
 
     Args:
-        lock_file: The file to lock; it is created together with its folder and stays.
-        wait: Whether to wait for another process that holds the lock.
-        waiting_for: What the other process does. Where it is given and the wait lasts longer than a second, a line on stderr says so.
+        lock_file: The file to lock. It is created together with its folder, and is not deleted.
+        wait: Whether to wait if another process holds the lock.
+        waiting_for: What the other process does. If it is given and the wait lasts longer than a second, a line on stderr says so.
 
     Raises:
-        TimeoutError: Another process holds the lock and ``wait`` is false.
+        TimeoutError: Another process holds the lock and ``wait`` is False.
         UserError: The file cannot be created or locked.
     """
     from filelock import FileLock, Timeout  # loaded late: every command imports this module

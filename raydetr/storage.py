@@ -1,13 +1,13 @@
 """Runs, searches and data sets in an object store: folders at ``s3://`` or ``gs://`` and their copies on this computer.
 
-Every function takes a path or a URI. For a local path it does nothing or returns the path, so that callers need not distinguish.
-For a URI there are two local copies below :func:`cache_folder`: the *working copy*, which a run writes and pushes, and the *reading
-copy* for processes that only read, possibly beside a run on the same computer.
+Every function takes a path or a URI, so that callers need not distinguish them. For a local path there is nothing to copy: functions that
+copy do nothing or return the path. For a URI there are two local copies below :func:`cache_folder`: the *working copy*, which a run writes
+and pushes, and the *reading copy* for processes that only read, possibly at the same time as a run on the same computer.
 
-A file counts as unchanged if its size and modification time agree with the object's, as with rsync; fetching and pushing set both to
-the same time. Files and objects are replaced atomically. ``last.pth`` is pushed after all other files and fetched before them, so that
-a process that resumes from it finds everything that belongs to its epoch. A store that does not answer is retried for minutes; a store
-that refuses is reported at once.
+A file counts as unchanged if its size and modification time agree with the object's, as with rsync; fetching and pushing set both to the
+same time. Files and objects are replaced atomically. ``last.pth`` is pushed after all other files and fetched before them, so that a
+process that resumes from it finds everything that belongs to its epoch. If a store does not answer, requests are retried for minutes; if it
+refuses, an error is reported at once.
 """
 
 import base64
@@ -33,7 +33,7 @@ from raydetr.text import count
 SCHEMES = ("s3://", "gs://")
 PATIENCE_S = 300  # how long a store that does not answer is retried; other workers of a run wait twice as long for rank 0
 LONGEST_PAUSE_S = 10  # between two attempts
-GOOGLE_PATIENCE_S = 10  # pyarrow's own retries with Google's store, which otherwise last a quarter of an hour
+GOOGLE_PATIENCE_S = 10  # how long pyarrow itself retries with Google's store; its default is a quarter of an hour
 CHUNK_BYTES = 8 << 20  # transferred at a time
 THREADS = 16  # concurrent transfers, because small files spend their time waiting for answers
 ANNOUNCED_BYTES = 50e6  # larger transfers are announced
@@ -41,7 +41,7 @@ LAST = "last.pth"
 OWNER = ".owner"  # the file in an unfinished run with the token of the process that writes it
 TOKEN = re.compile(r"[0-9a-f]{32}")
 EVENTS = "*tfevents*"  # files that are only ever appended to
-STAYS_HERE = ("ray",)  # Ray's own folder in a run folder, of use only to the processes that made it; never pushed
+STAYS_HERE = ("ray",)  # never pushed: Ray's own folder in a run folder, which only the processes that made it use
 ENDPOINT = "AWS_ENDPOINT_URL"  # names an S3 store other than Amazon's
 # What workers on other nodes need to know about the store; each node has its own keys.
 ENVIRONMENT = (ENDPOINT, "AWS_REGION", "AWS_DEFAULT_REGION")
@@ -54,20 +54,28 @@ REFUSED = re.compile(
 
 
 def is_uri(path: str | Path) -> bool:
-    """Return whether a path is a URI in an object store."""
+    """Return whether a path is a URI in an object store.
+
+    Args:
+        path: Path or URI.
+    """
     return str(path).startswith(SCHEMES)
 
 
 def store_environment() -> dict[str, str]:
-    """Return the environment variables of this process that say where the store is."""
+    """Return the environment variables of this process that tell where the object store is."""
     return {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
 
 
 def check_path(name: str, path: str) -> None:
-    """Check a path or URI given as the setting or flag ``name``.
+    """Check a path or URI that was given as a setting or a flag.
+
+    Args:
+        name: Name of the setting or flag, for the error message.
+        path: Path or URI.
 
     Raises:
-        UserError: It is a URI of another kind, or has a key in it.
+        UserError: It is a URI with an unknown scheme, is not of the form ``s3://bucket/folder``, or has a key in it.
     """
     if is_uri(path):
         with _named(name):
@@ -77,38 +85,65 @@ def check_path(name: str, path: str) -> None:
 
 
 def absolute(path: str | Path) -> str:
-    """Return a path or URI that is valid in any working directory."""
+    """Return a path or URI in a form that is valid in any working directory.
+
+    Args:
+        path: Path or URI. ``~`` is expanded, and symbolic links are kept.
+    """
     return str(path) if is_uri(path) else str(Path(path).expanduser().absolute())
 
 
 def join(path: str | Path, *names: str) -> str:
-    """Return a path or URI below another."""
+    """Return the path or URI of something below a folder.
+
+    Args:
+        path: Path or URI of the folder.
+        *names: Names of subfolders and of the file, from the outside in.
+    """
     return "/".join([str(path).rstrip("/"), *names]) if is_uri(path) else str(Path(path, *names))
 
 
 def split(path: str | Path) -> tuple[str, str]:
-    """Return the parent of a path or URI, and its name there."""
+    """Split a path or URI into its parent and its name in that parent.
+
+    Args:
+        path: Path or URI; slashes at its end do not count.
+
+    Returns:
+        The parent and the name. The parent is empty if there is none.
+    """
     around, _, name = str(path).rstrip("/").rpartition("/")
     return around, name
 
 
 def cache_folder() -> Path:
-    """Return the folder of local copies: ``RAYDETR_CACHE``, else ``raydetr`` in the user's cache folder. It may be emptied between runs."""
+    """Return the folder of local copies: ``RAYDETR_CACHE``, else ``raydetr`` in the user's cache folder.
+
+    It may be emptied when no run uses it.
+    """
     given = os.environ.get("RAYDETR_CACHE")
     return Path(given or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "raydetr")).expanduser().absolute()
 
 
 def working_folder(path: str | Path) -> Path:
-    """Return the local folder that a run writes: the path itself, or the working copy of a URI in its current state."""
+    """Return the local folder that a run writes: the path itself, or the working copy of a URI as it is now.
+
+    Nothing is fetched, and the folder need not exist.
+
+    Args:
+        path: Path or URI of the folder.
+    """
     return _copy("work", path) if is_uri(path) else Path(path).expanduser()
 
 
 def fetch(path: str | Path, *, only: str = "*", recursive: bool = True) -> Path:
-    """Update the working copy of a folder to what the store holds, and return it. Files that the store does not hold are deleted.
+    """Update the working copy of a folder to what the store holds, and return it.
+
+    Files that the store does not hold are deleted. Nothing happens for a local path.
 
     Args:
         path: Path or URI of the folder.
-        only: A pattern for the names of the files to fetch, relative to the folder.
+        only: A pattern, such as ``*.pth``, for the names of the files to fetch, relative to the folder.
         recursive: Whether to include subfolders.
 
     Returns:
@@ -125,7 +160,7 @@ def fetch(path: str | Path, *, only: str = "*", recursive: bool = True) -> Path:
 
 
 def fetched(path: str | Path, *, only: str = "*", recursive: bool = True) -> Path:
-    """Update the reading copy of a folder or a file, and return it.
+    """Update the reading copy of a folder or a file to what the store holds, and return it.
 
     Args:
         path: Path or URI of the folder or file.
@@ -136,7 +171,7 @@ def fetched(path: str | Path, *, only: str = "*", recursive: bool = True) -> Pat
         The local folder or file.
 
     Raises:
-        UserError: There is nothing at the URI, or as for :func:`fetch`.
+        UserError: There is nothing at the URI, or the store refuses or does not answer.
         OSError: The local disk fails.
     """
     if not is_uri(path):
@@ -157,7 +192,17 @@ def fetched(path: str | Path, *, only: str = "*", recursive: bool = True) -> Pat
 
 
 def file_sizes(path: str) -> dict[str, int]:
-    """Return the sizes in bytes of all files below a folder by their relative names. Raises a UserError if there is none."""
+    """Return the size of each file in a folder and its subfolders.
+
+    Args:
+        path: Path or URI of the folder.
+
+    Returns:
+        The sizes in bytes, by the files' names relative to the folder.
+
+    Raises:
+        UserError: There is no such local folder, or the store refuses or does not answer. An empty URI has no files.
+    """
     if is_uri(path):
         return {name: info.size for name, info in _objects(path, recursive=True, hidden=True).items()}
     folder = Path(path).expanduser()
@@ -167,7 +212,20 @@ def file_sizes(path: str) -> dict[str, int]:
 
 
 def push(path: str | Path, *, only: str = "*", recursive: bool = True, patience_s: float = PATIENCE_S) -> None:
-    """Push the changed files of a working copy to its store, retrying for ``patience_s``; otherwise as :func:`fetch`."""
+    """Push the changed files of a working copy to its store. Nothing happens for a local path.
+
+    Files that only the store holds stay there.
+
+    Args:
+        path: Path or URI of the folder.
+        only: A pattern for the names of the files to push, relative to the folder.
+        recursive: Whether to include subfolders.
+        patience_s: How long to retry while the store does not answer, in seconds.
+
+    Raises:
+        UserError: The store refuses, or does not answer for ``patience_s``.
+        OSError: The local disk fails.
+    """
     if not is_uri(path):
         return
     uri, folder = str(path), working_folder(path)
@@ -186,11 +244,14 @@ def push(path: str | Path, *, only: str = "*", recursive: bool = True, patience_
 
 
 def copy(source: str, target: str) -> None:
-    """Copy an object within its store, replacing ``target``. Does nothing if there is no ``source``.
+    """Copy an object within its store, replacing ``target``. Nothing happens if there is no ``source``.
 
     Args:
         source: URI of the object to copy.
-        target: URI to copy it to.
+        target: URI to copy it to, in the same store.
+
+    Raises:
+        UserError: The store refuses or does not answer.
     """
     system = _file_system(source)
     with contextlib.suppress(FileNotFoundError):
@@ -233,7 +294,20 @@ def write_token(path: str, name: str, token: str, patience_s: float = PATIENCE_S
 
 
 def read_token(path: str, name: str, patience_s: float = PATIENCE_S) -> str | None:
-    """Return the content of such a file, None if there is none. Raises as :func:`write_token`."""
+    """Read a token that :func:`write_token` wrote.
+
+    Args:
+        path: Path or URI of the folder.
+        name: Name of the file.
+        patience_s: How long to retry while the store does not answer, in seconds.
+
+    Returns:
+        The content of the file, or None if there is no file.
+
+    Raises:
+        UserError: The store refuses or does not answer.
+        OSError: The file cannot be read.
+    """
     with contextlib.suppress(FileNotFoundError):
         if is_uri(path):
             return _ask(path, lambda: _read(join(path, name)).decode(errors="replace"), patience_s)
@@ -242,7 +316,20 @@ def read_token(path: str, name: str, patience_s: float = PATIENCE_S) -> str | No
 
 
 def remove_tokens(path: str, beginning: str, patience_s: float = PATIENCE_S) -> list[str]:
-    """Delete the files whose names begin with ``beginning``, and return their names. Raises as :func:`write_token`."""
+    """Delete the files of a folder whose names begin with a text, without subfolders.
+
+    Args:
+        path: Path or URI of the folder.
+        beginning: The beginning of the names.
+        patience_s: How long to retry while the store does not answer, in seconds.
+
+    Returns:
+        The names of the deleted files.
+
+    Raises:
+        UserError: The store refuses or does not answer.
+        OSError: A file cannot be deleted.
+    """
     if not is_uri(path):
         files = list(Path(path).expanduser().glob(f"{beginning}*"))
         for file in files:
@@ -255,14 +342,37 @@ def remove_tokens(path: str, beginning: str, patience_s: float = PATIENCE_S) -> 
 
 
 def become_owner(path: str | Path) -> str:
-    """Make this process the one that writes a run, whichever did before, and return its token for :func:`check_owner`."""
+    """Make this process the only one that may write a run, whichever did before.
+
+    Args:
+        path: Path or URI of the run.
+
+    Returns:
+        This process's token, for :func:`check_owner`.
+
+    Raises:
+        UserError: The store refuses or does not answer.
+        OSError: The disk of a local folder cannot be written.
+    """
     token = secrets.token_hex(16)
     write_token(str(path), OWNER, token)
     return token
 
 
 def stamp(path: str | Path, name: str, patience_s: float = PATIENCE_S) -> tuple[int, int] | None:
-    """Return the size in bytes and the modification time in ns of a file in a folder or below a URI, None if there is none."""
+    """Return the size and the modification time of a file, which together tell whether it has changed.
+
+    Args:
+        path: Path or URI of the folder.
+        name: Name of the file, relative to the folder.
+        patience_s: How long to retry while the store does not answer, in seconds.
+
+    Returns:
+        The size in bytes and the modification time in nanoseconds, or None if there is no such file.
+
+    Raises:
+        UserError: The store refuses or does not answer.
+    """
     if is_uri(path):
         info = _ask(str(path), lambda: _file_system(str(path)).get_file_info(_path_of(join(path, name))), patience_s)
         return (info.size, info.mtime_ns) if info.is_file else None
@@ -273,10 +383,11 @@ def stamp(path: str | Path, name: str, patience_s: float = PATIENCE_S) -> tuple[
 
 
 def check_owner(path: str | Path, token: str, patience_s: float = PATIENCE_S, is_unchanged: Callable[[], bool] = lambda: True) -> None:
-    """Check that this process is still the one that writes a run.
+    """Check that this process is still the one that may write a run.
 
-    Another process's token means that it is not. If the token is missing, either somebody deleted it, and it is written again; or
-    another process took the run to its end, and ``is_unchanged`` is false. If the store answers anything else, it is asked again.
+    If the token in the run folder is that of another process, it is not. If there is no token, there are two possibilities: it was deleted
+    by mistake, and is written again; or another process has finished the run, in which case ``is_unchanged`` returns False. If the store
+    answers anything else, the question is repeated.
 
     Args:
         path: Path or URI of the run.
@@ -285,8 +396,8 @@ def check_owner(path: str | Path, token: str, patience_s: float = PATIENCE_S, is
         is_unchanged: Called if the token is missing; returns whether the run is as this process left it.
 
     Raises:
-        UserError: Another process took over the run, because this one was believed lost or the run was started twice; or the store
-            does not answer properly for ``patience_s``.
+        UserError: Another process took over the run, because this one was believed lost or the run was started twice; or the store does not
+            answer properly for ``patience_s``.
     """
     end, pause, was_missing, wrote = time.monotonic() + patience_s, 1.0, False, False
     while (found := read_token(str(path), OWNER, patience_s)) != token:
@@ -364,7 +475,7 @@ def _get_all(uri: str, folder: Path, there: dict[str, Any]) -> None:
             for names in (first, [name for name in missing if name not in first]):
                 list(pool.map(get, names))
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # each of the others would retry as long
+            pool.shutdown(wait=False, cancel_futures=True)  # each other transfer would retry for as long
             raise
 
 
@@ -389,8 +500,8 @@ def _get(system: Any, info: Any, target: Path) -> None:
 def _download(system: Any, path: str, file: Path) -> None:
     """Fetch an object as ``file`` and check it against the store's digest.
 
-    Content that does not agree is fetched again, and accepted if it is the same twice: the ETag of an encrypted object looks like a
-    digest of its content, but is not.
+    If the content does not agree with the digest, it is fetched again, and accepted if it is the same twice: the ETag of an encrypted
+    object looks like a digest of its content, but is not.
     """
     before = None
     while True:
@@ -409,9 +520,10 @@ def _download(system: Any, path: str, file: Path) -> None:
 
 
 def _agrees(told: Mapping[str, bytes], digest: Any) -> bool:
-    """Return whether the MD5 of the content agrees with the store's; true if the store gives none.
+    """Return whether the MD5 of the content agrees with the store's; True if the store gives none.
 
-    Google's store has it under that name, others in the ETag, which is the MD5 of the content or of the MD5 of its only part.
+    Google's store gives it as ``md5Hash``. Other stores give it in the ETag, which is the MD5 of the content or, for an upload of one part,
+    of the MD5 of that part.
     """
     if "md5Hash" in told:
         return base64.b64decode(told["md5Hash"]) == digest.digest()

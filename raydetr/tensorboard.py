@@ -1,4 +1,4 @@
-"""TensorBoard for runs: each run has its own name, and runs that start while TensorBoard is open appear in it."""
+"""TensorBoard for runs. Each run is shown under its own name, and runs that start while TensorBoard is open appear in it."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from raydetr.storage import EVENTS, fetched
 
 EVENTS_FOLDER = "tb"  # in a run's folder
 PINNED = ("val/AP", "val/loss", "train/loss")  # the charts at the top of the page
-LOOK_INTERVAL_S = 5.0  # between two searches for new runs
+LOOK_INTERVAL_S = 5.0  # between two scans for new runs
 
 
 def serve_tensorboard(paths: Sequence[str | Path], host: str, port: int, tell: Callable[[str], None]) -> None:
@@ -26,7 +26,7 @@ def serve_tensorboard(paths: Sequence[str | Path], host: str, port: int, tell: C
         paths: Paths or URIs of runs or of folders of runs.
         host: The address to listen on.
         port: The port to listen on; 0 takes any free one.
-        tell: Called with a line that contains the address.
+        tell: Called with a line for the user that contains the page's address.
 
     Raises:
         UserError: There is no run in ``paths``, or the port is taken.
@@ -56,19 +56,27 @@ def serve_tensorboard(paths: Sequence[str | Path], host: str, port: int, tell: C
 
 
 def page_query() -> str:
-    """Return the query of the page's address that pins AP and losses at its top and turns smoothing off."""
+    """Return the query string of the page's address, which pins the charts of AP and losses to its top and turns smoothing off."""
     cards = [{"plugin": "scalars", "tag": tag} for tag in PINNED]
     return urllib.parse.urlencode({"pinnedCards": json.dumps(cards, separators=(",", ":")), "smoothing": "0"})
 
 
 def has_browser() -> bool:
-    """Return whether a person at this computer can look at a page: the command runs in a terminal, and there is a desktop."""
+    """Return whether a page can be opened for the user: the command runs in a terminal on a computer with a desktop, not over SSH."""
     desktop = sys.platform in ("darwin", "win32") or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
     return sys.stdout.isatty() and desktop and "SSH_CONNECTION" not in os.environ
 
 
 def link_runs(folders: list[Path], logdir: Path) -> int:
-    """Link the events of every run below ``folders`` into ``logdir`` under the name of the run, and return the number of runs."""
+    """Link the TensorBoard events of every run into one folder, under the name of the run. Existing links stay.
+
+    Args:
+        folders: Folders of runs, or of folders of runs.
+        logdir: The folder to create the links in.
+
+    Returns:
+        The number of runs that were found.
+    """
     runs = dict(_named_runs(folders))
     for name, events in runs.items():
         link = logdir / name
@@ -84,7 +92,7 @@ def _named_runs(folders: list[Path]) -> Iterator[tuple[str, Path]]:
         prefix = str(folder.absolute()).strip("/") if names.count(name) > 1 else name
         for here, below, _ in os.walk(folder):
             if EVENTS_FOLDER in below:
-                below.clear()  # a run holds no other runs
+                below.clear()  # a run contains no other runs
                 inside = Path(here).relative_to(folder)
                 alone = len(folders) == 1 and inside != Path()
                 yield str(inside if alone else Path(prefix) / inside), Path(here) / EVENTS_FOLDER

@@ -1,4 +1,4 @@
-"""Text of messages: counts, short lists, one line. Every room uses these, so that all messages read alike."""
+"""Text for messages: counts, short lists, text on one line. All messages are made with these functions, so that they read alike."""
 
 import unicodedata
 from collections.abc import Iterable
@@ -10,7 +10,8 @@ def count(number: int, noun: str, plural: str | None = None) -> str:
     Args:
         number: The number to state.
         noun: The noun in the singular.
-        plural: The plural where it is not the singular with an ``s``, or with ``es`` after an ``x``, such as ``categories``.
+        plural: The plural, such as ``categories``. It may be left out if the plural is the singular with an ``s``, or with ``es`` after an
+            ``x``.
     """
     return f"{number} {noun if number == 1 else plural or noun + ('es' if noun.endswith('x') else 's')}"
 
@@ -19,7 +20,7 @@ def shortlist(items: Iterable[object], most: int = 3) -> str:
     """Return the first items separated by commas, and how many are left: ``a, b, c and 4 more``.
 
     Args:
-        items: What to list; each is shown as ``str`` shows it.
+        items: What to list; each item is converted by ``str``.
         most: How many items to show.
     """
     shown = list(map(str, items))
@@ -27,15 +28,25 @@ def shortlist(items: Iterable[object], most: int = 3) -> str:
 
 
 def one_line(text: object, longest: int = 300) -> str:
-    """Return text (or an error's text) on one line; the beginning of a text longer than ``longest`` characters is left out.
+    """Return a text, or the text of an error, on one line.
 
-    The end is kept because libraries that wrap errors say there what was wrong.
+    The end of a long text is kept, because libraries that wrap errors say there what was wrong.
+
+    Args:
+        text: The text or error, which is converted by ``str``. Runs of white space become single spaces.
+        longest: Number of characters that are kept at most; ``...`` replaces what comes before.
     """
     line = " ".join(str(text).split())
     return line if len(line) <= longest else f"... {line[-longest:]}"
 
 
 def fold_name(name: str) -> str:
-    """Return a category name as names are compared: without differences of case, surrounding or repeated white space, and Unicode
-    composition, so that ``Straße`` equals ``STRASSE``."""
+    """Return the form of a category name by which names are compared.
+
+    Differences of case, of surrounding or repeated white space, and of Unicode composition are removed, so that ``Straße`` equals
+    ``STRASSE``.
+
+    Args:
+        name: The name.
+    """
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", " ".join(name.split())).casefold())

@@ -1,11 +1,10 @@
 """Decode image files to RGB pixels, and name those that cannot be decoded.
 
-EXIF orientation. Cameras store an image as the sensor saw it, with a tag that says how to turn it upright. Boxes are given in the
-pixels of the image that the annotator saw, which today's browsers and annotation tools show upright. The annotated width and height
-tell which one it was where the tag swaps the sides: the image is turned if the upright image, and not the stored one, has the
-annotated size. Where the sides are equal either way (orientations 2, 3, 4, and all on square images) or not annotated, the setting
-``data.exif`` decides: ``upright`` (the default) or ``stored``, which is what the official DETR reads. An image without annotations
-(prediction) is turned upright.
+EXIF orientation. Cameras store an image as the sensor captured it, with a tag that says how to turn it upright. Boxes are given in the
+pixels of the image that the annotator saw, which today's browsers and annotation tools show upright. If the tag swaps width and height, the
+annotated size tells which image it was: the image is turned if the upright image has the annotated size, and the stored one has not. If the
+sizes are equal (orientations 2, 3 and 4, and all orientations of square images) or nothing is annotated, the setting ``data.exif`` decides:
+``upright`` (the default) or ``stored``, which is what the official DETR reads. An image without annotations (prediction) is turned upright.
 """
 
 import contextlib
@@ -28,13 +27,13 @@ with contextlib.suppress(ImportError):  # the extra "heic"
 
     register_heif_opener()
 
-# Files in a folder that are taken for images, by their suffix in lower case.
+# Suffixes, in lower case, of the files in a folder that count as images.
 IMAGE_SUFFIXES = frozenset(
     [".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"]
     + [".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"]
 )
 MAX_MEGAPIXELS = 178  # Pillow's own limit
-# What Pillow raises on broken files, beside OSError.
+# What Pillow raises for broken files, besides OSError.
 _BROKEN = (SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError)
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}  # ISO/IEC 23008-12, annex B
 
@@ -53,19 +52,23 @@ class Header(NamedTuple):
 
     @property
     def upright(self) -> tuple[int, int]:
-        """Width and height once turned as the EXIF tag demands."""
+        """Width and height after the image was turned as its EXIF tag demands."""
         return (self.height, self.width) if self.orientation >= 5 else (self.width, self.height)
 
     def size(self, exif: str) -> tuple[int, int]:
-        """Return width and height for the value of ``data.exif``, where no annotation says them."""
+        """Return the width and height of the image if no annotation states them.
+
+        Args:
+            exif: ``"upright"`` or ``"stored"``, the value of ``data.exif``.
+        """
         return self.upright if exif == "upright" else self.stored
 
     def is_turned(self, size: tuple[int, int] | None, exif: str) -> bool:
-        """Return whether the annotated image is the upright one and differs from the stored one.
+        """Return whether the image must be turned as its EXIF tag demands to be the one that was annotated.
 
         Args:
             size: The annotated width and height; None if there is no annotation.
-            exif: ``upright`` or ``stored``; counts where ``size`` cannot tell.
+            exif: ``"upright"`` or ``"stored"``, which decides if ``size`` does not.
         """
         if self.orientation == 1:
             return False
@@ -73,12 +76,19 @@ class Header(NamedTuple):
 
 
 def image_path(folder: Path, file_name: object) -> Path:
-    """Return ``folder / file_name`` for a file name read from an annotation file.
+    """Return the path of an image whose name was read from an annotation file.
 
     Only the name is checked (no "..", no absolute path, on any operating system). Links inside the folder are followed.
 
+    Args:
+        folder: The image folder.
+        file_name: The name relative to the folder, unchecked.
+
+    Returns:
+        ``folder / file_name``, which need not exist.
+
     Raises:
-        UserError: If the name would leave the folder, or is not a file name.
+        UserError: The name leads out of the folder, or is not a file name.
     """
     if not isinstance(file_name, str) or not PurePosixPath(file_name).name or any(ord(letter) < 32 for letter in file_name):
         raise UserError(f"file name {short(file_name)} is no file name")
@@ -89,10 +99,14 @@ def image_path(folder: Path, file_name: object) -> Path:
 
 
 def read_header(path: str | Path, max_megapixels: int = MAX_MEGAPIXELS) -> Header:
-    """Return the size and orientation of an image file without decoding it.
+    """Read the size and orientation of an image file without decoding it.
+
+    Args:
+        path: The image file.
+        max_megapixels: The largest image to accept, in millions of pixels (``data.max_megapixels``).
 
     Raises:
-        UserError: If the file is missing, is not an image, or has more than ``max_megapixels``.
+        UserError: The file is missing, is not an image, or is too large.
     """
     try:
         with _open(path, max_megapixels) as image:
@@ -106,20 +120,20 @@ def read_image(
 ) -> torch.Tensor:
     """Decode an image file to RGB.
 
-    Grayscale and palette images become RGB, CMYK is converted, 16 bits become the upper 8, of several frames the first is taken, and an
+    Grayscale and palette images become RGB, CMYK is converted, of 16 bits the upper 8 are kept, of several frames the first is used, and an
     alpha channel is dropped.
 
     Args:
         path: The image file.
         size: The annotated (width, height) in pixels; None for an image without annotations.
-        exif: ``upright`` or ``stored``, the value of ``data.exif``: which image to return where ``size`` cannot tell.
+        exif: ``"upright"`` or ``"stored"``, the value of ``data.exif``, which decides about EXIF orientation if ``size`` does not.
         max_megapixels: The largest image to decode, in millions of pixels (``data.max_megapixels``).
 
     Returns:
         uint8 [3, height, width], with the strides of channels-last memory.
 
     Raises:
-        UserError: If the file is missing, truncated, broken, too large, or not of the annotated size.
+        UserError: The file is missing, truncated, broken, too large, or not of the annotated size.
     """
     try:
         with _open(path, max_megapixels) as image:
@@ -142,7 +156,7 @@ def _open(path: str | Path, max_megapixels: int) -> Image.Image:
     if Path(path).is_fifo():
         raise OSError(errno.EINVAL, "not a regular file")  # opening it would wait for another program to write
     if max_megapixels > MAX_MEGAPIXELS and Image.MAX_IMAGE_PIXELS is not None:
-        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_megapixels * 1_000_000)  # Pillow's limit would come before ours
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_megapixels * 1_000_000)  # otherwise Pillow's own limit applies first
     image = Image.open(path)
     if image.width * image.height > max_megapixels * 1_000_000:
         image.close()
@@ -157,7 +171,7 @@ def _header(image: Image.Image) -> Header:
         try:
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         except (OSError, *_BROKEN):
-            orientation = 1  # the pixels can be whole where the tag is broken
+            orientation = 1  # the pixels may be intact although the tag is broken
     return Header(*image.size, orientation if orientation in range(1, 9) else 1)
 
 
@@ -190,7 +204,7 @@ def _unreadable(path: str | Path, error: Exception, max_megapixels: int) -> User
 
 
 def _kind_of_file(path: Path) -> str:
-    """Say what a file is that Pillow does not know, as far as its first bytes tell."""
+    """Describe a file that Pillow does not recognize by its first bytes."""
     with path.open("rb") as file:
         start = file.read(64)
     if start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS:

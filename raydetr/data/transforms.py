@@ -1,8 +1,8 @@
 """The official DETR's transforms of an image and its boxes, on tensors.
 
 All of them take and return ``image, boxes``: a ``tv_tensors.Image`` uint8 [3, height, width] and ``tv_tensors.BoundingBoxes`` XYXY in
-pixels [n, 4]. Images stay uint8 until their last size. Everything random is drawn from torch's CPU generator, which
-:func:`drawn_from` sets for one image.
+pixels [n, 4]. Images stay uint8 until they have their final size. All random numbers are drawn from torch's CPU generator, which
+:func:`drawn_from` seeds for one image.
 """
 
 import contextlib
@@ -24,12 +24,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, per RGB 
 def train_transforms(data: Data, normalized: bool = True) -> v2.Transform:
     """Return the training transforms: with probability ``data.crop`` a resize and a random crop, then a random resize and a random flip.
 
-    The distribution is that of ``make_coco_transforms("train")`` in the official datasets/coco.py. The flip comes last instead of
-    first: it commutes with the others, and the image is smaller then. A crop can leave boxes without area, [x, y, x, y]: drop them.
+    The distribution is that of ``make_coco_transforms("train")`` in the official datasets/coco.py. The flip comes last instead of first: it
+    commutes with the others, and the image is smaller then. A crop can leave boxes without area, [x, y, x, y], which the caller must drop.
 
     Args:
-        data: The settings ``data.*``.
-        normalized: False leaves images uint8, for :func:`normalize` on a GPU: a batch is then a quarter of the bytes to copy.
+        data: The ``data`` section of the settings.
+        normalized: Whether images become normalized float32. Otherwise they stay uint8, for :func:`normalize` on a GPU: a batch then has a
+            quarter of the bytes to copy.
     """
     # The official code has no limit here: a strip of an image, 1 x 5000 pixels, would become gigabytes.
     crop = [ResizeShortSide(data.crop_resize, 10 * data.max_size), RandomSizeCrop(data.crop_min, data.crop_max)]
@@ -44,16 +45,16 @@ def train_transforms(data: Data, normalized: bool = True) -> v2.Transform:
 
 
 def val_transforms(data: Data, normalized: bool = True) -> v2.Transform:
-    """Return the transforms of evaluation and prediction: resize to ``data.val_size`` and normalize, nothing random.
+    """Return the transforms of evaluation and prediction: resize to ``data.val_size`` and normalize. Nothing is random.
 
     Args:
-        data: The settings ``data.*``.
-        normalized: False leaves images uint8, as in :func:`train_transforms`.
+        data: The ``data`` section of the settings.
+        normalized: Whether images become normalized float32, as in :func:`train_transforms`.
     """
     return v2.Compose([ResizeShortSide([data.val_size], data.max_size), *_last(normalized)])
 
 
-# Those of 0 to 255: dividing by 255 would be one more pass over the image.
+# For pixel values from 0 to 255, because dividing by 255 would be one more pass over the image.
 _MEAN, _STD = [255 * each for each in MEAN], [255 * each for each in STD]
 
 
@@ -79,21 +80,21 @@ def _image_like(pixels: torch.Tensor, image: tv_tensors.Image) -> tv_tensors.Ima
 
 @functools.lru_cache(8)
 def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    # Once for each device: the host would wait for every copy.
+    # Cached for each device, because the host waits for every copy.
     with torch.inference_mode(False):
         mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (_MEAN, _STD))
     return mean, std
 
 
 def normalize(images: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Normalize a batch of bytes on its device; the padding gets 0, as that of images that are normalized one by one.
+    """Normalize a uint8 batch on its device. Padded pixels become 0, as if each image had been normalized before padding.
 
     Args:
-        images: uint8 [B, 3, H, W].
-        mask: Padding mask, bool [B, H, W]; None if nothing is padded.
+        images: Pixel values from 0 to 255, uint8 [B, 3, H, W].
+        mask: Padding mask, bool [B, H, W], True where padded; None if nothing is padded.
 
     Returns:
-        float32 [B, 3, H, W].
+        Normalized images, float32 [B, 3, H, W].
     """
     mean, std = _constants(images.device)
     images = images.float().sub_(mean).div_(std)
@@ -101,17 +102,17 @@ def normalize(images: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def resized_size(height: int, width: int, short_side: int, max_size: int | None = None) -> tuple[int, int]:
-    """Return the height and width of an image once its short side is ``short_side``, or less where the long one would exceed ``max_size``.
+    """Return the height and width of an image after resizing its shorter side to a length.
 
-    The rounding is that of ``get_size_with_aspect_ratio`` in the official datasets/transforms.py, so that sizes are the official ones.
-    Unlike there, an image so elongated that its short side would get shorter than ``LEAST_SIDE`` is stretched to that side: the networks
-    take no image of a few pixels.
+    If the longer side would exceed ``max_size``, the image becomes smaller. The rounding is that of ``get_size_with_aspect_ratio`` in the
+    official datasets/transforms.py, so that sizes are the official ones. Unlike there, an elongated image whose shorter side would become
+    shorter than ``LEAST_SIDE`` is stretched to that side, because the networks do not accept images of a few pixels.
 
     Args:
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
-        short_side: The wanted length of the shorter side, in pixels.
-        max_size: The largest length of the longer side, in pixels; None for no limit.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
+        short_side: New length of the shorter side in pixels.
+        max_size: Largest length of the longer side in pixels; None for no limit.
     """
     if max_size is not None and max(height, width) / min(height, width) * short_side > max_size:
         least, short_side = min(short_side, LEAST_SIDE), round(max_size * min(height, width) / max(height, width))
@@ -125,27 +126,48 @@ def resized_size(height: int, width: int, short_side: int, max_size: int | None 
 
 
 class ResizeShortSide(v2.Transform):
-    """Resize to a short side drawn from ``sizes``, the long side limited by ``max_size`` (all in pixels)."""
+    """Resize an image and its boxes to a random length of the shorter side.
+
+    Args:
+        sizes: Lengths of the shorter side in pixels, of which one is drawn.
+        max_size: Largest length of the longer side in pixels; None for no limit.
+    """
 
     def __init__(self, sizes: list[int], max_size: int | None = None):
         super().__init__()
         self.sizes, self.max_size = sizes, max_size
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the size that the image and its boxes share."""
+        """Draw the size to which the image and its boxes are resized.
+
+        Args:
+            flat_inputs: The image and its boxes.
+
+        Returns:
+            ``size``, height and width in pixels.
+        """
         short_side = self.sizes[_draw(0, len(self.sizes) - 1)] if len(self.sizes) > 1 else self.sizes[0]
         height, width = functional.get_size(flat_inputs[0])
         return {"size": resized_size(height, width, short_side, self.max_size)}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Resize by bilinear interpolation with antialiasing, as Pillow and the official code do."""
+        """Resize an image by bilinear interpolation with antialiasing, as Pillow and the official code do, or scale boxes.
+
+        Args:
+            inpt: The image or the boxes.
+            params: The result of :meth:`make_params`.
+        """
         return functional.resize(inpt, list(params["size"]), antialias=True)
 
 
 class RandomSizeCrop(v2.Transform):
-    """Crop to a width and a height drawn from ``min_size`` to ``max_size`` (pixels, both inclusive), anywhere in the image.
+    """Crop an image and its boxes to a random width and height, at a random position.
 
     A side that is shorter than ``min_size`` is kept whole. Boxes are clipped to the crop; those outside end up without area.
+
+    Args:
+        min_size: Smallest width and height in pixels.
+        max_size: Largest width and height in pixels, inclusive.
     """
 
     def __init__(self, min_size: int, max_size: int):
@@ -153,7 +175,14 @@ class RandomSizeCrop(v2.Transform):
         self.min_size, self.max_size = min_size, max_size
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the crop that the image and its boxes share."""
+        """Draw the crop of the image and its boxes.
+
+        Args:
+            flat_inputs: The image and its boxes.
+
+        Returns:
+            ``top``, ``left``, ``height`` and ``width`` in pixels.
+        """
         height, width = functional.get_size(flat_inputs[0])
         crop_width = _draw(min(self.min_size, width), min(width, self.max_size))
         crop_height = _draw(min(self.min_size, height), min(height, self.max_size))
@@ -161,7 +190,12 @@ class RandomSizeCrop(v2.Transform):
         return {"top": top, "left": left, "height": crop_height, "width": crop_width}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Crop the image or its boxes."""
+        """Crop an image, or clip boxes to the crop.
+
+        Args:
+            inpt: The image or the boxes.
+            params: The result of :meth:`make_params`.
+        """
         return functional.crop(inpt, **params)
 
 
@@ -172,7 +206,11 @@ def _draw(low: int, high: int) -> int:
 
 @contextlib.contextmanager
 def drawn_from(*numbers: int):
-    """Seed torch's CPU generator from ``numbers`` within the ``with`` block, and restore its state afterwards."""
+    """Seed torch's CPU generator within the ``with`` block, and restore its state afterwards.
+
+    Args:
+        *numbers: What the seed is derived from; the same numbers give the same random draws.
+    """
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     with torch.random.fork_rng(devices=[]):
         # The CPU's generator only: torch.manual_seed would set those of the GPUs as well, which fork_rng leaves alone here.

@@ -26,14 +26,14 @@ IN_FRONT = ("apple", "ball", "bottle", "crate", "cup", "egg", "flower", "lemon",
 
 
 def generate(dst: str | Path, train: int = 64, val: int = 16, seed: int = 0) -> None:
-    """Generate images into ``dst``/train and ``dst``/val, each with a via_region_data.json.
+    """Generate images into ``dst``/train and ``dst``/val, each folder with a via_region_data.json.
 
-    Each region is a polygon around the visible part of a balloon. Its region attribute "name" is "balloon".
+    Each region of the annotations is a polygon around the visible part of a balloon. Its region attribute "name" is "balloon".
 
     Args:
-        dst: folder to write to.
-        train: number of training images.
-        val: number of validation images.
+        dst: folder to write to; it is created if needed.
+        train: number of training images, 0 or more.
+        val: number of validation images, 0 or more.
         seed: seed of all images.
 
     Raises:
@@ -66,10 +66,14 @@ def _via_entry(name: str, size: int, outlines: list[np.ndarray]) -> dict:
 
 
 def draw(rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Draw an image.
+    """Draw an image of balloons among other things.
+
+    Args:
+        rng: random generator; the image depends only on its state.
 
     Returns:
-        The image, uint8 [height, width, 3], and a mask of the visible part of each balloon, bool [height, width] times SUPERSAMPLE.
+        The image, uint8 [HEIGHT, WIDTH, 3] (RGB), and for each balloon a mask of its visible part, bool [HEIGHT * SUPERSAMPLE, WIDTH *
+        SUPERSAMPLE].
     """
     scene = Scene(rng, WIDTH, HEIGHT)
     layout = _Layout(scene)
@@ -84,7 +88,7 @@ def draw(rng: np.random.Generator) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 class _Layout:
-    """The things in a scene. A thing is only added where enough of each balloon stays visible, in one piece."""
+    """Adds things to a scene, each only where enough of every balloon stays visible and in one piece."""
 
     def __init__(self, scene: Scene):
         self.scene, self.rng = scene, scene.rng
@@ -92,7 +96,15 @@ class _Layout:
         self.balloons: dict[int, float] = {}  # a balloon's number to its whole area, in the pixels of scene.numbers
 
     def stand_about(self, kinds: tuple[str, ...], in_front: bool = False) -> None:
-        """Add one of ``kinds``. Things behind the balloons are smaller than those in front of them."""
+        """Add a thing of a random kind at a random position.
+
+        Nothing is added if six positions in a row would hide too much of a balloon.
+
+        Args:
+            kinds: names of things, keys of :data:`raydetr.demo.things.KINDS`, from which one is drawn.
+            in_front: whether the thing is one in front of the balloons: large, and anywhere in the image. Otherwise it is small, and stands
+                on the ground or is in the air.
+        """
         rng, width, height = self.rng, self.scene.width, self.scene.height
         kind = kinds[rng.integers(len(kinds))]
         parts = KINDS[kind](rng)
@@ -107,7 +119,17 @@ class _Layout:
                 return
 
     def add_balloon(self, x: float, y: float, size: float, string_to: tuple[float, float] | None = None) -> bool:
-        """Add a balloon of ``size`` pixels from center to top, if it fits. Its string ends at ``string_to``, if given."""
+        """Add a balloon and its string, if enough of this balloon and of all earlier ones is visible.
+
+        Args:
+            x: horizontal position of its center in image pixels.
+            y: vertical position of its center in image pixels.
+            size: pixels from its center to its top.
+            string_to: where its string ends, (x, y) in image pixels; None draws a position below the balloon.
+
+        Returns:
+            Whether the balloon was added.
+        """
         rng = self.rng
         placed = place(_balloon(rng), x, y, size, rng.normal() * 0.22, rng.uniform(0.9, 1.1))
         footprint = self.scene.footprint(placed)
@@ -196,7 +218,7 @@ def _string(rng: np.random.Generator, knot: np.ndarray, end: tuple[float, float]
 
 
 def _bunch(layout: _Layout) -> None:
-    """Add balloons whose strings meet below, as if held by one hand."""
+    """Add balloons whose strings meet below them, as if one hand held them."""
     rng, width, height = layout.rng, layout.scene.width, layout.scene.height
     size = height * rng.uniform(0.13, 0.2)
     x, y = rng.uniform(0.25, 0.75) * width, rng.uniform(0.25, 0.45) * height
@@ -217,7 +239,7 @@ def _loose(layout: _Layout, most: int = 6) -> None:
 
 
 def _row(layout: _Layout) -> None:
-    """Add balloons side by side on a line, as at a party."""
+    """Add balloons side by side, as on a line at a party."""
     rng, width, height = layout.rng, layout.scene.width, layout.scene.height
     count, size = int(rng.integers(3, 6)), height * rng.uniform(0.11, 0.16)
     level, sag, spread = rng.uniform(0.15, 0.5) * height, rng.uniform(-0.15, 0.2) * height, rng.uniform(0.5, 0.95)
@@ -237,7 +259,17 @@ def _area(points: np.ndarray) -> float:
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """Return the outline of the largest piece of a mask from :func:`draw`: float64 [corners, 2], x and y in image pixels."""
+    """Return the outline of the largest connected piece of a mask.
+
+    Args:
+        mask: mask from :func:`draw`, bool [h, w], with at least one set pixel.
+
+    Returns:
+        Corners (x, y) in clockwise order, float64 [n, 2], in image pixels (the mask is ``SUPERSAMPLE`` times larger).
+
+    Raises:
+        ValueError: the mask is empty.
+    """
     return simplified(edge(mask), TOLERANCE * SUPERSAMPLE) / SUPERSAMPLE
 
 
@@ -289,7 +321,15 @@ def edge(mask: np.ndarray) -> np.ndarray:
 
 
 def simplified(points: np.ndarray, tolerance: float) -> np.ndarray:
-    """Return a closed outline with fewer corners. No old corner is farther than ``tolerance`` from it (Douglas and Peucker, 1973)."""
+    """Return a closed outline with fewer corners, by the algorithm of Douglas and Peucker (1973).
+
+    Args:
+        points: corners (x, y) of the outline, [n, 2], without a repeated first corner at the end.
+        tolerance: greatest distance of a dropped corner from the new outline, in the units of ``points``.
+
+    Returns:
+        The corners that are kept, [m, 2], in the same order and with the dtype of ``points``.
+    """
     far = int(np.linalg.norm(points - points[0], axis=1).argmax())
     closed = np.concatenate([points, points[:1]])
     return np.concatenate([_thinned(closed[: far + 1], tolerance)[:-1], _thinned(closed[far:], tolerance)[:-1]])

@@ -15,21 +15,24 @@ TRIAL_EPOCHS = 6  # enough to tell trials apart
 
 
 def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: int = 8) -> dict[str, float]:
-    """Generate balloons, convert, check, fine-tune the bundled ``detr_tiny``, evaluate before and after, write a gallery, and search.
+    """Run every part of raydetr once on generated images of balloons.
+
+    The steps are: generate images, convert and check them, evaluate the bundled ``detr_tiny``, fine-tune it, evaluate again, write a
+    gallery, and search for better settings.
 
     Args:
         out: folder for everything; an earlier demo in it is replaced.
         workers: number of Ray Train workers.
         epochs: epochs of the fine-tuning.
         seed: seed of the images and of the training.
-        trials: trials of the search; 0 skips it.
+        trials: number of trials of the search; 0 skips it.
 
     Returns:
-        The AP ``before`` and ``after`` fine-tuning and the ``seconds`` in all; with a search also the AP of trial 0 (``default``) and
-        of the ``best`` trial.
+        AP ``before`` and ``after`` fine-tuning, and the ``seconds`` in all; with a search also the AP of trial 0 (``default``) and of the
+        ``best`` trial.
 
     Raises:
-        UserError: ``out`` holds something other than a demo, or a step fails.
+        UserError: ``out`` contains something other than a demo, or a step fails.
     """
     start = time.monotonic()
     _claim(out)

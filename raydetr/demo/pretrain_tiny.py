@@ -47,11 +47,16 @@ EMA_DECAY = 0.999
 
 
 def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draw an image.
+    """Draw an image of up to nine things, none of which is a balloon.
+
+    Things of which little is visible are in the image, but have no box.
+
+    Args:
+        rng: random generator; the image depends only on its state.
 
     Returns:
-        The image, uint8 [HEIGHT, WIDTH, 3]; the boxes of the visible parts of its things, float32 [n, 4] (xyxy, fractions of the
-        image); their labels, int64 [n].
+        The image, uint8 [HEIGHT, WIDTH, 3] (RGB); the boxes of the visible parts of its things, float32 [n, 4] (xyxy, as fractions of the
+        image's width and height); their labels, indices of ``NAMES``, int64 [n].
     """
     scene = Scene(rng, WIDTH, HEIGHT)
     count = int(rng.integers(1, 10))
@@ -77,7 +82,12 @@ def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 class Pool:
-    """The images in memory. New images replace the oldest."""
+    """Keeps drawn images in memory, as training or validation data. New images replace the oldest.
+
+    Args:
+        seed: seed of all images and of the random crops.
+        size: number of images.
+    """
 
     def __init__(self, seed: int, size: int):
         self.rng, self.oldest = np.random.default_rng(seed), 0
@@ -87,7 +97,11 @@ class Pool:
         self.renew(size)
 
     def renew(self, count: int) -> None:
-        """Replace the oldest ``count`` images with new ones."""
+        """Replace the oldest images with new ones.
+
+        Args:
+            count: number of images to replace.
+        """
         for _ in range(count):
             image, boxes_xyxy, labels = draw(self.rng)
             self.images[self.oldest] = torch.from_numpy(image).permute(2, 0, 1)
@@ -95,7 +109,17 @@ class Pool:
             self.oldest = (self.oldest + 1) % len(self.truth)
 
     def batch(self, count: int, height: int, width: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """Return random crops, flipped and tinted at random: normalized images [count, 3, height, width] and their targets."""
+        """Return random crops of random images, flipped and tinted at random.
+
+        Args:
+            count: number of crops.
+            height: height of the crops after resizing, in pixels.
+            width: width of the crops after resizing, in pixels.
+
+        Returns:
+            Normalized images, float32 [count, 3, height, width], and their targets: ``boxes`` (cxcywh, as fractions of the crop, float32
+            [n, 4]) and ``labels`` (int64 [n]) of each.
+        """
         rng = self.rng
         chosen = rng.integers(len(self.truth), size=count)
         whole = np.array([WIDTH, HEIGHT])
@@ -115,12 +139,19 @@ class Pool:
 
 
 def normalized(images: Tensor) -> Tensor:
-    """Normalize images [B, 3, h, w] with values from 0 to 255, as the network expects them."""
+    """Normalize images in place with the mean and standard deviation of ImageNet.
+
+    Args:
+        images: float [B, 3, h, w], RGB from 0 to 255.
+
+    Returns:
+        The same tensor.
+    """
     return images.sub_(255 * torch.tensor(MEAN)[:, None, None]).div_(255 * torch.tensor(STD)[:, None, None])
 
 
 def _cropped(boxes_xyxy: Tensor, labels: Tensor, origin: np.ndarray, extent: np.ndarray, flip: bool) -> dict[str, Tensor]:
-    """Return the target of a crop, without things of which less than a third or almost nothing is left."""
+    """Return the target of a crop, without things of which less than a third, or almost nothing, is inside it."""
     whole = (boxes_xyxy.view(-1, 2, 2) - torch.from_numpy(origin)) / torch.from_numpy(extent)
     inside = whole.clamp(0, 1)
     size = inside[:, 1] - inside[:, 0]
@@ -132,7 +163,14 @@ def _cropped(boxes_xyxy: Tensor, labels: Tensor, origin: np.ndarray, extent: np.
 
 
 def jump_start(model: DETR) -> None:
-    """Set the queries to positions on a grid, and make the decoder's attention to the image prefer near positions."""
+    """Set initial weights that speed up the training, in place.
+
+    The object queries become the encodings of positions on a grid. The cross-attention of every decoder layer gets the same orthogonal
+    matrix for queries and keys, so that from the start a query attends to positions near its own.
+
+    Args:
+        model: a model whose number of queries is a square.
+    """
     width, side = model.query_embed.weight.shape[1], math.isqrt(model.query_embed.weight.shape[0])
     _, position = model.backbone
     with torch.no_grad():
@@ -145,9 +183,19 @@ def jump_start(model: DETR) -> None:
 
 
 def forward(model: DETR, images: Tensor, decoder: bool = True) -> tuple[dict, dict]:
-    """Return DETR's outputs (empty without ``decoder``), and those of its heads at every position of the encoder's memory.
+    """Run the model, and its heads also on every position of the encoder's memory.
 
-    As :meth:`DETR.forward`, but with convolutions in bf16, which is twice as fast on CPUs that support it.
+    The first output is that of :meth:`DETR.forward`, but convolutions run in bfloat16, which is twice as fast on CPUs that support it.
+
+    Args:
+        model: the model.
+        images: normalized images without padding, float32 [B, 3, h, w].
+        decoder: whether to run the decoder.
+
+    Returns:
+        The outputs of the object queries: ``pred_logits``, ``pred_boxes`` and ``aux_outputs`` (an empty dict without ``decoder``). The
+        outputs of the positions: ``pred_logits`` [B, S, K + 1], ``pred_boxes`` [B, S, 4] (cxcywh, normalized) and ``shape``, the height and
+        width of the feature map, whose product is S.
     """
     body, position = model.backbone
     with torch.autocast("cpu", torch.bfloat16):
@@ -169,10 +217,20 @@ def forward(model: DETR, images: Tensor, decoder: bool = True) -> tuple[dict, di
 
 
 def dense_loss(dense: dict, targets: list[dict[str, Tensor]], num_classes: int, eos_coef: float) -> Tensor:
-    """Return the sum of DETR's losses with every position of the feature map as a query, matched by where it is.
+    """Return the weighted sum of DETR's losses with every position of the feature map as a query, matched by its position.
 
-    A position is matched to the smallest thing in whose middle part (half its width and height) it is. Each thing is also matched to
-    the position nearest to its center. Other positions inside a box are ignored; positions outside all boxes are no-object.
+    A position is matched to the smallest thing in whose middle part (half its width and height) it is. Each thing is also matched to the
+    position nearest to its center. Other positions inside a box are ignored; positions outside all boxes are no-object. The sum is
+    cross-entropy + 5 * L1 distance + 2 * GIoU loss, with the weights of the official DETR.
+
+    Args:
+        dense: the positions' outputs from :func:`forward`.
+        targets: ``boxes`` (cxcywh, normalized, float32 [n, 4]) and ``labels`` (int64 [n]) of each image.
+        num_classes: K, which is also the index of no-object.
+        eos_coef: weight of no-object in the cross-entropy.
+
+    Returns:
+        The loss, a scalar.
     """
     logits, (rows, columns) = dense["pred_logits"], dense["shape"]
     y, x = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
@@ -202,7 +260,19 @@ def dense_loss(dense: dict, targets: list[dict[str, Tensor]], num_classes: int, 
 
 @torch.no_grad()
 def average_precision(model: DETR, pool: Pool, height: int, width: int, decoder: bool) -> dict:
-    """Return COCO metrics on the images of ``pool``: of the queries, or of the positions, which find each thing many times."""
+    """Return COCO metrics on all images of a pool.
+
+    Args:
+        model: the model, in evaluation mode.
+        pool: the images and their true boxes.
+        height: height to which the images are resized, in pixels.
+        width: width to which the images are resized, in pixels.
+        decoder: whether the detections are those of the object queries. Otherwise they are those of the feature map's positions, many of
+            which detect the same thing, so that AP is lower.
+
+    Returns:
+        The metrics of :func:`raydetr.evaluate.coco.coco_metrics`.
+    """
     images = normalized(resize(pool.images, [height, width], antialias=True).float())
     pixels = torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
     annotations, results = [], []
@@ -234,7 +304,14 @@ def average_precision(model: DETR, pool: Pool, height: int, width: int, decoder:
 
 
 def save(model: DETR, path: Path, step: int, metrics: dict) -> None:
-    """Save the weights as a checkpoint in half precision. Loading converts them to float32."""
+    """Save the weights as a checkpoint in half precision, which loading converts to float32.
+
+    Args:
+        model: the model.
+        path: file to write.
+        step: optimizer steps so far, saved as the checkpoint's epoch.
+        metrics: metrics to save with the weights.
+    """
     weights = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(NAMES)]
     settings = to_dict(load_config({"model.preset": "detr_tiny"}))
@@ -243,12 +320,20 @@ def save(model: DETR, path: Path, step: int, metrics: dict) -> None:
 
 @dataclasses.dataclass
 class Phase:
-    """A part of the training with its own warm-up and cosine schedule."""
+    """A part of the training with its own warm-up and cosine schedule.
+
+    Attributes:
+        steps: number of optimizer steps.
+        size: height and width of the training images in pixels.
+        lr: learning rate after the warm-up.
+        decoder: whether the decoder is trained. Without it, only the layers up to the encoder's memory and the heads learn, which is twice
+            as fast.
+    """
 
     steps: int
-    size: tuple[int, int]  # of the images (height, width)
+    size: tuple[int, int]
     lr: float
-    decoder: bool  # False trains what leads to the encoder's memory only, twice as fast
+    decoder: bool
 
 
 PHASES = (
@@ -258,7 +343,18 @@ PHASES = (
 
 
 def train(phase: Phase, model: DETR, pool: Pool, held_out: Pool, batch_size: int, out: Path) -> None:
-    """Train ``model`` for one phase, and save the moving average of its weights to ``out`` every thousand steps."""
+    """Train a model for one phase, and save the moving average of its weights every thousand steps and at the end.
+
+    Losses and AP are printed.
+
+    Args:
+        phase: what to train, and for how long.
+        model: the model, which is trained in place.
+        pool: training images; one of them is replaced at every fourth step.
+        held_out: images for evaluation.
+        batch_size: number of images in a step.
+        out: checkpoint to write.
+    """
     criterion = build_criterion(len(NAMES), dec_layers=model.settings["dec_layers"])
     average = copy.deepcopy(model).requires_grad_(False).eval()
     matrices, others = ([p for p in model.parameters() if (p.dim() > 1) == many] for many in (True, False))

@@ -1,8 +1,9 @@
-"""Draw scenes: a background, things in front of each other, and a map of which pixel shows which thing.
+"""Draw scenes: a background, things in front of each other, and a map of which thing each pixel shows.
 
-Both the generated balloon images (balloons.py) and the images that ``detr_tiny`` is pre-trained on are such scenes. A thing is a list
-of :class:`Part` in its own coordinates: about one unit from the center to the edge, with y pointing down. :func:`place` moves it into
-the image. Everything is drawn at twice the size and then reduced, from one NumPy generator, so that a seed always gives the same image.
+Both the generated balloon images (balloons.py) and the images that ``detr_tiny`` is pre-trained on are such scenes. A thing is a list of
+:class:`Part` in its own coordinates: about one unit from the center to the edge, with y pointing down. :func:`place` moves it into the
+image. Everything is drawn at twice the size and then reduced. All random draws come from one NumPy generator, so that a seed always gives
+the same image.
 """
 
 import colorsys
@@ -18,36 +19,75 @@ Color = tuple[float, float, float]
 
 @dataclasses.dataclass
 class Part:
-    """One polygon of a thing: ``points`` float [n, 2] (x, y), an RGB ``color`` (0 to 255) and its shading."""
+    """One polygon of a thing.
+
+    Attributes:
+        points: corners (x, y), float [n, 2], in the thing's own coordinates or, after :func:`place`, in image pixels.
+        color: RGB, 0 to 255.
+        shade: ``"flat"``, ``"linear"`` (a gradient along the light), ``"round"`` (a ball) or ``"shiny"`` (a ball with a highlight).
+        opacity: 0 to 1.
+        solid: whether the part belongs to the thing's mask and hides what is behind it; strings do not.
+    """
 
     points: np.ndarray
     color: Color
-    shade: str = "flat"  # flat, linear (a gradient along the light), round (a ball), shiny (a ball with a highlight)
+    shade: str = "flat"
     opacity: float = 1.0
-    solid: bool = True  # whether it belongs to the thing's mask and hides what is behind; strings do not
+    solid: bool = True
 
 
 # --- shapes and colors, in a thing's own coordinates ---
 
 
 def polygon(*points: tuple[float, float]) -> np.ndarray:
-    """Return corners as float64 [n, 2]."""
+    """Return corners (x, y) as an array, float64 [n, 2]."""
     return np.array(points, dtype=np.float64)
 
 
 def rectangle(left: float, top: float, right: float, bottom: float) -> np.ndarray:
-    """Return an upright rectangle, float64 [4, 2]."""
+    """Return the four corners of an axis-aligned rectangle.
+
+    Args:
+        left: x of the left edge.
+        top: y of the upper edge.
+        right: x of the right edge.
+        bottom: y of the lower edge.
+
+    Returns:
+        Corners in clockwise order, float64 [4, 2].
+    """
     return polygon((left, top), (right, top), (right, bottom), (left, bottom))
 
 
 def ellipse(x: float, y: float, rx: float, ry: float, start: float = 0.0, stop: float = 1.0, corners: int = 32) -> np.ndarray:
-    """Return an ellipse, or the arc between two fractions of a turn (clockwise from the right), float64 [corners, 2]."""
+    """Return points on an ellipse, or on an arc of it.
+
+    Args:
+        x: horizontal position of the center.
+        y: vertical position of the center.
+        rx: horizontal radius.
+        ry: vertical radius.
+        start: where the arc begins, as a fraction of a turn, clockwise from the right.
+        stop: where the arc ends; an arc of less than a whole turn includes this point.
+        corners: number of points.
+
+    Returns:
+        Points (x, y) in clockwise order, float64 [corners, 2].
+    """
     turn = 2 * np.pi * np.linspace(start, stop, corners, endpoint=stop - start < 1)
     return np.stack([x + rx * np.cos(turn), y + ry * np.sin(turn)], axis=1)
 
 
 def stroke(points: np.ndarray, width: float) -> np.ndarray:
-    """Return the outline of a line of this width along ``points``."""
+    """Return the outline of a line that is drawn along points.
+
+    Args:
+        points: the line, float [n, 2], with at least two points.
+        width: width of the line, in the units of ``points``.
+
+    Returns:
+        A polygon, float [2 * n, 2]: one side of the line, then the other side backwards.
+    """
     along = np.gradient(points, axis=0)
     across = np.stack([-along[:, 1], along[:, 0]], axis=1)
     across *= width / 2 / np.maximum(np.linalg.norm(across, axis=1, keepdims=True), 1e-9)
@@ -55,7 +95,15 @@ def stroke(points: np.ndarray, width: float) -> np.ndarray:
 
 
 def smooth(points: np.ndarray, corners: int = 40) -> np.ndarray:
-    """Return a closed curve near these points (a periodic quadratic B-spline)."""
+    """Return a smooth closed curve near points, a periodic quadratic B-spline.
+
+    Args:
+        points: control points of the curve, float [n, 2].
+        corners: number of points on the curve.
+
+    Returns:
+        Points on the curve, float64 [corners, 2].
+    """
     n = len(points)
     t = np.linspace(0, n, corners, endpoint=False)
     i, u = t.astype(int), (t % 1)[:, None]
@@ -64,26 +112,65 @@ def smooth(points: np.ndarray, corners: int = 40) -> np.ndarray:
 
 
 def color_of(rng: np.random.Generator, saturation=(0.35, 1.0), value=(0.35, 1.0), hue=(0.0, 1.0)) -> Color:
-    """Draw a color uniformly from ranges of hue, saturation and value (all 0 to 1)."""
+    """Draw a color from uniform ranges of hue, saturation and value.
+
+    Args:
+        rng: random generator.
+        saturation: lowest and highest saturation, 0 to 1.
+        value: lowest and highest value, 0 to 1.
+        hue: lowest and highest hue in turns of the color circle; numbers above 1 wrap around.
+
+    Returns:
+        The color as RGB, 0 to 255.
+    """
     h, s, v = (low + (high - low) * rng.random() for low, high in (hue, saturation, value))
     red, green, blue = colorsys.hsv_to_rgb(h % 1.0, s, v)
     return 255 * red, 255 * green, 255 * blue
 
 
 def darker(color: Color, by: float) -> Color:
-    """Return the color times ``by``, which may exceed 1."""
+    """Return a color with every channel multiplied by a factor.
+
+    Args:
+        color: RGB, 0 to 255.
+        by: the factor; above 1 the color becomes lighter, and channels stop at 255.
+
+    Returns:
+        The new color.
+    """
     red, green, blue = (min(255.0, channel * by) for channel in color)
     return red, green, blue
 
 
 def mixed(first: Color, second: Color, share: float) -> Color:
-    """Return a mix of two colors; ``share`` is that of the second."""
+    """Return a mix of two colors.
+
+    Args:
+        first: RGB, 0 to 255.
+        second: RGB, 0 to 255.
+        share: share of the second color, 0 to 1.
+
+    Returns:
+        The mix as RGB, 0 to 255.
+    """
     red, green, blue = (a + (b - a) * share for a, b in zip(first, second, strict=True))
     return red, green, blue
 
 
 def place(parts: list[Part], x: float, y: float, size: float, angle: float = 0.0, stretch: float = 1.0) -> list[Part]:
-    """Return the parts in image pixels: ``stretch`` times wider, rotated by ``angle`` (radians), ``size`` pixels per unit, at (x, y)."""
+    """Move a thing from its own coordinates into the image.
+
+    Args:
+        parts: the thing; it is not changed.
+        x: horizontal position of its origin in image pixels.
+        y: vertical position of its origin in image pixels.
+        size: image pixels per unit of the thing's coordinates.
+        angle: rotation in radians, clockwise as seen in the image.
+        stretch: factor by which the thing is wider than it was, before the rotation.
+
+    Returns:
+        The same parts with points in image pixels.
+    """
     cos, sin = np.cos(angle), np.sin(angle)
     matrix = size * np.array([[cos, sin], [-sin, cos]])
     return [dataclasses.replace(part, points=(part.points * (stretch, 1.0)) @ matrix + (x, y)) for part in parts]
@@ -93,15 +180,23 @@ def place(parts: list[Part], x: float, y: float, size: float, angle: float = 0.0
 
 
 class Scene:
-    """An image of ``width`` x ``height`` pixels that is being drawn, and the number of the visible thing at each pixel (0: none).
+    """An image that is being drawn, with a map of which thing is visible at each pixel.
 
-    ``numbers`` is uint8 [height * SUPERSAMPLE, width * SUPERSAMPLE].
+    Args:
+        rng: random generator of the background, the light and the camera's noise.
+        width: width of the finished image in pixels.
+        height: height of the finished image in pixels.
+
+    Attributes:
+        numbers: number of the visible thing at each pixel, 0 for none: uint8 [height * SUPERSAMPLE, width * SUPERSAMPLE].
+        image: the image so far, a Pillow image of the same size.
+        light: direction towards the light in the image plane, a unit vector (x, y).
     """
 
     def __init__(self, rng: np.random.Generator, width: int, height: int):
         self.rng, self.width, self.height = rng, width, height
         turn = rng.uniform(-0.9, 0.9)
-        self.light = np.array([np.sin(turn), -np.cos(turn)])  # direction of the light, in the image plane
+        self.light = np.array([np.sin(turn), -np.cos(turn)])
         self.image = Image.fromarray(background(rng, width, height)).resize(
             (width * SUPERSAMPLE, height * SUPERSAMPLE), Image.Resampling.BILINEAR
         )
@@ -109,7 +204,14 @@ class Scene:
         self.grain = fractal_noise(rng, self.numbers.shape, 12)
 
     def footprint(self, parts: list[Part]) -> np.ndarray:
-        """Return the mask that the solid parts would cover: bool, in the shape of ``numbers``."""
+        """Return the mask of the pixels that solid parts would cover.
+
+        Args:
+            parts: parts from :func:`place`.
+
+        Returns:
+            The mask, bool, in the shape of ``numbers``.
+        """
         canvas = Image.new("L", self.image.size)
         draw = ImageDraw.Draw(canvas)
         for part in parts:
@@ -118,7 +220,12 @@ class Scene:
         return np.asarray(canvas).astype(bool)
 
     def add(self, parts: list[Part], number: int) -> None:
-        """Draw placed parts over the scene. The pixels of solid parts get ``number``."""
+        """Draw a thing over the scene.
+
+        Args:
+            parts: the thing's parts from :func:`place`, from back to front.
+            number: the thing's number, 1 to 255, which ``numbers`` gets at the pixels of its solid parts.
+        """
         for part in parts:
             self._paint(part)
         self.numbers[self.footprint(parts)] = number
@@ -177,7 +284,17 @@ def _corners(points: np.ndarray, left: int = 0, top: int = 0) -> list[tuple[floa
 
 
 def fractal_noise(rng: np.random.Generator, shape: tuple[int, int], coarse: float = 4.0, octaves: int = 3) -> np.ndarray:
-    """Return smooth noise, float32 from 0 to 1 in ``shape`` (height, width), with ``coarse`` bumps along the short side and finer ones."""
+    """Return smooth random noise: coarse bumps with finer ones on top.
+
+    Args:
+        rng: random generator.
+        shape: height and width of the result.
+        coarse: number of the coarsest bumps along the shorter side.
+        octaves: number of layers; each has bumps half as large and half as strong as the layer before.
+
+    Returns:
+        Noise from 0 to 1, float32 [height, width].
+    """
     height, width = shape
     total = np.zeros(shape, dtype=np.float32)
     for octave in range(octaves):
@@ -189,7 +306,16 @@ def fractal_noise(rng: np.random.Generator, shape: tuple[int, int], coarse: floa
 
 
 def background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """Draw a random background of one of the kinds below, uint8 [height, width, 3]."""
+    """Draw a random background: open air, a town, the sea, a room, foliage or a texture.
+
+    Args:
+        rng: random generator.
+        width: width in pixels.
+        height: height in pixels.
+
+    Returns:
+        The background, uint8 [height, width, 3] (RGB).
+    """
     family = [_open_air, _open_air, _town, _sea, _room, _room, _foliage, _texture][rng.integers(8)]
     return np.clip(family(rng, width, height), 0, 255).astype(np.uint8)
 
@@ -217,7 +343,7 @@ def _sky(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 
 def _ground(rng: np.random.Generator, image: np.ndarray, color: Color, horizon: np.ndarray) -> None:
-    """Paint ground below ``horizon`` (a height for every column) into the image, in place."""
+    """Paint ground into an image, in place, below ``horizon``: a row for each column."""
     height, width = image.shape[:2]
     below = np.arange(height)[:, None] >= horizon[None, :]
     texture = 0.75 + 0.35 * fractal_noise(rng, (height, width), rng.uniform(6, 30), 3)

@@ -1,10 +1,9 @@
 """Things that are not balloons: ``detr_tiny`` is pre-trained on them, and they surround the generated balloons.
 
-Each function draws one thing with random proportions and colors, as parts in the coordinates of scenes.py. The name of the function is
-the name of the thing.
+Each function draws one thing with random proportions and colors. Its argument ``rng`` is the random generator, and it returns the parts of
+the thing from back to front, in the coordinates that scenes.py describes: about one unit from the center to the edge, with y pointing down.
+The name of the function is the name of the thing; ``KINDS`` maps these names, with spaces, to the functions.
 """
-
-# ruff: noqa: D103 (what a function draws is its name)
 
 import numpy as np
 
@@ -14,6 +13,7 @@ WHITE, BLACK = (245.0, 245.0, 240.0), (25.0, 25.0, 30.0)
 
 
 def house(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a house with a gabled roof, a door and two windows."""
     wall, roof = color_of(rng, (0.0, 0.5), (0.6, 1.0)), color_of(rng, (0.3, 0.8), (0.3, 0.7), (0.95, 1.1))
     wide, eaves = rng.uniform(0.6, 1.0), rng.uniform(-0.3, 0.1)
     peak = rng.uniform(-0.3, 0.3) * wide
@@ -28,6 +28,7 @@ def house(rng: np.random.Generator) -> list[Part]:
 
 
 def tree(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a deciduous tree, a trunk and a round crown."""
     leaves, bark = color_of(rng, (0.4, 0.9), (0.25, 0.7), (0.15, 0.42)), color_of(rng, (0.3, 0.6), (0.2, 0.45), (0.05, 0.1))
     bumps = int(rng.integers(5, 10))
     crown = ellipse(0, -0.35, rng.uniform(0.5, 0.75), 0.65, corners=bumps) * rng.uniform(0.85, 1.15, (bumps, 1))
@@ -35,6 +36,7 @@ def tree(rng: np.random.Generator) -> list[Part]:
 
 
 def pine(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a pine of several tiers."""
     leaves = color_of(rng, (0.3, 0.8), (0.2, 0.55), (0.28, 0.45))
     wide, tiers = rng.uniform(0.4, 0.65), int(rng.integers(2, 5))
     parts = [Part(rectangle(-0.08, 0.6, 0.08, 1), color_of(rng, (0.3, 0.6), (0.2, 0.4), (0.05, 0.1)))]
@@ -46,6 +48,7 @@ def pine(rng: np.random.Generator) -> list[Part]:
 
 
 def kite(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a diamond-shaped kite with a tail that is not part of its mask."""
     first, second = color_of(rng, (0.6, 1.0), (0.6, 1.0)), color_of(rng, (0.5, 1.0), (0.6, 1.0))
     wide, cross = rng.uniform(0.5, 0.8), rng.uniform(-0.45, -0.1)
     tail = np.linspace(0.9, 2.0, 14)
@@ -59,6 +62,7 @@ def kite(rng: np.random.Generator) -> list[Part]:
 
 
 def cloud(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a cloud of overlapping bumps."""
     gray = rng.uniform(215, 255)
     bumps = int(rng.integers(4, 7))
     xs = np.linspace(-0.7, 0.7, bumps)
@@ -70,6 +74,7 @@ def cloud(rng: np.random.Generator) -> list[Part]:
 
 
 def sun(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a sun with pointed rays."""
     glow = color_of(rng, (0.4, 0.9), (0.95, 1.0), (0.08, 0.16))
     rays = int(rng.integers(8, 15))
     spikes = ellipse(0, 0, 1, 1, corners=2 * rays) * np.where(np.arange(2 * rays) % 2, 0.68, 1.0)[:, None]
@@ -77,6 +82,7 @@ def sun(rng: np.random.Generator) -> list[Part]:
 
 
 def moon(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a crescent moon."""
     t = np.linspace(0.2, 0.8, 24) * 2 * np.pi
     depth = rng.uniform(0.2, 0.6)
     outer = np.stack([np.cos(t), np.sin(t)], axis=1)
@@ -85,18 +91,21 @@ def moon(rng: np.random.Generator) -> list[Part]:
 
 
 def star(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a star with four to seven points."""
     arms, depth = int(rng.integers(4, 8)), rng.uniform(0.35, 0.6)
     spikes = ellipse(0, 0, 1, 1, corners=2 * arms) * np.where(np.arange(2 * arms) % 2, depth, 1.0)[:, None]
     return [Part(spikes, color_of(rng, (0.3, 1.0), (0.5, 1.0)), "linear")]
 
 
 def ring(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a flat ring with a hole."""
     hole = rng.uniform(0.35, 0.7)
     outline = np.concatenate([ellipse(0, 0, 1, 1, 0, 0.9999, 40), ellipse(0, 0, hole, hole, 0, 0.9999, 40)[::-1]])
     return [Part(outline, color_of(rng, (0.3, 1.0), (0.4, 1.0)), "linear")]
 
 
 def crate(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a wooden crate with a diagonal board."""
     wood = color_of(rng, (0.3, 0.7), (0.45, 0.85), (0.05, 0.12))
     tall, bar = rng.uniform(0.6, 1.0), 0.16
     return [
@@ -108,6 +117,7 @@ def crate(rng: np.random.Generator) -> list[Part]:
 
 
 def cup(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a cup with a handle."""
     china = color_of(rng, (0.0, 0.8), (0.5, 1.0))
     low = rng.uniform(0.45, 0.8)
     handle = stroke(ellipse(0.75, -0.05, 0.32, 0.42, -0.25, 0.25, 16), 0.16)
@@ -119,6 +129,7 @@ def cup(rng: np.random.Generator) -> list[Part]:
 
 
 def leaf(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a leaf with its midrib."""
     green = color_of(rng, (0.4, 0.9), (0.35, 0.9), rng.choice([[0.2, 0.4], [0.0, 0.15]]))
     t = np.linspace(-1, 1, 20)
     half = rng.uniform(0.3, 0.6) * (1 - t**2) * (1 - 0.3 * t)
@@ -127,6 +138,7 @@ def leaf(rng: np.random.Generator) -> list[Part]:
 
 
 def fish(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a fish seen from the side."""
     scale, tall = color_of(rng, (0.3, 1.0), (0.5, 1.0)), rng.uniform(0.35, 0.65)
     fin = darker(scale, rng.uniform(0.6, 0.9))
     return [
@@ -139,6 +151,7 @@ def fish(rng: np.random.Generator) -> list[Part]:
 
 
 def car(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a car seen from the side."""
     paint = color_of(rng, (0.0, 1.0), (0.3, 1.0))
     front, back = rng.uniform(-0.75, -0.45), rng.uniform(0.5, 0.9)
     parts = [
@@ -156,6 +169,7 @@ def car(rng: np.random.Generator) -> list[Part]:
 
 
 def boat(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a sailing boat."""
     hull, sail = color_of(rng, (0.2, 0.9), (0.3, 0.9)), color_of(rng, (0.0, 0.6), (0.8, 1.0))
     lean = rng.uniform(-0.15, 0.15)
     return [
@@ -167,6 +181,7 @@ def boat(rng: np.random.Generator) -> list[Part]:
 
 
 def bird(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a flying bird with spread wings."""
     feather = color_of(rng, (0.0, 0.7), (0.15, 0.9))
     lift = rng.uniform(-0.9, -0.3)
     return [
@@ -178,6 +193,7 @@ def bird(rng: np.random.Generator) -> list[Part]:
 
 
 def butterfly(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a butterfly with spotted wings."""
     wing, spot = color_of(rng, (0.5, 1.0), (0.5, 1.0)), color_of(rng, (0.3, 1.0), (0.2, 1.0))
     up, down = rng.uniform(0.55, 0.75), rng.uniform(0.4, 0.6)
     parts = []
@@ -191,6 +207,7 @@ def butterfly(rng: np.random.Generator) -> list[Part]:
 
 
 def flower(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a flower, in half of the cases with a stem."""
     petals, color = int(rng.integers(5, 9)), color_of(rng, (0.3, 1.0), (0.7, 1.0), (0.75, 1.15))
     parts = [Part(stroke(polygon((0, 0), (0.08, 0.7), (0, 1.3)), 0.09), (70, 130, 60))] if rng.random() < 0.5 else []
     parts += [Part(ellipse(x, y, 0.4, 0.4, corners=18), color, "linear") for x, y in ellipse(0, 0, 0.6, 0.6, corners=petals)]
@@ -198,6 +215,7 @@ def flower(rng: np.random.Generator) -> list[Part]:
 
 
 def mushroom(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a mushroom with a spotted cap."""
     cap, stem = color_of(rng, (0.4, 0.9), (0.4, 0.9), (0.95, 1.1)), color_of(rng, (0.0, 0.2), (0.8, 1.0), (0.08, 0.15))
     parts = [Part(smooth(polygon((-0.25, -0.2), (0.25, -0.2), (0.38, 1.05), (-0.38, 1.05)), 24), stem, "linear")]
     parts.append(
@@ -208,6 +226,7 @@ def mushroom(rng: np.random.Generator) -> list[Part]:
 
 
 def umbrella(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of an open umbrella with panels in two colors."""
     first, second = color_of(rng, (0.5, 1.0), (0.5, 1.0)), color_of(rng, (0.0, 1.0), (0.6, 1.0))
     panels = int(rng.integers(4, 7))
     parts = [Part(rectangle(-0.03, -0.9, 0.03, 0.9), BLACK), Part(stroke(ellipse(0.13, 0.88, 0.13, 0.15, 0.0, 0.5, 10), 0.06), BLACK)]
@@ -219,6 +238,7 @@ def umbrella(rng: np.random.Generator) -> list[Part]:
 
 
 def bottle(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a bottle with a label and a cap."""
     glass, neck = color_of(rng, (0.2, 0.9), (0.25, 0.8)), rng.uniform(0.12, 0.2)
     half, shoulder = rng.uniform(0.28, 0.45), rng.uniform(-0.45, -0.1)
     side = polygon((neck, -0.9), (neck, shoulder - 0.2), (half, shoulder + 0.1), (half, 1))
@@ -230,6 +250,7 @@ def bottle(rng: np.random.Generator) -> list[Part]:
 
 
 def apple(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of an apple with a stem and a leaf."""
     skin = color_of(rng, (0.6, 1.0), (0.5, 0.95), (0.95, 1.3))
     outline = smooth(
         polygon(
@@ -253,6 +274,7 @@ def apple(rng: np.random.Generator) -> list[Part]:
 
 
 def pear(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a pear with a stem."""
     skin = color_of(rng, (0.4, 0.9), (0.6, 0.95), (0.12, 0.25))
     half = rng.uniform(0.55, 0.75)
     side = polygon((0.15, -0.85), (0.32, -0.5), (0.36, -0.15), (half, 0.3), (half, 0.75), (0.25, 1.05))
@@ -261,6 +283,7 @@ def pear(rng: np.random.Generator) -> list[Part]:
 
 
 def lemon(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a lemon."""
     t = np.linspace(-1, 1, 24)
     half = rng.uniform(0.5, 0.65) * np.sqrt(np.clip(1 - np.abs(t) ** 2.2, 0, 1)) * 0.9 + 0.08
     outline = np.concatenate([np.stack([t, half], axis=1), np.stack([t, -half], axis=1)[::-1]])
@@ -268,6 +291,7 @@ def lemon(rng: np.random.Generator) -> list[Part]:
 
 
 def ball(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a ball patterned as a beach ball, a soccer ball or a basketball."""
     first, second = color_of(rng, (0.0, 1.0), (0.5, 1.0)), color_of(rng, (0.4, 1.0), (0.3, 1.0))
     parts = [Part(ellipse(0, 0, 1, 1), first, "round")]
     pattern = rng.integers(3)
@@ -291,6 +315,7 @@ def ball(rng: np.random.Generator) -> list[Part]:
 
 
 def egg(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of an egg, mostly with speckles."""
     t = ellipse(0, 0, 1, 1)
     outline = t * np.stack([0.72 * (1 + 0.2 * t[:, 1]), np.ones(len(t))], axis=1)
     shell = color_of(rng, (0.0, 0.35), (0.75, 1.0), (0.04, 0.12))
@@ -300,6 +325,7 @@ def egg(rng: np.random.Generator) -> list[Part]:
 
 
 def lamp(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a table lamp."""
     shade, metal = color_of(rng, (0.1, 0.8), (0.7, 1.0)), darker((150, 150, 150), rng.uniform(0.3, 1.2))
     top = rng.uniform(0.25, 0.5)
     return [
@@ -310,6 +336,7 @@ def lamp(rng: np.random.Generator) -> list[Part]:
 
 
 def street_lamp(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a street lamp with a round globe."""
     metal, globe = darker((120, 120, 125), rng.uniform(0.3, 1.0)), color_of(rng, (0.0, 0.3), (0.9, 1.0), (0.1, 0.16))
     return [
         Part(rectangle(-0.05, -0.6, 0.05, 1.6), metal, "linear"),
@@ -320,18 +347,21 @@ def street_lamp(rng: np.random.Generator) -> list[Part]:
 
 
 def heart(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a heart."""
     t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     outline = np.stack([16 * np.sin(t) ** 3, -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))], axis=1) / 16
     return [Part(outline, color_of(rng, (0.4, 1.0), (0.4, 1.0)), rng.choice(["linear", "round"]))]
 
 
 def gear(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a gear with a dark hole in its center."""
     teeth, metal = int(rng.integers(7, 13)), color_of(rng, (0.0, 0.5), (0.35, 0.9))
     steps = ellipse(0, 0, 1, 1, corners=4 * teeth) * np.where(np.arange(4 * teeth) % 4 < 2, 1.0, 0.78)[:, None]
     return [Part(steps, metal, "linear"), Part(ellipse(0, 0, 0.3, 0.3), darker(metal, 0.4))]
 
 
 def cross(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a cross with arms of equal width."""
     arm, wide = rng.uniform(0.2, 0.4), rng.uniform(0.7, 1.0)
     outline = polygon(
         (-arm, -1),
@@ -351,12 +381,14 @@ def cross(rng: np.random.Generator) -> list[Part]:
 
 
 def arrow(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of an arrow that points up."""
     shaft, head = rng.uniform(0.15, 0.3), rng.uniform(-0.3, 0.2)
     outline = polygon((0, -1), (0.7, head), (shaft, head), (shaft, 1), (-shaft, 1), (-shaft, head), (-0.7, head))
     return [Part(outline, color_of(rng, (0.2, 1.0), (0.3, 1.0)), "linear")]
 
 
 def pyramid(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a pyramid, of which two sides are visible."""
     stone, edge = color_of(rng, (0.1, 0.9), (0.5, 1.0)), rng.uniform(-0.4, 0.4)
     return [
         Part(polygon((0, -0.9), (edge, 0.8), (-1, 0.55)), stone, "linear"),
@@ -365,6 +397,7 @@ def pyramid(rng: np.random.Generator) -> list[Part]:
 
 
 def cube(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a cube, of which three sides are visible."""
     side, lift = color_of(rng, (0.1, 0.9), (0.5, 1.0)), rng.uniform(0.35, 0.5)
     return [
         Part(polygon((-0.9, -lift), (0, 0), (0, 1), (-0.9, 1 - lift)), darker(side, 0.8), "linear"),
@@ -374,6 +407,7 @@ def cube(rng: np.random.Generator) -> list[Part]:
 
 
 def shard(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a shard, an irregular polygon."""
     corners = int(rng.integers(3, 8))
     turn = np.sort(rng.uniform(0, 2 * np.pi / corners, corners) + np.arange(corners) * 2 * np.pi / corners)
     outline = np.stack([np.cos(turn), np.sin(turn)], axis=1) * rng.uniform(0.6, 1.0, (corners, 1))
@@ -381,12 +415,14 @@ def shard(rng: np.random.Generator) -> list[Part]:
 
 
 def pebble(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a pebble, an irregular rounded shape."""
     corners = int(rng.integers(5, 9))
     outline = smooth(ellipse(0, 0, 1, 1, corners=corners) * rng.uniform(0.7, 1.15, (corners, 1)))
     return [Part(outline, color_of(rng, (0.0, 0.9), (0.25, 1.0)), rng.choice(["linear", "round", "shiny"]))]
 
 
 def bulb(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a light bulb."""
     glass = color_of(rng, (0.0, 0.5), (0.8, 1.0), (0.1, 0.17))
     side = polygon((0.3, 0.55), (0.35, 0.3), (0.68, -0.2), (0.62, -0.75), (0.25, -1.05))
     outline = smooth(np.concatenate([side, (side * (-1, 1))[::-1]]))
@@ -400,6 +436,7 @@ def bulb(rng: np.random.Generator) -> list[Part]:
 
 
 def button(rng: np.random.Generator) -> list[Part]:
+    """Return the parts of a round button with two or four holes."""
     color = color_of(rng, (0.2, 1.0), (0.4, 1.0))
     holes = ellipse(0, 0, 0.3, 0.3, corners=int(rng.choice([2, 4])))
     return [

@@ -1,9 +1,9 @@
 """COCO average precision of boxes: the twelve numbers of a data set and of each of its categories.
 
-The numbers come from hotcoco, an implementation of COCO's protocol in Rust; the tests hold it to pycocotools, the reference. COCO's
-rules apply unchanged: at most 100 detections of a category count in one image (those with the highest scores), so an image with more
-than 100 objects of one category cannot reach a recall of 1; a crowd region is neither a miss nor a hit. A number that is undefined
-(no object of that size, or no object at all) is None here; pycocotools reports -1.
+The numbers come from hotcoco, an implementation of COCO's protocol in Rust; the tests compare it with pycocotools, the reference. COCO's
+rules apply unchanged. At most 100 detections of a category count in one image (those with the highest scores), so that an image with more
+than 100 objects of one category cannot reach a recall of 1. A crowd region is neither a miss nor a hit. A number that is undefined (no
+object of that size, or no object at all) is None here, where pycocotools reports -1.
 """
 
 import dataclasses
@@ -41,15 +41,15 @@ METRICS = {
 class Evaluation:
     """An accumulated evaluation of detections on a data set.
 
-    Images and categories are known by their position in the order of their ids, because hotcoco wants small whole numbers and COCO
-    files hold all kinds of ids.
+    Images and categories are identified by their position in the order of their ids, because hotcoco requires small whole numbers and COCO
+    files contain all kinds of ids.
 
     Attributes:
         image_ids: The ids of the images, sorted.
         category_ids: The ids of the categories, sorted.
         objects: The annotated boxes, in the order of the annotations.
         detections: The detected boxes, in the order of the results, without those of unknown categories.
-        numbers: hotcoco's evaluation, which holds precision and recall.
+        numbers: hotcoco's evaluation, which contains precision and recall.
     """
 
     image_ids: list
@@ -70,29 +70,33 @@ class Evaluation:
 
 
 def coco_metrics(coco: dict, results: list[dict]) -> dict[str, Any]:
-    """Return the twelve COCO numbers of ``results``, over all categories and per category.
+    """Return the twelve COCO numbers of detections, over all categories and for each category.
 
     Args:
-        coco: A COCO data set with ``images``, ``annotations`` and ``categories``. Annotation ids may be anything, and duplicates.
-        results: COCO results: dictionaries with ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels) and ``score``.
+        coco: A COCO data set with ``images``, ``annotations`` and ``categories``. Annotation ids may be anything, also duplicates.
+        results: COCO results: dicts with ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels) and ``score``.
 
     Returns:
-        The numbers under the names of ``METRICS``, None where undefined; and the same of each category by its name under
-        ``per_category``. Neither argument is changed.
+        The numbers under the names of ``METRICS``, None where undefined; and under ``per_category`` the same for each category by its name.
+        Neither argument is changed.
 
     Raises:
-        UserError: As :func:`run_coco_eval`.
+        UserError: An entry of ``results`` is not a detection, or belongs to an image that ``coco`` does not have.
     """
     return summarize(run_coco_eval(coco, results), coco["categories"])
 
 
 def run_coco_eval(coco: dict, results: list[dict]) -> Evaluation:
-    """Evaluate ``results`` on ``coco`` and accumulate precision and recall. Arguments are those of :func:`coco_metrics`.
+    """Evaluate detections on a data set, and accumulate precision and recall.
 
-    Detections of categories that ``coco`` does not have are left out, as pycocotools does.
+    Detections of categories that the data set does not have are left out, as in pycocotools.
+
+    Args:
+        coco: A COCO data set with ``images``, ``annotations`` and ``categories``.
+        results: COCO results: dicts with ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels) and ``score``.
 
     Raises:
-        UserError: If an entry of ``results`` is not a detection, or belongs to an image that ``coco`` does not have.
+        UserError: An entry of ``results`` is not a detection, or belongs to an image that ``coco`` does not have.
     """
     check_results(coco, results)
     image_ids = sorted(image["id"] for image in coco["images"])
@@ -110,10 +114,10 @@ def check_results(coco: dict, results: list[dict]) -> None:
 
     Args:
         coco: A COCO data set.
-        results: What should be a list of dicts with ``image_id``, ``category_id``, ``bbox`` and ``score``.
+        results: Unchecked value, which should be a list of dicts with ``image_id``, ``category_id``, ``bbox`` and ``score``.
 
     Raises:
-        UserError: An entry is not; the message names the first.
+        UserError: An entry is not such a detection; the message names the first.
     """
     if not isinstance(results, list):
         raise UserError(f"results: expected a list of detections, found a {type(results).__name__}")
@@ -160,7 +164,7 @@ def _boxes(entries: list[dict], image_ids: list, category_ids: list) -> Boxes:
 
 
 def summarize(evaluation: Evaluation, categories: Iterable[dict]) -> dict[str, Any]:
-    """Return the result of :func:`coco_metrics` of an evaluation.
+    """Return the twelve COCO numbers of an evaluation, as :func:`coco_metrics` does.
 
     Args:
         evaluation: The result of :func:`run_coco_eval`.
@@ -175,7 +179,14 @@ def summarize(evaluation: Evaluation, categories: Iterable[dict]) -> dict[str, A
 
 
 def category_names(categories: Iterable[dict]) -> dict[Any, str]:
-    """Return the name under which each category is shown, by its id; names that are used twice come with the id."""
+    """Return the name under which each category is shown. A name that several categories have gets the id: ``"dog (3)"``.
+
+    Args:
+        categories: The data set's categories, dicts with ``id`` and ``name``.
+
+    Returns:
+        The names by category id.
+    """
     categories = list(categories)
     names = [category["name"] for category in categories]
     return {each["id"]: f"{each['name']} ({each['id']})" if names.count(each["name"]) > 1 else each["name"] for each in categories}
@@ -197,20 +208,27 @@ def _mean(values: np.ndarray, category: int | slice, iou: float | None, size: st
 
 
 def stats(metrics: dict[str, Any]) -> list[float]:
-    """Return pycocotools' ``stats``: the twelve numbers in their order, -1 where undefined."""
+    """Return the twelve numbers in the form of pycocotools' ``stats``.
+
+    Args:
+        metrics: The result of :func:`coco_metrics`.
+
+    Returns:
+        The numbers in the order of ``METRICS``, -1 where undefined.
+    """
     return [-1.0 if metrics[name] is None else metrics[name] for name in METRICS]
 
 
 def precision_recall(evaluation: Evaluation, thresholds: int = 101) -> dict[str, np.ndarray]:
-    """Return precision and recall of all categories together at an IoU of 0.5, as the score threshold goes from 0 to 1.
+    """Return precision and recall of all categories together at an IoU of 0.5, for score thresholds from 0 to 1.
 
     Args:
         evaluation: The result of :func:`run_coco_eval`.
         thresholds: The number of score thresholds, evenly spaced from 0 to 1.
 
     Returns:
-        Arrays [thresholds]: ``threshold``, ``true_positives``, ``false_positives``, ``false_negatives``, ``precision`` (1 where
-        nothing is detected) and ``recall`` (0 where there is nothing to find).
+        Arrays [thresholds]: ``threshold``, ``true_positives``, ``false_positives``, ``false_negatives``, ``precision`` (1 where nothing is
+        detected) and ``recall`` (0 if there are no objects).
     """
     matches = evaluation.matches
     counted = ~matches.ignored[0, 0]

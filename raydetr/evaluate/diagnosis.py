@@ -1,8 +1,8 @@
-"""What the curves of a run say, in words: each rule looks for one thing that went wrong and says what to do about it.
+"""Describe in words what the curves of a run show. Each rule recognizes one problem and says what to do about it.
 
-The rules read the metrics that a run reports after each epoch (:func:`raydetr.training.fit.fit`): ``AP``, ``AP50``, ``AP75``,
-``AP_low``, ``AP_high``, ``train_loss``, ``train_grad_norm``, ``val_loss``, ``val_class_error``, ``val_cardinality_error`` and so on.
-Where all is well they say nothing.
+The rules read the metrics that a run reports after each epoch (:func:`raydetr.training.fit.fit`): ``AP``, ``AP50``, ``AP75``, ``AP_low``,
+``AP_high``, ``train_loss``, ``train_grad_norm``, ``val_loss``, ``val_class_error``, ``val_cardinality_error`` and so on. A rule that finds
+no problem returns None.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,17 @@ History = Sequence[Mapping[str, Any]]  # the metrics of each epoch, the first on
 
 
 def diagnose(history: History, *, num_queries: int = 100, most_objects: int = 0, images: int = 0, clip_max_norm: float = 0.0) -> list[str]:
-    """Return what the curves of a run say, a sentence for each rule that applies, the gravest first.
+    """Return what the curves of a run show: a sentence or more for each rule that applies.
 
     Args:
-        history: The metrics of each epoch.
+        history: The metrics of each epoch, the first epoch first.
         num_queries: ``model.num_queries``.
         most_objects: The largest number of objects in an image; 0 if unknown.
         images: The number of validation images; 0 if unknown.
         clip_max_norm: ``optim.clip_max_norm``; 0 if gradients are not clipped.
+
+    Returns:
+        The sentences, the gravest problem first; empty if there is no problem.
     """
     if not history:
         return []
@@ -40,7 +43,14 @@ def diagnose(history: History, *, num_queries: int = 100, most_objects: int = 0,
 
 
 def weights_not_loaded(history: History) -> str | None:
-    """AP stays at 0 and nearly every object has the wrong class, after several epochs."""
+    """Report that AP is still 0 and nearly every object has the wrong class after several epochs.
+
+    Args:
+        history: The metrics of each epoch.
+
+    Returns:
+        What to check, or None.
+    """
     last = history[-1]
     if len(history) < 3 or (last["AP"] or 0) > 0.001 or last["val_class_error"] < 95:
         return None
@@ -51,14 +61,30 @@ def weights_not_loaded(history: History) -> str | None:
 
 
 def too_few_queries(num_queries: int, most_objects: int) -> str | None:
-    """Report that an image has more objects than the network has object queries, and so more than it can detect."""
+    """Report that an image has more objects than the network has object queries, and so more than it can detect.
+
+    Args:
+        num_queries: ``model.num_queries``.
+        most_objects: The largest number of objects in an image; 0 if unknown.
+
+    Returns:
+        What to change, or None.
+    """
     if most_objects <= num_queries:
         return None
     return f"An image has {most_objects} objects, but the network detects at most {num_queries}: raise model.num_queries."
 
 
 def rate_too_high(history: History, clip_max_norm: float) -> str | None:
-    """Report a learning rate that is too high: the loss rises from its lowest value and stays up, or is not a number."""
+    """Report a learning rate that is too high: the training loss rises from its lowest value and stays up, or is not finite.
+
+    Args:
+        history: The metrics of each epoch.
+        clip_max_norm: ``optim.clip_max_norm``; 0 if gradients are not clipped.
+
+    Returns:
+        What to change, or None.
+    """
     losses = _values(history, "train_loss")
     if not np.isfinite(losses).all():
         return "The training loss is no longer a number: lower optim.lr and optim.lr_backbone."
@@ -74,7 +100,14 @@ def rate_too_high(history: History, clip_max_norm: float) -> str | None:
 
 
 def rate_too_low(history: History) -> str | None:
-    """The training loss has hardly moved since the first epoch."""
+    """Report a training loss that has hardly changed since the first epoch.
+
+    Args:
+        history: The metrics of each epoch.
+
+    Returns:
+        What to change, or None.
+    """
     losses = _values(history, "train_loss")
     if len(losses) < 5 or not np.isfinite(losses).all() or abs(losses[-1] - losses[0]) > 0.05 * losses[0]:
         return None
@@ -82,7 +115,14 @@ def rate_too_low(history: History) -> str | None:
 
 
 def overfitting(history: History) -> str | None:
-    """Report overfitting: the validation loss rises after its lowest value while the training loss keeps falling, and AP does not rise."""
+    """Report overfitting: the validation loss rises after its lowest value while the training loss keeps falling, and AP does not rise.
+
+    Args:
+        history: The metrics of each epoch.
+
+    Returns:
+        Since when, and what to change, or None.
+    """
     train, val = _values(history, "train_loss"), _values(history, "val_loss")
     if len(val) < 5 or not np.isfinite([*train, *val]).all():
         return None
@@ -100,7 +140,14 @@ def overfitting(history: History) -> str | None:
 
 
 def loose_boxes(history: History) -> str | None:
-    """Objects are found, but their boxes are not tight."""
+    """Report that objects are found, but their boxes are not tight: AP75 is at most half of AP50 in the best epoch.
+
+    Args:
+        history: The metrics of each epoch.
+
+    Returns:
+        What to change, or None.
+    """
     best = max(history, key=lambda each: each["AP"] or 0)
     if not best["AP50"] or best["AP50"] < 0.3 or best["AP75"] is None or best["AP75"] > 0.5 * best["AP50"]:
         return None
@@ -111,7 +158,14 @@ def loose_boxes(history: History) -> str | None:
 
 
 def invented_or_missed(history: History) -> str | None:
-    """The number of detected objects is far from the number of annotated ones."""
+    """Report that the number of detected objects is far from the number of annotated ones.
+
+    Args:
+        history: The metrics of each epoch.
+
+    Returns:
+        What to change, or None.
+    """
     last = history[-1]
     wrong, recall = last.get("val_cardinality_error"), last.get("AR100")
     if wrong is None or recall is None or wrong < 5 or len(history) < 3:
@@ -123,7 +177,15 @@ def invented_or_missed(history: History) -> str | None:
 
 
 def too_few_images(history: History, images: int) -> str | None:
-    """Report too few validation images: the interval of the AP is wide."""
+    """Report too few validation images: the 95 % interval of AP is wide.
+
+    Args:
+        history: The metrics of each epoch.
+        images: The number of validation images; 0 if unknown.
+
+    Returns:
+        The interval in words, or None.
+    """
     low, high = history[-1].get("AP_low"), history[-1].get("AP_high")
     if low is None or high is None or high - low < 0.15:
         return None

@@ -1,12 +1,13 @@
 """Why objects are missed: AP lost to each kind of error, confusion, calibration, the worst images, and labels that look wrong.
 
-hotcoco finds the errors; the functions here give them the data set's own ids and names. An AP here is at an IoU of 0.5, as in TIDE
-(Bolya et al., 2020, "TIDE: A General Toolbox for Identifying Object Detection Errors"), where a detection's error is
+hotcoco finds the errors; the functions here translate them to the data set's own ids and names. Unless stated otherwise, AP is at an IoU of
+0.5 here, as in TIDE (Bolya et al., 2020, "TIDE: A General Toolbox for Identifying Object Detection Errors"), where the error of a detection
+is
 
-- ``classification``: the right place (IoU 0.5 or more), the wrong category;
-- ``localization``: the right category, but an IoU of 0.1 to 0.5;
-- ``both``: a wrong category and an IoU of 0.1 to 0.5;
-- ``duplicate``: a better detection has the object already;
+- ``classification``: at an object (IoU 0.5 or more), but of the wrong category;
+- ``localization``: of the right category, but with an IoU of 0.1 to 0.5;
+- ``both``: of a wrong category and with an IoU of 0.1 to 0.5;
+- ``duplicate``: a better detection has matched the object already;
 - ``background``: no object there (IoU below 0.1);
 - ``missed``: an object that no detection of the other kinds explains.
 """
@@ -29,14 +30,17 @@ KINDS = {
     "Bkg": "background",
     "Miss": "missed",
 }
-CROWDED = (1, 2, 4, 8, 16)  # the least objects per image of each group of images
-SURE = 0.5  # the score from which a detection is taken at its word
+CROWDED = (1, 2, 4, 8, 16)  # the smallest number of objects per image in each group of images
+SURE = 0.5  # lowest score of a detection that counts, by default
 
 
 def lost_ap(evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """Return for each kind of error how often it occurs and how much AP50 would rise without it.
+    """Return how often each kind of error occurs, and how much AP50 would rise without it.
 
-    The gains do not add up to what is missing: one error hides another.
+    The gains do not add up to what AP50 lacks, because one error hides another.
+
+    Args:
+        evaluation: The result of :func:`raydetr.evaluate.coco.run_coco_eval`.
 
     Returns:
         ``{"classification": {"count": 3, "AP": 0.021}, ...}``.
@@ -48,16 +52,16 @@ def lost_ap(evaluation: Evaluation) -> dict[str, dict[str, float]]:
 def confusion(evaluation: Evaluation, categories: Iterable[dict], min_score: float = SURE) -> tuple[list[str], np.ndarray]:
     """Return how often objects of each category are detected as each category.
 
-    Crowd regions, and what is detected in them, are left out.
+    Crowd regions, and detections in them, are left out.
 
     Args:
         evaluation: The result of :func:`raydetr.evaluate.coco.run_coco_eval`.
         categories: The data set's categories.
-        min_score: Detections below it are left out.
+        min_score: Lowest score of a detection that counts.
 
     Returns:
-        The names of the categories in the order of their ids, K of them, and the counts, int64 [K + 1, K + 1]: rows are annotated
-        categories, columns detected ones; the last column counts missed objects, the last row detections where there is no object.
+        The names of the K categories in the order of their ids, and the counts, int64 [K + 1, K + 1]. Rows are annotated categories,
+        columns detected ones; the last column counts missed objects, the last row detections where there is no object.
     """
     objects, detections, matches = evaluation.objects, evaluation.detections, evaluation.matches
     counts = matches.row[~matches.ignored[0, 0] & (matches.score >= min_score)]
@@ -67,7 +71,15 @@ def confusion(evaluation: Evaluation, categories: Iterable[dict], min_score: flo
 
 
 def category_curves(evaluation: Evaluation, categories: Iterable[dict]) -> dict[str, np.ndarray | None]:
-    """Return each category's precision at the recalls 0, 0.01, ..., 1 at an IoU of 0.5, [101] by name; None without objects."""
+    """Return the precision-recall curve of each category at an IoU of 0.5.
+
+    Args:
+        evaluation: The result of :func:`raydetr.evaluate.coco.run_coco_eval`.
+        categories: The data set's categories.
+
+    Returns:
+        The precision at the recalls 0, 0.01, ..., 1, float [101], by category name; None for a category without objects.
+    """
     precision = evaluation.accumulated["precision"][0, :, :, 0, -1]  # [recall, category]
     columns = {name: precision[:, evaluation.category_ids.index(number)] for number, name in category_names(categories).items()}
     return {name: None if (column < 0).all() else column for name, column in columns.items()}
@@ -76,8 +88,12 @@ def category_curves(evaluation: Evaluation, categories: Iterable[dict]) -> dict[
 def ap_by_objects(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Return AP on images with few and with many objects, as if each group of images were a data set of its own.
 
+    Args:
+        evaluation: The result of :func:`raydetr.evaluate.coco.run_coco_eval`.
+
     Returns:
-        For each group that has images ``low`` and ``high`` (objects in an image, ``high`` None: or more), ``images`` and ``AP``.
+        A dict for each group with at least one image: ``low`` and ``high``, the smallest and the largest number of objects in an image
+        (``high`` is None for the last group, which has no limit), ``images``, their number, and ``AP``, over IoUs of 0.5 to 0.95.
     """
     objects = evaluation.matches.objects[0].sum(1)
     ends = [*(least - 1 for least in CROWDED[1:]), None]
@@ -93,11 +109,15 @@ def ap_by_objects(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def calibration(evaluation: Evaluation, bins: int = 10) -> dict[str, Any]:
-    """Return how well scores say how often a detection is right (at an IoU of 0.5).
+    """Return how well the scores of detections predict whether they are right at an IoU of 0.5.
+
+    Args:
+        evaluation: The result of :func:`raydetr.evaluate.coco.run_coco_eval`.
+        bins: Number of bins of equal width into which the scores from 0 to 1 are divided.
 
     Returns:
-        ``error``: the mean gap between score and share of hits, weighted by the number of detections (ECE); ``bins``: for each bin of
-        scores that holds detections ``low``, ``high``, ``score`` (mean), ``hits`` (share) and ``count``.
+        ``error``, the expected calibration error (ECE): the mean difference between score and share of hits, weighted by the number of
+        detections. ``bins``, a dict for each bin with detections: ``low``, ``high``, ``score`` (mean), ``hits`` (share) and ``count``.
     """
     found = evaluation.numbers.calibration(n_bins=bins, iou_threshold=0.5)
     names = {"low": "bin_lower", "high": "bin_upper", "score": "avg_confidence", "hits": "avg_accuracy", "count": "count"}
@@ -106,10 +126,16 @@ def calibration(evaluation: Evaluation, bins: int = 10) -> dict[str, Any]:
 
 
 def worst_images(evaluation: Evaluation, count: int = 12, min_score: float = SURE) -> list[dict[str, Any]]:
-    """Return the images with the most errors, the worst first, without those that have none.
+    """Return the images with the most errors, the worst first. Images without an error are left out.
+
+    Args:
+        evaluation: The result of :func:`raydetr.evaluate.coco.run_coco_eval`.
+        count: Number of images to return at most.
+        min_score: Lowest score of a detection that counts.
 
     Returns:
-        ``{"image_id", "hits", "false", "missed"}`` of each, counted at an IoU of 0.5 over the detections from ``min_score`` on.
+        A dict for each image: ``image_id``, and the numbers of ``hits``, of ``false`` detections and of ``missed`` objects at an IoU of
+        0.5.
     """
     matches = evaluation.matches
     sure = matches.score >= min_score
@@ -125,17 +151,17 @@ def worst_images(evaluation: Evaluation, count: int = 12, min_score: float = SUR
 def suspected_labels(evaluation: Evaluation, coco: dict, min_score: float = SURE) -> list[dict[str, Any]]:
     """Return labels that are probably wrong or missing, the most certain first.
 
-    A model that is sure of a category where the annotation says another, or sure of an object where nothing is annotated, is often
-    right, so check the image: the model learned from labels of the same hand.
+    If a model is sure of another category than the annotation, or of an object where nothing is annotated, it is often right. The image
+    should be checked all the same, because the model may have learned the annotator's mistakes.
 
     Args:
         evaluation: The result of :func:`raydetr.evaluate.coco.run_coco_eval`.
         coco: Its data set.
-        min_score: How sure the model has to be.
+        min_score: Lowest score of a detection that counts.
 
     Returns:
-        Dictionaries with ``kind`` (``"wrong category"`` or ``"missing"``), ``image_id``, ``bbox`` (xywh in pixels), ``score``,
-        ``category_id`` that the model suggests, and for a wrong category ``annotation_id`` and ``annotated_category_id``, else None.
+        Dicts with ``kind`` (``"wrong category"`` or ``"missing"``), ``image_id``, ``bbox`` (xywh in pixels), ``score``, the ``category_id``
+        that the model suggests, and for a wrong category ``annotation_id`` and ``annotated_category_id``, which are None otherwise.
     """
     kinds = {"wrong_label": "wrong category", "missing_annotation": "missing"}
     found = []
@@ -156,9 +182,16 @@ def suspected_labels(evaluation: Evaluation, coco: dict, min_score: float = SURE
 
 
 def suspects_as_coco(suspects: list[dict[str, Any]], coco: dict) -> dict:
-    """Return the suspected labels as a COCO data set for a labeling tool: the images concerned, with what the model suggests.
+    """Return suspected labels as a COCO data set for a labeling tool, with the categories that the model suggests.
 
-    Each annotation carries its ``kind`` and ``score`` under ``attributes``, where CVAT and Label Studio show them.
+    Each annotation has its ``kind``, ``score`` and ``annotation_id`` under ``attributes``, which CVAT and Label Studio show.
+
+    Args:
+        suspects: The result of :func:`suspected_labels`.
+        coco: The data set.
+
+    Returns:
+        A data set with the images that have suspected labels.
     """
     concerned = {suspect["image_id"] for suspect in suspects}
     annotations = [
@@ -178,12 +211,15 @@ def suspects_as_coco(suspects: list[dict[str, Any]], coco: dict) -> dict:
 
 
 def suspects_as_via(suspects: list[dict[str, Any]], coco: dict, sizes: Mapping[Any, int]) -> dict:
-    """Return the suspected labels as annotations of the VGG Image Annotator, version 2.
+    """Return suspected labels as annotations of the VGG Image Annotator, version 2.
 
     Args:
         suspects: The result of :func:`suspected_labels`.
         coco: The data set.
-        sizes: The size of each image's file in bytes, by image id: VIA knows an image by its name and size.
+        sizes: The size of each image's file in bytes, by image id, because VIA identifies an image by its name and size.
+
+    Returns:
+        The content of VIA's annotation file.
     """
     names = category_names(coco["categories"])
     files: dict[str, dict] = {}

@@ -1,18 +1,19 @@
-"""How far chance in the choice of the images moves an average precision: intervals, and the comparison of two results.
+"""How much an average precision depends on which images were chosen: intervals, and the comparison of two results.
 
-A validation set is a sample. On other images of the same kind the same model scores differently, and on a small set by many points.
-The intervals here say by how much: they are 95 % intervals over images, by the jackknife with Student's t.
+A validation set is a sample. On other images of the same kind the same model scores differently, and on a small set by many points. The
+intervals here say by how much: they are 95 % intervals over images, by the jackknife with Student's t.
 
-**Why the jackknife.** On synthetic sets with known AP, the plain percentile bootstrap holds the true AP in 88, 91 and 94 % of cases at
-13, 50 and 200 images where it promises 95 %, the bias-corrected and accelerated bootstrap does no better, the jackknife in 92, 93 and
-95 %, and for the difference of two results on the same images in 95, 96 and 97 %. ``python -m benchmarks.claims coverage`` repeats the
-measurement. With several categories on very few images the interval of an AP itself covers less (90 % for five categories on 13
-images), since the AP is then biased upwards: a category's AP on its two or three objects is mostly 0 or 1. Differences do not suffer.
+**Why the jackknife.** On synthetic sets with known AP, the plain percentile bootstrap contains the true AP in 88, 91 and 94 % of cases at
+13, 50 and 200 images, where 95 % is promised. The bias-corrected and accelerated bootstrap does no better. The jackknife contains it in 92,
+93 and 95 %, and the true difference of two results on the same images in 95, 96 and 97 %. ``python -m benchmarks.claims coverage`` repeats
+the measurement. With several categories on very few images the interval of an AP itself covers less (90 % for five categories on 13
+images), because the AP is then biased upwards: the AP of a category on its two or three objects is mostly 0 or 1. Differences are not
+affected.
 
-**Why it is fast.** Detections are matched once. For any weights of the images the counts of true positives and of detections are
-weighted cumulative sums over the detections in the order of their scores, so leaving an image out, or drawing it twice, needs no new
-matching. The result equals pycocotools on the re-sampled set (where detections of different images share one score, pycocotools'
-result on duplicated images depends on their order; leaving images out keeps the order).
+**Why it is fast.** Detections are matched once. For any weights of the images, the counts of true positives and of detections are weighted
+cumulative sums over the detections in the order of their scores, so that leaving an image out, or drawing it twice, needs no new matching.
+The result equals that of pycocotools on the resampled set. (If detections of different images have the same score, the result of
+pycocotools on duplicated images depends on their order; leaving images out keeps the order.)
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ def weighted_metrics(matches: Matches, weights: np.ndarray, names: Sequence[str]
         names: Which of ``METRICS``.
 
     Returns:
-        Arrays [R, categories] by name, NaN where the weighted images hold no object of the category and size.
+        Arrays [R, categories] by name, NaN where the weighted images have no object of the category and size.
     """
     weights = np.ascontiguousarray(weights, np.float32)
     categories = matches.objects.shape[2]
@@ -70,7 +71,14 @@ def weighted_metrics(matches: Matches, weights: np.ndarray, names: Sequence[str]
 
 
 def overall(per_category: np.ndarray) -> np.ndarray:
-    """Return the mean over the categories that have objects, [R] of an array [R, categories]; NaN where none has."""
+    """Return the mean over the categories that have objects.
+
+    Args:
+        per_category: Numbers [R, categories], NaN for categories without objects.
+
+    Returns:
+        The means, float [R], NaN where no category has objects.
+    """
     there = ~np.isnan(per_category)
     count = there.sum(1)
     total = np.where(there, per_category, 0).sum(1)
@@ -86,7 +94,7 @@ def _ious(names: Iterable[str]) -> list[int]:
 
 
 def _recall(matches: Matches, part: slice, area: int, most: int, weights: np.ndarray, objects: np.ndarray) -> np.ndarray:
-    """Recall [R, IoUs] with ``most`` detections per image; 0 where there is no object."""
+    """Return the recall with ``most`` detections per image, [R, IoUs]; 0 where there are no objects."""
     hits = np.zeros((len(IOUS), weights.shape[1]), np.float32)
     within = matches.rank[part] < most
     for number in range(len(IOUS)):
@@ -96,7 +104,7 @@ def _recall(matches: Matches, part: slice, area: int, most: int, weights: np.nda
 
 
 def _precision(matches: Matches, part: slice, area: int, weights: np.ndarray, objects: np.ndarray, ious: list[int]) -> np.ndarray:
-    """Precision averaged over the recall levels [R, IoUs], of one category and size; 0 where there is no object."""
+    """Return the precision of one category and size, averaged over the recall levels, [R, IoUs]; 0 where there are no objects."""
     image, matched, ignored = matches.image[part], matches.matched[area, :, part], matches.ignored[area, :, part]
     averages = np.zeros((len(weights), len(IOUS)))
     # The number of counted detections above each hit is the same at all IoUs unless some are ignored at one of them only.
@@ -118,7 +126,7 @@ def _precision(matches: Matches, part: slice, area: int, weights: np.ndarray, ob
 
 
 def _counts_above(image: np.ndarray, counted: np.ndarray, hits: np.ndarray, images: int) -> np.ndarray:
-    """How many counted detections each image has down to each of ``hits``, float32 [images, hits] (whole numbers, exact)."""
+    """Return how many counted detections each image has down to each of ``hits``, float32 [images, hits] (whole numbers, exact)."""
     next_hit = np.searchsorted(hits, np.arange(len(image)))
     kept = counted & (next_hit < len(hits))
     counts = np.bincount(image[kept] * len(hits) + next_hit[kept], minlength=images * len(hits))
@@ -126,7 +134,7 @@ def _counts_above(image: np.ndarray, counted: np.ndarray, hits: np.ndarray, imag
 
 
 def _area_under(true_positives: np.ndarray, detected: np.ndarray, objects: np.ndarray) -> np.ndarray:
-    """COCO's average [R] over its recall levels of the highest precision at that recall or more (pycocotools' ``accumulate``).
+    """Return COCO's average, over its recall levels, of the highest precision at that recall or more, [R] (pycocotools' ``accumulate``).
 
     ``true_positives`` and ``detected`` [R, hits] count down to each hit; ``objects`` [R].
     """
@@ -142,20 +150,40 @@ def _area_under(true_positives: np.ndarray, detected: np.ndarray, objects: np.nd
 
 
 def leave_out_weights(images: int) -> np.ndarray:
-    """Return the jackknife's weights [images, images]: each row leaves out one image."""
+    """Return the weights of the jackknife, each row of which leaves out one image.
+
+    Args:
+        images: Number of images.
+
+    Returns:
+        Ones with zeros on the diagonal, float32 [images, images].
+    """
     return 1 - np.eye(images, dtype=np.float32)
 
 
 def grouped(matches: Matches, groups: int) -> Matches:
-    """Return ``matches`` with every ``groups``-th image taken as one, so that weights hold for groups of images."""
+    """Return matches in which groups of images are taken as one image each, so that weights apply to groups.
+
+    Args:
+        matches: The matches of single images.
+        groups: Number of groups. Image i belongs to group i modulo ``groups``.
+    """
     objects = np.stack([matches.objects[:, group::groups].sum(1) for group in range(groups)], 1)
     return dataclasses.replace(matches, image=matches.image % groups, objects=objects)
 
 
 def left_out_metrics(matches: Matches, names: Sequence[str] = tuple(METRICS)) -> dict[str, np.ndarray]:
-    """Return COCO numbers per category without each image in turn, as :func:`weighted_metrics` does: [images, categories] by name.
+    """Return COCO numbers per category without each image in turn.
 
-    Above ``MOST_GROUPS`` images each row leaves out one group of images, which estimates the same variance at a bounded cost.
+    If there are more than ``MOST_GROUPS`` images, each row leaves out a group of images, which estimates the same variance at a bounded
+    cost.
+
+    Args:
+        matches: The matches of :attr:`raydetr.evaluate.coco.Evaluation.matches`.
+        names: Which of ``METRICS``.
+
+    Returns:
+        Arrays [images or groups, categories] by name, NaN where undefined.
     """
     images = matches.objects.shape[1]
     groups = min(images, MOST_GROUPS)
@@ -163,7 +191,16 @@ def left_out_metrics(matches: Matches, names: Sequence[str] = tuple(METRICS)) ->
 
 
 def bootstrap_weights(images: int, resamples: int, seed: int = 0) -> np.ndarray:
-    """Return how often each image is drawn in each of ``resamples`` bootstrap samples, [resamples, images]."""
+    """Draw bootstrap samples of the images.
+
+    Args:
+        images: Number of images, which is also the size of a sample.
+        resamples: Number of samples.
+        seed: Seed of the draws.
+
+    Returns:
+        How often each image is in each sample, float32 [resamples, images].
+    """
     random = np.random.default_rng(seed)
     return random.multinomial(images, np.full(images, 1 / images), resamples).astype(np.float32)
 
@@ -172,23 +209,30 @@ def bootstrap_weights(images: int, resamples: int, seed: int = 0) -> np.ndarray:
 
 
 def jackknife_variance(values: np.ndarray) -> float:
-    """Return the jackknife's variance of a number from its values [n] with one image (or group) left out; NaN below two values."""
+    """Return the jackknife's estimate of the variance of a number.
+
+    Args:
+        values: The number with each image (or group of images) left out, float [n].
+
+    Returns:
+        The variance, NaN for fewer than two values.
+    """
     count = len(values)
     return (count - 1) / count * float(((values - values.mean()) ** 2).sum()) if count > 1 else float("nan")
 
 
 def jackknife_interval(value: float, left_out: np.ndarray, low: float = 0.0, high: float = 1.0) -> list[float] | None:
-    """Return the 95 % interval ``[low, high]`` of a number.
+    """Return the 95 % interval of a number, by the jackknife with Student's t of n - 1 degrees of freedom.
 
     Args:
         value: The number on all images.
-        left_out: Its values [n] with one image (or group of images) left out.
-        low: The least that the number can be.
-        high: The most that it can be.
+        left_out: The number with each image (or group of images) left out, float [n].
+        low: The smallest possible value of the number.
+        high: The largest possible value of the number.
 
     Returns:
-        The interval with Student's t of n - 1 degrees of freedom, cut at ``low`` and ``high``; None where the number, or one of its
-        values, is undefined: all objects of a category are in one image, say.
+        The two ends, within ``low`` and ``high``. None if n is below 2, or if the number is undefined on all images or with one left out,
+        for example because all objects of a category are in that image.
     """
     if len(left_out) < 2 or not np.isfinite(value) or not np.isfinite(left_out).all():
         return None
@@ -197,7 +241,18 @@ def jackknife_interval(value: float, left_out: np.ndarray, low: float = 0.0, hig
 
 
 def interval_metrics(coco: dict, results: list[dict]) -> dict[str, Any]:
-    """Return the numbers of :func:`raydetr.evaluate.coco.coco_metrics` with the intervals of :func:`with_intervals`."""
+    """Return the twelve COCO numbers of detections with their 95 % intervals.
+
+    Args:
+        coco: A COCO data set, as for :func:`raydetr.evaluate.coco.coco_metrics`.
+        results: COCO results, as for :func:`raydetr.evaluate.coco.coco_metrics`.
+
+    Returns:
+        The numbers of :func:`raydetr.evaluate.coco.coco_metrics` with the intervals of :func:`with_intervals`.
+
+    Raises:
+        UserError: An entry of ``results`` is not a detection, or belongs to an image that ``coco`` does not have.
+    """
     evaluation = run_coco_eval(coco, results)
     return with_intervals(summarize(evaluation, coco["categories"]), evaluation, coco["categories"])
 
@@ -205,17 +260,17 @@ def interval_metrics(coco: dict, results: list[dict]) -> dict[str, Any]:
 def with_intervals(
     metrics: dict[str, Any], evaluation: Evaluation, categories: Iterable[dict], names: Sequence[str] = tuple(METRICS)
 ) -> dict:
-    """Return ``metrics`` with the 95 % interval of each number of ``names`` beside it.
+    """Return metrics with the 95 % interval of each number beside it.
 
     Args:
         metrics: The result of :func:`raydetr.evaluate.coco.summarize`.
-        evaluation: The evaluation that it is of.
+        evaluation: The evaluation that ``metrics`` summarizes.
         categories: The data set's categories.
-        names: Which of ``METRICS``.
+        names: Which of ``METRICS`` get an interval.
 
     Returns:
-        A copy with ``AP_interval: [low, high]`` and so on, over all categories and in each of ``per_category``. An interval is None
-        where the number is undefined, or where it hangs on a single image.
+        A copy with ``AP_interval: [low, high]`` and so on, over all categories and in each of ``per_category``. An interval is None if the
+        number is undefined on all images or with one left out.
     """
     left_out = left_out_metrics(evaluation.matches, names)
     per_category = {}
@@ -239,20 +294,20 @@ def _intervals(metrics: dict[str, Any], left_out: dict[str, np.ndarray]) -> dict
 def compare(evaluation: Evaluation, other: Evaluation, categories: Iterable[dict], names: Sequence[str] = tuple(METRICS)) -> dict[str, Any]:
     """Compare two results on the same images.
 
-    Hard and easy images are hard and easy for both, so the difference, taken image by image, is known far better than either AP.
+    Some images are hard for both models and some easy, so that the difference, taken image by image, is known far better than either AP.
 
     Args:
         evaluation: The evaluation of one model.
-        other: That of the other, on the same data set.
+        other: The evaluation of the other model, on the same data set.
         categories: The data set's categories.
-        names: Which of ``METRICS``.
+        names: Which of ``METRICS`` to compare.
 
     Returns:
-        For each name the difference, ``evaluation`` less ``other``, and its interval under ``<name>_interval``, None where undefined;
-        and the same of each category under ``per_category``.
+        For each name the difference, ``evaluation`` minus ``other``, and its interval under ``<name>_interval``, None where undefined; and
+        the same for each category under ``per_category``.
 
     Raises:
-        UserError: If the two are not of the same images and categories.
+        UserError: The two are not of the same images and categories.
     """
     if evaluation.image_ids != other.image_ids or evaluation.category_ids != other.category_ids:
         raise UserError("two results can only be compared on the same images and categories")
@@ -279,7 +334,7 @@ def _differences(mine: dict, theirs: dict, mine_left_out: dict, theirs_left_out:
 
 
 def verdict(difference: dict[str, Any], images: int) -> str:
-    """Return in words what :func:`compare` says of the AP, the first result being called the checkpoint and the second the other.
+    """Return the difference in AP of two results in words, which call the first result the checkpoint and the second the other.
 
     Args:
         difference: The result of :func:`compare`.

@@ -1,7 +1,7 @@
 """Which detection matches which object, as arrays: the part of a COCO evaluation that does not depend on how images are weighted.
 
-hotcoco does the matching. Reading its matches image by image costs far more than computing them, so it is given only the detections
-that overlap an object enough to match it; all others are unmatched, whatever happens.
+hotcoco computes the matches. Reading them image by image costs far more than computing them, so hotcoco gets only the detections that
+overlap an object enough to match it. All others are unmatched in any case.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ MOST_DETECTIONS = 100  # that count of a category in one image
 
 @dataclasses.dataclass(frozen=True)
 class Boxes:
-    """N boxes of some images; images and categories are positions from 0.
+    """N boxes in some images. Images and categories are identified by their positions, counted from 0.
 
     Attributes:
-        image: Which image each box belongs to, int64 [N].
-        category: Which category, int64 [N].
+        image: Image of each box, int64 [N].
+        category: Category of each box, int64 [N].
         xywh: Left, top, width and height in pixels, float64 [N, 4].
-        area: Of the object in square pixels, which may be less than its box, float64 [N].
+        area: Area of the object in square pixels, which may be less than that of its box, float64 [N].
     """
 
     image: np.ndarray
@@ -60,16 +60,16 @@ class DetectedBoxes(Boxes):
 
 @dataclasses.dataclass(frozen=True)
 class Matches:
-    """The detections [D] that count, in COCO's order: by category, then from the highest score to the lowest.
+    """The D detections that count, in COCO's order: by category, then from the highest score to the lowest.
 
     Attributes:
-        image: Which image each detection belongs to, int64 [D].
-        category: Which category, int64 [D], ascending.
+        image: Image of each detection, int64 [D].
+        category: Category of each detection, int64 [D], ascending.
         score: float64 [D].
-        rank: The detection's position by score in its image and category, from 0; COCO counts the first 1, 10 or 100. int64 [D].
-        row: Its row in the detections that were given, int64 [D].
-        matched: Whether it hits an object that counts, bool [sizes of ``AREAS``, ``IOUS``, D].
-        ignored: Whether it counts neither as a hit nor as a false positive, bool of the same shape.
+        rank: The detection's position by score in its image and category, from 0, int64 [D]. COCO counts the first 1, 10 or 100.
+        row: The detection's row in the detections that were given, int64 [D].
+        matched: Whether the detection hits an object that counts, bool [sizes of ``AREAS``, ``IOUS``, D].
+        ignored: Whether the detection counts neither as a hit nor as a false positive, bool of the same shape.
         objects: The number of objects that count, int64 [sizes of ``AREAS``, images, categories].
     """
 
@@ -84,7 +84,17 @@ class Matches:
 
 
 def coco_eval(objects: AnnotatedBoxes, detections: DetectedBoxes, images: int, categories: int) -> hotcoco.COCOeval:
-    """Return hotcoco's evaluation of ``detections``, matched but not accumulated yet; its ids are positions from 1."""
+    """Match detections with objects by hotcoco. Precision and recall are not accumulated yet.
+
+    Args:
+        objects: The annotated boxes.
+        detections: The detected boxes.
+        images: The number of images.
+        categories: The number of categories.
+
+    Returns:
+        hotcoco's evaluation. Its ids of images, categories, objects and detections are their positions, counted from 1.
+    """
     truth = hotcoco.COCO.from_arrays(
         [{"id": number} for number in range(1, images + 1)],
         [{"id": number, "name": str(number)} for number in range(1, categories + 1)],
@@ -101,7 +111,7 @@ def coco_eval(objects: AnnotatedBoxes, detections: DetectedBoxes, images: int, c
 
 
 def match(objects: AnnotatedBoxes, detections: DetectedBoxes, images: int, categories: int) -> Matches:
-    """Match ``detections`` with ``objects`` as COCO does.
+    """Match detections with objects as COCO does.
 
     Args:
         objects: The annotated boxes.
@@ -128,7 +138,7 @@ def match(objects: AnnotatedBoxes, detections: DetectedBoxes, images: int, categ
 
 
 def _counted(detections: DetectedBoxes) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the detections that count, in the order of ``Matches``, and the rank of each in its image and category."""
+    """Return the rows of the detections that count, in the order of ``Matches``, and the rank of each in its image and category."""
     order = np.lexsort((-detections.score, detections.image, detections.category))  # stable, as pycocotools' sorting
     image, category = detections.image[order], detections.category[order]
     first = np.r_[True, (np.diff(image) != 0) | (np.diff(category) != 0)][: len(order)]
@@ -139,7 +149,7 @@ def _counted(detections: DetectedBoxes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _may_match(objects: AnnotatedBoxes, detections: DetectedBoxes, images: int) -> np.ndarray:
-    """Whether each detection overlaps an object of its category and image by nearly the lowest IoU threshold or more, bool [D]."""
+    """Return whether each detection overlaps an object of its category and image by nearly the lowest IoU threshold or more, bool [D]."""
     keys, wanted = (images * boxes.category + boxes.image for boxes in (detections, objects))
     order = np.argsort(keys, kind="stable")
     first, end = np.searchsorted(keys[order], wanted, "left"), np.searchsorted(keys[order], wanted, "right")

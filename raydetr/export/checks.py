@@ -1,4 +1,4 @@
-"""Exported models against the model they come from, on real images."""
+"""Compare exported models with the models that they come from, on real images."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -29,14 +29,14 @@ def compare(model: DETR, exported: Forward, batches: Sequence[tuple[Tensor, Tens
         model: The model, in eval mode on the CPU.
         exported: The exported model.
         batches: Images float [B, 3, H, W], normalized, with their padding masks bool [B, H, W].
-        tolerance: Largest difference of a class probability or a relative box coordinate.
+        tolerance: Largest allowed difference of a class probability or a relative box coordinate.
         what: Name of the export in the error message.
 
     Returns:
         The largest difference found.
 
     Raises:
-        UserError: If an output differs by more than ``tolerance``.
+        UserError: An output differs by more than ``tolerance``.
     """
     worst = 0.0
     for images, mask in batches:
@@ -57,13 +57,13 @@ def sample_batches(data: Data, images: Sequence[Path] = ()) -> list[tuple[Tensor
 
     Args:
         data: Settings of the data set and of the image size.
-        images: Image files to take instead of the validation images of ``data``.
+        images: Image files to use instead of the validation images of ``data``.
 
     Returns:
         Images float [B, 3, H, W], normalized, with their padding masks bool [B, H, W].
 
     Raises:
-        UserError: If there are no images to compare with, or one cannot be read.
+        UserError: There are no images to compare with, or one cannot be read.
     """
     batches = []
     for scale in SCALES:

@@ -39,7 +39,7 @@ class Exported(NamedTuple):
     AP: tuple[float | None, float | None] | None
 
     def text(self) -> str:
-        """The result in one line."""
+        """Return the result on one line."""
         if self.AP:
             before, after = ("-" if each is None else f"{each:.4f}" for each in self.AP)
             return f"{self.path}: AP {after} on the validation set, {before} before"
@@ -55,22 +55,22 @@ def export(
     precision: Literal["fp32", "fp16"] = "fp32",
     quantize: Literal["none", "int8"] = "none",
 ) -> Exported:
-    """Export a checkpoint, load what was written and compare it with the checkpoint on real images.
+    """Export a checkpoint, load what was written, and compare it with the checkpoint on real images.
 
     Args:
         checkpoint: Path or URI of the checkpoint.
         out: File to write; a folder for ``transformers``.
         to: One of ``FORMATS``.
-        layers: Settings (``data.*``) laid over those that the checkpoint was trained with.
+        layers: Settings (``data.*``) that override those that the checkpoint was trained with.
         images: Image files to compare on; default: the validation images.
         precision: ``fp16`` writes half-precision weights (ONNX only).
         quantize: ``int8`` quantizes the weights of matrix products (ONNX only).
 
     Returns:
-        The path, and how far the export is from the checkpoint.
+        The path, and how much the export differs from the checkpoint.
 
     Raises:
-        UserError: If the format cannot hold this model, a package is missing, ``out`` exists, or the outputs differ.
+        UserError: The format does not support this model, a package is missing, ``out`` exists, or the outputs differ.
     """
     out, reduced = Path(out), precision != "fp32" or quantize != "none"
     if to not in FORMATS:
@@ -96,7 +96,7 @@ def export(
 
 
 def _data_set(checkpoint: str | Path) -> dict[str, Any]:
-    """Where the checkpoint's own data set is, by setting."""
+    """Return the paths of the data set that the checkpoint was trained on, by setting."""
     known = settings.flatten(read_checkpoint(located(checkpoint)).get("settings", {}))
     return {name: known[name] for name in settings.PATH_SETTINGS if name.startswith("data.") and known.get(name)}
 
@@ -120,7 +120,7 @@ def _write(model: DETR, file: Path, to: str, data: settings.Data, precision: Any
 
 
 def _scores(model: DETR, file: Path, config: settings.Config) -> tuple[float | None, float | None]:
-    """AP of the model and of its ONNX file on the validation set."""
+    """Return the AP of a model and of its ONNX file on the validation set."""
     dataset = CocoImages(find_split(config.data, "val"), val_transforms(config.data))
 
     def score(network: torch.nn.Module) -> float | None:

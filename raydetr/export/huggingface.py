@@ -14,10 +14,13 @@ from raydetr.weights.huggingface import to_huggingface
 
 
 class HuggingFaceModel(nn.Module):
-    """A folder of transformers' DETR, called with the padding mask of raydetr: logits [B, Q, K + 1] and boxes [B, Q, 4].
+    """A model that transformers loads from a folder, called with the padding mask of raydetr.
 
     Args:
         folder: What :func:`write_huggingface` wrote.
+
+    Raises:
+        UserError: transformers is not installed.
     """
 
     def __init__(self, folder: Path):
@@ -25,7 +28,15 @@ class HuggingFaceModel(nn.Module):
         self.model = _import().DetrForObjectDetection.from_pretrained(folder).eval()
 
     def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Images float [B, 3, H, W] and padding mask bool [B, H, W] to logits and boxes."""
+        """Predict the class and box of every object query.
+
+        Args:
+            images: Normalized images, float [B, 3, H, W].
+            mask: Padding mask, bool [B, H, W], True where padded.
+
+        Returns:
+            Logits, float [B, Q, K + 1], and boxes, float [B, Q, 4] (cxcywh, relative to the unpadded image).
+        """
         outputs = self.model(pixel_values=images, pixel_mask=(~mask).long())
         return outputs.logits, outputs.pred_boxes
 
@@ -41,7 +52,7 @@ def write_huggingface(model: DETR, folder: Path, data: Data) -> None:
         data: Settings of the image size.
 
     Raises:
-        UserError: If transformers is missing, or has no such network: it knows ResNets without dilation, post-norm.
+        UserError: transformers is missing, or does not support the network: it has only ResNets without dilation, and post-norm layers.
     """
     transformers = _import()
     _check_known(model.settings)

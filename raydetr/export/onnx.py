@@ -21,23 +21,38 @@ TRACED_SIZE = (192, 256)  # height and width in pixels while the graph is record
 
 
 class TensorsOnly(nn.Module):
-    """A DETR whose outputs are a tuple of tensors: logits [B, Q, K + 1] and boxes [B, Q, 4]."""
+    """A DETR whose outputs are a tuple of tensors instead of a dict.
+
+    Args:
+        model: A module with the outputs of :class:`raydetr.model.detr.DETR`.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Images float [B, 3, H, W] and padding mask bool [B, H, W] to logits and boxes."""
+        """Predict the class and box of every object query.
+
+        Args:
+            images: Normalized images, float [B, 3, H, W].
+            mask: Padding mask, bool [B, H, W], True where padded.
+
+        Returns:
+            Logits, float [B, Q, K + 1], and boxes, float [B, Q, 4] (cxcywh, relative to the unpadded image).
+        """
         outputs = self.model(images, mask)
         return outputs["pred_logits"], outputs["pred_boxes"]
 
 
 class OnnxModel(nn.Module):
-    """An ONNX file in onnxruntime, called as the DETR it was exported from.
+    """An ONNX file in onnxruntime, called like the DETR that it was exported from.
 
     Args:
         file: The ONNX file.
+
+    Raises:
+        UserError: onnxruntime is not installed.
     """
 
     def __init__(self, file: Path):
@@ -45,7 +60,15 @@ class OnnxModel(nn.Module):
         self.session = _import("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Images float [B, 3, H, W] and padding mask bool [B, H, W] (None: nothing is padded) to ``pred_logits`` and ``pred_boxes``."""
+        """Predict the class and box of every object query, on the CPU.
+
+        Args:
+            images: Normalized images, float32 [B, 3, H, W].
+            mask: Padding mask, bool [B, H, W], True where padded; None if nothing is padded.
+
+        Returns:
+            ``pred_logits``, float32 [B, Q, K + 1], and ``pred_boxes``, float32 [B, Q, 4] (cxcywh, relative to the unpadded image).
+        """
         mask = torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool) if mask is None else mask
         logits, boxes = self.session.run(["logits", "boxes"], {"images": images.numpy(), "mask": mask.numpy()})
         return {"pred_logits": torch.from_numpy(np.asarray(logits)), "pred_boxes": torch.from_numpy(np.asarray(boxes))}
@@ -54,10 +77,9 @@ class OnnxModel(nn.Module):
 def write_onnx(model: DETR, file: Path, data: Data, precision: Literal["fp32", "fp16"] = "fp32", quantize: bool = False) -> None:
     """Write a model as an ONNX file.
 
-    Inputs are ``images`` float32 [batch, 3, height, width], normalized, and ``mask`` bool [batch, height, width], True where padded;
-    outputs are ``logits`` float32 [batch, Q, K + 1], the last class being no-object, and ``boxes`` float32 [batch, Q, 4], cxcywh
-    relative to the unpadded image. The metadata hold ``categories`` (JSON, in label order), ``val_size`` and ``max_size`` (pixels of
-    the short and the long side after resizing), ``mean`` and ``std`` (JSON, of RGB values from 0 to 1).
+    Inputs are ``images`` float32 [batch, 3, height, width], normalized, and ``mask`` bool [batch, height, width], True where padded.
+    Outputs are ``logits`` float32 [batch, Q, K + 1], whose last class is no-object, and ``boxes`` float32 [batch, Q, 4], cxcywh relative to
+    the unpadded image. The metadata of the file are those of :func:`metadata`.
 
     Args:
         model: The model, in eval mode on the CPU.
@@ -67,7 +89,7 @@ def write_onnx(model: DETR, file: Path, data: Data, precision: Literal["fp32", "
         quantize: Whether to store the weights of matrix products as 8-bit integers (onnxruntime's dynamic quantization).
 
     Raises:
-        UserError: If onnx, onnxscript or onnxruntime is missing.
+        UserError: onnx, onnxscript or onnxruntime is missing.
     """
     onnx = _import("onnx")
     _import("onnxscript")
@@ -91,7 +113,16 @@ def write_onnx(model: DETR, file: Path, data: Data, precision: Literal["fp32", "
 
 
 def metadata(model: DETR, data: Data) -> dict[str, str]:
-    """Return what a program needs to use a model without raydetr: categories, image size and normalization, as text."""
+    """Return what a program needs to use an exported model without raydetr.
+
+    Args:
+        model: The model.
+        data: Settings of the image size.
+
+    Returns:
+        As text: ``categories`` (JSON, in label order), ``val_size`` and ``max_size`` (pixels of the shorter and the longer side after
+        resizing), ``mean`` and ``std`` (JSON, of RGB values from 0 to 1).
+    """
     return {
         "categories": json.dumps(model.categories),
         "val_size": str(data.val_size),

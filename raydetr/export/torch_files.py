@@ -23,15 +23,15 @@ LARGEST_ID = 10_000  # category ids above it would make the head larger than the
 def write_official(model: DETR, file: Path) -> None:
     """Write a checkpoint for the official DETR (``torch.hub``'s models, ``main.py --resume``).
 
-    The official head has a row for every category id from 0 to the highest, then one for no-object; rows of ids that no category has
-    never win.
+    The official head has a row for every category id from 0 to the highest, and one for no-object. The rows of ids that no category has get
+    a logit so low that they are never the best class.
 
     Args:
         model: The model, in eval mode on the CPU.
         file: File to write.
 
     Raises:
-        UserError: If the official code has no such network, or category ids are too large for rows of their own.
+        UserError: The official code has no such network, or category ids are too large to have rows of their own.
     """
     if model.settings["backbone"] not in RESNET_BLOCKS:
         raise UserError(f"export --to official: the official DETR has no {model.settings['backbone']} backbone; take --to onnx")
@@ -44,7 +44,18 @@ def write_official(model: DETR, file: Path) -> None:
 
 
 def read_official(file: Path, model: DETR) -> DETR:
-    """Load what :func:`write_official` wrote into a model with the categories of ``model``."""
+    """Load a file of :func:`write_official`.
+
+    Args:
+        file: The file.
+        model: The model that was written, whose settings and categories the new model gets.
+
+    Returns:
+        A new model in eval mode, with a head for these categories only.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
     state = read_checkpoint(file)["model"]
     rows = [*(category["id"] for category in model.categories), -1]
     own = {name: value for name, value in model.settings.items() if name not in ("preset", "num_classes")}
@@ -62,13 +73,35 @@ def _head_by_id(model: DETR, ids: list[int]) -> dict[str, Tensor]:
 
 
 def write_safetensors(model: DETR, file: Path, data: Data) -> None:
-    """Write the state dict, under the official names, as safetensors; categories, settings and normalization are its metadata."""
+    """Write the state dict of a model, under the official names, as safetensors.
+
+    The metadata are those of :func:`raydetr.export.onnx.metadata` and ``settings`` (JSON).
+
+    Args:
+        model: The model.
+        file: File to write.
+        data: Settings of the image size.
+
+    Raises:
+        UserError: The package safetensors is missing.
+    """
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     _safetensors().save_file(tensors, str(file), {**metadata(model, data), "settings": json.dumps(model.settings)})
 
 
 def read_safetensors(file: Path, model: DETR) -> DETR:
-    """Load what :func:`write_safetensors` wrote into a model with the settings of ``model``."""
+    """Load a file of :func:`write_safetensors`.
+
+    Args:
+        file: The file.
+        model: The model that was written, whose settings and number of categories the new model gets.
+
+    Returns:
+        A new model in eval mode.
+
+    Raises:
+        UserError: The package safetensors is missing.
+    """
     own = {name: value for name, value in model.settings.items() if name not in ("preset", "num_classes")}
     loaded = build_model(model.settings["preset"], len(model.categories), **own)
     loaded.load_state_dict(_safetensors().load_file(str(file)))
@@ -84,9 +117,16 @@ def _safetensors() -> Any:
 
 
 def write_torchscript(model: DETR, file: Path, data: Data) -> None:
-    """Write a TorchScript program: images float [B, 3, H, W] and padding mask bool [B, H, W] to logits and boxes.
+    """Write a TorchScript program that maps images and a padding mask to logits and boxes.
 
-    Its extra files ``categories``, ``val_size``, ``max_size``, ``mean`` and ``std`` say how to prepare images and read the outputs.
+    Its arguments are images, float [B, 3, H, W], normalized, and a padding mask, bool [B, H, W], True where padded. Its results are logits,
+    float [B, Q, K + 1], and boxes, float [B, Q, 4] (cxcywh, relative to the unpadded image). Its extra files are the entries of
+    :func:`raydetr.export.onnx.metadata`, which say how to prepare images and read the results.
+
+    Args:
+        model: The model, in eval mode on the CPU.
+        file: File to write.
+        data: Settings of the image size.
     """
     images, mask = torch.zeros(2, 3, *TRACED_SIZE), torch.zeros(2, *TRACED_SIZE, dtype=torch.bool)
     mask[1, :, TRACED_SIZE[1] // 2 :] = True

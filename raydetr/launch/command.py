@@ -1,4 +1,4 @@
-"""A search for the command line and for Python programs: from flags or settings to what each of them can use."""
+"""Run a search for the command line and for Python programs: turn flags or settings into what each part of a search needs."""
 
 import contextlib
 import re
@@ -44,9 +44,9 @@ def tune(config: settings.Config, space: Space | str | Path | Mapping[str, Any],
     """Search ``space`` around ``config``.
 
     Args:
-        config: The settings of trial 0, and what the space leaves alone.
+        config: The settings of trial 0, and the values of all settings that are not in the space.
         space: A search space, a file of one, the name of a ready one, or a mapping.
-        **options: Those of :func:`raydetr.launch.tune.tune`.
+        **options (Any): Those of :func:`raydetr.launch.tune.tune`.
 
     Returns:
         The best settings, a table of all trials, and the study.
@@ -79,7 +79,25 @@ def tune_command(
     resume: str | None,
     confirm: bool = False,
 ) -> str:
-    """Run or resume a search and return its summary; the arguments are the flags of ``raydetr tune``.
+    """Run or resume a search for ``raydetr tune``, and return its summary.
+
+    Args:
+        layers: Settings by dotted name, parsed: those of ``--config``, then those of flags, which override them. All must be empty with
+            ``resume``.
+        space: File or name of the search space (``--space``); with ``resume`` it may be None, otherwise it is required.
+        trials: Number of trials in all; None: 32, or with ``resume`` as many as before.
+        concurrent: Number of trials at a time; None: as many as fit.
+        workers_per_trial: Number of training workers of each trial.
+        gpus_per_trial: GPUs of a trial of one worker; below 1, trials share a GPU.
+        placement: ``"pack"`` or ``"spread"``, as in :class:`raydetr.launch.slots.Demands`.
+        scheduler: What stops trials early, as for :func:`raydetr.launch.tune.tune`. Ignored with ``resume``.
+        sampler: How settings are drawn, as for :func:`raydetr.launch.tune.tune`. Ignored with ``resume``.
+        metric: The COCO metric to maximize, one of ``METRICS``. Ignored with ``resume``.
+        time_budget: When to stop, as :func:`seconds` reads it; None: no limit.
+        points: File of settings to try after trial 0, or None. Ignored with ``resume``.
+        warm_start: Path or URI of an earlier search whose best settings are tried as well, or None. Ignored with ``resume``.
+        resume: Path or URI of the search to resume, or None.
+        confirm: Whether to confirm the search when it has ended. The summary is then printed, and the verdict returned.
 
     Raises:
         UserError: As :func:`raydetr.launch.tune.tune`, and for flags that do not fit together.
@@ -132,7 +150,16 @@ def confirm_command(
     workers_per_trial: int,
     gpus_per_trial: float,
 ) -> str:
-    """Confirm a search and return the verdict; the arguments are the flags of ``raydetr confirm``.
+    """Confirm a search for ``raydetr confirm``, and return the verdict as text.
+
+    Args:
+        search: Path or URI of the search.
+        top: Number of its best trials to train afresh, besides trial 0.
+        seeds: Number of seeds of each.
+        budget: Number of trainings in all, which replaces ``top`` and ``seeds``, or None.
+        concurrent: Number of trainings at a time; None: as many as fit.
+        workers_per_trial: Number of training workers of each training.
+        gpus_per_trial: GPUs of a training of one worker; below 1, trainings share a GPU.
 
     Raises:
         UserError: As :func:`raydetr.launch.confirm.confirm`.
@@ -154,13 +181,36 @@ def printing_summary() -> Iterator[None]:
 
 
 def first_points(space: Space, config: settings.Config, points: str | None, warm_start: str | None) -> list[dict[str, Any]]:
-    """Return the settings to try after trial 0: those written by hand, then the best of an earlier search."""
+    """Return the settings to try after trial 0: those of a file, then the best of an earlier search.
+
+    Args:
+        space: The search space, which the points must fit.
+        config: The base settings of the search.
+        points: File of settings to try, or None.
+        warm_start: Path or URI of the earlier search, or None.
+
+    Returns:
+        Points for :func:`raydetr.launch.tune.tune`: settings by dotted name.
+
+    Raises:
+        UserError: The file or the earlier search cannot be read, or a point of the file is not in ``space``.
+    """
     written = read_points(points, space, config) if points else []
     return written + (best_points(warm_start, space, config) if warm_start else [])
 
 
 def seconds(text: str | None) -> float | None:
-    """Return a time such as ``90s``, ``30m``, ``2h`` or ``1d`` in seconds; raises UserError for anything else."""
+    """Convert a time such as ``90s``, ``30m``, ``2h`` or ``1d`` to seconds.
+
+    Args:
+        text: A positive number with one of these units, or without one for seconds; None: no time.
+
+    Returns:
+        The time in seconds; None for None.
+
+    Raises:
+        UserError: The text is not such a time.
+    """
     if text is None:
         return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd]?)", text.strip())

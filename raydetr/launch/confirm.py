@@ -1,9 +1,9 @@
-"""Confirm a search: train its best settings and the defaults afresh with common seeds, and judge all of them on the same images.
+"""Confirm a search: train its best settings and the defaults again with common seeds, and judge all of them on the same images.
 
-The trainings are the trials of a search of their own in ``SEARCH/confirm/``, whose points are given: one for each pair of settings and
-seed. So they are packed on the cluster, resumed and killed as any trials, and a finished one never runs again. ``scores.json`` in that
-folder has the AP of each training on the judging images, and its values with one image left out. The verdict is
-:func:`raydetr.search.confirm.judge`'s; it is written to ``SEARCH/verdict.json``, and ``best.yaml`` and ``best.pth`` of the search become
+The trainings are the trials of another search in ``SEARCH/confirm/``, whose points are given: one for each pair of settings and seed. They
+are therefore packed on the cluster, resumed and stopped like any trials, and a finished one never runs again. ``scores.json`` in that
+folder has the AP of each training on the images that judge, and the AP without each of these images. The verdict is computed by
+:func:`raydetr.search.confirm.judge` and written to ``SEARCH/verdict.json``. ``best.yaml`` and ``best.pth`` of the search are replaced by
 the confirmed ones.
 """
 
@@ -53,7 +53,7 @@ from raydetr.storage import absolute, fetch, join, working_folder
 from raydetr.text import count, shortlist
 from raydetr.weights.checkpoint import read_checkpoint
 
-SCORES_FILE = "scores.json"  # in the confirmation's folder, by the number of the training
+SCORES_FILE = "scores.json"  # in the confirmation's folder; its keys are the numbers of the trainings
 LEAST_BUDGET = 6  # two candidates and the defaults with two seeds each
 PAIR = "confirms"  # the user attribute of a training: [trial of the search, seed]
 PLAN = "confirmation"  # the user attribute of the study: the Plan
@@ -64,9 +64,9 @@ class Plan:
     """What a confirmation trains.
 
     Attributes:
-        candidates: Trials of the search, without trial 0.
+        candidates: Numbers of trials of the search, without trial 0.
         seeds: The seeds in the order in which they are used.
-        budget: The number of trainings of a race; 0: every setting is trained with every seed.
+        budget: The number of trainings of a race. 0 means no race: every setting is trained with every seed.
     """
 
     candidates: list[int]
@@ -74,10 +74,10 @@ class Plan:
     budget: int = 0
 
     def next_trainings(self, scored: Mapping[tuple[int, int], float]) -> list[tuple[int, int]]:
-        """Return the pairs of settings and seed to train next; none where the confirmation is finished.
+        """Return the pairs of settings (the number of a trial) and seed to train next; none if the confirmation is finished.
 
         Args:
-            scored: AP by pair, of the trainings so far.
+            scored: The AP of the trainings so far, by pair.
         """
         everybody = [DEFAULTS, *self.candidates]
         if not self.budget:
@@ -97,11 +97,11 @@ def make_plan(search: Search, top: int, seeds: int, budget: int | None) -> Plan:
     Args:
         search: The search.
         top: The number of its best complete trials to confirm, besides trial 0.
-        seeds: The number of trainings of each.
-        budget: The number of trainings in all, which replaces ``top`` and ``seeds``; None: these two.
+        seeds: The number of trainings of each, with different seeds.
+        budget: The number of trainings in all, from which ``top`` and ``seeds`` are then derived; None: use ``top`` and ``seeds``.
 
     Raises:
-        UserError: The search has nothing to confirm, or the numbers are too small to say anything.
+        UserError: The search has nothing to confirm, or the numbers are too small for a verdict.
     """
     if seeds < 2 or top < 1:
         raise UserError(f"--top {top} --seeds {seeds}: a confirmation needs at least 1 setting and 2 seeds of each")
@@ -134,18 +134,18 @@ def confirm(
 ) -> dict[str, Any]:
     """Confirm a search, or resume its confirmation with the plan that it began with.
 
-    It is judged on the test split where there is one, otherwise on the validation images with a stricter correction.
+    The test split judges if there is one, otherwise the validation images with a stricter correction.
 
     Args:
         folder: Path or URI of the search.
-        top: The number of its best complete trials to train afresh, besides trial 0.
-        seeds: The number of seeds of each.
-        budget: The number of trainings in all, which replaces ``top`` and ``seeds``.
-        demands: What each training asks of the cluster.
+        top: The number of its best complete trials to train again, besides trial 0.
+        seeds: The number of seeds for each of them.
+        budget: The number of trainings in all, which replaces ``top`` and ``seeds``; None: use these.
+        demands: What each training requests from the cluster.
 
     Returns:
-        The content of ``verdict.json``: the numbers of :class:`raydetr.search.confirm.Verdict`, ``sentence``, ``caveat``, ``judged_on``
-        and ``chosen``, the trial whose settings are in ``best.yaml`` now.
+        The content of ``verdict.json``: the numbers of :class:`raydetr.search.confirm.Verdict`, ``sentence``, ``caveat``, ``judged_on`` and
+        ``chosen``, the trial whose settings are in ``best.yaml`` now.
 
     Raises:
         UserError: There is nothing to confirm, the data changed since the search, or a training failed.
@@ -169,14 +169,29 @@ def confirm(
 
 
 def check_judging_images(data: settings.Data, split: str) -> None:
-    """Raise UserError if the images that are to judge cannot be found, or are too few for anybody to say anything."""
+    """Check that there are enough images to judge a confirmation by.
+
+    Args:
+        data: Settings that name the data set.
+        split: ``"test"`` or ``"val"``.
+
+    Raises:
+        UserError: The split cannot be read, or has fewer than ``LEAST_IMAGES`` images.
+    """
     images = len(CocoImages(find_split(data, split), lambda *sample: sample).files)
     if images < LEAST_IMAGES:
         raise UserError(f"confirm: {no_claim(images)}")
 
 
 def check_same_data(search: Search) -> None:
-    """Raise UserError, with the differences, if training or validation images changed since the search."""
+    """Check that the training and validation images are those that the search was run on.
+
+    Args:
+        search: The search, whose trial 0 has a fingerprint of its data in ``best.pth``.
+
+    Raises:
+        UserError: The images or their annotations have changed (the message names the differences), or trial 0 has no ``best.pth``.
+    """
     file = fetch(trial_root(search, DEFAULTS), only="best.pth") / "best.pth"
     if not file.is_file():
         raise UserError(f"{search.path}: trial 0 has no best.pth, so nothing can be compared with it")
@@ -190,7 +205,7 @@ def check_same_data(search: Search) -> None:
 
 
 def _open(search: Search, place: str, plan: Plan) -> tuple[Search, Plan]:
-    """Return the confirmation, a new one or the one that is there, and its plan."""
+    """Return the confirmation, which is created if it does not exist, and its plan."""
     if (working_folder(place) / STUDY_FILE).exists():
         confirmation = open_search(place)
         if PLAN not in confirmation.study.user_attrs:
@@ -205,7 +220,15 @@ def _open(search: Search, place: str, plan: Plan) -> tuple[Search, Plan]:
 
 
 def given_space(search: Search, plan: Plan) -> Space:
-    """Return a search space of exactly the values that the candidates and the defaults have, and the seeds."""
+    """Return a search space with exactly the values that the candidates, the defaults and the seeds have.
+
+    Args:
+        search: The search that is confirmed.
+        plan: Its candidates and seeds.
+
+    Returns:
+        A space with a choice for ``run.seed`` and for each setting in which the candidates and the defaults differ.
+    """
     everybody = [settings.by_name(search.config(number)) for number in (DEFAULTS, *plan.candidates)]
     choices: dict[str, list] = {"run.seed": plan.seeds}
     for name in everybody[0]:
@@ -221,9 +244,9 @@ def _point(search: Search, confirmation: Search, setting: int, seed: int) -> dic
 
 
 def _train_and_score(confirmation: Search, search: Search, plan: Plan, split: str, demands: Demands) -> dict[tuple[int, int], dict]:
-    """Train and score everything that is not yet; return the scores by pair."""
+    """Run and score the trainings that have no score yet, and return all scores by pair of settings and seed."""
     base = confirmation.base_config
-    base.run.storage = search.path  # where the search is now
+    base.run.storage = search.path  # the search may have been moved since it began
     with reserved_slots(base, demands.workers, demands.gpus_per_worker()):
         check_nodes(base)
         confirmation.reclaim(())
@@ -247,7 +270,7 @@ def _train_and_score(confirmation: Search, search: Search, plan: Plan, split: st
 
 
 def _pair(trial: FrozenTrial, plan: Plan) -> tuple[int, int]:
-    """Return which trial of the search, with which seed, a training repeats; the first one is the defaults' own."""
+    """Return which trial of the search a training repeats, and with which seed. The first training is that of the defaults."""
     setting, seed = trial.user_attrs.get(PAIR, (DEFAULTS, plan.seeds[0]))
     return setting, seed
 
@@ -280,10 +303,18 @@ def _score(confirmation: Search, plan: Plan, split: str, slots: Slots) -> dict[t
 
 
 def score_checkpoint(checkpoint: str, data: Mapping[str, Any], split: str) -> dict[str, Any]:
-    """Return the ``AP`` of a checkpoint on one split, its values with one image ``left_out``, and the number of ``images``.
+    """Return the AP of a checkpoint on one split, and what AP would be without each single image.
+
+    Args:
+        checkpoint: Path or URI of the checkpoint.
+        data: Paths of the data set by dotted name, such as ``data.path``.
+        split: ``"test"`` or ``"val"``.
+
+    Returns:
+        ``AP`` (float), ``left_out`` (a list with the AP without each image in turn) and ``images`` (the number of images).
 
     Raises:
-        UserError: The checkpoint or the data cannot be read, or AP hangs on a single image.
+        UserError: The checkpoint or the data cannot be read, or AP is undefined without one of the images, since it has all the objects.
     """
     detected = detect(checkpoint, data, split=split)
     evaluation = run_coco_eval(detected.coco, detected.results)
@@ -305,7 +336,7 @@ def _conclude(search: Search, confirmation: Search, plan: Plan, scores: Mapping[
     verdict = judge(runs, images, 0 if split == "test" else searched)
     chosen = choose(verdict)
     settings.write_yaml(settings.with_settings(search.config(chosen), {"run.name": None}), search.folder / "best.yaml")
-    # Of the chosen settings' trainings, by the validation images: those that judge must not choose weights.
+    # The best training of the chosen settings by the validation images: a test set only judges, and must not choose weights.
     trainings = [trial for trial in confirmation.ranked() if _pair(trial, plan)[0] == chosen]
     copy_file(fetch(trial_root(confirmation, trainings[0].number), only="best.pth") / "best.pth", search.folder / "best.pth")
     content = {
@@ -321,7 +352,14 @@ def _conclude(search: Search, confirmation: Search, plan: Plan, scores: Mapping[
 
 
 def choose(verdict: Verdict) -> int:
-    """Return the trial whose settings to keep: the winner, or the defaults where these scored as high or higher."""
+    """Return the trial whose settings to keep.
+
+    Args:
+        verdict: The result of the confirmation.
+
+    Returns:
+        The number of the best candidate if its gain over the defaults is positive, otherwise ``DEFAULTS``.
+    """
     return verdict.setting if verdict.gain > 0 else DEFAULTS
 
 

@@ -1,4 +1,4 @@
-"""What the nodes of a cluster must have in common before a run or a search starts: raydetr, the images, the folder of runs."""
+"""What the nodes of a cluster must have in common before a run or a search starts: raydetr, the images, and the folder of runs."""
 
 import contextlib
 import importlib
@@ -24,23 +24,23 @@ from raydetr.storage import is_uri, remove_tokens, write_token
 from raydetr.text import shortlist
 
 CONNECT_TIMEOUT_S = 5  # for an answer from the cluster's address
-QUIET_S = 5  # a wait for slots that is not worth a message
+QUIET_S = 5  # no message announces a wait for slots that ends sooner
 TOKEN = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH (~/.ray/auth_token)"
 AUTOSCALED = "; with an autoscaler, --run.wait_for_machines_min says how long to wait for its machines"
 LOSS_TIMEOUT_S = 30  # for Ray to notice that a node is gone (five health checks, 3 s apart); workers elsewhere notice at once
-NO_MEMORY = "running low on memory"  # what Ray's memory monitor says of the processes that it kills
+NO_MEMORY = "running low on memory"  # in the error of a process that Ray's memory monitor killed
 PROBE_TIMEOUT_S = 120  # for an answer from each node; its first worker process has to be started
 
 
 def check_listening(what: str, address: str) -> None:
-    """Check that something listens at an address of Ray, which itself would try to connect for minutes.
+    """Check that something listens at the address of a Ray cluster, because Ray itself would try to connect for minutes.
 
     Args:
         what: Where the address comes from, for the error message.
         address: ``HOST:PORT``, a URL, or ``auto``.
 
     Raises:
-        UserError: Nothing listens there, or it is no address of a Ray cluster.
+        UserError: Nothing listens there, or it is not the address of a Ray cluster.
     """
     stale = ""
     if address == "auto":
@@ -51,7 +51,7 @@ def check_listening(what: str, address: str) -> None:
         stale = f" ({found}, from {ray_private.address_file()}: a Ray that was killed leaves it; delete the file, or unset RAY_ADDRESS)"
     parts = urlsplit(address if "://" in address else f"ray://{address}")
     if address == "local" or parts.scheme not in ("http", "https", "ray"):
-        return  # Ray starts it, or has a module for it
+        return  # Ray starts a cluster, or a module of Ray handles the address
     try:
         host, port = parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
     except ValueError:
@@ -67,12 +67,18 @@ def check_listening(what: str, address: str) -> None:
 
 @contextlib.contextmanager
 def reserved_slots(config: settings.Config, workers: int, gpus_per_worker: float = 1.0) -> Iterator[None]:
-    """Wait until the cluster has resources for ``workers`` workers, and reserve them for the length of the context.
+    """Wait until the cluster has resources for some workers, and reserve them while the context is active.
 
-    An autoscaler adds nodes for what is reserved, and removes none of these. Without ``run.wait_for_machines_min`` this does nothing.
+    An autoscaler adds nodes for what is reserved, and does not remove them while it is. Without ``run.wait_for_machines_min`` this does
+    nothing.
+
+    Args:
+        config: Settings, of which ``run.wait_for_machines_min`` and ``speed.device`` are used.
+        workers: Number of workers. Each gets a CPU and, unless ``speed.device`` is ``cpu``, GPUs.
+        gpus_per_worker: GPUs of each worker; may be a fraction.
 
     Raises:
-        UserError: The nodes do not come in time, or it is not clear whether the workers want GPUs.
+        UserError: The nodes do not come in time, or it is not clear whether the workers need GPUs.
     """
     minutes, device = config.run.wait_for_machines_min, config.speed.device
     if not minutes:
@@ -94,15 +100,15 @@ def reserved_slots(config: settings.Config, workers: int, gpus_per_worker: float
 
 
 def check_nodes(config: settings.Config, probe: Callable[..., dict[str, Any]] | None = None) -> None:
-    """Check that every node of the cluster has what a run needs; with one node, that an object store accepts the run.
+    """Check that every node of the cluster has what a run needs. With a single node, check only that an object store accepts the run.
 
     Args:
         config: Settings with absolute paths.
         probe: The function that runs on each node, :func:`probe_node` by default.
 
     Raises:
-        UserError: Names the nodes without raydetr or with another version of it, those that do not see the images, and those for which
-            ``run.storage`` is another folder than here or refuses what they write.
+        UserError: Some nodes lack raydetr, have another version of it, do not have the images, or have another folder as ``run.storage``;
+            or the store refuses what they write. The message names the nodes.
     """
     nodes = alive_nodes() if ray.is_initialized() else {}
     storage, alone = config.run.storage, len(nodes) < 2
@@ -123,12 +129,15 @@ def check_nodes(config: settings.Config, probe: Callable[..., dict[str, Any]] | 
 
 
 def check_answers(answers: Sequence[tuple[str, dict[str, Any]]], written: set[str], storage: str) -> None:
-    """Raise UserError with the first thing that some nodes lack.
+    """Raise a UserError about the first requirement that some nodes do not meet.
 
     Args:
         answers: The name of each node and what :func:`probe_node` returned there.
         written: Names of the files that the nodes wrote into ``storage``, as this machine sees them.
         storage: The folder or URI of runs.
+
+    Raises:
+        UserError: Nodes lack raydetr, have another version of it, do not see a file, or have another folder as ``storage``.
     """
     without = [name for name, answer in answers if answer["version"] is None]
     if without:
@@ -154,10 +163,19 @@ def check_answers(answers: Sequence[tuple[str, dict[str, Any]]], written: set[st
 def probe_nodes(
     nodes: dict[str, str], probe: Callable[..., dict[str, Any]], paths: Sequence[str], *storage: str
 ) -> dict[str, dict[str, Any]]:
-    """Return what ``probe(paths, *storage)`` returns on each node, by node id; a node that is lost meanwhile is left out.
+    """Run a function on each node, and return what it returns there.
+
+    Args:
+        nodes: Names of the nodes by id.
+        probe: A function such as :func:`probe_node`. It is sent by value, since a node may lack raydetr.
+        paths: The first argument of ``probe``.
+        storage: Its other arguments.
+
+    Returns:
+        What ``probe`` returned, by node id. Nodes that were lost meanwhile are left out.
 
     Raises:
-        UserError: A node does not answer, or ``probe`` fails there.
+        UserError: A node does not answer for ``PROBE_TIMEOUT_S``, or ``probe`` fails there.
     """
     module = importlib.import_module(probe.__module__)
     cloudpickle.register_pickle_by_value(module)  # a node without raydetr could not import it to find the function
@@ -185,7 +203,9 @@ def probe_nodes(
 
 
 def probe_node(paths: Sequence[str], storage: str, token: str) -> dict[str, Any]:
-    """Return what the node has on which this runs; uses nothing of this module, which the node may lack.
+    """Return what the node that runs this has: raydetr, the images and the folder of runs.
+
+    The function uses nothing of this module, because the node may not have it.
 
     Args:
         paths: Files and folders that the node must see.
@@ -193,8 +213,8 @@ def probe_node(paths: Sequence[str], storage: str, token: str) -> dict[str, Any]
         token: What the driver wrote there.
 
     Returns:
-        ``version`` of raydetr (None without it), ``lacking`` (those of ``paths`` that are not there), ``token`` (whether the driver's
-        can be read), ``wrote`` (the name of the file that this node wrote into ``storage``, or None) and ``refusal`` (why an object
+        ``version`` of raydetr (None without it), ``lacking`` (those of ``paths`` that do not exist there), ``token`` (whether the driver's
+        token can be read), ``wrote`` (the name of the file that this node wrote into ``storage``, or None) and ``refusal`` (why an object
         store refused it, or None).
     """
     import importlib
@@ -210,7 +230,7 @@ def probe_node(paths: Sequence[str], storage: str, token: str) -> dict[str, Any]
         found["lacking"] = [path for path in paths if not store.exists(path, patience_s=0)]
         found["token"] = store.read_token(storage, f".probe-{token}", patience_s=0) == token
         wrote = f".probe-{token}-{secrets.token_hex(8)}"
-        if found["token"]:  # otherwise the folder is another one, and is left untouched
+        if found["token"]:  # otherwise this is another folder, in which nothing is written
             store.write_token(storage, wrote, token, patience_s=0)
             found["wrote"] = wrote
     except importlib.import_module("raydetr.errors").UserError as error:
@@ -221,18 +241,28 @@ def probe_node(paths: Sequence[str], storage: str, token: str) -> dict[str, Any]
 
 
 def is_node_failure(error: BaseException) -> bool:
-    """Return whether a worker was lost with its node, or with the network to it: not the fault of what ran there."""
+    """Return whether a worker was lost because its node, or the network to it, failed.
+
+    Such a loss is not the fault of the code that ran there, so it does not count as a failure of the run.
+
+    Args:
+        error: The error that Ray raised for the worker, or Ray Train's error that wraps it.
+    """
     error = getattr(error, "health_check_failure", error)  # Ray Train wraps the loss of a worker
     if not isinstance(error, ray.exceptions.RayActorError):
         return False
-    # At first a node that vanished counts as unreachable; Ray calls those preempted that announced their end.
+    # A lost node first counts as unreachable. Ray calls an actor preempted if its node announced that it would shut down.
     if error.preempted or isinstance(error, ray.exceptions.ActorUnavailableError):
         return True
     return any(node in str(error) for node in lost_nodes())
 
 
 def lost_another_node(before: Collection[str]) -> bool:
-    """Return whether the cluster lost a node that is not among ``before``, giving Ray time to notice it."""
+    """Return whether the cluster has lost a node, giving Ray up to ``LOSS_TIMEOUT_S`` to notice it.
+
+    Args:
+        before: Ids of the nodes that were lost before, which do not count.
+    """
     deadline = time.monotonic() + LOSS_TIMEOUT_S
     while len(ray.nodes()) > 1 and time.monotonic() < deadline:
         if not lost_nodes() <= set(before):
@@ -242,7 +272,11 @@ def lost_another_node(before: Collection[str]) -> bool:
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Return whether Ray's memory monitor killed the process whose loss ``error`` reports."""
+    """Return whether Ray's memory monitor killed the process whose loss an error reports.
+
+    Args:
+        error: The error or None; the errors that it wraps are examined as well.
+    """
     while error is not None:
         if isinstance(error, ray.exceptions.OutOfMemoryError) or NO_MEMORY in str(error):
             return True
@@ -261,10 +295,14 @@ def alive_nodes() -> dict[str, str]:
 
 
 def node_name(node: dict[str, Any]) -> str:
-    """Return the host name and address of a node, for messages."""
+    """Return the host name and the address of a node, for messages.
+
+    Args:
+        node: An entry of ``ray.nodes()``.
+    """
     return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
 
 
 def nodes_resources() -> list[dict[str, float]]:
-    """Return the resources of each node of the cluster."""
+    """Return the resources of each node of the cluster that is alive, such as ``{"CPU": 8.0, "GPU": 1.0}``."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

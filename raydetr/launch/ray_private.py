@@ -1,8 +1,8 @@
-"""Every private part of Ray that raydetr relies on, in one file. Private means: Ray may change it without notice.
+"""Every private part of Ray that raydetr relies on, in one file. Private means that Ray may change it without notice.
 
-All of it was read in Ray 2.60.0, the version that ``pyproject.toml`` allows. ``HOOKS`` lists what must exist, by its full name and
-with the reason for using it; a test resolves each name and so names what a new version of Ray lacks. To move to another version of
-Ray: change the bound in ``pyproject.toml``, run ``tests/launch/test_ray_private.py``, and read what changed around each hook it names.
+All of it was read in Ray 2.60.0, the version that ``pyproject.toml`` allows. ``HOOKS`` lists what must exist, by its full name and with the
+reason for using it. A test resolves each name, and so reports those that a new version of Ray lacks. To move to another version of Ray,
+change the bound in ``pyproject.toml``, run ``tests/launch/test_ray_private.py``, and read what changed around each hook that it reports.
 """
 
 import contextlib
@@ -47,11 +47,11 @@ HOOKS = {
 
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set where this process is a submitted job
 
-# The environment of a Ray of one's own, which leaves more of the machine to the training.
+# The environment of a Ray that this process starts, which leaves more of the machine to the training.
 SPARING = {
     "RAY_prestart_worker_first_driver": "0",  # no idle worker process for each CPU
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # no process that waits for the notice of a machine that is taken away
-    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # Ray's agent counts what the machine does once a minute
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # no process that waits for a notice that the node is preempted
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",  # Ray's agent measures the load of the machine only once a minute
 }
 
 # What Ray Tune's environment variables are set to for a search. A trial's own ``fit`` writes its events, the study is the record of
@@ -96,10 +96,10 @@ def _exists(name: str) -> bool:
 
 @contextlib.contextmanager
 def on_loopback() -> Iterator[None]:
-    """Make a Ray that is started within listen on 127.0.0.1 only.
+    """Make a Ray that is started within the context listen on 127.0.0.1 only.
 
-    On Linux, Ray opens its ports on every interface, and an address of 127.0.0.1 given to ``ray.init`` is replaced by the machine's
-    outer one. Where Ray forms no clusters (macOS, Windows) it stays on the loopback interface: this chooses the same here.
+    On Linux, Ray opens its ports on every interface, and an address of 127.0.0.1 given to ``ray.init`` is replaced by the machine's outer
+    address. Where Ray forms no clusters (macOS, Windows) it uses the loopback interface; this context selects the same behavior here.
     """
     before = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
@@ -111,10 +111,10 @@ def on_loopback() -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_own_process_groups() -> Iterator[None]:
-    """Put the processes of a Ray that is started within into process groups of their own.
+    """Put the processes of a Ray that is started within the context into process groups of their own.
 
-    A signal to this process's group (a closed terminal, ``kill -- -PGID``) then reaches only this process, which ends Ray in order.
-    Ray's processes still die with it: the kernel tells them (PR_SET_PDEATHSIG).
+    A signal to this process's group (a closed terminal, ``kill -- -PGID``) then reaches only this process, which shuts Ray down gracefully.
+    Ray's processes still end with this process: the kernel tells them (PR_SET_PDEATHSIG).
     """
     before = services.ConsolePopen
     services.ConsolePopen = functools.partial(before, process_group=0)
@@ -125,9 +125,9 @@ def in_own_process_groups() -> Iterator[None]:
 
 
 def keep_keys_out_of_logs() -> None:
-    """Take the keys of object stores out of what Ray Tune puts into each trial's runtime environment, which Ray's agent logs.
+    """Remove the keys of object stores from each trial's runtime environment, which Ray's agent writes to its log.
 
-    The processes of a Ray of one's own inherit the environment; the nodes of a cluster have keys of their own.
+    The processes of a Ray that this process started inherit the environment, and the nodes of a cluster have keys of their own.
     """
     from ray.tune.execution import class_cache
 
@@ -135,7 +135,7 @@ def keep_keys_out_of_logs() -> None:
 
 
 def automatic_address() -> str | None:
-    """Return the ``HOST:PORT`` that ``RAY_ADDRESS=auto`` means, None where no Ray has left one on this machine."""
+    """Return the ``HOST:PORT`` that ``RAY_ADDRESS=auto`` means, or None if no Ray has left an address on this machine."""
     try:
         return services.get_ray_address_from_environment("auto", None)
     except ConnectionError:
@@ -143,7 +143,7 @@ def automatic_address() -> str | None:
 
 
 def address_file() -> str:
-    """Return the path of the file in which a Ray of this machine leaves its address."""
+    """Return the path of the file in which a Ray on this machine leaves its address."""
     return get_ray_address_file(None)
 
 
@@ -162,7 +162,14 @@ def release_reserved() -> None:
 
 
 def last_trial_error(trial: Any) -> str:
-    """Return the text of the last error of a trial of Ray Tune; empty without one."""
+    """Return the text of the last error of a trial of Ray Tune.
+
+    Args:
+        trial: Ray Tune's trial.
+
+    Returns:
+        The text, which is empty if there was no error or its file cannot be read.
+    """
     try:
         return Path(trial.error_file).read_text(errors="replace").rpartition("Failure # ")[2] if trial.error_file else ""
     except OSError:
@@ -181,7 +188,7 @@ def lost_part(gcs_address: str, timeout_s: float) -> str | None:
     for name, part in ((ray_constants.PROCESS_TYPE_GCS_SERVER, "head"), (ray_constants.PROCESS_TYPE_RAYLET, "node")):
         if any(each.process.poll() is not None for each in processes.get(name, ())):
             return part
-    if processes.get(ray_constants.PROCESS_TYPE_RAYLET):  # both are this process's own, and run
+    if processes.get(ray_constants.PROCESS_TYPE_RAYLET):  # this process started both, and both run
         return None
     host, _, port = gcs_address.rpartition(":")
     try:
@@ -192,7 +199,7 @@ def lost_part(gcs_address: str, timeout_s: float) -> str | None:
 
 
 def _answers(path: str, timeout_s: float) -> bool:
-    """Whether a process listens on a Unix socket; True where the path is none, as on Windows."""
+    """Return whether a process listens on a Unix socket; True if the path is not a socket, as on Windows."""
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             return True

@@ -1,4 +1,4 @@
-"""What ``fit`` calls in a Ray Train worker: its reporter, which reaches Ray Train and the driver."""
+"""The reporter that ``fit`` calls in a Ray Train worker: it reports to Ray Train and to the driver."""
 
 import time
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class TrainReporter:
     Args:
         mailbox: The run's :class:`raydetr.launch.mailbox.Mailbox`.
         searched: In a search, the settings that it varies, by name, with their domains.
-        images: Images that were decoded for several runs; None where the run decodes its own.
+        images: Decoded images that several runs share; None if the run decodes its own.
     """
 
     searched: Mapping[str, tuple | list] | None
@@ -37,10 +37,14 @@ class TrainReporter:
         self._last_step = 0.0
 
     def checkpoint(self) -> None:
-        """Return None: a worker resumes from the run folder's own last.pth."""
+        """Return None: a worker resumes from the ``last.pth`` of its run folder."""
 
     def show(self, event: dict) -> None:
-        """Send an event of rank 0 to the driver's terminal; of the steps, one each ``step_interval_s``."""
+        """Send an event of rank 0 to the driver's terminal.
+
+        Args:
+            event: One of the events that :mod:`raydetr.training.console` describes. Of steps, at most one each ``step_interval_s`` is sent.
+        """
         if self.rank:
             return
         if event["kind"] == "step":
@@ -50,5 +54,10 @@ class TrainReporter:
         self._mailbox.post.remote(event)
 
     def report(self, metrics: dict, checkpoint: Path | None = None) -> None:
-        """Report an epoch's metrics to Ray Train, which waits for all workers. The checkpoint is in the run folder already."""
+        """Report an epoch's metrics to Ray Train, which waits for all workers.
+
+        Args:
+            metrics: The metrics by name; those that are None are left out.
+            checkpoint: Ignored, since the checkpoint is in the run folder already.
+        """
         ray.train.report({name: value for name, value in metrics.items() if value is not None})

@@ -1,4 +1,7 @@
-"""A search as Ray Tune sees it: which trial is next and where, which continue, how they ended. The study is what remembers."""
+"""A search as Ray Tune sees it: which trial runs next and where, which trials continue, and how they ended.
+
+The record of all this is the study.
+"""
 
 import math
 import shutil
@@ -34,20 +37,20 @@ from raydetr.training.metrics import REPORTED, WHERE
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
 
 TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
-RESUME_STATE = ("optimizer", "lr_scheduler", "scaler", "ema", "random")  # what a checkpoint holds only to be resumed from
-TURNS = 4  # how often in a run a trial of population-based training may take over another's weights
-ROOM_INTERVAL_S = 1.0  # between two looks at the cluster for free slots
-HOPELESS = 3  # trials that all failed before their first epoch: the rest would fail as well
-SILENCE_S = 600.0  # a running trial that reports nothing for so long is named,
-SILENT_EPOCHS = 5  # unless the longest epoch so far took more than a part of that
+RESUME_STATE = ("optimizer", "lr_scheduler", "scaler", "ema", "random")  # entries of a checkpoint that only resuming needs
+TURNS = 4  # parts of a run in population-based training; after each, a trial may take over another's weights
+ROOM_INTERVAL_S = 1.0  # between two counts of the cluster's free slots
+HOPELESS = 3  # a search ends if this many trials failed before any finished an epoch, because the rest would fail as well
+SILENCE_S = 600.0  # a running trial that reports nothing for longer than this,
+SILENT_EPOCHS = 5  # and for longer than this many of the longest epochs so far, is named
 
 
 class StudySearcher(Searcher):
-    """Ray Tune's view of the study: asks it for trials and tells it how they ended.
+    """Ray Tune's view of the study: draws trials from it and records in it how they ended.
 
     Args:
         search: The search.
-        demands: What its trials ask of the cluster.
+        demands: What its trials request from the cluster.
         slots: What each of them gets.
     """
 
@@ -58,13 +61,21 @@ class StudySearcher(Searcher):
         self.stripped: set[int] = set()  # finished trials whose last.pth was reduced to the weights
         self._free: dict[str, int] = {}
         self._looked_at = -math.inf
-        self._stripping = ThreadPoolExecutor(max_workers=1)  # not in Ray Tune's loop, which would hear no trial meanwhile
+        self._stripping = ThreadPoolExecutor(max_workers=1)  # in Ray Tune's loop it would delay the reports of all trials
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stripping": None}  # Ray Tune pickles a copy that nothing reads; a thread cannot be pickled
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the next trial, as :func:`raydetr.launch.trial.run_trial` takes it; None while there is no slot, FINISHED at the end."""
+        """Return the next trial to run.
+
+        Args:
+            trial_id: Ray Tune's id of the trial.
+
+        Returns:
+            The trial, as :func:`raydetr.launch.trial.run_trial` takes it; None if there is no free slot or the drawn settings do not fit
+            together (Ray Tune then asks again); ``Searcher.FINISHED`` if all trials have been handed out.
+        """
         population = self.search.scheduler == "pbt"
         if not population and len(self.live) >= self.room():
             return None
@@ -77,24 +88,24 @@ class StudySearcher(Searcher):
             assigned = self.assigned(number, None if population else drawn)
         except UserError as error:  # each setting is within its bounds, but they do not fit together
             self.search.tell(number, "failed", reason=str(error))
-            return None  # Ray Tune asks again, for the next one
-        self.search.push()  # before the trial leaves anything in the store
+            return None  # Ray Tune calls again, and gets the next trial
+        self.search.push()  # the store must know the trial before the trial pushes files of its own
         self.live[trial_id] = None if population else self.choose_node()
         return assigned | {"node": self.live[trial_id]}
 
     def node_slots(self) -> dict[str, int]:
-        """Return how many trials, or workers of trials, fit on each node that is alive, by its id."""
+        """Return how many trials, or workers of trials, fit on each live node in all, by its id."""
         if time.monotonic() - self._looked_at > ROOM_INTERVAL_S:
             self._free = {node["NodeID"]: slots_on(node["Resources"], self.slots) for node in ray.nodes() if node["Alive"]}
             self._looked_at = time.monotonic()
         return self._free
 
     def room(self) -> int:
-        """Return how many trials may run at a time: as many as were asked for, otherwise as many as the cluster holds now."""
+        """Return how many trials may run at a time: as many as requested, otherwise as many as the cluster holds now."""
         return self.demands.concurrent or max(1, sum(self.node_slots().values()) // self.demands.workers)
 
     def choose_node(self) -> str | None:
-        """Return the fullest node with a free slot, for a trial that is to be packed; None: Ray chooses, the emptiest."""
+        """Return the id of the fullest node with a free slot if trials are to be packed, or None to let Ray choose the emptiest."""
         if self.demands.placement != "pack" or self.demands.workers > 1:
             return None
         taken = Counter(self.live.values())
@@ -106,7 +117,10 @@ class StudySearcher(Searcher):
 
         Args:
             number: The trial's number.
-            drawn: Its settings as they were drawn; None: as the study has them now.
+            drawn: Its settings as they were drawn, by dotted name; None: as the study has them now.
+
+        Raises:
+            UserError: The settings do not fit together.
         """
         config = self.search.config(number) if drawn is None else self.search.complete(drawn)
         config.run.storage, config.run.name = join(self.search.path, TRIALS_FOLDER), self.search.trial_name(number)
@@ -121,10 +135,18 @@ class StudySearcher(Searcher):
         }
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Do nothing: the scheduler reports to the study."""
+        """Do nothing, since the scheduler reports results to the study."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study how a trial ended; one that was only interrupted stays unfinished, to be resumed."""
+        """Record in the study how a trial ended, and reduce its checkpoints in the background.
+
+        A trial that was only interrupted stays unfinished, so that it can be resumed.
+
+        Args:
+            trial_id: Ray Tune's id of the trial.
+            result: What the trial reported last. ``failed`` (a reason) or ``finished`` says how it ended.
+            error: Whether its process was lost.
+        """
         self.live.pop(trial_id, None)
         number = self.search.number(trial_id)
         if number is None:
@@ -138,7 +160,7 @@ class StudySearcher(Searcher):
             self.search.tell(number, "pruned", metrics=reported_metrics(result))
         elif not self.search.frozen()[number].state.is_finished():
             return
-        self.search.push()  # before stripping: a trial that the store believes to be unfinished is resumed from its last.pth
+        self.search.push()  # before stripping: a trial that is unfinished according to the store is resumed from its last.pth
         self._stripping.submit(self._strip, number)
 
     def _strip(self, number: int) -> None:
@@ -146,18 +168,22 @@ class StudySearcher(Searcher):
         self.stripped.add(number)
 
     def close(self) -> None:
-        """Wait for the checkpoints that are being stripped."""
+        """Wait for the checkpoints that are being reduced to their weights."""
         self._stripping.shutdown()
 
     def save(self, checkpoint_path: str) -> None:
-        """Do nothing: the study is in its journal."""
+        """Do nothing, since the study's journal is the record of the search."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Do nothing: the study is in its journal."""
+        """Do nothing, since the study's journal is the record of the search."""
 
 
 class StudyScheduler(FIFOScheduler):
-    """Reports every epoch's objective to the study, stops the trials that its pruner gives up, and fails those lost too often."""
+    """Reports every epoch's objective to the study, stops the trials that its pruner rejects, and fails those that were lost too often.
+
+    Args:
+        search: The search.
+    """
 
     def __init__(self, search: Search):
         super().__init__()
@@ -165,10 +191,15 @@ class StudyScheduler(FIFOScheduler):
         self.losses: Counter[str] = Counter()
         self.reasons: dict[str, str] = {}  # why a trial's process was lost the last time, by Ray Tune's id
         self.repeated: set[str] = set()  # trials with the same error twice, and no epoch in between
-        self.full = ""  # what a trial said about a full disk
+        self.full = ""  # a trial's message about a full disk
 
     def on_trial_error(self, tune_controller, trial) -> None:
-        """Count the loss of a trial's process, unless its node was lost with it. Ray Tune starts the trial again."""
+        """Count the loss of a trial's process, unless its node was lost with it. Ray Tune then starts the trial again.
+
+        Args:
+            tune_controller: Ray Tune's controller.
+            trial: Ray Tune's trial.
+        """
         if NO_MEMORY in ray_private.last_trial_error(trial):  # Ray Tune keeps this error as text only
             self.reasons[trial.trial_id] = OUT_OF_MEMORY
             self.losses[trial.trial_id] += 1
@@ -178,7 +209,12 @@ class StudyScheduler(FIFOScheduler):
             self.losses[trial.trial_id] += 1
 
     def on_trial_add(self, tune_controller, trial) -> None:
-        """Fail a trial that is to be started again and was lost too often, or twice for the same error."""
+        """Fail a trial that is about to start again if it was lost too often, or twice with the same error.
+
+        Args:
+            tune_controller: Ray Tune's controller.
+            trial: Ray Tune's trial.
+        """
         losses, number, repeated = self.losses[trial.trial_id], self.search.number(trial.trial_id), trial.trial_id in self.repeated
         if (losses > self.max_failures or repeated) and number is not None:
             reason = self.reasons.get(trial.trial_id, "its process was killed")
@@ -188,7 +224,19 @@ class StudyScheduler(FIFOScheduler):
             tune_controller.stop_trial(trial)
 
     def on_trial_result(self, tune_controller, trial, result: dict[str, Any]) -> str:
-        """Return whether a trial continues or stops."""
+        """Record a report of a trial, and decide whether the trial continues.
+
+        A report about a full disk ends the search. A fault is recorded, and counts as repeated if it is the same as the last one with no
+        finished epoch in between.
+
+        Args:
+            tune_controller: Ray Tune's controller.
+            trial: Ray Tune's trial.
+            result: What the trial reported: the metrics of an epoch, or how it ended (see :func:`raydetr.launch.trial.run_trial`).
+
+        Returns:
+            ``CONTINUE`` or ``STOP``, as in ``FIFOScheduler``.
+        """
         number = self.search.number(trial.trial_id)
         if result.get("full"):
             self.full = self.full or result["full"]
@@ -200,13 +248,20 @@ class StudyScheduler(FIFOScheduler):
             self.reasons[trial.trial_id] = result["fault"]
         if not is_epoch(result) or number is None:
             return FIFOScheduler.CONTINUE
-        self.reasons.pop(trial.trial_id, None)  # an epoch went well since
+        self.reasons.pop(trial.trial_id, None)  # faults count as repeated only without a finished epoch in between
         self.search.report(number, result["epoch"], best_so_far(self.search, number, result))
         return FIFOScheduler.STOP if self.search.should_stop(number) else FIFOScheduler.CONTINUE
 
 
 class PopulationScheduler(StudyScheduler):
-    """Population-based training: at every turn a trial gives its slot to one that has trained less, and may take over better weights."""
+    """Population-based training: trials take turns, and a trial that lags behind may take over the weights of a better one.
+
+    After every quarter of its epochs a trial gives its slot to the one that has trained least.
+
+    Args:
+        search: The search.
+        searcher: Its searcher, which knows how many trials may run.
+    """
 
     def __init__(self, search: Search, searcher: StudySearcher):
         super().__init__(search)
@@ -215,7 +270,16 @@ class PopulationScheduler(StudyScheduler):
         self.first, self.every, self.epochs = grace_epochs(optim), math.ceil(optim.epochs / TURNS), optim.epochs
 
     def on_trial_result(self, tune_controller, trial, result: dict[str, Any]) -> str:
-        """Return whether a trial continues, stops, or pauses for the others."""
+        """Record a report of a trial, and decide whether the trial continues, stops, or pauses to let others train.
+
+        Args:
+            tune_controller: Ray Tune's controller.
+            trial: Ray Tune's trial.
+            result: What the trial reported.
+
+        Returns:
+            ``CONTINUE``, ``STOP``, or ``NOOP`` for a trial that was paused, as in ``FIFOScheduler``.
+        """
         decision, epoch = super().on_trial_result(tune_controller, trial, result), result["epoch"]
         if decision != FIFOScheduler.CONTINUE or not is_epoch(result):
             return decision
@@ -225,7 +289,14 @@ class PopulationScheduler(StudyScheduler):
         return FIFOScheduler.NOOP
 
     def choose_trial_to_run(self, tune_controller):
-        """Return a trial that has not begun, otherwise, where there is a slot, the one that has trained least."""
+        """Return the trial to run next: one that has not begun, otherwise, if there is a slot, the paused one that has trained least.
+
+        Args:
+            tune_controller: Ray Tune's controller.
+
+        Returns:
+            Ray Tune's trial, or None.
+        """
         trials = tune_controller.get_trials()
         pending = next((trial for trial in trials if trial.status == Trial.PENDING), None)
         paused = [trial for trial in trials if trial.status == Trial.PAUSED]
@@ -247,31 +318,39 @@ class PopulationScheduler(StudyScheduler):
 
 
 class Hopeless(ray.tune.Stopper):
-    """Ends a search whose first trials all failed without a single epoch."""
+    """Ends a search if ``HOPELESS`` trials failed and none has finished an epoch.
+
+    Args:
+        search: The search.
+    """
 
     def __init__(self, search: Search):
         self.search = search
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Return False: it stops no single trial."""
+        """Return False, since it does not stop single trials."""
         return False
 
     def stop_all(self) -> bool:
         """Return whether to end the search."""
         trials = self.search.frozen()
-        if any(trial.intermediate_values for trial in trials):  # asked after every event, and soon true of the first trial
+        if any(trial.intermediate_values for trial in trials):  # cheap although called after every event: soon true of trial 0
             return False
         return sum("reason" in trial.user_attrs for trial in trials) >= HOPELESS
 
 
 class UntilSignal(ray.tune.Stopper):
-    """Ends a search, in order, after a signal was received."""
+    """Ends a search gracefully after a signal.
+
+    Args:
+        received: The record of the signal that was received.
+    """
 
     def __init__(self, received: Received):
         self.received = received
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        """Return False: it stops no single trial."""
+        """Return False, since it does not stop single trials."""
         return False
 
     def stop_all(self) -> bool:
@@ -283,6 +362,10 @@ class Watcher(TrialProgressCallback):
     """Shows the trials as they run, and names those that stopped reporting.
 
     It replaces Ray Tune's own callback of this kind, which would print lines of its own.
+
+    Args:
+        search: The search.
+        display: The table of trials on the terminal.
     """
 
     def __init__(self, search: Search, display: TrialsDisplay):
@@ -296,7 +379,15 @@ class Watcher(TrialProgressCallback):
         return {**self.__dict__, "display": None}
 
     def on_trial_result(self, iteration: int, trials: list, trial, result: dict[str, Any], **info) -> None:
-        """Show an epoch of a trial."""
+        """Show that a trial has finished an epoch.
+
+        Args:
+            iteration: The iteration of Ray Tune's loop, which is ignored.
+            trials: All of Ray Tune's trials, which are ignored.
+            trial: Ray Tune's trial.
+            result: What the trial reported.
+            **info: Ignored.
+        """
         number = self.search.number(trial.trial_id)
         if number is None or not is_epoch(result):
             return
@@ -307,13 +398,19 @@ class Watcher(TrialProgressCallback):
         self.display.epoch(number, result)
 
     def on_trial_error(self, iteration: int, trials: list, trial, **info) -> None:
-        """Do nothing: the table shows why a trial failed."""
+        """Do nothing, since the table shows why a trial failed."""
 
     def on_trial_complete(self, iteration: int, trials: list, trial, **info) -> None:
-        """Do nothing: the table shows how a trial ended."""
+        """Do nothing, since the table shows how a trial ended."""
 
     def on_step_end(self, iteration: int, trials: list, **info) -> None:
-        """Show that trials began, ended, or stopped reporting."""
+        """Refresh the table, and name each running trial that has stopped reporting, once.
+
+        Args:
+            iteration: The iteration of Ray Tune's loop, which is ignored.
+            trials: All of Ray Tune's trials.
+            **info: Ignored.
+        """
         self.display.refresh()
         running = {
             number for trial in trials if trial.status == Trial.RUNNING and (number := self.search.number(trial.trial_id)) is not None
@@ -337,33 +434,51 @@ def _without_host(fault: str) -> str:
 
 
 def is_epoch(result: Mapping[str, Any]) -> bool:
-    """Return whether a trial reports an epoch, and not how it ended."""
+    """Return whether a report of a trial is that of an epoch, and not of how the trial ended.
+
+    Args:
+        result: The report.
+    """
     return not any(result.get(name) for name in ("failed", "fault", "full", "finished"))
 
 
 def grace_epochs(optim: settings.Optim) -> int:
-    """Return the first epoch at which a trial may be stopped: after the warm-up, and never the very first."""
+    """Return the first epoch at which a trial may be stopped, counted from 1: after the warm-up, and never the very first epoch.
+
+    Args:
+        optim: Settings of the trials. A ``warmup`` below 1 is a share of ``epochs``, otherwise a number of epochs.
+    """
     warmup = optim.warmup * optim.epochs if optim.warmup < 1 else optim.warmup
     return min(int(warmup) + 2, optim.epochs)
 
 
 def trial_root(search: Search, number: int) -> str:
-    """Return the folder or URI of the run of a trial."""
+    """Return the path or URI of the run folder of a trial.
+
+    Args:
+        search: The search.
+        number: The trial's number.
+    """
     return join(search.path, TRIALS_FOLDER, search.trial_name(number))
 
 
 def trial_folder(search: Search, number: int) -> Path:
-    """Return the run folder of a trial; where the search is in an object store, its working copy on this machine."""
+    """Return the local run folder of a trial: its working copy on this machine if the search is in an object store.
+
+    Args:
+        search: The search.
+        number: The trial's number.
+    """
     return working_folder(trial_root(search, number))
 
 
 def best_so_far(search: Search, number: int, result: Mapping[str, Any]) -> float:
-    """Return the objective of a trial: the highest value of the search's metric up to an epoch.
+    """Return the objective of a trial: the highest value of the search's metric so far.
 
     Args:
         search: The search.
         number: The trial.
-        result: What the trial reported after the epoch.
+        result: What the trial reported after the latest epoch.
 
     Returns:
         The highest value, or NaN if no epoch has one.
@@ -374,16 +489,20 @@ def best_so_far(search: Search, number: int, result: Mapping[str, Any]) -> float
 
 
 def reported_metrics(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what ``fit`` reported and where the trial ran, without what Ray Tune adds."""
+    """Return the metrics that ``fit`` reported and the node and GPUs of the trial, without the entries that Ray Tune adds.
+
+    Args:
+        result: A report of a trial as Ray Tune passes it on.
+    """
     return {name: result[name] for name in (*REPORTED, *WHERE) if name in result}
 
 
 def copy_weights(source: str, target: str) -> None:
-    """Replace a trial's checkpoints by another's.
+    """Replace the checkpoints of a trial by those of another.
 
     Args:
-        source: Folder or URI of the run to copy from.
-        target: Folder or URI of the run to copy to.
+        source: Path or URI of the run folder to copy from.
+        target: Path or URI of the run folder to copy to.
     """
     for name in ("best.pth", LAST):
         if is_uri(source):
@@ -393,17 +512,25 @@ def copy_weights(source: str, target: str) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file by an atomic write."""
+    """Copy a file; the target appears atomically.
+
+    Args:
+        source: The file to copy.
+        target: The file to create or replace.
+
+    Raises:
+        OSError: A file cannot be read or written.
+    """
     with source.open("rb") as content, atomic_write(target) as out:
         shutil.copyfileobj(content, out)
 
 
 def tidy_search(search: Search, stripped: Collection[int] = ()) -> None:
-    """Remove what only running trials need and killed processes leave.
+    """Remove what only running trials need, and what killed processes left behind.
 
     Args:
         search: The search.
-        stripped: Finished trials that need not be checked again.
+        stripped: Numbers of finished trials that need not be checked again.
     """
     shutil.rmtree(search.folder / RAY_FOLDER, ignore_errors=True)
     for trial in search.frozen():
@@ -412,17 +539,29 @@ def tidy_search(search: Search, stripped: Collection[int] = ()) -> None:
 
 
 def tidy_trial(trial: str) -> None:
-    """Remove from the run of a finished trial, a folder or URI, what is of use only to resume it: the weights stay."""
+    """Remove from the run folder of a finished trial what is needed only to resume it; the weights stay.
+
+    Args:
+        trial: Path or URI of the run folder.
+    """
     shutil.rmtree(working_folder(trial) / RAY_FOLDER, ignore_errors=True)
     try:
         remove_tokens(trial, OWNER, patience_s=0)
         strip(trial)
     except (UserError, OSError):
-        return  # it only takes more room; a damaged file is named where it is read
+        return  # the files only take more space; a damaged one is reported when it is used
 
 
 def strip(trial: str) -> None:
-    """Reduce the last.pth of a run, a folder or URI, to what is of use in a finished one: the weights and what is known of them."""
+    """Remove from the ``last.pth`` of a finished run what is needed only to resume it: the states of ``RESUME_STATE``.
+
+    Args:
+        trial: Path or URI of the run folder. An object store gets the smaller file as well.
+
+    Raises:
+        UserError: The checkpoint is damaged, or the store refuses or does not answer.
+        OSError: The disk fails.
+    """
     checkpoint = fetch(trial, only=LAST) / LAST
     if checkpoint.exists() and holds_resume_state(checkpoint):
         content = read_checkpoint(checkpoint)
@@ -431,9 +570,17 @@ def strip(trial: str) -> None:
 
 
 def holds_resume_state(checkpoint: Path) -> bool:
-    """Return whether a run can be resumed from a checkpoint; reads its index only, not its tensors."""
+    """Return whether a run can be resumed from a checkpoint. The tensors are not read.
+
+    Args:
+        checkpoint: The file.
+
+    Returns:
+        Whether it has one of the entries of ``RESUME_STATE``; also True for a damaged file, so that the caller reads it and reports what is
+        wrong.
+    """
     try:
         names = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).keys()
-    except Exception:  # damaged bytes raise anything; reading it whole says what is wrong
+    except Exception:  # a damaged file may raise anything; the caller reads all of it and reports what is wrong
         return True
     return not names.isdisjoint(RESUME_STATE)

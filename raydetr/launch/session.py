@@ -1,4 +1,4 @@
-"""Ray for the length of a run or a search: one of its own on this machine, or a cluster that exists, and what happens if it is lost."""
+"""The Ray session of a run or a search: Ray started on this machine, or an existing cluster, and what happens if it is lost."""
 
 import contextlib
 import logging
@@ -20,23 +20,23 @@ from raydetr.storage import store_environment
 from raydetr.text import one_line
 
 DRIVER = "trial_driver"  # the resource that keeps the drivers of multi-worker trials off the CPUs
-WATCH_INTERVAL_S = 1.0  # between two looks at whether a Ray of one's own is still there
+WATCH_INTERVAL_S = 1.0  # between two checks that a Ray that this process started still runs
 PROBE_INTERVAL_S = 2.0  # between two connections to a cluster; its raylet logs each of them
 CONNECT_TIMEOUT_S = 5.0
-LOSS_PATIENCE_S = 4.0  # with the processes of a Ray of one's own and with this node's raylet, which nobody starts again
+LOSS_PATIENCE_S = 4.0  # for the processes of a Ray that this process started and for this node's raylet; nothing restarts them
 STORE_SHARE = 0.3  # of the machine's memory: Ray's object store, which every process maps
 PROCESS_BYTES = 8e9  # address space of a process of Ray's that has loaded torch, without the store
-HEAD_PATIENCE = 0.7  # with a cluster's head, as a share of the time after which Ray aborts this process
+HEAD_PATIENCE = 0.7  # for a cluster's head, which may be restarted; a share of the time after which Ray aborts this process
 
 
 @contextlib.contextmanager
 def ray_session(workers: int, drivers: bool = False) -> Iterator[None]:
-    """Connect to the cluster at ``RAY_ADDRESS``, or start a Ray on this machine, and shut it down at the end.
+    """Connect to the cluster at ``RAY_ADDRESS``, or start Ray on this machine, and shut it down at the end of the context.
 
-    A Ray that is started here listens on 127.0.0.1 only. Where Ray is initialized already, nothing is started or shut down.
+    A Ray that is started here listens on 127.0.0.1 only. If Ray is initialized already, nothing is started or shut down.
 
     Args:
-        workers: How many training workers must fit on this machine, at least.
+        workers: Smallest number of training workers that must fit on this machine.
         drivers: Whether trials start workers of their own.
 
     Raises:
@@ -71,7 +71,7 @@ def _join_cluster(address: str) -> None:
 
 
 def check_address_space() -> None:
-    """Check that a process may map Ray's object store: where the system refuses it, Ray aborts with a C++ stack trace.
+    """Check that the limit on address space allows Ray's object store; otherwise Ray aborts with a C++ stack trace.
 
     Raises:
         UserError: The limit on a process's address space is too low.
@@ -104,27 +104,28 @@ def _start_own(workers: int, drivers: bool) -> None:
 
 def _initialize(**options: Any) -> None:
     with kept_handlers():
-        # What a run has to show comes through its mailbox; the workers' own output stays in Ray's log files.
+        # The events of a run come through its mailbox; the workers' own output stays in Ray's log files.
         ray.init(**options, logging_level=logging.ERROR, log_to_driver=False)
 
 
 def workers_environment() -> dict[str, Any]:
-    """Return the options of ``ray.init`` by which workers on other nodes find the same object store as this process."""
+    """Return the options of ``ray.init`` that make workers on other nodes use the same object store as this process."""
     variables = store_environment()
-    # A job's workers get the environment of the job, and Ray refuses to be told a variable twice.
+    # A job's workers get the environment of the job, and Ray refuses variables that are given twice.
     return {"runtime_env": {"env_vars": variables}} if variables and ray_private.JOB_CONFIG not in os.environ else {}
 
 
 @contextlib.contextmanager
 def ending_if_ray_is_lost(received: Received, last_words: Callable[[], str]) -> Iterator[None]:
-    """End this process in one line if it loses Ray: the cluster's head, or the node it is on.
+    """End this process with one line on stderr if it loses Ray: the cluster's head, or the node that the process is on.
 
-    Ray would abort the process after a minute, with a C++ stack trace, and its calls may not return before. The exit code is 1, or that
-    of the signal that was received before (one to all processes of a service or a Slurm job also ends Ray's).
+    Ray itself would abort the process after a minute with a C++ stack trace, and its calls may not return before. The exit code is 1; if a
+    signal was received before, it is 128 plus that signal's number (a signal to all processes of a service or a Slurm job also ends Ray's
+    processes).
 
     Args:
-        received: The signal that was received, if any.
-        last_words: Called before the end; returns how to resume.
+        received: The record of the signal that was received, if any.
+        last_words: Called before the process ends; returns how to resume.
     """
     address, done = ray.get_runtime_context().gcs_address, threading.Event()
     own = "RAY_ADDRESS" not in os.environ
@@ -155,7 +156,7 @@ def ending_if_ray_is_lost(received: Received, last_words: Callable[[], str]) -> 
 def _exit(what: str, received: Received, last_words: Callable[[], str]) -> None:
     try:
         text = last_words()
-    except Exception as error:  # the process ends here, whatever else is broken
+    except Exception as error:  # the process must end here, whatever else fails
         text = str(error)
     print(f"raydetr: {what}; {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()

@@ -17,13 +17,13 @@ from raydetr.launch.session import DRIVER
 
 @dataclasses.dataclass(frozen=True)
 class Demands:
-    """What the trials of a search ask of the cluster.
+    """The resources that the trials of a search request from the cluster.
 
     Attributes:
-        workers: Training workers of each trial.
-        gpus: GPUs of a trial of one worker; below 1, trials share a GPU. Ignored where there are no GPUs.
-        concurrent: Trials at a time; None: as many as fit, also when nodes come and go.
-        placement: ``"pack"`` puts trials on as few nodes as hold them, ``"spread"`` distributes them over all.
+        workers: Number of training workers of each trial.
+        gpus: GPUs of a trial of one worker; below 1, trials share a GPU. Ignored if there are no GPUs.
+        concurrent: Number of trials at a time; None: as many as fit, also when nodes come and go.
+        placement: ``"pack"`` puts trials on as few nodes as possible, ``"spread"`` distributes them over all nodes.
     """
 
     workers: int = 1
@@ -32,7 +32,7 @@ class Demands:
     placement: str = "pack"
 
     def gpus_per_worker(self) -> float:
-        """Return the GPUs of each worker, where there are GPUs."""
+        """Return the number of GPUs of each worker, provided that the cluster has GPUs."""
         return 1.0 if self.workers > 1 else self.gpus
 
 
@@ -41,12 +41,12 @@ ONE_WORKER_EACH = Demands()
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """What the cluster gives each trial, or each worker of a trial.
+    """The resources that each trial, or each worker of a trial, gets.
 
     Attributes:
-        concurrent: Trials at a time.
+        concurrent: Number of trials at a time.
         cpus: CPUs of each trial, or of each of its workers.
-        gpus: GPUs of each; 0 without.
+        gpus: GPUs of each; 0 without GPUs.
         placement: As in :class:`Demands`.
     """
 
@@ -57,10 +57,15 @@ class Slots:
 
 
 def find_slots(config: settings.Config, demands: Demands, trials: int) -> Slots:
-    """Return how many trials run at a time and what each gets.
+    """Return how many trials run at a time, and which resources each of them gets.
+
+    Args:
+        config: Settings of the trials, of which ``speed.device`` and ``run.wait_for_machines_min`` are used.
+        demands: What each trial requests from the cluster.
+        trials: Number of trials in all.
 
     Raises:
-        UserError: The cluster cannot hold what is asked for; the message has the numbers.
+        UserError: The cluster does not have the resources; the message has the numbers.
     """
     nodes = nodes_resources()
     gpus = [node.get("GPU", 0) for node in nodes]
@@ -80,7 +85,7 @@ def find_slots(config: settings.Config, demands: Demands, trials: int) -> Slots:
     if demands.concurrent is not None and demands.concurrent > fitting and not config.run.wait_for_machines_min:
         raise UserError(f"--concurrent {demands.concurrent}: {available} hold {fitting} trials of {demands.workers} worker(s) at a time")
     concurrent = min(demands.concurrent or fitting, trials, drivers if demands.workers > 1 else trials)
-    # Trials that are packed on a node leave the other GPUs there their share of its CPUs.
+    # Trials that are packed on a node leave its share of the CPUs to each of the node's other GPUs.
     packed = cores_each(cores, fitting * demands.workers) if use_gpu and demands.placement == "pack" else None
     cpus = packed or cores_each(cores, min(concurrent, fitting) * demands.workers)
     if cpus is None:
@@ -115,13 +120,20 @@ def cores_each(cores: list[int], processes: int) -> int | None:
 
 
 def slots_on(node: Mapping[str, float], slots: Slots) -> int:
-    """Return how many trials of one worker, or workers of trials, fit on a node with these resources."""
+    """Return how many trials of one worker, or workers of trials, fit on a node.
+
+    Args:
+        node: The resources of the node in all, such as ``{"CPU": 8.0, "GPU": 1.0}``.
+        slots: The resources of each trial or worker.
+    """
     cpus = int(node.get("CPU", 0) // slots.cpus)
     return min(cpus, int(node.get("GPU", 0) / slots.gpus + 1e-9)) if slots.gpus else cpus
 
 
 def trial_resources(assigned: Mapping[str, Any]) -> ray.tune.PlacementGroupFactory:
-    """Return what Ray Tune reserves for a trial; for one of several workers only its driver's slot, as its workers reserve their own.
+    """Return the resources that Ray Tune reserves for a trial.
+
+    For a trial of several workers this is only the slot of its driver, since its workers reserve their own.
 
     Args:
         assigned: The trial, as :func:`raydetr.launch.trial.run_trial` takes it.
@@ -129,20 +141,29 @@ def trial_resources(assigned: Mapping[str, Any]) -> ray.tune.PlacementGroupFacto
     slots = assigned["slots"]
     if assigned["config"].run.workers > 1:
         return ray.tune.PlacementGroupFactory([{DRIVER: 1}])
-    # Whatever the strategy, a group of one bundle goes to the emptiest node; only this hint packs. Where the node is gone or full the
-    # trial goes to another.
+    # With any strategy, Ray puts a group of one bundle on the emptiest node; only this hint packs. If the node is lost or full, the trial
+    # goes to another.
     bundle = {"CPU": slots.cpus, "GPU": slots.gpus}
     return ray.tune.PlacementGroupFactory([bundle], "STRICT_PACK", _soft_target_node_id=assigned["node"])
 
 
 def check_disk(config: settings.Config, folder: Path, trials: int, concurrent: int) -> str:
-    """Return a forecast of what the search keeps, in words.
+    """Check that the disk has room for the checkpoints of a search.
+
+    Args:
+        config: Settings of the trials.
+        folder: Folder of the search, which need not exist yet.
+        trials: Number of trials in all.
+        concurrent: Number of trials at a time.
+
+    Returns:
+        A forecast of what the search keeps, for messages.
 
     Raises:
-        UserError: The disk of ``folder`` cannot hold it.
+        UserError: The disk of ``folder`` has too little free space.
     """
     weights = weights_bytes(config)
-    needed = trials * 2 * weights + concurrent * 3 * weights  # best and last; optimizer and average of the unfinished
+    needed = trials * 2 * weights + concurrent * 3 * weights  # best.pth and last.pth; optimizer (2) and moving average of running trials
     forecast = f"{trials} trials x 2 x {weights / 1e6:.0f} MB"
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(parent).free
@@ -152,7 +173,11 @@ def check_disk(config: settings.Config, folder: Path, trials: int, concurrent: i
 
 
 def weights_bytes(config: settings.Config) -> int:
-    """Return the bytes of a network's weights in float32."""
+    """Return the size of a model's weights in bytes, as float32.
+
+    Args:
+        config: Settings of the model. The head is counted with the 91 classes of COCO.
+    """
     from raydetr.model.detr import DETR
 
     with torch.device("meta"):

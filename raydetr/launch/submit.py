@@ -1,4 +1,4 @@
-"""`raydetr submit`: run a training or a search as a job on a Ray cluster."""
+"""``raydetr submit``: run a training or a search as a job on a Ray cluster."""
 
 import asyncio
 import hashlib
@@ -30,7 +30,7 @@ from raydetr.text import one_line, shortlist
 
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # the environment variables that name a cluster, in Ray's order
 AGENT_WAIT_S = 60  # how long to retry while a cluster that has just started has no node that takes jobs
-STOP_WAIT_S = 300  # the time that `ray job stop` gives a search to end in order; by default Ray kills it after 3 s
+STOP_WAIT_S = 300  # the time that `ray job stop` gives a search to end gracefully; by default Ray kills it after 3 s
 
 # Not sent: data and runs belong on a disk that all nodes see. The patterns are anchored, because raydetr/data/ is code.
 EXCLUDES = ("/data/", "/runs/", "/.venv/", "/.git/", "__pycache__/")
@@ -47,21 +47,21 @@ def submit(
     wait: bool = True,
     write: Callable[[str], None] = print,
 ) -> int:
-    """Run ``raydetr <command>`` as a job on a cluster and follow its output. Ctrl-C stops following, not the job.
+    """Run ``raydetr <command>`` as a job on a cluster, and follow its output. Ctrl-C stops following, not the job.
 
     Args:
         command: ``train`` or ``tune`` and its flags.
         address: The address of the cluster's job server; by default the first of ``ADDRESSES`` that is set, else this computer's.
-        name: What to call the job; the time is added.
+        name: A name for the job, to which the time is added.
         working_dir: The folder that is sent to the cluster.
         excludes: Patterns, as in .gitignore, of files in it that are not sent.
-        entrypoint: The resources of the command itself under Ray's names (``entrypoint_num_cpus``, ...). By default it runs on the
-            head node.
+        entrypoint: The resources of the command itself under Ray's names (``entrypoint_num_cpus``, ...). By default it runs on the head
+            node.
         wait: Whether to follow the job.
         write: Called with lines for the user.
 
     Returns:
-        The exit code of the job, 130 if it was stopped, 0 if it is not followed.
+        The exit code of the job, 130 if it was stopped or Ctrl-C ended the following, 0 if it is not followed.
 
     Raises:
         UserError: The folder is too large or missing, or the cluster cannot be reached, does not take the job or has other versions.
@@ -85,7 +85,15 @@ def submit(
 
 
 def connect(address: str | None) -> JobSubmissionClient:
-    """Return a client of the cluster's job server.
+    """Connect to the job server of a cluster.
+
+    The environment variables of ``ADDRESSES`` are removed, because Ray would use them instead of the address that it is given.
+
+    Args:
+        address: The address, such as ``http://HOST:8265``; None: the first of ``ADDRESSES`` that is set, else this computer's.
+
+    Returns:
+        A client of the job server.
 
     Raises:
         UserError: The server cannot be reached, refuses the token, or has another version of Ray or Python.
@@ -96,7 +104,7 @@ def connect(address: str | None) -> JobSubmissionClient:
     )
     check_listening(what, where)
     for variable in ADDRESSES:
-        os.environ.pop(variable, None)  # Ray would take them before the address that it is given
+        os.environ.pop(variable, None)  # Ray would use them instead of the address that it is given
     try:
         client = JobSubmissionClient(where)
         theirs = versions(client)
@@ -114,7 +122,15 @@ def connect(address: str | None) -> JobSubmissionClient:
 
 
 def versions(client: JobSubmissionClient) -> dict[str, str]:
-    """Return the versions of Ray and Python on the cluster."""
+    """Return the versions of ``Ray`` and ``Python`` on a cluster.
+
+    Args:
+        client: A client of the cluster's job server.
+
+    Raises:
+        requests.RequestException: The server does not answer properly.
+        KeyError: The answer lacks a version.
+    """
     response = client._do_request("GET", "/api/v0/cluster_metadata")
     response.raise_for_status()
     metadata = response.json()["data"]
@@ -122,7 +138,7 @@ def versions(client: JobSubmissionClient) -> dict[str, str]:
 
 
 def hand_over(client: JobSubmissionClient, **job: Any) -> str:
-    """Submit a job, and retry while a cluster that has just started takes none.
+    """Submit a job, retrying while a cluster that has just started has no node that takes jobs.
 
     Args:
         client: A client of the cluster's job server.
@@ -157,7 +173,7 @@ def runtime_environment(
         write: Called with a line about what was left out.
 
     Raises:
-        UserError: The folder is larger than a cluster takes.
+        UserError: The folder is larger than a cluster accepts, or a part of it cannot be read.
     """
     excludes = [*EXCLUDES, *excludes]
     sizes, special = sent_files(working_dir, excludes)
@@ -171,18 +187,18 @@ def runtime_environment(
     }
     constraints = working_dir / "constraints.txt"
     if constraints.is_file():
-        digest = hashlib.sha256(constraints.read_bytes()).hexdigest()[:16]  # Ray installs again when this text changes
+        digest = hashlib.sha256(constraints.read_bytes()).hexdigest()[:16]  # Ray reinstalls the packages if this text changes
         needed = [line for line in importlib.metadata.requires("raydetr") or [] if "extra ==" not in line]
         environment["pip"] = [*needed, f"-c ${{RAY_RUNTIME_ENV_CREATE_WORKING_DIR}}/constraints.txt  # {digest}"]
     return environment
 
 
 def sent_files(folder: Path, excludes: Sequence[str]) -> tuple[dict[str, int], list[str]]:
-    """Return what Ray would send of a folder.
+    """Return which files of a folder Ray would send.
 
     Args:
         folder: The folder.
-        excludes: Patterns of files that are not sent, beside those in .gitignore and .rayignore.
+        excludes: Patterns of files that are not sent, in addition to those in .gitignore and .rayignore.
 
     Returns:
         The sizes of the files in bytes by their relative paths, and the relative paths of pipes, sockets and devices.
@@ -200,7 +216,7 @@ def sent_files(folder: Path, excludes: Sequence[str]) -> tuple[dict[str, int], l
         elif path.exists() and not path.is_dir():
             special.append(name)
 
-    # Ray's own walk over the folder (read in ray 2.60), so that both see the same files.
+    # Ray's own function (read in Ray 2.60) walks the folder, so that both see the same files.
     gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
     quiet = logging.getLogger("ray.submit")
     quiet.disabled = True
@@ -214,7 +230,15 @@ def sent_files(folder: Path, excludes: Sequence[str]) -> tuple[dict[str, int], l
 
 
 def check_size(folder: Path, sizes: Mapping[str, int]) -> None:
-    """Check that a cluster takes the files of a folder, given their sizes in bytes; a UserError names the largest things in it."""
+    """Check that the files of a folder are not larger than what a cluster accepts.
+
+    Args:
+        folder: The folder, for the error message.
+        sizes: Sizes of its files in bytes by their relative paths.
+
+    Raises:
+        UserError: They are too large together; the message names the largest.
+    """
     total = sum(sizes.values())
     if total < DASHBOARD_CLIENT_MAX_SIZE:
         return
@@ -230,7 +254,14 @@ def check_size(folder: Path, sizes: Mapping[str, int]) -> None:
 
 
 def follow(client: JobSubmissionClient, job: str) -> int:
-    """Show the output of a job until it ends, and return its exit code.
+    """Print the output of a job until it ends.
+
+    Args:
+        client: A client of the cluster's job server.
+        job: The id of the job.
+
+    Returns:
+        The exit code of the job; 130 if it was stopped, or if Ctrl-C ended the following.
 
     Raises:
         UserError: The connection was lost, the job did not start, or raydetr is not installed on the cluster.
@@ -257,7 +288,7 @@ def follow(client: JobSubmissionClient, job: str) -> int:
 
 
 async def _tail(client: JobSubmissionClient, job: str) -> bool:
-    """Write the output of a job to the terminal as it comes, and return whether it says that raydetr is not installed."""
+    """Print the output of a job as it arrives, and return whether it says that raydetr is not installed."""
     absent = False
     async for text in client.tail_job_logs(job):
         sys.stdout.write(text)
@@ -267,13 +298,28 @@ async def _tail(client: JobSubmissionClient, job: str) -> bool:
 
 
 def ways_on(client: JobSubmissionClient, job: str) -> str:
-    """Return a line on how to follow and how to stop a job."""
+    """Return the commands that follow and stop a job, in words.
+
+    Args:
+        client: A client of the cluster's job server.
+        job: The id of the job.
+    """
     at = f"--address {client.get_address()}"
     return f"follow it by `ray job logs {at} --follow {job}`, stop it by `ray job stop {at} {job}`"
 
 
 def resources(text: str | None) -> dict[str, float] | None:
-    """Parse custom resources in the form of Ray's commands, ``{"trial_driver": 1}``. Raises a UserError for any other form."""
+    """Parse custom resources in the form that Ray's commands take.
+
+    Args:
+        text: JSON such as ``{"trial_driver": 1}``, or None.
+
+    Returns:
+        Amounts by name; None for None.
+
+    Raises:
+        UserError: The text has another form.
+    """
     if text is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""One fine-tuning over GPUs and nodes with Ray Train's TorchTrainer."""
+"""Run one fine-tuning on GPUs and nodes with Ray Train's TorchTrainer."""
 
 import contextlib
 import logging
@@ -43,12 +43,12 @@ from raydetr.text import count, one_line
 from raydetr.training.console import Display
 
 RAY_FOLDER = "ray"  # in the folder of a run or a search: Ray's own records, of use only while it runs
-SHOW_INTERVAL_S = 0.5  # between two looks at what the workers posted
-# Between two polls of Ray Train's controller. A worker waits with its next epoch's metrics until the last ones were polled; with Ray's
-# 2 s no epoch of a small data set would take less.
+SHOW_INTERVAL_S = 0.5  # between two requests for the events that the workers posted
+# Between two polls of Ray Train's controller. A worker reports an epoch's metrics only after the last ones were polled. With Ray's default
+# of 2 s, every epoch of a small data set would take that long.
 POLL_INTERVAL_S = 0.5
-RESIZE_INTERVAL_S = 20.0  # between two looks for nodes that a run of MIN:MAX workers could use
-RESIZE_TIMEOUT_S = 10.0  # how long such a run waits for slots that it believed to be there; Ray notices late that a node is gone
+RESIZE_INTERVAL_S = 20.0  # between two checks for nodes that a run of MIN:MAX workers could use
+RESIZE_TIMEOUT_S = 10.0  # how long such a run waits for slots that Ray reported; Ray notices late that a node is lost
 TWICE = "the same error twice without a finished epoch in between, so it is not retried again"
 OUT_OF_MEMORY = (
     "the machine ran out of memory and Ray's memory monitor killed it: lower data.num_workers, data.cache_gb, optim.batch_size "
@@ -59,12 +59,12 @@ OUT_OF_MEMORY = (
 RESUMABLE = {
     "optim.epochs",
     "optim.patience",
-    *settings.PATH_SETTINGS,  # where the data is now; fit checks that it is the run's own
+    *settings.PATH_SETTINGS,  # the data may have been moved; fit checks that it is the same
     "data.num_workers",
     "data.val_batch_size",
     "data.cache_gb",
     "data.batch_timeout_s",
-    "data.exif",  # runs begun before this setting read images whose size does not tell as they are stored
+    "data.exif",  # runs from before this setting ignored EXIF orientation unless the annotated size demanded it
     "data.max_megapixels",
     "run.max_failures",
     "run.wait_for_machines_min",
@@ -78,8 +78,8 @@ def train(config: settings.Config, resume: bool = False, from_best: bool = False
     """Fine-tune with ``config.run.workers`` Ray Train workers; ``auto`` is one for each GPU of the cluster or of this machine.
 
     One worker without a cluster is this process itself (Ray Train's local mode). For more, Ray is started on this machine unless
-    ``RAY_ADDRESS`` names a cluster. Of ``MIN:MAX`` workers there are as many as the cluster has resources for, also when nodes come
-    and go. The run is kept in ``<run.storage>/<run.name>``.
+    ``RAY_ADDRESS`` names a cluster. With ``MIN:MAX`` workers, there are as many as the cluster has resources for, also when nodes come and
+    go. The run is kept in ``<run.storage>/<run.name>``.
 
     Args:
         config: The settings of the run.
@@ -120,17 +120,17 @@ def train(config: settings.Config, resume: bool = False, from_best: bool = False
 
 @contextlib.contextmanager
 def alone(lock_file: Path, busy: str) -> Iterator[None]:
-    """Keep every other process of this machine out of a run or a search for the length of the context.
+    """Keep every other process of this machine out of a run or a search while the context is active.
 
-    The lock of a killed process is free. Of two that a lock cannot keep apart (on two machines, with an object store or a file system
-    without locks), the one that started first ends after its epoch, since the other one has become the owner of the run folder.
+    The lock of a killed process is free. A lock cannot keep apart two processes on two machines, with an object store, or on a file system
+    without locks. Of these two, the one that started first stops after its epoch, because the other has become the owner of the run folder.
 
     Args:
         lock_file: The file to lock.
-        busy: The error message where another process holds it.
+        busy: The error message if another process holds it.
 
     Raises:
-        UserError: Another process runs it.
+        UserError: Another process holds the lock.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -142,17 +142,29 @@ def alone(lock_file: Path, busy: str) -> Iterator[None]:
 
 
 def run_root(config: settings.Config) -> str:
-    """Return ``<run.storage>/<run.name>``, a folder or a URI."""
+    """Return the path or URI of the run folder, ``<run.storage>/<run.name>``.
+
+    Args:
+        config: Settings with a name for the run.
+    """
     return join(config.run.storage, str(config.run.name))
 
 
 def run_folder(config: settings.Config) -> Path:
-    """Return the folder of the run; where it is kept in an object store, its working copy on this machine."""
+    """Return the local run folder: its working copy on this machine if the run is kept in an object store.
+
+    Args:
+        config: Settings with a name for the run.
+    """
     return working_folder(run_root(config))
 
 
 def with_absolute_paths(config: settings.Config) -> settings.Config:
-    """Return the same settings with every path absolute (a worker has another working directory) and the run named."""
+    """Return the settings with absolute paths, because workers have other working directories, and with a name for the run.
+
+    Args:
+        config: The settings; they are not changed. Without ``run.name``, the name is made from the preset and the time.
+    """
     values = settings.by_name(config)
     changed = {name: absolute(values[name]) for name in settings.PATH_SETTINGS if values[name]}
     weights = Path(config.model.weights).expanduser()
@@ -163,7 +175,13 @@ def with_absolute_paths(config: settings.Config) -> settings.Config:
 
 
 def claim_run_folder(config: settings.Config) -> Path:
-    """Create the run's folder.
+    """Create the run folder.
+
+    Args:
+        config: The settings of the run.
+
+    Returns:
+        The local folder.
 
     Raises:
         UserError: There is a run in it already, or it cannot be created.
@@ -182,8 +200,8 @@ def resume_config(run: str, *layers: Mapping[str, Any]) -> settings.Config:
     """Return the settings of an existing run, changed by ``layers``.
 
     Args:
-        run: The folder or URI of the run, or of a checkpoint in it.
-        layers: Settings by dotted name that may change when a run is resumed; later ones win.
+        run: Path or URI of the run folder, or of a checkpoint in it.
+        layers: Settings by dotted name that may change when a run is resumed; later ones override earlier ones.
 
     Raises:
         UserError: There is no run, or a changed setting would make it another run.
@@ -216,7 +234,11 @@ def names_checkpoint(run: str, names: Collection[str] = ("best.pth", "last.pth")
 
 
 def how_to_resume(config: settings.Config) -> str:
-    """Return how to resume a run that ended early, in words."""
+    """Return how to resume a run that ended early, for messages.
+
+    Args:
+        config: The settings of the run.
+    """
     return f"finished epochs are kept: raydetr train --resume {run_root(config)}"
 
 
@@ -225,10 +247,13 @@ def _has_begun(config: settings.Config) -> bool:
 
 
 def check_data(config: settings.Config) -> None:
-    """Run the quick part of the data check.
+    """Run the quick part of the data check, and print its warnings to stderr.
+
+    Args:
+        config: The settings of the run.
 
     Raises:
-        UserError: With the first error, so that nothing starts that would fail or give wrong results.
+        UserError: The data has errors, with which a run would fail or give wrong results; the message is the first of them.
     """
     report = check(config.data, quick=True, num_queries=config.model.num_queries)
     for line in report.summary() if report.ok else ():
@@ -239,10 +264,13 @@ def check_data(config: settings.Config) -> None:
 
 
 def scaling_config(config: settings.Config) -> ray.train.ScalingConfig:
-    """Return the number of workers, and the GPUs and CPUs of each, by what the cluster has.
+    """Return the number of workers, and the GPUs and CPUs of each, for the resources that the cluster has.
+
+    Args:
+        config: The settings of the run, without ``auto`` in ``run.workers``.
 
     Raises:
-        UserError: The cluster has too little; the message has the numbers.
+        UserError: The cluster does not have the resources; the message has the numbers.
     """
     (workers, most), nodes = settings.least_and_most_workers(config), nodes_resources()
     gpus = _gpus(nodes)
@@ -273,7 +301,7 @@ def _gpus(nodes: list[dict[str, float]]) -> int:
 
 
 def _run_here(config: settings.Config) -> dict[str, Any]:
-    logging.getLogger(ray_private.LOGGERS["train"]).setLevel("WARNING")  # it says that the mode is local, which is meant here
+    logging.getLogger(ray_private.LOGGERS["train"]).setLevel("WARNING")  # Ray logs at INFO that the mode is local, as intended here
     with without_collections():
         from raydetr.training.fit import fit
     trainer = TorchTrainer(lambda: fit(config), scaling_config=ray.train.ScalingConfig(num_workers=0))
@@ -304,9 +332,16 @@ def _run(config: settings.Config, least: int, received: Received) -> dict[str, A
 
 
 def ray_run_config(config: settings.Config, callbacks: list | None = None) -> ray.train.RunConfig:
-    """Return Ray Train's side of a run: where its own records are and how often lost workers are replaced."""
+    """Return the options of Ray Train for a run: where it keeps its own records, and how often it replaces lost workers.
+
+    Earlier records, which a killed process may have left, are deleted.
+
+    Args:
+        config: The settings of the run.
+        callbacks: Ray Train's callbacks.
+    """
     folder = run_folder(config)
-    shutil.rmtree(folder / RAY_FOLDER, ignore_errors=True)  # what a killed process left; the run folder has all that is needed
+    shutil.rmtree(folder / RAY_FOLDER, ignore_errors=True)  # left by a killed process; the run resumes from its own files
     return ray.train.RunConfig(
         name=RAY_FOLDER,
         storage_path=str(folder),
@@ -317,13 +352,22 @@ def ray_run_config(config: settings.Config, callbacks: list | None = None) -> ra
 
 
 def fit_with_retries(trainer: TorchTrainer, mailbox: Any, config: settings.Config) -> dict[str, Any]:
-    """Return the last epoch's metrics of ``trainer.fit()``.
+    """Run ``trainer.fit()``, and start it again after losses that are not the fault of the run.
 
-    Ray Train retries lost workers itself. It is started again where a node was lost, which Ray counts as the run's own failure, and up
-    to ``run.max_failures`` times where the process of its controller was lost.
+    Ray Train itself retries lost workers. It is started again after the loss of a node, which Ray would count as a failure of the run, and
+    up to ``run.max_failures`` times after the loss of the process of its controller.
+
+    Args:
+        trainer: Ray Train's trainer, whose workers run :func:`train_worker`.
+        mailbox: The run's :class:`raydetr.launch.mailbox.Mailbox`.
+        config: The settings of the run.
+
+    Returns:
+        The last epoch's metrics.
 
     Raises:
         UserError: The run failed.
+        KeyboardInterrupt: Ctrl-C ended the run.
     """
     os.environ.setdefault(ray_private.TRAIN_POLL_INTERVAL, str(POLL_INTERVAL_S))
     controllers_lost = 0
@@ -352,18 +396,21 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
     """Run ``fit`` in a Ray Train worker.
 
     Args:
-        loop_config: ``config`` and ``mailbox``; in a search also ``searched`` and ``images``, as in
-            :func:`raydetr.launch.trial.run_trial`.
+        loop_config: ``config`` and ``mailbox``; in a search also ``searched`` and ``images``, as in :func:`raydetr.launch.trial.run_trial`.
 
     Returns:
-        The metrics of ``fit``; None where a user error ended the run before.
+        The metrics of ``fit``; None if an error that the user must fix has ended the run before.
+
+    Raises:
+        UserError: The settings or the data are wrong; the error is posted to the mailbox as well.
+        RuntimeError: The training failed. If it fails the same way twice, the error is posted to the mailbox.
     """
     with without_collections():
         from raydetr.training.fit import fit
 
     mailbox = loop_config["mailbox"]
     if user_error(mailbox):
-        return None  # Ray Train retries every failure; one that only the user can fix would come again
+        return None  # Ray Train retries every failure, but one that only the user can fix would occur again
     try:
         images: list[Any] = [ray.get(each) for each in loop_config.get("images", ())]
         return fit(loop_config["config"], TrainReporter(mailbox, loop_config.get("searched"), *images))
@@ -384,19 +431,39 @@ def _post_failure(mailbox: Any, error: UserError) -> None:
 
 
 def is_repeatable(error: BaseException) -> bool:
-    """Return whether an error may be the program's own, so that it would come again: a plain RuntimeError, and none of CUDA's."""
+    """Return whether an error may come from the program itself, so that a retry would fail as well.
+
+    Args:
+        error: The error.
+
+    Returns:
+        True for a plain RuntimeError (not a subclass of it) that does not mention CUDA.
+    """
     return type(error) is RuntimeError and "CUDA" not in str(error)
 
 
 def user_error(mailbox: Any) -> UserError | None:
-    """Return the first error that the workers of a run posted for the user to fix; None also of a mailbox that was just lost."""
+    """Return the first error that the workers of a run posted for the user to fix.
+
+    Args:
+        mailbox: The run's :class:`raydetr.launch.mailbox.Mailbox`.
+
+    Returns:
+        The error, or None if there is none or the mailbox's process was just lost.
+    """
     with contextlib.suppress(ray.exceptions.RayActorError):
         return cast(UserError | None, ray.get(mailbox.failure.remote()))
     return None
 
 
 def failure_of(error: Exception, mailbox: Any, config: settings.Config) -> UserError:
-    """Return the error to show for a failed run: the user's to fix, or what the workers died of and how to resume."""
+    """Return the error to show for a failed run: one that the user must fix, or else what ended the first worker and how to resume.
+
+    Args:
+        error: The error that Ray Train raised.
+        mailbox: The run's :class:`raydetr.launch.mailbox.Mailbox`.
+        config: The settings of the run.
+    """
     own = user_error(mailbox)
     if own:
         return own
@@ -410,18 +477,32 @@ def _retries(config: settings.Config) -> str:
 
 
 def failed(reason: str, what: str, config: settings.Config) -> UserError:
-    """Return the error to show where ``what`` ended for that reason, and how to resume."""
+    """Return an error that says what failed, why, and how to resume.
+
+    Args:
+        reason: Why it failed.
+        what: What failed, such as ``"worker 0"``.
+        config: The settings of the run.
+    """
     return UserError(f"{what} failed: {reason}; {how_to_resume(config)}")
 
 
 def reason_of(error: BaseException) -> str:
-    """Return in one line what a process ended with."""
+    """Return on one line why a process ended.
+
+    Args:
+        error: The error that Ray raised for the process.
+    """
     return OUT_OF_MEMORY if out_of_memory(error) else (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 @contextlib.contextmanager
 def naming_the_file() -> Iterator[None]:
-    """Turn an OSError about a file, such as a folder without permission, into a UserError that names it."""
+    """Turn an OSError about a file, such as a folder without permission, into a UserError that names the file.
+
+    Raises:
+        UserError: Such an error occurred in the context.
+    """
     try:
         yield
     except OSError as error:
@@ -432,16 +513,16 @@ def naming_the_file() -> Iterator[None]:
 
 @contextlib.contextmanager
 def showing(mailbox: Any, show: Callable[[dict], None]) -> Iterator[None]:
-    """Show the events that the workers post, as long as the ``with`` block runs.
+    """Show the events that the workers post while the context is active.
 
     Args:
-        mailbox: The Ray actor that collects the workers' events.
+        mailbox: The run's :class:`raydetr.launch.mailbox.Mailbox`.
         show: Called with every event, in the order in which they were posted.
     """
     done = threading.Event()
 
     def show_posted() -> None:
-        # A mailbox that was lost comes back, or the run ends for the same reason and says so.
+        # A lost mailbox is restarted; otherwise the run ends for the same reason, which is reported there.
         with contextlib.suppress(ray.exceptions.RayError):
             for event in ray.get(mailbox.take.remote()):
                 show(event)

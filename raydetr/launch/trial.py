@@ -1,4 +1,4 @@
-"""What runs in a trial of a search: ``fit`` in the trial's own process, or an inner TorchTrainer with several workers."""
+"""What runs in a trial of a search: ``fit`` in the trial's own process, or a TorchTrainer with several workers."""
 
 import os
 import socket
@@ -28,7 +28,7 @@ class TuneReporter:
     Args:
         metric: The objective.
         searched: The settings that the search varies, by name, with their domains.
-        images: The decoded images that all trials share; None where each decodes its own.
+        images: The decoded images that all trials share; None if each decodes its own.
     """
 
     rank, world_size, local_rank = 0, 1, 0
@@ -39,35 +39,51 @@ class TuneReporter:
         self.metric, self.searched, self.images = metric, searched, images
 
     def checkpoint(self) -> None:
-        """Return None: a trial resumes from its run folder's own last.pth."""
+        """Return None: a trial resumes from the ``last.pth`` of its run folder."""
 
     def show(self, event: dict) -> None:
-        """Ignore the event: the search shows its trials in a table."""
+        """Ignore the event, since the search shows its trials in a table."""
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None = None) -> None:
-        """Report an epoch's metrics to Ray Tune; raises UserError where the objective is undefined on this data."""
+        """Report an epoch's metrics to Ray Tune.
+
+        Args:
+            metrics: The metrics by name.
+            checkpoint: Ignored, since the checkpoint is in the run folder already.
+
+        Raises:
+            UserError: The objective is None, because no validation image has an object that it counts.
+        """
         if metrics[self.metric] is None:
             raise UserError(f"--metric {self.metric}: the validation set has no object that it counts")
         ray.tune.report(with_node(metrics))
 
 
 def with_node(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics that are defined, and the node and GPUs of the trial."""
+    """Return the metrics that are not None, with the node and the GPUs of the trial.
+
+    Args:
+        metrics: The metrics by name.
+
+    Returns:
+        The metrics, ``node`` (Ray's id of the node) and ``cards`` (ids of the GPUs, separated by commas; left out without GPUs).
+    """
     here = {"node": ray.get_runtime_context().get_node_id(), "cards": ",".join(map(str, ray.get_gpu_ids()))}
     return {name: value for name, value in {**metrics, **here}.items() if value not in (None, "")}
 
 
 def run_trial(assigned: Mapping[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
-    """Train one trial of a search; Ray Tune calls this.
+    """Train one trial of a search; Ray Tune calls this function.
 
-    A failure that would come again is reported, not raised: ``failed`` is the reason. A fault of the machine (a killed loader process,
-    a CUDA error, a file that cannot be read for a moment) is reported as ``fault`` and ends the process, since nothing else is sure
-    to work in it: Ray Tune then starts the trial in a new one, where it resumes from the last.pth of its run folder. ``repeatable``
-    says that the fault may be the program's own. ``full`` reports a full disk, which ends the search.
+    A failure that a retry would repeat is reported and not raised: ``failed`` is the reason. A fault of the machine (a killed loader
+    process, a CUDA error, a file that cannot be read for a moment) is reported as ``fault`` and ends the process, because nothing else is
+    sure to work in it. Ray Tune then starts the trial in a new process, where it resumes from the ``last.pth`` of its run folder.
+    ``repeatable`` says whether the fault may come from the program itself. ``full`` reports a full disk, which ends the search.
 
     Args:
-        assigned: ``number`` of the trial, ``config`` with its settings, ``metric`` (the objective), ``searched`` (the settings that
-            vary, with their domains), ``slots`` (a :class:`raydetr.launch.slots.Slots`), and ``node``, the id of the one it is meant for.
+        assigned: ``number`` of the trial, ``config`` with its settings, ``metric`` (the objective), ``searched`` (the settings that vary,
+            with their domains), ``slots`` (a :class:`raydetr.launch.slots.Slots`), and ``node``, the id of the node that it is meant for,
+            or None.
         images: A reference to the decoded images, if they are shared.
     """
     with without_collections():
@@ -97,16 +113,19 @@ def _in_one_line(error: Exception) -> str:
 
 
 def fit_with_workers(config: settings.Config, slots: Slots, searched: dict[str, Any], images: Sequence[ray.ObjectRef]) -> dict[str, Any]:
-    """Run ``fit`` in several Ray Train workers, whose reports go on to Ray Tune.
+    """Run ``fit`` in several Ray Train workers, whose reports are passed on to Ray Tune.
 
     Args:
         config: The settings of the trial.
-        slots: What each worker gets.
+        slots: The resources of each worker.
         searched: The settings that the search varies, by name, with their domains.
         images: A reference to the decoded images, if they are shared.
 
     Returns:
         The last epoch's metrics.
+
+    Raises:
+        UserError: The run failed.
     """
     mailbox = Mailbox.remote()
     trainer = TorchTrainer(

@@ -1,4 +1,4 @@
-"""The search: Ray Tune spreads trials, one fine-tuning each, over a cluster; the study remembers them."""
+"""Run a search: Ray Tune distributes its trials, one fine-tuning each, over a cluster; the study is the record of them."""
 
 import contextlib
 import logging
@@ -61,20 +61,20 @@ def tune(
 ) -> Search:
     """Search ``space`` around ``config``.
 
-    ``<run.storage>/<run.name>/`` gets the study, a run folder for each trial under ``trials/``, and at the end ``best.yaml``,
-    ``best.pth``, ``trials.csv`` and ``trials.parquet``.
+    ``<run.storage>/<run.name>/`` gets the study, a run folder for each trial under ``trials/``, and at the end ``best.yaml``, ``best.pth``,
+    ``trials.csv`` and ``trials.parquet``.
 
     Args:
-        config: The settings of trial 0, and what the space leaves alone.
+        config: The settings of trial 0, and the values of all settings that are not in the space.
         space: A search space, a file of one, the name of a ready one, or a mapping.
-        trials: Trials in all, trial 0 included.
-        demands: What each trial asks of the cluster.
-        metric: The COCO metric that is maximized.
+        trials: Number of trials in all, trial 0 included.
+        demands: What each trial requests from the cluster.
+        metric: The COCO metric to maximize.
         sampler: How settings are drawn: ``"tpe"``, ``"gp"``, ``"random"`` or ``"cmaes"``.
         scheduler: What stops trials early: ``"asha"``, ``"median"``, ``"none"`` or ``"pbt"``.
-        seed: Seed of the draws; None: ``run.seed``, which is that of everything else.
+        seed: Seed of the draws; None: ``run.seed``, which is the seed of everything else.
         points: Settings to try after trial 0, by dotted name.
-        time_budget_s: Stop after so many seconds.
+        time_budget_s: Time in seconds after which the search stops; None: no limit.
 
     Returns:
         The search.
@@ -113,21 +113,21 @@ def resume(
     demands: Demands = ONE_WORKER_EACH,
     time_budget_s: float | None = None,
 ) -> Search:
-    """Resume a search: finished trials do not run again, unfinished ones resume from their last epoch.
+    """Resume a search: finished trials do not run again, and unfinished ones resume from their last epoch.
 
     Args:
-        folder: The folder or URI of the search.
-        space: Its search space, to be checked against the one it began with.
-        trials: Trials in all from now on; None: as before.
-        demands: What each trial asks of the cluster.
-        time_budget_s: Stop after so many seconds.
+        folder: Path or URI of the search.
+        space: Its search space, which is compared with the one that the search began with; None: no comparison.
+        trials: Number of trials in all from now on; None: as before.
+        demands: What each trial requests from the cluster.
+        time_budget_s: Time in seconds after which the search stops; None: no limit.
 
     Returns:
         The search.
 
     Raises:
-        UserError: There is no search, another process runs it, ``space`` is not its own (the message has the difference), or ``trials``
-            is fewer than have begun.
+        UserError: There is no search, another process runs it, ``space`` is not its own (the message has the difference), or ``trials`` is
+            less than the number of trials that have begun.
         KeyboardInterrupt: As for :func:`tune`.
     """
     root = absolute(folder)
@@ -137,7 +137,7 @@ def resume(
         _extend(search, trials)
         with driving(search.folder), ray_session(demands.workers, drivers=demands.workers > 1), pushing(search):
             base = search.config(0)
-            base.run.storage = split(root)[0]  # where the search is now
+            base.run.storage = split(root)[0]  # the search may have been moved since it began
             with reserved_slots(base, demands.workers, demands.gpus_per_worker()):
                 check_nodes(base)
                 search.reclaim(())
@@ -156,12 +156,27 @@ def _extend(search: Search, trials: int | None) -> None:
 
 
 def driving(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """Keep every other process of this machine from running the search in ``folder``; raises UserError where one does."""
+    """Keep every other process of this machine from running a search while the context is active.
+
+    Args:
+        folder: The local folder of the search.
+
+    Raises:
+        UserError: Another process runs the search.
+    """
     return alone(folder / "driver.lock", f"{folder}: another raydetr is running this search; wait for its end or stop it first")
 
 
 def refresh_working_copy(root: str) -> None:
-    """Make the working copy of a search in an object store what the store holds, unless another process is running it."""
+    """Update the working copy of a search to what its object store holds. Nothing happens for a local folder.
+
+    Args:
+        root: Path or URI of the search.
+
+    Raises:
+        UserError: Another process of this machine runs the search, or the store refuses or does not answer.
+        OSError: The local disk fails.
+    """
     if is_uri(root):
         with driving(working_folder(root)):
             fetch(root, recursive=False)  # the trials fetch their own
@@ -169,9 +184,15 @@ def refresh_working_copy(root: str) -> None:
 
 @contextlib.contextmanager
 def pushing(search: Search) -> Iterator[None]:
-    """Push the search's own files to its object store for the length of the context, and at its end; nothing for a folder.
+    """Push the search's own files to its object store every few seconds and at the end of the context. Nothing happens for a local folder.
 
-    This process then owns the search: another that ran it, on whatever machine, stops at its next push.
+    This process becomes the owner of the search: another process that ran it, on whatever machine, stops at its next push.
+
+    Args:
+        search: The search.
+
+    Raises:
+        UserError: The store refuses or does not answer, or another process has taken over the search.
     """
     if not is_uri(search.path):
         yield
@@ -180,7 +201,7 @@ def pushing(search: Search) -> Iterator[None]:
 
     def push_again_and_again() -> None:
         while not done.wait(KEEP_INTERVAL_S):
-            with contextlib.suppress(UserError):  # it is pushed again soon, and patiently at the end
+            with contextlib.suppress(UserError):  # the next push follows soon, and the last one retries for minutes
                 search.push(patience_s=0)
 
     thread = threading.Thread(target=push_again_and_again, daemon=True)
@@ -195,10 +216,25 @@ def pushing(search: Search) -> Iterator[None]:
 
 
 def run_trials(search: Search, demands: Demands, slots: Slots, images: list[ray.ObjectRef], time_budget_s: float | None) -> Search:
-    """Run the trials of a search that have not ended, and write what it leaves; arguments and errors are those of :func:`tune`."""
+    """Run the unfinished trials of a search, and write its results.
+
+    Args:
+        search: The search.
+        demands: What each trial requests from the cluster.
+        slots: What each trial gets, from :func:`raydetr.launch.slots.find_slots`.
+        images: A reference to the decoded images, from :func:`share_images`.
+        time_budget_s: Time in seconds after which the search stops; None: no limit.
+
+    Returns:
+        The search.
+
+    Raises:
+        UserError: All trials failed, a disk is full, or a file cannot be written.
+        KeyboardInterrupt: A signal ended the search; the message says how to resume.
+    """
     searcher, population = StudySearcher(search, demands, slots), search.scheduler == "pbt"
     os.environ |= ray_private.TUNE_ENVIRONMENT
-    # Without a limit of its own Ray Tune lets one trial wait; the searcher has the limit. The members of a population take turns.
+    # By default Ray Tune lets one trial wait. Here the searcher limits the trials; only in a population, which takes turns, one waits.
     os.environ[ray_private.PENDING_TRIALS] = "1" if population else str(search.trials)
     logging.getLogger(ray_private.LOGGERS["tune"]).setLevel(logging.CRITICAL)  # the table shows why a trial failed
     ray_private.keep_keys_out_of_logs()
@@ -231,7 +267,7 @@ def run_trials(search: Search, demands: Demands, slots: Slots, images: list[ray.
 def _ray_run_config(search: Search, display: TrialsDisplay, received: Received) -> ray.tune.RunConfig:
     return ray.tune.RunConfig(
         name=RAY_FOLDER,
-        storage_path=str(search.folder),  # of no use to any other process
+        storage_path=str(search.folder),  # a local folder, since only this process uses these files
         failure_config=ray.tune.FailureConfig(max_failures=-1),  # the scheduler counts them
         callbacks=[Watcher(search, display)],
         stop=CombinedStopper(Hopeless(search), UntilSignal(received)),
@@ -246,16 +282,25 @@ def _last_words(search: Search) -> str:
 
 
 def how_to_resume(search: Search) -> str:
-    """Return how to resume a search that ended early, in words."""
+    """Return how to resume a search that ended early, for messages.
+
+    Args:
+        search: The search.
+    """
     parent, name = split(search.path)
     return f"finished epochs are kept: raydetr {f'confirm {parent}' if name == CONFIRM_FOLDER else f'tune --resume {search.path}'}"
 
 
 def fit_until_full(tuner: ray.tune.Tuner, search: Search, scheduler: StudyScheduler) -> None:
-    """Run ``tuner.fit()``.
+    """Run ``tuner.fit()``, and say what to do if a disk is full or a file cannot be written.
+
+    Args:
+        tuner: Ray Tune's tuner.
+        search: The search.
+        scheduler: Its scheduler, which records a full disk that a trial reported.
 
     Raises:
-        DiskFull: A trial or the study found no room on its disk. Running trials stay unfinished.
+        DiskFull: The disk of a trial or of the study is full. Running trials stay unfinished.
         UserError: A file of the search cannot be written.
     """
     try:
@@ -278,13 +323,16 @@ def _file_error(error: BaseException | None) -> OSError | None:
 
 
 def share_images(config: settings.Config) -> list[ray.ObjectRef]:
-    """Decode the images of the search's data once and put them into the object store, where all trials of a node share them.
+    """Decode the images of a search once, and put them into Ray's object store, where all trials of a node share them.
+
+    Args:
+        config: The settings of the search. ``data.cache_gb`` and the size of the object store limit how many images are decoded.
 
     Returns:
         One reference to a :class:`raydetr.data.cache.DecodedImages`.
 
     Raises:
-        UserError: An image cannot be read.
+        UserError: The data or an image cannot be read.
     """
     store = min(node["object_store_memory"] for node in nodes_resources())
     limit = min(cache_limit(config.data), int(store * STORE_SHARE))
@@ -295,14 +343,14 @@ def share_images(config: settings.Config) -> list[ray.ObjectRef]:
 
 
 def finish(search: Search, interrupted: bool = False) -> None:
-    """Write what a search leaves when it ends, also early: best.yaml, best.pth and the tables.
+    """Write the results of a search that has ended, also if it ended early: best.yaml, best.pth and the tables.
 
     Args:
         search: The search.
-        interrupted: Whether a signal ended it, so that trials may be yet to come.
+        interrupted: Whether a signal ended it, so that more trials may follow.
 
     Raises:
-        UserError: All trials failed, and none is to come.
+        UserError: All trials failed, and no more will follow.
     """
     write_trials(search.folder)
     best = search.best()
@@ -318,7 +366,11 @@ def finish(search: Search, interrupted: bool = False) -> None:
 
 
 def summary(search: Search) -> str:
-    """Return a table of the best trials beside trial 0, and what to do next."""
+    """Return a table of the best trials beside trial 0, and what to do next.
+
+    Args:
+        search: The search.
+    """
     unfinished = search.trials - sum(trial.state.is_finished() for trial in search.frozen())
     lines = [top_trials(search)]
     if unfinished > 0:

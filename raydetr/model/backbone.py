@@ -41,10 +41,13 @@ class FrozenBatchNorm(nn.Module):
         self._folded = Cached()
 
     def scale_and_shift(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return the affine map that the normalization amounts to: the scale [channels, 1, 1, 1] and the shift [channels].
+        """Return the affine map that is equivalent to the normalization.
 
         Args:
-            dtype: Of the shift, so that autocast does not convert it in every forward pass.
+            dtype: Dtype of the shift, so that autocast does not convert it in every forward pass.
+
+        Returns:
+            The scale, float [channels, 1, 1, 1] with the dtype of the buffers, and the shift, ``dtype`` [channels].
         """
         buffers = self.weight, self.bias, self.running_mean, self.running_var
         return self._folded.get(lambda: self._scale_and_shift(dtype), *buffers, key=dtype)
@@ -63,10 +66,10 @@ class FoldedConvolution(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, geometry: Geometry) -> Tensor:
-        """Convolve ``x``.
+        """Convolve a feature map with ``weight * scale``, and add ``shift``.
 
         Args:
-            ctx: What autograd saves for the backward pass.
+            ctx: Autograd's context, which keeps tensors for the backward pass.
             x: Feature map, float [B, inputs, H, W].
             weight: Unscaled weight, float [outputs, inputs, k, k].
             scale: Float [outputs, 1, 1, 1].
@@ -83,7 +86,18 @@ class FoldedConvolution(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        """Return the gradients of ``x`` and ``weight``. Under autocast they are computed in the convolution's dtype, that of ``grad``."""
+        """Compute the gradients of ``x`` and ``weight``.
+
+        Under autocast they are computed in the convolution's dtype, which is that of ``grad``.
+
+        Args:
+            ctx: Autograd's context from the forward pass.
+            grad: Gradient of the output, float [B, outputs, h, w].
+
+        Returns:
+            The gradient of each argument of :meth:`forward`: that of ``x`` (None if it is not needed), that of ``weight`` in its dtype, and
+            None for the others, which are constants.
+        """
         x, weight, scale = ctx.saved_tensors
         by_products = products_are_faster(grad, weight, ctx.geometry[0])
         wanted = [ctx.needs_input_grad[0], not by_products, False]
@@ -96,7 +110,7 @@ class FoldedConvolution(torch.autograd.Function):
 
 
 class Convolution(nn.Conv2d):
-    """A convolution without a bias that keeps its size divided by ``stride`` and remembers its folded weight while it is frozen.
+    """A convolution without a bias that divides height and width by ``stride`` and caches its folded weight while it is frozen.
 
     Args:
         inputs: Channels of the input.
@@ -132,7 +146,7 @@ def folded_conv(x: Tensor, conv: Convolution, norm: FrozenBatchNorm) -> Tensor:
         return FoldedConvolution.apply(x, conv.weight, scale, shift, conv.geometry)
     if x.is_cpu or conv.weight.requires_grad:
         return F.conv2d(x, conv.weight * scale, shift, *conv.geometry)
-    # Off the CPU the launches of small kernels cost time: the folded weight of a frozen layer is kept.
+    # On other devices, launching small kernels costs time, so the folded weight of a frozen layer is cached.
     weight = conv.folded.get(lambda: (conv.weight * scale).to(dtype), conv.weight, scale, key=dtype)
     return F.conv2d(x, weight, shift, *conv.geometry)
 
@@ -161,7 +175,14 @@ class Bottleneck(nn.Module):
         self.downsample = nn.Sequential(Convolution(inputs, outputs, 1, stride), FrozenBatchNorm(outputs)) if changes_shape else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map a feature map [B, inputs, H, W] to one of [B, 4 * width, H / stride, W / stride]."""
+        """Apply the block to a feature map.
+
+        Args:
+            x: Float [B, inputs, H, W].
+
+        Returns:
+            Float [B, 4 * width, H / stride, W / stride], height and width rounded up.
+        """
         y = folded_conv(x, self.conv1, self.bn1).relu_()
         y = folded_conv(y, self.conv2, self.bn2).relu_()
         y = folded_conv(y, self.conv3, self.bn3)
@@ -197,11 +218,27 @@ class ResNet(nn.Module):
         self.layer1.requires_grad_(False)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map images [B, 3, H, W] to features [B, 2048, H / stride, W / stride]; the mask is ignored."""
+        """Return the last feature map of a batch.
+
+        Args:
+            images: Normalized images, float [B, 3, H, W].
+            mask: Ignored, since the features do not depend on the padding mask.
+
+        Returns:
+            Float [B, 2048, H / 32, W / 32], height and width rounded up; with ``dilation``, the stride is 16.
+        """
         return self.layer4(self.layer3(self.layer2(self.layer1(self._stem(images)))))
 
     def pyramid(self, images: Tensor, mask: Tensor | None = None) -> list[Tensor]:
-        """Return the feature maps of the four stages, from the finest (stride 4) to the last; the mask is ignored."""
+        """Return the feature maps of the four stages, from the finest to the last.
+
+        Args:
+            images: Normalized images, float [B, 3, H, W].
+            mask: Ignored, since the features do not depend on the padding mask.
+
+        Returns:
+            Four maps, float [B, 256 / 512 / 1024 / 2048, h, w], with the strides 4, 8, 16 and 32 (16 with ``dilation``).
+        """
         maps = [self.layer1(self._stem(images))]
         for stage in (self.layer2, self.layer3, self.layer4):
             maps.append(stage(maps[-1]))
@@ -237,7 +274,14 @@ class TinyBlock(nn.Module):
         self.conv3, self.norm3 = Convolution(outputs, outputs, 3), nn.GroupNorm(8, outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map a feature map [B, inputs, H, W] to one of [B, outputs, H / stride, W / stride]."""
+        """Apply the block to a feature map.
+
+        Args:
+            x: Float [B, inputs, H, W].
+
+        Returns:
+            Float [B, outputs, H / stride, W / stride].
+        """
         x = F.relu(self.norm1(self.conv1(x)))
         y = F.relu(self.norm2(self.conv2(x)))
         return F.relu(x + self.norm3(self.conv3(y)))
@@ -266,7 +310,7 @@ class TinyNet(nn.Module):
 
         Args:
             images: Normalized images, float [B, 3, H, W].
-            mask: Padding mask, bool [B, H, W], True where padded; None if nothing is.
+            mask: Padding mask, bool [B, H, W], True where padded; None if nothing is padded.
 
         Returns:
             Float [B, 128, H / 16, W / 16].
@@ -274,7 +318,15 @@ class TinyNet(nn.Module):
         return self._with_position(self.layers(self._input(images)), mask)
 
     def pyramid(self, images: Tensor, mask: Tensor | None = None) -> list[Tensor]:
-        """Return the feature maps of the three blocks (strides 4, 8, and 16), and the last once more with its position added."""
+        """Return the feature maps of the three blocks, and the last of them once more with the encoding of its position added.
+
+        Args:
+            images: Normalized images, float [B, 3, H, W].
+            mask: Padding mask, bool [B, H, W], True where padded; None if nothing is padded.
+
+        Returns:
+            Four maps, float [B, 32 / 64 / 128 / 128, h, w], with the strides 4, 8, 16 and 16.
+        """
         maps = [self._input(images)]
         for block in self.layers:
             maps.append(block(maps[-1]))
@@ -282,7 +334,7 @@ class TinyNet(nn.Module):
 
     def _input(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        if min(height, width) < self.SMALLEST:  # a scan line, made smaller: the first kernel needs more than that
+        if min(height, width) < self.SMALLEST:  # a narrow strip: the first kernel needs more pixels
             images = F.pad(images, (0, max(0, self.SMALLEST - width), 0, max(0, self.SMALLEST - height)))
         return images.contiguous()
 
@@ -308,13 +360,13 @@ def _initialize_convolutions(network: nn.Module) -> None:
 
 
 class Backbone(nn.Module):
-    """A backbone network (``body``) that also shrinks the padding mask to the size of its feature map.
+    """A backbone network (``body``) that also resizes the padding mask to the size of its feature map.
 
-    After ``requires_grad_(False)`` the whole backbone is frozen and nothing of it is saved for the backward pass.
+    After ``requires_grad_(False)``, the whole backbone is frozen and saves nothing for the backward pass.
 
     Args:
         name: ``"resnet50"``, ``"resnet101"``, or ``"tiny"``.
-        dilation: Dilate the last stage of a ResNet (DC5).
+        dilation: Whether to dilate the last stage of a ResNet (DC5).
     """
 
     def __init__(self, name: str, dilation: bool):
@@ -327,7 +379,7 @@ class Backbone(nn.Module):
 
         Args:
             images: Normalized images, float [B, 3, H, W].
-            mask: Padding mask, bool [B, H, W], True where padded; None if nothing is.
+            mask: Padding mask, bool [B, H, W], True where padded; None if nothing is padded.
 
         Returns:
             Features, float [B, C, h, w], and their padding mask, bool [B, h, w] or None.
@@ -336,7 +388,16 @@ class Backbone(nn.Module):
         return features, _shrink_mask(mask, features)
 
     def pyramid(self, images: Tensor, mask: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-        """Return the feature maps of all stages, from the finest to the last, and the padding mask of the last; see :meth:`forward`."""
+        """Return the feature maps of all stages of a batch, and the padding mask of the last.
+
+        Args:
+            images: Normalized images, float [B, 3, H, W].
+            mask: Padding mask, bool [B, H, W], True where padded; None if nothing is padded.
+
+        Returns:
+            The maps from the finest to the last, whose channels are ``fpn_channels`` in reverse order and then ``num_channels``; and the
+            padding mask of the last map, bool [B, h, w] or None.
+        """
         maps = self.body.pyramid(images, mask)
         return maps, _shrink_mask(mask, maps[-1])
 

@@ -1,4 +1,4 @@
-"""Tensors that are computed once from others that rarely change, and when that is impossible."""
+"""Keep tensors that are computed from others that rarely change, and recognize when that is impossible."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class Cached:
-    """Tensors derived from fixed ones, recomputed only when one of them is replaced or written to.
+    """A value derived from tensors, which is computed again only when one of them is replaced or written to.
 
-    A change is recognized by identity and version counter, so ``load_state_dict``, ``Module.to`` and in-place operations count at
-    once. Tensors without a version counter (made under ``torch.inference_mode``) and traced ones are never cached.
+    A change is recognized by identity and version counter, so that ``load_state_dict``, ``Module.to`` and in-place operations are noticed
+    at once. Tensors without a version counter (made under ``torch.inference_mode``) and traced tensors are never cached.
     """
 
     def __init__(self):
@@ -24,7 +24,8 @@ class Cached:
 
         Args:
             compute: Computes the result; called without arguments.
-            key: What the result depends on besides the tensors in ``sources``.
+            *sources: The tensors that the result is derived from.
+            key: What the result depends on besides these tensors.
         """
         if is_traced(*sources) or any(each.is_inference() for each in sources):
             return compute()
@@ -45,6 +46,10 @@ class Cached:
 
 
 def is_traced(*tensors: Tensor) -> bool:
-    """Return whether the program is being traced, so that ``tensors`` hold no numbers that a cache could keep."""
+    """Return whether the program is being traced, in which case tensors have no values that a cache could keep.
+
+    Args:
+        *tensors: Tensors; any that is neither a plain tensor nor a parameter counts as traced.
+    """
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     return tracing or any(type(each) not in (Tensor, nn.Parameter) for each in tensors)

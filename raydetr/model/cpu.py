@@ -25,7 +25,14 @@ class Dropout(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply drop-out to ``x`` (float, any shape) and return a tensor of the same shape and dtype."""
+        """Apply drop-out in training mode; return the input unchanged in evaluation mode.
+
+        Args:
+            x: Float tensor of any shape.
+
+        Returns:
+            A tensor of the same shape and dtype.
+        """
         if not self.training or self.rate == 0:
             return x
         if not x.is_cpu or torch.compiler.is_compiling():

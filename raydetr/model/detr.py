@@ -35,7 +35,14 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in itertools.pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``x``, float [..., inputs], to [..., outputs]."""
+        """Apply the layers to the last dimension.
+
+        Args:
+            x: Float [..., inputs].
+
+        Returns:
+            Float [..., outputs].
+        """
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
@@ -51,7 +58,7 @@ class DETR(nn.Module):
     Attributes:
         settings: The arguments of :func:`build_model` that build this network again.
         categories: Categories in label order, ``[{"id", "name"}, ...]``; empty unless :func:`raydetr.load` set them.
-        category_names: Where the names are from: ``"file"``, ``"coco"`` (told by the size of the head), or ``"unknown"``.
+        category_names: Where the names are from: ``"file"``, ``"coco"`` (inferred from the size of the head), or ``"unknown"``.
         notes: Lines for the user about how the checkpoint was read.
 
     Raises:
@@ -87,7 +94,7 @@ class DETR(nn.Module):
 
         Args:
             images: Normalized images, float [B, 3, H, W].
-            mask: Padding mask, bool [B, H, W], True where padded; None if nothing is.
+            mask: Padding mask, bool [B, H, W], True where padded; None if nothing is padded.
 
         Returns:
             A dict with ``pred_logits`` [B, Q, K + 1] (the last class is no-object) and ``pred_boxes`` [B, Q, 4] (cxcywh, relative to the
@@ -102,7 +109,7 @@ class DETR(nn.Module):
 
         Args:
             features: Feature map of the backbone, float [B, C, h, w].
-            mask: Its padding mask, bool [B, h, w], True where padded; None if nothing is.
+            mask: Its padding mask, bool [B, h, w], True where padded; None if nothing is padded.
 
         Returns:
             The projected feature map, float [B, D, h, w]; the states of the object queries, float [layers, B, Q, D], of the last decoder
@@ -115,7 +122,14 @@ class DETR(nn.Module):
         return projected, states, memory
 
     def predict(self, states: Tensor) -> dict[str, Any]:
-        """Apply the heads to states of the object queries, float [layers, B, Q, D]; return the outputs of :meth:`forward`."""
+        """Apply the heads to the states of the object queries.
+
+        Args:
+            states: Outputs of decoder layers, float [layers, B, Q, D], as :meth:`transform` returns them.
+
+        Returns:
+            The outputs of :meth:`forward`.
+        """
         logits, boxes_cxcywh = self.class_embed(states), self.bbox_embed(states)
         # Under autocast the heads are the last layers that run in half precision.
         logits, boxes_cxcywh = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (logits, boxes_cxcywh))
@@ -149,7 +163,7 @@ def build_model(preset: str = "detr_resnet50", num_classes: int = 91, **model_se
 
 
 def postprocess(outputs: dict[str, Any], sizes: Tensor) -> list[dict[str, Tensor]]:
-    """Turn outputs into detections: the best class that is an object, its probability, and the box in pixels.
+    """Convert outputs to detections: the best class that is an object, its probability, and the box in pixels.
 
     This is ``PostProcess`` of the official ``models/detr.py``.
 

@@ -36,7 +36,7 @@ class SinePosition(nn.Module):
 
         Args:
             features: Feature map, [B, C, h, w]. Only its shape and device matter.
-            mask: Padding mask, bool [B, h, w], True where padded; None if nothing is.
+            mask: Padding mask, bool [B, h, w], True where padded; None if nothing is padded.
 
         Returns:
             Float32 [B, h * w, hidden_dim]. Without a mask the encoding is the same for all images: [1, h * w, hidden_dim], cached.

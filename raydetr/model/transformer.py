@@ -68,9 +68,19 @@ class Attention(nn.Module):
 
 
 def feed_forward(x: Tensor, linear1: nn.Linear, linear2: nn.Linear, dropout: Dropout) -> Tensor:
-    """Compute ``linear2(dropout(relu(linear1(x))))`` for ``x``, float [..., D]; the result has the same shape.
+    """Compute ``linear2(dropout(relu(linear1(x))))``.
 
-    Drop-out and ReLU commute because the drop-out's scale is positive. Applied last, ReLU works in place and only its result is saved.
+    Drop-out and ReLU commute because the drop-out's scale is positive. ReLU comes last, because it can then work in place, and only its
+    result is saved for the backward pass.
+
+    Args:
+        x: Float [..., D].
+        linear1: Layer from D channels to hidden channels.
+        linear2: Layer from hidden channels to D channels.
+        dropout: Drop-out of the hidden channels.
+
+    Returns:
+        Float [..., D].
     """
     return linear2(dropout(linear1(x)).relu_())
 
@@ -102,7 +112,7 @@ class EncoderLayer(nn.Module):
         Args:
             x: Float [B, S, D].
             position: Position encoding, float [B, S, D] or [1, S, D].
-            attend: Bool [B, 1, 1, S], True for cells that are not padded; None if none is.
+            attend: Bool [B, 1, 1, S], True for cells that are not padded; None if no cell is padded.
         """
         if self.pre_norm:
             x = x + self.dropout(self._attention(self.norm1(x), position, attend))
@@ -149,7 +159,7 @@ class DecoderLayer(nn.Module):
             query_position: Learned query embeddings, float [1, Q, D].
             memory: Output of the encoder, float [B, S, D].
             memory_keys: ``memory`` plus its position encoding, float [B, S, D].
-            attend: Bool [B, 1, 1, S], True for cells that are not padded; None if none is.
+            attend: Bool [B, 1, 1, S], True for cells that are not padded; None if no cell is padded.
         """
         if self.pre_norm:
             x = x + self.dropout(self._self_attention(self.norm1(x), query_position))
@@ -185,7 +195,16 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(hidden_dim) if pre_norm else None
 
     def forward(self, x: Tensor, position: Tensor, attend: Tensor | None) -> Tensor:
-        """Return the memory, float [B, S, D]; the arguments are those of :meth:`EncoderLayer.forward`."""
+        """Run all layers on the cells of the feature map.
+
+        Args:
+            x: Projected feature map, float [B, S, D].
+            position: Position encoding, float [B, S, D] or [1, S, D].
+            attend: Bool [B, 1, 1, S], True for cells that are not padded; None if none is padded.
+
+        Returns:
+            The memory, float [B, S, D].
+        """
         for layer in self.layers:
             x = layer(x, position, attend)
         return x if self.norm is None else self.norm(x)
@@ -215,7 +234,7 @@ class Decoder(nn.Module):
             query_position: Learned query embeddings, float [1, Q, D].
             memory: Output of the encoder, float [B, S, D].
             memory_keys: ``memory`` plus its position encoding, float [B, S, D].
-            attend: Bool [B, 1, 1, S], True for cells that are not padded; None if none is.
+            attend: Bool [B, 1, 1, S], True for cells that are not padded; None if no cell is padded.
             every_layer: Return the states of every layer instead of the last one's.
         """
         x = query_position.new_zeros(memory.shape[0], *query_position.shape[1:])
@@ -255,7 +274,7 @@ class Transformer(nn.Module):
         Args:
             source: Projected feature map, float [B, S, D].
             position: Its position encoding, float [B, S, D] or [1, S, D].
-            padded: Padding mask, bool [B, S], True where padded; None if nothing is.
+            padded: Padding mask, bool [B, S], True where padded; None if nothing is padded.
             queries: Learned query embeddings, float [Q, D].
             every_layer: Return the states after every decoder layer instead of only the last.
 

@@ -36,10 +36,10 @@ COLUMNS = (
 
 
 class Display:
-    """Shows events as they come. Use it as a context manager, which restores the terminal however the run ends.
+    """Shows events as they come. It is a context manager, which restores the terminal however the run ends.
 
-    A terminal that fails (a closed pipe, a lost connection, an encoding without the characters) is a warning on the standard error
-    stream; nothing more is shown then.
+    If the terminal fails (a closed pipe, a lost connection, an encoding without the characters), a warning on stderr says so and nothing
+    more is shown.
 
     Args:
         console: Where to show events; default: the standard output.
@@ -76,13 +76,17 @@ class Display:
             if isinstance(error, SystemExit):
                 if not isinstance(error.__context__, BrokenPipeError):
                     raise
-                error = error.__context__  # which rich turns into the end of the process
+                error = error.__context__  # rich turns a broken pipe into SystemExit
             if not self._failed:
                 warn(f"warning: the terminal: {error}; nothing more is shown, the training continues")
             self._failed = True
 
     def show(self, event: dict[str, Any]) -> None:
-        """Show an event; after a failure of the terminal, do nothing."""
+        """Show an event. After a failure of the terminal, this does nothing.
+
+        Args:
+            event: One of the events that this module describes.
+        """
         handlers = {
             "message": self._message,
             "start": self._start,
@@ -155,7 +159,11 @@ class Display:
 
 
 def warn(text: str) -> None:
-    """Print a line on the standard error stream, if there still is one."""
+    """Print a line on stderr. If stderr fails as well, this does nothing.
+
+    Args:
+        text: The line.
+    """
     with contextlib.suppress(OSError, ValueError):  # the same terminal may be gone
         print(text, file=sys.stderr, flush=True)
 
@@ -165,7 +173,11 @@ def _number(value: float | None) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Return a duration as ``2:03`` (minutes and seconds) or ``1:02:03`` (with hours)."""
+    """Return a duration as ``2:03`` (minutes and seconds) or ``1:02:03`` (with hours).
+
+    Args:
+        seconds: The duration in seconds, which is rounded.
+    """
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -80,10 +80,14 @@ def choose_device(speed: Speed, local_rank: int = 0) -> torch.device:
 
 
 def configure_cuda(speed: Speed) -> None:
-    """Set the CUDA libraries to the arithmetic of ``speed.precision``, for the whole process."""
+    """Configure the CUDA libraries for ``speed.precision``. This affects the whole process.
+
+    Args:
+        speed: The ``speed`` section of the settings.
+    """
     # cuDNN's attention builds a plan for every new shape of a batch, which takes longer than the step itself.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # PyTorch's own default is TF32 in convolutions, with a relative error of 1e-3 where float32 is asked for.
+    # By default PyTorch uses TF32 in convolutions also for float32, with a relative error of 1e-3.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = speed.precision == "tf32"
 
 
@@ -104,7 +108,7 @@ def choose_dtype(speed: Speed, device: torch.device) -> torch.dtype:
 
 
 class StepRecord(NamedTuple):
-    """What is kept of an optimizer step until its losses are read."""
+    """What is kept of an optimizer step until its losses are read from the device."""
 
     step: int  # counted over the whole run, from 1
     losses: Tensor  # float32 on the device, one for each of loss_names; those of this worker
@@ -142,9 +146,16 @@ def train_one_epoch(training: Training, loader: Iterable[Batch], epoch: int, sho
 
 
 def sent_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Iterate over batches. Those for a GPU are copied to it on a stream of their own.
+    """Iterate over batches, copying them to a GPU while it computes the step before.
 
-    The host is ahead of the GPU, so that a batch is copied while the GPU computes the step before it.
+    On a GPU, the copies run on a stream of their own, and the host is ahead of the GPU.
+
+    Args:
+        batches: Batches as :func:`raydetr.data.coco.collate` makes them. Copies are asynchronous only from pinned memory.
+        device: Where the model is.
+
+    Yields:
+        The batches. On a GPU, images and padding masks are on the GPU, and targets still on the CPU; on a CPU, the batches are unchanged.
     """
     if device.type != "cuda":
         yield from batches
@@ -156,7 +167,7 @@ def sent_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch
             mask = None if mask is None else mask.to(device, non_blocking=True)
         compute = torch.cuda.current_stream(device)
         compute.wait_stream(copies)
-        # Their memory serves other copies only after the step has used it.
+        # Keep their memory from being reused for other copies before the step has used it.
         images.record_stream(compute)
         if mask is not None:
             mask.record_stream(compute)
@@ -178,7 +189,7 @@ def take_step(training: Training, batches: list[Batch]) -> StepRecord:
     normalizers = training.criterion.normalizers(targets, training.detr.query_embed.num_embeddings)
     model, values = training.model, []
     for number, (images, mask, _) in enumerate(batches):
-        last = number == len(batches) - 1  # whose backward pass adds up the gradients of all workers
+        last = number == len(batches) - 1  # only this backward pass averages the gradients over the workers
         with contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
             outputs = _forward(model, images, mask, training.device, training.dtype)
             losses = _losses(training.criterion, outputs, targets[number], normalizers)
@@ -203,6 +214,9 @@ def loss_names(criterion: Criterion) -> list[str]:
 
     These are ``loss`` (the weighted sum), every unweighted loss, ``class_error`` and ``cardinality_error`` with their copies for the
     earlier decoder layers, and ``grad_norm`` (before clipping).
+
+    Args:
+        criterion: The criterion, whose ``weight_dict`` names the losses.
     """
     cardinality = [name.replace("loss_ce", "cardinality_error") for name in criterion.weight_dict if name.startswith("loss_ce")]
     return ["loss", *criterion.weight_dict, "class_error", *cardinality, "grad_norm"]
@@ -212,7 +226,7 @@ class EpochLosses:
     """Reads the losses of optimizer steps from the device, ``READ_EVERY`` steps at a time, and averages them over an epoch.
 
     Args:
-        training: Says how the losses are named, on which device they are, and whether fp16 is in use.
+        training: The training, from which the names of the losses, the device and whether fp16 is in use are taken.
         epoch: Number of the epoch, from 1.
         show: Called with the numbers of every step that is read; see :func:`train_one_epoch`.
     """
@@ -226,18 +240,25 @@ class EpochLosses:
         self._started = self._last_read = time.perf_counter()
 
     def add(self, record: StepRecord) -> None:
-        """Keep a step, and read all kept steps if they are many."""
+        """Keep the losses of a step, and read those of all kept steps once there are ``READ_EVERY``.
+
+        Args:
+            record: The result of :func:`take_step`.
+
+        Raises:
+            UserError: As for :meth:`read`.
+        """
         self._unread.append(record)
         self.images += len(record.image_ids)
         if len(self._unread) >= READ_EVERY[self._training.device.type]:
             self.read()
 
     def read(self) -> None:
-        """Read, average over the workers, check and show the steps that were not read yet.
+        """Read the losses of the steps that were not read yet, average them over the workers, check and show them.
 
         Raises:
-            UserError: On every worker, if a loss or a gradient is not finite. With fp16 an infinite gradient is normal: the scaler
-                skips that step and lowers its scale.
+            UserError: On every worker, if a loss or a gradient is not finite. With fp16 an infinite gradient is normal: the scaler skips
+                that step and lowers its scale.
         """
         if not self._unread:
             return
@@ -266,14 +287,18 @@ class Means:
         self._counts: dict[str, int] = {}
 
     def add(self, numbers: dict[str, float]) -> None:
-        """Add one number for each name."""
+        """Add a number to the mean of each name.
+
+        Args:
+            numbers: The numbers by name. Those that are not finite are left out.
+        """
         for name, number in numbers.items():
             finite = math.isfinite(number)
             self._sums[name] = self._sums.get(name, 0.0) + (number if finite else 0.0)
             self._counts[name] = self._counts.get(name, 0) + finite
 
     def values(self) -> dict[str, float]:
-        """Return the means; NaN for a name without a finite number."""
+        """Return the means by name; NaN for a name without a finite number."""
         return {name: value / self._counts[name] if self._counts[name] else math.nan for name, value in self._sums.items()}
 
 
@@ -329,7 +354,7 @@ class Detections(NamedTuple):
     labels: np.ndarray  # int64 [N, Q], 0..K-1
 
     def results(self, categories: list[dict]) -> list[dict]:
-        """Return them as COCO results: a list of dicts with ``image_id``, ``category_id``, ``bbox`` (xywh, pixels) and ``score``.
+        """Return the detections as COCO results: dicts with ``image_id``, ``category_id``, ``bbox`` (xywh, pixels) and ``score``.
 
         Args:
             categories: Dicts with ``id``, in label order.
@@ -350,11 +375,11 @@ def evaluate(
     """Compute the losses and detections of a whole data set.
 
     Args:
-        model: The network itself, not wrapped in DistributedDataParallel: workers may have different numbers of batches.
+        model: The network itself, not wrapped in DistributedDataParallel, because workers may have different numbers of batches.
         criterion: Computes the losses.
         loader: This worker's batches. An image should be in the batches of one worker only.
         device: Where ``model`` is.
-        dtype: Of the forward pass.
+        dtype: Dtype of the forward pass.
 
     Returns:
         The losses by name (``loss`` is the weighted sum, the others are not weighted) and the detections in the images of all workers.

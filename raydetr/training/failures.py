@@ -1,4 +1,4 @@
-"""What happens to a training when something fails: a warning if it can do without it, one line for the user if it cannot."""
+"""What a training does when something fails: it warns if it can do without it, and otherwise ends with one line for the user."""
 
 import contextlib
 import re
@@ -10,7 +10,7 @@ import torch
 from raydetr.errors import DiskFull, UserError, is_disk_full
 from raydetr.text import one_line
 
-# How the CUDA libraries say that they are out of memory; PyTorch's own allocator raises OutOfMemoryError. cuDNN finds no engine, and
+# The CUDA libraries' messages about too little memory; PyTorch's own allocator raises OutOfMemoryError. cuDNN finds no engine, and
 # cuBLAS does not start, if there is no memory for their workspace.
 OUT_OF_MEMORY = re.compile(
     r"out of memory|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)|CUDNN_STATUS_\w*ALLOC\w*_FAILED|unable to find an engine"
@@ -20,7 +20,7 @@ OUT_OF_MEMORY = re.compile(
 
 
 class BestEffort:
-    """Runs what a training can do without: pictures, TensorBoard events, log.txt, the terminal.
+    """Runs the parts that a training can do without, such as pictures, TensorBoard events, log.txt and the terminal.
 
     Args:
         warn: Called with one line at the first failure of each kind; later failures of that kind are ignored.
@@ -32,7 +32,11 @@ class BestEffort:
 
     @contextlib.contextmanager
     def __call__(self, what: str) -> Iterator[None]:
-        """Turn an exception within the ``with`` block into a warning about ``what``."""
+        """Turn an exception within the ``with`` block into a warning.
+
+        Args:
+            what: What the block does, for the warning; it also identifies the kind of failure.
+        """
         try:
             yield
         except Exception as error:
@@ -43,7 +47,7 @@ class BestEffort:
 
 @contextlib.contextmanager
 def failures_explained(folder: Path) -> Iterator[None]:
-    """Raise what the user can do something about as a UserError of one line.
+    """Turn exceptions that the user can do something about into a UserError of one line.
 
     Args:
         folder: The run folder, which the message about a full disk names.

@@ -35,20 +35,19 @@ from raydetr.training.tracking import LOSSES, read_history
 
 
 def fit(config: Config, reporter: Reporter | None = None) -> dict[str, Any]:
-    """Train a run to its end. Every worker of the run calls it.
+    """Train a run to its end. Every worker of the run calls this function.
 
     A run that is finished already reports its last metrics once more and returns at once.
 
     Args:
         config: The settings; ``run.name`` must be set.
-        reporter: Tells this worker its rank, and receives the results. Default: :class:`LocalReporter`. If the run has several workers,
-            the caller has initialized ``torch.distributed``.
+        reporter: Tells this worker its rank, and receives the results. Default: :class:`LocalReporter`. If the run has several workers, the
+            caller has initialized ``torch.distributed``.
 
     Returns:
-        The metrics of the last epoch: ``epoch`` (from 1), the twelve COCO numbers (None if the validation set has no object), the
-        interval of AP as ``AP_low`` and ``AP_high``, losses as
-        ``train_loss`` (weighted), ``val_loss_ce`` (not weighted) and so on, ``best_AP``, ``best_epoch``, ``images_per_second`` and
-        ``seconds``.
+        The metrics of the last epoch: ``epoch`` (from 1), the twelve COCO numbers (None if the validation set has no object), the 95 %
+        interval of AP as ``AP_low`` and ``AP_high``, losses such as ``train_loss`` (weighted) and ``val_loss_ce`` (not weighted),
+        ``best_AP``, ``best_epoch``, ``images_per_second`` and ``seconds``.
 
     Raises:
         UserError: Something that the user can correct: settings, data, checkpoints, a full disk, too little GPU memory.
@@ -94,7 +93,17 @@ def _train(run: Run) -> None:
 
 
 def diagnosis(run: Run) -> list[str]:
-    """Return what the curves of a finished run say, a sentence each; nothing where all is well."""
+    """Return what the curves of a finished run show, in words.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The sentences of :func:`raydetr.evaluate.diagnosis.diagnose`; empty if there is no problem.
+
+    Raises:
+        UserError: log.txt cannot be read, or a line of it is damaged.
+    """
     objects = Counter((split, each["image_id"]) for split in (run.train_set, run.val_set) for each in split.coco["annotations"])
     return diagnose(
         read_history(run.folder / "log.txt"),
@@ -106,7 +115,7 @@ def diagnosis(run: Run) -> list[str]:
 
 
 def _train_epoch(run: Run, recorder: Recorder | NoRecorder) -> None:
-    """Train, evaluate, record and report an epoch, in this order: whatever stops it, last.pth is that of a whole earlier epoch."""
+    """Train, evaluate, record and report an epoch, in this order. If any of it fails, last.pth is that of a complete earlier epoch."""
     training, progress, started, epoch = run.training, run.progress, time.perf_counter(), run.progress.epoch + 1
     train = train_one_epoch(training, run.batches, epoch, _step_shower(run, recorder))
     run.show({"kind": "evaluate", "epoch": epoch})

@@ -1,4 +1,7 @@
-"""The metrics that a run reports after every epoch, by name. Imports no torch, so that a report of a search starts quickly."""
+"""The metrics that a run reports after every epoch, by name.
+
+This module does not import torch, so that the report of a search starts quickly.
+"""
 
 from raydetr.evaluate.coco import METRICS
 

@@ -8,7 +8,11 @@ import torch
 
 
 def seed_everything(*numbers: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's generators, including those of all GPUs, from ``numbers`` alone."""
+    """Seed Python's, NumPy's and PyTorch's generators, including those of all GPUs.
+
+    Args:
+        *numbers: Non-negative integers; the same ones always give the same state.
+    """
     seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -16,10 +20,13 @@ def seed_everything(*numbers: int) -> None:
 
 
 def get_random_state(device: torch.device) -> dict[str, Any]:
-    """Return the state of this worker's generators as tensors and plain data, which a checkpoint may hold.
+    """Return the state of this worker's generators as tensors and plain data, which a checkpoint may contain.
 
     Args:
-        device: The worker's device; ``cuda`` is None in the returned dict if it is not a GPU.
+        device: The worker's device.
+
+    Returns:
+        The states under ``python``, ``numpy``, ``torch`` and ``cuda``; the last is None if ``device`` is not a GPU.
     """
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"] = {"key": numpy_state["state"]["key"].tolist(), "pos": numpy_state["state"]["pos"]}

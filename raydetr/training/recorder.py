@@ -1,4 +1,4 @@
-"""What only rank 0 of a run does: write the run folder, and bring it to its object store."""
+"""What only rank 0 of a run does: write the run folder, and push it to its object store."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from raydetr.training.run import Run
 from raydetr.training.tracking import Log, Pictures, Tracker, log_line
 from raydetr.weights.checkpoint import save_checkpoint
 
-PICTURE_SETS = 10  # in how many epochs of a run validation images are drawn, at most
+PICTURE_SETS = 10  # in about so many epochs of a run validation images are drawn, besides the first and the last
 
 
 @dataclasses.dataclass
@@ -33,15 +33,15 @@ class EpochResults:
 
 
 class Recorder:
-    """Writes the run folder: config.yaml, log.txt, tb/, best.pth and last.pth. Use it as a context manager.
+    """Writes the run folder: config.yaml, log.txt, tb/, best.pth and last.pth. It is a context manager, which closes TensorBoard's file.
 
-    A checkpoint that cannot be written ends the run. Pictures, TensorBoard events and log.txt that cannot be written are a warning.
+    A checkpoint that cannot be written ends the run. If pictures, TensorBoard events or log.txt cannot be written, the user is warned.
 
     Args:
         run: The run, before its first step.
 
     Raises:
-        UserError: The folder cannot be written, or what is in it is damaged.
+        UserError: The folder cannot be written, or a file in it is damaged.
     """
 
     def __init__(self, run: Run):
@@ -54,7 +54,7 @@ class Recorder:
         except OSError as error:
             if is_disk_full(error):
                 raise
-            # Not the partial file of an atomic write, which nobody knows.
+            # The partial file of an atomic write would mean nothing to the user.
             where = run.folder if str(error.filename).endswith(".partial") else error.filename or run.folder
             raise UserError(f"run.storage: cannot write to {where}: {error.strerror}") from None
         if self._log.was_cut:
@@ -70,11 +70,18 @@ class Recorder:
         self._track(Tracker.close)
 
     def record_step(self, numbers: dict[str, float]) -> None:
-        """Write the numbers of a step to TensorBoard."""
+        """Write the numbers of a step to TensorBoard.
+
+        Args:
+            numbers: What :func:`raydetr.training.engine.train_one_epoch` calls ``show`` with.
+        """
         self._track(lambda tracker: tracker.log_step(numbers))
 
     def record_epoch(self, results: EpochResults) -> None:
-        """Write everything about an epoch, the checkpoint ``last.pth`` last.
+        """Write the results of an epoch (``last.pth`` after all other files), and push them to the object store.
+
+        Args:
+            results: The results.
 
         Raises:
             UserError: A checkpoint cannot be written, the object store cannot be reached, or another process has taken over the run.
@@ -91,7 +98,11 @@ class Recorder:
                 self._tracker = self._open_tracker()
 
     def finish(self) -> None:
-        """Mark the run as finished."""
+        """Mark the run as finished, and push it a last time.
+
+        Raises:
+            UserError: The object store cannot be reached.
+        """
         self._track(Tracker.finish)
         push(self._run.root)
         remove_tokens(self._run.root, OWNER)
@@ -152,24 +163,31 @@ class Recorder:
 
 
 class NoRecorder:
-    """The recorder of every rank but 0: it does nothing."""
+    """The recorder of every rank but 0, which does nothing."""
 
     def __enter__(self) -> "NoRecorder":
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close nothing."""
+        """Do nothing."""
 
     def record_step(self, numbers: dict[str, float]) -> None:
-        """Write nothing."""
+        """Ignore the numbers of a step."""
 
     def record_epoch(self, results: EpochResults) -> None:
-        """Write nothing."""
+        """Ignore the results of an epoch."""
 
     def finish(self) -> None:
-        """Write nothing."""
+        """Do nothing."""
 
 
 def open_recorder(run: Run) -> Recorder | NoRecorder:
-    """Return the recorder of this worker."""
+    """Return the recorder of this worker, which writes on rank 0 only.
+
+    Args:
+        run: The run, before its first step.
+
+    Raises:
+        UserError: The run folder cannot be written, or a file in it is damaged.
+    """
     return Recorder(run) if run.reporter.rank == 0 else NoRecorder()

@@ -1,4 +1,4 @@
-"""How a training run reports to the process that started it, and what that process gives it."""
+"""The interface by which a training run reports to the process that started it, and gets from it what it needs."""
 
 import os
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from raydetr.training.console import Display
 class Reporter(Protocol):
     """The connection between :func:`raydetr.training.fit.fit` and a plain process, a Ray Train worker or a trial of a search.
 
-    Its attributes are properties here, so that a reporter may have them with narrower types.
+    Attributes are declared as properties here, so that a reporter may have them with narrower types.
     """
 
     @property
@@ -49,14 +49,18 @@ class Reporter(Protocol):
         """Return the checkpoint to start from, or None for the ``last.pth`` of the run folder, if there is one."""
 
     def show(self, event: dict[str, Any]) -> None:
-        """Show one of the events that :mod:`raydetr.training.console` describes. Every worker calls it."""
+        """Show an event. Every worker calls this method.
+
+        Args:
+            event: One of the events that :mod:`raydetr.training.console` describes.
+        """
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None = None) -> None:
-        """Receive the metrics of an epoch. Every worker calls it after every epoch.
+        """Receive the metrics of an epoch. Every worker calls this method after every epoch.
 
         Args:
             metrics: Flat numbers by name, as :func:`raydetr.training.fit.fit` returns them.
-            checkpoint: On rank 0, the file ``last.pth`` of that epoch.
+            checkpoint: On rank 0, the file ``last.pth`` of that epoch; None on other ranks.
         """
 
 
@@ -83,9 +87,13 @@ class LocalReporter:
         return self._checkpoint
 
     def show(self, event: dict[str, Any]) -> None:
-        """Show an event on the terminal if this is rank 0."""
+        """Show an event on the terminal if this is rank 0.
+
+        Args:
+            event: One of the events that :mod:`raydetr.training.console` describes.
+        """
         if self.rank == 0:
             self._display.show(event)
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None = None) -> None:
-        """Do nothing: the caller of ``fit`` gets the last epoch's metrics, and ``show`` those of every epoch."""
+        """Do nothing, since ``fit`` returns the last epoch's metrics and ``show`` gets those of every epoch."""

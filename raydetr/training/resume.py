@@ -1,4 +1,4 @@
-"""Where a run resumes: its last checkpoint, the checks that it is of this run, and what to do if it is lost."""
+"""Where a run resumes: its last checkpoint, the checks that it belongs to this run, and what to do if it is lost."""
 
 import math
 from pathlib import Path
@@ -17,12 +17,15 @@ BEST, LAST = "best.pth", "last.pth"
 
 
 def find_checkpoint(root: str, folder: Path, reporter: Reporter) -> Path | None:
-    """Return the checkpoint to resume from; None if the run has not finished an epoch. Every worker gets the same.
+    """Return the checkpoint to resume from, which is the same on every worker.
 
     Args:
-        root: The run folder, a path or a URI.
+        root: Path or URI of the run folder.
         folder: The run folder on this node.
         reporter: May name another checkpoint than the run's own.
+
+    Returns:
+        The local file, or None if the run has not finished an epoch.
 
     Raises:
         UserError: ``last.pth`` is lost, though the run has finished epochs that a new start would overwrite.
@@ -41,10 +44,17 @@ def find_checkpoint(root: str, folder: Path, reporter: Reporter) -> Path | None:
 
 
 def read_resumable(path: Path, root: str) -> dict[str, Any]:
-    """Return the content of a checkpoint to resume from.
+    """Read a checkpoint to resume from.
+
+    Args:
+        path: The checkpoint.
+        root: Path or URI of the run folder, for the error message.
+
+    Returns:
+        Its content.
 
     Raises:
-        UserError: The file is damaged or holds weights only. The message says how far ``best.pth`` goes.
+        UserError: The file is damaged (the message says up to which epoch ``best.pth`` goes), or has weights only.
     """
     try:
         content = read_checkpoint(path)
@@ -58,14 +68,14 @@ def read_resumable(path: Path, root: str) -> dict[str, Any]:
 def restart_from_best(root: str) -> None:
     """Make ``last.pth`` of a run folder from its ``best.pth``.
 
-    The run then resumes with the weights of its best epoch and what the learning-rate schedule says after that epoch. The state of the
-    optimizer is lost, and later epochs are trained again.
+    The run then resumes with the weights of its best epoch and with the learning rates that the schedule has after that epoch. The state of
+    the optimizer is lost, and later epochs are trained again.
 
     Args:
-        root: The run folder, a path or a URI.
+        root: Path or URI of the run folder.
 
     Raises:
-        UserError: There is no ``best.pth``, or it is damaged.
+        UserError: There is no ``best.pth``, it is damaged, or the folder cannot be written.
     """
     folder = fetch(root)
     content = read_checkpoint(folder / BEST)
@@ -96,12 +106,15 @@ def check_same_network(config: Config, content: dict[str, Any], path: Path) -> N
 
 
 def check_same_data(data: dict[str, dict[str, Any]], content: dict[str, Any], root: str) -> None:
-    """Raise UserError, with the first differences, if a checkpoint was trained on other data.
+    """Check that a checkpoint was trained on the same data.
 
     Args:
         data: Fingerprints of the training and validation set by ``"train"`` and ``"val"``.
-        content: Of the checkpoint; nothing is checked if it has no fingerprints.
-        root: The run folder, a path or a URI.
+        content: Content of the checkpoint; nothing is checked if it has no fingerprints.
+        root: Path or URI of the run folder, for the error message.
+
+    Raises:
+        UserError: The data differ; the message has the first differences.
     """
     for split, before in content.get("data", {}).items():
         different = fingerprint_difference(before, data[split])

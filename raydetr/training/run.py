@@ -37,7 +37,7 @@ GPU_PAD_TO = 64
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is. AP is None if the validation set has no object to find."""
+    """How far a run has come. AP is None if the validation set has no objects."""
 
     epoch: int = 0  # epochs finished
     best_epoch: int = 0
@@ -46,11 +46,11 @@ class Progress:
     stale: int = 0  # epochs since AP last rose
 
     def update(self, ap: float | None, loss: float) -> bool:
-        """Count an epoch and return whether it is the best so far; without an AP every epoch is.
+        """Count an epoch, and return whether it is the best so far. Without an AP, every epoch counts as the best.
 
         Args:
-            ap: AP on the validation set.
-            loss: Weighted loss on the validation set.
+            ap: AP on the validation set, or None.
+            loss: Weighted loss on the validation set, which decides between epochs of equal AP.
         """
         self.epoch += 1
         higher = ap is None or self.best_AP is None or ap > self.best_AP
@@ -63,7 +63,7 @@ class Progress:
 
 @dataclasses.dataclass
 class Run:
-    """A run as one of its workers has it."""
+    """A training run on one of its workers."""
 
     config: Config
     reporter: Reporter
@@ -96,12 +96,16 @@ class Run:
         return self.progress.epoch >= optim.epochs or (optim.patience > 0 and self.progress.stale >= optim.patience)
 
     def show(self, event: dict[str, Any]) -> None:
-        """Show an event; a terminal that fails does not end the run."""
+        """Show an event. If the terminal fails, the run continues.
+
+        Args:
+            event: One of the events that :mod:`raydetr.training.console` describes.
+        """
         with self.best_effort("the terminal"):
             self.reporter.show(event)
 
     def load_ahead(self) -> None:
-        """Start to load the next epoch's first batches."""
+        """Start to load the first batches of the next epoch."""
         self.train_set.set_epoch(self.progress.epoch + 1)
         self.batches = iter(self.train)
 
@@ -111,8 +115,8 @@ def build_run(config: Config, reporter: Reporter, root: str, device: torch.devic
 
     Args:
         config: The settings.
-        reporter: Says which worker this is.
-        root: The run folder, a path or a URI.
+        reporter: The reporter of this worker, which knows its rank.
+        root: Path or URI of the run folder.
         device: Where to train.
         start: The checkpoint to resume from; None to start a run.
         best_effort: Shows warnings.
@@ -182,7 +186,14 @@ def val_batch_size(config: Config, device: torch.device) -> int:
 
 
 def pad_to(config: Config, device: torch.device) -> int:
-    """Return what the sides of training batches are rounded up to, in pixels. Batches of evaluation are not padded."""
+    """Return the number of pixels to whose multiples the height and width of training batches are rounded up.
+
+    It is ``speed.pad_to`` if that is set, else 64 on a GPU and 1 on a CPU. Batches of evaluation are not rounded up.
+
+    Args:
+        config: The settings.
+        device: Where the model is.
+    """
     return config.speed.pad_to or (GPU_PAD_TO if device.type == "cuda" else 1)
 
 
@@ -238,7 +249,7 @@ def _distributed(model: nn.Module, device: torch.device) -> DistributedDataParal
 
 
 def _restore_random_state(config: Config, rank: int, epoch: int, device: torch.device, content: dict[str, Any] | None) -> None:
-    # Seeded first: the checkpoint may be of fewer workers, or of a CPU when this is a GPU.
+    # Seed first, because the checkpoint may have the states of fewer workers, or of a CPU while this is a GPU.
     seed_everything(config.run.seed, rank, epoch)
     states = content["random"] if content else []
     if rank < len(states):

@@ -32,13 +32,13 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, optim: Optim, steps_per_epoch: int, done: int = 0) -> LambdaLR:
-    """Return the learning-rate schedule of ``optim``. Step it after every optimizer step.
+    """Return the learning-rate schedule of ``optim``, which must be stepped after every optimizer step.
 
     Args:
-        optimizer: From :func:`build_optimizer`.
+        optimizer: The optimizer from :func:`build_optimizer`.
         optim: The ``optim`` section of the settings.
-        steps_per_epoch: Optimizer steps in an epoch.
-        done: Optimizer steps of the schedule that are already taken.
+        steps_per_epoch: Number of optimizer steps in an epoch.
+        done: Number of optimizer steps of the schedule that are already taken.
     """
     for group in optimizer.param_groups:
         group["initial_lr"] = optim.lr if group["name"] == "transformer" else optim.lr_backbone

@@ -47,7 +47,7 @@ PICTURE_SCORE = 0.5  # lowest score of a box that is drawn
 
 
 class Tracker:
-    """Writes the TensorBoard events of a run. Every method raises OSError if the disk does.
+    """Writes the TensorBoard events of a run. Every method raises OSError if the disk fails.
 
     Args:
         folder: Folder of the event files; created if it does not exist.
@@ -87,7 +87,11 @@ class Tracker:
         return experiment, start, end
 
     def log_step(self, numbers: dict[str, float]) -> None:
-        """Write the numbers of a step, as :func:`raydetr.training.engine.train_one_epoch` shows them."""
+        """Write the numbers of an optimizer step.
+
+        Args:
+            numbers: What :func:`raydetr.training.engine.train_one_epoch` calls ``show`` with.
+        """
         self._scalars(int(numbers["step"]), {tag: numbers[name] for name, tag in STEP_TAGS.items()})
 
     def log_epoch(
@@ -98,10 +102,10 @@ class Tracker:
         Args:
             step: Number of optimizer steps taken so far.
             epoch: Number of the epoch, from 1.
-            train: Means over the epoch, of :func:`raydetr.training.engine.train_one_epoch`.
-            val: Losses, of :func:`raydetr.training.engine.evaluate`.
-            metrics: Of :func:`raydetr.evaluate.coco.summarize`.
-            curve: Of :func:`raydetr.evaluate.coco.precision_recall`.
+            train: Means over the epoch, from :func:`raydetr.training.engine.train_one_epoch`.
+            val: Losses, from :func:`raydetr.training.engine.evaluate`.
+            metrics: Result of :func:`raydetr.evaluate.coco.summarize`.
+            curve: Result of :func:`raydetr.evaluate.coco.precision_recall`.
         """
         scalars = {"epoch": epoch}
         scalars |= {f"train_epoch/{name}": train[name] for name in (*LOSSES, "grad_norm")}
@@ -153,16 +157,16 @@ class Tracker:
 
 
 def summary():
-    """Return the module that makes TensorBoard's messages. Importing it takes a second or more, so only a training run does."""
+    """Return the module that makes TensorBoard's messages. It is imported late, because that takes a second or more."""
     from torch.utils.tensorboard import summary
 
     return summary
 
 
 class _Events:
-    """An event file written by the calling thread, so that errors of the disk are raised there.
+    """An event file that the calling thread writes, so that disk errors are raised in it.
 
-    TensorBoard hides what earlier files of the folder hold at ``purge_step`` and later.
+    TensorBoard hides the events of ``purge_step`` and later steps in earlier files of the folder.
     """
 
     flush_interval_s = 10.0
@@ -179,6 +183,7 @@ class _Events:
             self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, summary: Any, step: int) -> None:
+        """Append an event, and flush the file if the last flush was more than ``flush_interval_s`` ago."""
         self._write(self._event(summary=summary, step=step))
         if time.monotonic() - self._flushed > self.flush_interval_s:
             self.flush()
@@ -251,7 +256,14 @@ class Pictures:
         self._resized: dict[int, tuple[Image.Image, float]] = {}  # by image id: the image, and its size relative to the original
 
     def draw(self, detections: Detections) -> dict[str, Image.Image]:
-        """Return the images, by file name, with true boxes and the detections whose score is ``PICTURE_SCORE`` or more."""
+        """Draw the true boxes and the detections on the images.
+
+        Args:
+            detections: The detections on the validation set. Those with a score of at least ``PICTURE_SCORE`` are drawn.
+
+        Returns:
+            The drawn images by file name.
+        """
         labels = [category["id"] for category in self._dataset.categories]
         drawn = {}
         for image in self._images:
@@ -291,9 +303,9 @@ def log_line(
 
     Args:
         epoch: Number of the epoch, from 0 as in the official log.
-        train: Means over the epoch, of :func:`raydetr.training.engine.train_one_epoch`.
-        val: Losses, of :func:`raydetr.training.engine.evaluate`.
-        metrics: Of :func:`raydetr.evaluate.coco.summarize`, with the interval of AP where it is known.
+        train: Means over the epoch, from :func:`raydetr.training.engine.train_one_epoch`.
+        val: Losses, from :func:`raydetr.training.engine.evaluate`.
+        metrics: Result of :func:`raydetr.evaluate.coco.summarize`, with the interval of AP if it is known.
         weights: ``weight_dict`` of the criterion.
         parameters: Number of trained parameters.
     """
@@ -318,8 +330,8 @@ def log_line(
 class Log:
     """A run's log.txt: one line of JSON for each epoch.
 
-    Lines of unfinished epochs, by a process that was interrupted, are dropped, and so is a last line that was cut short. The file is
-    written as a whole with every line, so that a line that could not be written is not lost while the run lasts.
+    Lines that an interrupted process wrote for unfinished epochs are dropped, and so is a last line that was cut short. Every call writes
+    the complete file, so that a line that could not be written is written with the next one.
 
     Args:
         path: The file; it need not exist.
@@ -338,14 +350,27 @@ class Log:
         self._lines = [text for epoch, text in lines if epoch < epochs]
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add the line of an epoch. Raises OSError if the disk does."""
+        """Add the line of an epoch.
+
+        Args:
+            line: The result of :func:`log_line`.
+
+        Raises:
+            OSError: The file cannot be written. The next call writes this line as well.
+        """
         self._lines.append(json.dumps(line, allow_nan=False))
         with atomic_write(self._path) as file:
             file.write("".join(f"{text}\n" for text in self._lines).encode())
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Return the metrics of each epoch in a log.txt, as far as it has them, under the names that ``fit`` reports.
+    """Read the metrics of each epoch from a log.txt, under the names that ``fit`` reports.
+
+    Args:
+        path: The file.
+
+    Returns:
+        For each epoch the metrics that the file has; empty if the file does not exist.
 
     Raises:
         UserError: The file cannot be read, or a line of it is damaged.
@@ -368,7 +393,14 @@ def _as_metrics(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def logged_epochs(path: Path) -> int:
-    """Return how many epochs a log.txt has; 0 if it does not exist or cannot be read."""
+    """Return the number of epochs in a log.txt.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The number, 0 if the file does not exist or cannot be read.
+    """
     try:
         lines, _ = _read_log(path)
     except UserError:

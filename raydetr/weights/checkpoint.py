@@ -1,8 +1,9 @@
-"""Checkpoint files: written atomically, and read without running what they contain.
+"""Checkpoint files: written atomically, and read without running code that they contain.
 
 A checkpoint of raydetr is a dict: ``model`` (the weights to use, a state dict under the official DETR's names), ``settings`` (the whole
-tree as nested dicts), ``categories`` (``[{"id", "name"}, ...]`` in label order), ``epoch``, ``metrics``, and, for resuming,
-``optimizer``, ``lr_scheduler``, ``scaler``, ``ema``, and ``random``.
+tree as nested dicts), ``categories`` (``[{"id", "name"}, ...]`` in label order), ``data`` (fingerprints of the data sets), ``epoch``,
+``step``, ``metrics``, and, for resuming, ``optimizer``, ``lr_scheduler``, ``scaler``, ``ema``, ``ema_updates``, ``trained`` (the weights
+whose moving average ``model`` is), ``random`` and ``progress``.
 """
 
 import argparse
@@ -33,7 +34,8 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
         content: Tensors and plain data.
 
     Raises:
-        UserError: The file cannot be written (a full disk, say). A file that was at ``path`` is then untouched, and nothing else is left.
+        UserError: The file cannot be written, for example because the disk is full. An earlier file at ``path`` is then untouched, and no
+            partial file is left.
         TypeError: ``content`` has an object that :func:`read_checkpoint` would refuse.
     """
     path = Path(path)
@@ -77,17 +79,17 @@ def _plain_on_cpu(value: Any, where: str) -> Any:
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a file of ``torch.save`` to the CPU without running code that it contains (``weights_only=True``).
 
-    ``argparse.Namespace``, which official training checkpoints contain, is allowed by name, and so are NumPy's numbers, which become
-    Python's, and paths, which become text.
+    ``argparse.Namespace``, which official training checkpoints contain, is allowed by name. NumPy's numbers become Python's, and paths
+    become text.
 
     Args:
         path: File to read.
 
     Returns:
-        The dict that the file holds.
+        The dict that the file contains.
 
     Raises:
-        UserError: The file is missing, damaged, no checkpoint, or contains anything else.
+        UserError: The file is missing, damaged, not a checkpoint, or contains anything else.
     """
     path = Path(path).expanduser()
     start = _first_bytes(path)
@@ -98,7 +100,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # damaged bytes lead the unpickler anywhere: KeyError, struct.error, MemoryError, ...
+    except Exception as error:  # a damaged file can raise anything: KeyError, struct.error, MemoryError, ...
         raise UserError(f"{path}: {_what_it_is(start, error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint's dict")
@@ -140,7 +142,7 @@ def _check_not_compressed(path: Path, start: bytes) -> None:
             raise UserError(f"{path}: a compressed archive that expands to {expanded} bytes; torch.save does not write such files")
 
 
-# The first bytes of files that are taken for checkpoints.
+# The first bytes of files that are mistaken for checkpoints.
 _OTHER_FILES = {
     b"\x80": "a pickle that may contain code, which raydetr does not run; it reads what torch.save writes",
     b"version https://git-lfs": "a Git LFS pointer, not the file it stands for; run git lfs pull",

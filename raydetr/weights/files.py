@@ -1,4 +1,4 @@
-"""Downloads of weights: once per node, verified, and complete or absent."""
+"""Download files of weights: once per node, verified, and never in part."""
 
 import contextlib
 import hashlib
@@ -24,8 +24,8 @@ HASHED_NAME = re.compile(r"[\w.-]+-([0-9a-f]{8,64})\.\w+")  # torch.hub's conven
 def download(url: str) -> Path:
     """Download a file into torch.hub's folder (``TORCH_HOME``) unless it is there already.
 
-    The name of a file such as ``detr-r50-e632da11.pth`` states how its sha256 begins; this is checked, for a file that is there as well.
-    One of several processes downloads, the others wait.
+    If the file name states the beginning of the file's sha256, as in ``detr-r50-e632da11.pth``, it is checked, also for a file that is
+    there already. If several processes call this, one of them downloads and the others wait.
 
     Args:
         url: An http or https URL.
@@ -107,7 +107,8 @@ def _fetch(url: str, file: Path, digest: str | None) -> None:
 def _progress(name: str, size: int) -> Iterator[Callable[[int], None]]:
     """Show the progress of a download: a bar in a terminal, otherwise a line every ten seconds.
 
-    Yields a function that takes the number of bytes downloaded so far.
+    Yields:
+        A function to call with the number of bytes downloaded so far.
     """
     if sys.stderr.isatty():
         from rich.console import Console

@@ -34,19 +34,19 @@ Categories = list[dict[str, Any]]
 def load(path: str | Path) -> DETR:
     """Load the model of a checkpoint, ready for inference: in evaluation mode, on the CPU, in float32.
 
-    A checkpoint of raydetr says what its settings and categories are. For any other file, the settings are inferred from its tensors
-    (and DC5 from its name), and the categories are COCO's if the head has their number.
+    A checkpoint of raydetr contains its settings and categories. For any other file, the settings are inferred from its tensors (and DC5
+    from its name), and the categories are COCO's if the head has their number.
 
     Args:
-        path: Path or URL of a checkpoint: raydetr's own, the official DETR's, detectron2's DETR, or a bare state dict of one.
+        path: Path, URL or URI of a checkpoint: raydetr's own, the official DETR's, detectron2's DETR, or a bare state dict of one.
 
     Returns:
         The model. Besides ``settings`` it has ``categories`` (``[{"id", "name"}, ...]`` in label order), ``category_names`` (where their
-        names are from: ``"file"``, ``"coco"``, or ``"unknown"``, when they are called ``class 0``, ``class 1``, ...), and ``notes``, a list
-        of lines for the user about how the file was read.
+        names are from: ``"file"``, ``"coco"``, or ``"unknown"``, in which case they are called ``class 0``, ``class 1``, ...), and
+        ``notes``, a list of lines for the user about how the file was read.
 
     Raises:
-        UserError: The file cannot be read, or does not hold a complete DETR.
+        UserError: The file cannot be read, or does not contain a complete DETR.
     """
     path = located(path)
     content = read_checkpoint(path)
@@ -73,20 +73,21 @@ def load(path: str | Path) -> DETR:
 def load_weights(model: DETR, weights: str, categories: Categories | None = None) -> str:
     """Initialize a model from weights that may have other categories and another number of queries.
 
-    The classification head is taken as it is if the file's categories are the model's, or are unknown and have their number. Otherwise
-    the no-object row and the rows of categories of the same name are kept, and the other rows stay as they were initialized. If the
-    number of queries differs, the first queries are kept.
+    The classification head is copied unchanged if the file's categories are the model's, or are unknown and have their number. Otherwise
+    the no-object row and the rows of categories of the same name are copied, and the other rows stay as they were initialized. If the
+    number of queries differs, the file's first queries are copied.
 
     Args:
-        model: The model; nothing of it is changed if an exception is raised.
-        weights: ``"coco"``, ``"imagenet"``, ``"bundled"``, ``"none"``, a path, or a URL.
+        model: The model. If an exception is raised, it is unchanged.
+        weights: ``"coco"``, ``"imagenet"``, ``"bundled"``, ``"none"``, a path, a URL, or a URI.
         categories: The model's categories in label order, ``[{"id", "name"}, ...]``.
 
     Returns:
-        One line that says what was done.
+        One line that describes what was loaded.
 
     Raises:
         UserError: The weights cannot be read, belong to another network, or match almost nothing of the model.
+        ValueError: The number of categories is not that of the model's classes.
     """
     if categories is not None and len(categories) != model.settings["num_classes"]:
         raise ValueError(f"{len(categories)} categories for a model of {model.settings['num_classes']} classes")
@@ -118,7 +119,7 @@ def _count_and_list(what: str, names: list[str]) -> str:
     return f"{len(names)} {what}" + (f" ({shown})" if names else "")
 
 
-# ------------------------------------------------------------------------------------------------- what a file tells
+# ------------------------------------------------------------------------------------- what is known about a file
 
 
 def _is_backbone(state: dict[str, Tensor]) -> bool:
@@ -126,7 +127,7 @@ def _is_backbone(state: dict[str, Tensor]) -> bool:
 
 
 def _head_rows(state: dict[str, Tensor]) -> int | None:
-    """Return the rows of the classification head, no-object included; None if there is no sound head."""
+    """Return the number of rows of the classification head, no-object included; None if there is no valid head."""
     weight, bias = state.get(HEAD[0]), state.get(HEAD[1])
     if weight is None or bias is None or weight.dim() != 2 or bias.shape != weight.shape[:1] or len(weight) < 2:
         return None
@@ -152,7 +153,7 @@ def _known_categories(content: dict[str, Any], rows: int, path: Path) -> Categor
 
 
 def _known_settings(content: dict[str, Any], state: dict[str, Tensor], path: Path) -> dict[str, Any]:
-    """Return what a file tells of its network, by the last names of the ``model`` settings: its settings or args, and its tensors."""
+    """Return what a file tells about its network in its settings or args and its tensors: ``model`` settings by their last name."""
     leaves = {field.name for field in dataclasses.fields(config.Model)} - {"weights"}
     args, settings = content.get("args"), content.get("settings")
     args = vars(args) if isinstance(args, argparse.Namespace) else {}
@@ -166,7 +167,7 @@ def _known_settings(content: dict[str, Any], state: dict[str, Tensor], path: Pat
 
 
 def _inferred_settings(state: dict[str, Tensor]) -> dict[str, Any]:
-    """Return the settings that the names and shapes of the tensors tell."""
+    """Return the settings that can be inferred from the names and shapes of the tensors."""
     inferred: dict[str, Any] = {}
     depths = {blocks[2]: name for name, blocks in RESNET_BLOCKS.items()}
     backbone = depths.get(_count_layers(state, f"{BODY}layer3."), "tiny" if f"{BODY}layers.0.norm1.weight" in state else None)

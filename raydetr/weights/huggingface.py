@@ -1,6 +1,6 @@
-"""Tensor names of the DETR in Hugging Face's transformers, and their translation to and from the official ones.
+"""Tensor names of the DETR in Hugging Face's transformers, and their translation to and from the official names.
 
-transformers keeps one matrix for each of queries, keys and values, where the official model has all three in ``in_proj_weight``.
+transformers keeps queries, keys and values in one matrix each, and the official model keeps all three in ``in_proj_weight``.
 """
 
 import re
@@ -76,7 +76,7 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state: Tensors by transformers' name; its backbone is transformers' own ResNet or timm's.
 
     Returns:
-        Tensors by official name; a name that no official one corresponds to stays as it is.
+        Tensors by official name. A name without an official counterpart is kept as it is.
     """
     attention = {theirs: ours for ours, theirs in _ATTENTION.items()}
     modules = {theirs: ours for ours, theirs in _MODULES.items()}
@@ -94,7 +94,11 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_huggingface(state: Mapping[str, Tensor]) -> bool:
-    """Whether the tensors have the names of transformers' DETR."""
+    """Return whether tensors have the names of transformers' DETR.
+
+    Args:
+        state: Tensors by name.
+    """
     return {"class_labels_classifier.weight", "model.query_position_embeddings.weight"} <= state.keys()
 
 

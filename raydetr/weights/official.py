@@ -33,7 +33,7 @@ COCO_CATEGORIES_IN_USE = [category for category in COCO_CATEGORIES if category["
 BODY = "backbone.0.body."
 HEAD = ("class_embed.weight", "class_embed.bias")
 QUERIES = "query_embed.weight"
-# Settings without which the tensors do not fit, or compute something else.
+# Settings that must agree, because otherwise the tensors do not fit or compute something else.
 NETWORK = ("backbone", "hidden_dim", "nheads", "dim_feedforward", "pre_norm")
 
 
@@ -42,7 +42,10 @@ def source_of(weights: str, model: dict[str, Any]) -> str | Path:
 
     Args:
         weights: ``"coco"``, ``"imagenet"``, ``"bundled"``, a path, or a URL.
-        model: Settings of the model by their last name.
+        model: Settings of the ``model`` section by their last name.
+
+    Returns:
+        A local path, an http or https URL, or a URI in an object store.
 
     Raises:
         UserError: There are no such weights for this model, or no such file.
@@ -81,13 +84,26 @@ def _is_url(source: str | Path) -> bool:
 
 
 def located(source: str | Path) -> Path:
-    """Return the local file of a path or URL: an http URL is downloaded once, an object of an object store again when it has changed."""
+    """Return the local file of weights, downloading it if necessary.
+
+    An http or https URL is downloaded once. An object of an object store is fetched again if it has changed.
+
+    Args:
+        source: A local path, an http or https URL, or a URI in an object store.
+
+    Returns:
+        The local path, whose existence is checked only for URLs and URIs.
+
+    Raises:
+        UserError: The download fails, or the object does not exist or cannot be fetched.
+        OSError: The local disk fails.
+    """
     return download(str(source)) if _is_url(source) else fetched(source)
 
 
 # Prefixes of wrappers: DistributedDataParallel, torch.compile, common trainers, the official DETRsegm and detectron2's wrapper.
 _WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod|model|detr|net|network)\.)+")
-# Whatever else stands before the first part of a DETR, such as the name of an attribute of a LightningModule.
+# Any other prefix of the first part of a DETR, such as the name of an attribute of a LightningModule.
 _OTHER_WRAPPERS = re.compile(
     r"^(?:\w+\.)*?(?=(?:transformer|class_embed|bbox_embed|query_embed|input_proj|backbone|bbox_attention|mask_head)\.)"
 )
@@ -105,7 +121,7 @@ _NO_WEIGHTS = re.compile(r"(^|\.)(empty_weight|num_batches_tracked)$")
 _HUGGING_FACE = re.compile(r"(^|\.)(class_labels_classifier|bbox_predictor|query_position_embeddings|conv_encoder)\.")
 # The official DETRsegm adds these; boxes and classes do not depend on them.
 MASK_HEAD = ("bbox_attention.", "mask_head.")
-# Where training programs keep the weights, and where a moving average of them.
+# Keys under which training programs save the weights, and a moving average of the weights.
 _WEIGHTS = ("model", "state_dict", "model_state_dict", "model_state", "network", "net", "weights", "params")
 _AVERAGES = ("model_ema", "ema_model", "ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "ema_state", "params_ema")
 
@@ -113,17 +129,19 @@ _AVERAGES = ("model_ema", "ema_model", "ema", "state_dict_ema", "ema_state_dict"
 def official_state(content: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], str | None]:
     """Find the weights in a checkpoint.
 
+    If the file has a complete moving average (EMA) of the weights, it is used, because training programs that keep one evaluate it and not
+    the last weights.
+
     Args:
         content: What :func:`raydetr.weights.checkpoint.read_checkpoint` returns.
         path: The file, for messages.
 
     Returns:
-        The tensors under the names of the official DETR (those of a plain ResNet under the names of its backbone), and, where the file
-        has a moving average (EMA) of the weights, a note on whether it is used: if it is complete, because
-        training programs that keep one evaluate it and not the last weights.
+        The tensors under the names of the official DETR (those of a plain ResNet under the names of its backbone), and a note on whether
+        the moving average is used, or None if the file has none.
 
     Raises:
-        UserError: The file holds no weights, or those of a DETR of Hugging Face transformers.
+        UserError: The file contains no weights, or those of a DETR of Hugging Face transformers.
     """
     weights, weights_key = _first_state(content, _WEIGHTS)
     # Checkpoints of raydetr have the weights to use under "model", whatever else they keep for resuming.
