@@ -110,10 +110,10 @@ def split(path: str | Path) -> tuple[str, str]:
         path: Path or URI; slashes at its end do not count.
 
     Returns:
-        The parent and the name. The parent is empty if there is none.
+        The parent and the name. The parent of a name alone is empty.
     """
-    around, _, name = str(path).rstrip("/").rpartition("/")
-    return around, name
+    parent, slash, name = str(path).rstrip("/").rpartition("/")
+    return parent or slash, name
 
 
 def cache_folder() -> Path:

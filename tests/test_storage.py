@@ -270,6 +270,8 @@ def test_local_places_are_left_alone(tmp_path):
     assert join(tmp_path, "a") == str(tmp_path / "a")
     assert storage.split(f"{tmp_path}/a") == (str(tmp_path), "a")
     assert storage.split("s3://bucket/runs/a/") == ("s3://bucket/runs", "a")
+    assert storage.split("/a") == ("/", "a")
+    assert storage.split("a") == ("", "a")
 
 
 def test_what_google_lacks_is_said(google_store, monkeypatch, tmp_path, capfd):
