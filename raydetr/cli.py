@@ -508,14 +508,29 @@ def status(search: str) -> None:
 )
 @click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Number of images per batch.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Device to compute on.")
-def predict(checkpoint: str, sources: tuple[Path, ...], out: Path, **options) -> None:
+@click.option(
+    "--attention", is_flag=True, help="Also show what the model looked at for each box (click it), and write it to OUT/attention/."
+)
+@click.option(
+    "--attention-at", multiple=True, metavar="X,Y", help="Also show what this place of the images attends to, in pixels; may be repeated."
+)
+def predict(checkpoint: str, sources: tuple[Path, ...], out: Path, attention_at: tuple[str, ...], **options) -> None:
     """Predict on images, draw the boxes, and show all of them in OUT/index.html.
 
     Example: raydetr predict runs/first/best.pth holiday/ --out seen
     """
     from raydetr.predict.predict import predict
 
+    options["attention_at"] = [_place(each) for each in attention_at]
     click.echo(predict(checkpoint, list(sources), out, **options).text())
+
+
+def _place(text: str) -> tuple[float, float]:
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError:
+        raise UserError(f"--attention-at {text}: is not X,Y, a place in pixels such as 320,200") from None
+    return x, y
 
 
 @cli.command("export", cls=SettingsCommand, short_help="Write a model in another format.")

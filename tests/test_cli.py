@@ -65,6 +65,7 @@ def test_help_all_lists_every_setting_with_its_bounds(capsys):
         (["evaluate", "absent.pth", "--data", "absent"], "absent"),
         (["predict", "absent.pth", "absent.jpg", "--out", "seen"], "absent"),
         (["predict", "absent.pth", "absent.jpg"], "--out"),
+        (["predict", "absent.pth", "absent.jpg", "--out", "seen", "--attention-at", "12;9"], "--attention-at 12;9: is not X,Y"),
         (["tensorboard", "absent"], "absent"),
     ],
 )

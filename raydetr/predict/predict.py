@@ -7,6 +7,7 @@ The output folder contains:
   It has the prediction of every object query, also those that are too uncertain to be drawn, because average precision needs all;
 - ``images.json``: a COCO data set without annotations that tells the file of each image id and the name of each category id, so that
   ``COCO("images.json").loadRes("predictions.json")`` works;
+- ``attention/``: what the network looked at, if it is asked for: a folder for each image (see :mod:`raydetr.predict.attention`);
 - ``compare/``: the same files for the other checkpoint of a comparison.
 """
 
@@ -18,12 +19,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
@@ -36,12 +38,15 @@ from raydetr.config import load_config
 from raydetr.data.categories import match_categories
 from raydetr.data.coco import collate
 from raydetr.data.images import read_image
+from raydetr.data.masks import decode_masks
 from raydetr.data.transforms import val_transforms
-from raydetr.draw import Box, Colour, category_colours, draw_boxes
+from raydetr.draw import Box, Colour, category_colours, draw_boxes, with_masks
 from raydetr.errors import UserError
 from raydetr.files import atomic_write
 from raydetr.memory import kept_memory
+from raydetr.model.attention import recorded_attention
 from raydetr.model.detr import DETR, postprocess
+from raydetr.predict.attention import AttentionWanted, ImageAttention, Place, check_points, image_attention, write_attention
 from raydetr.predict.categories import find_categories
 from raydetr.predict.gallery import GENERATOR, Card, Column, gallery_page
 from raydetr.predict.inputs import InputImage, find_images
@@ -52,7 +57,7 @@ from raydetr.weights.fitting import load
 
 LETTERS = 1 / 70  # height of the letters as a fraction of the image's longest side
 THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH, THUMBNAIL_LETTERS = 640, 1920, 22  # pixels; the page shows thumbnails of one height side by side
-OUTPUTS = ("index.html", "predictions.json", "images.json", "pictures", "thumbnails", "compare")
+OUTPUTS = ("index.html", "predictions.json", "images.json", "pictures", "thumbnails", "attention", "compare")
 _MARK = f'<meta name="generator" content="{GENERATOR}">'  # in a page of raydetr
 LONGEST_JPEG = 65_500  # pixels
 DRAWERS = 4  # threads; each holds a few copies of an image
@@ -68,12 +73,25 @@ class ImagePrediction:
         xyxy: Boxes [Q][4] in pixels, inside the image.
         labels: Labels [Q], positions in the categories.
         scores: Scores [Q].
+        queries: Object queries [Q].
+        attention: What the network looked at, if that was asked for.
+        rles: The mask of each as an RLE of the image's size; None if the checkpoint has no masks.
     """
 
     size: tuple[int, int]
     xyxy: list[list[float]]
     labels: list[int]
     scores: list[float]
+    queries: list[int]
+    attention: ImageAttention | None = None
+    rles: list[dict] | None = None
+
+    def masks(self, threshold: float) -> np.ndarray | None:
+        """Return the masks of :meth:`boxes`, bool [n, height, width] at the size of the image; None if the checkpoint has no masks."""
+        if self.rles is None:
+            return None
+        width, height = self.size
+        return decode_masks([rle for rle, score in zip(self.rles, self.scores, strict=True) if score >= threshold], (height, width))
 
     def boxes(self, categories: list[dict], threshold: float) -> list[Box]:
         """Return the boxes to draw.
@@ -135,6 +153,8 @@ def predict(
     annotations: str | Path | None = None,
     batch_size: int = 4,
     device: str = "auto",
+    attention: bool = False,
+    attention_at: Sequence[Place] = (),
 ) -> Summary:
     """Predict on images and write results, annotated images, and a page into a folder (see the module's docstring).
 
@@ -151,13 +171,15 @@ def predict(
             it lacks get free ids). Without it, image ids count from 1 and category ids are those of the checkpoint's training set.
         batch_size: Images that are predicted at a time.
         device: ``"auto"``, ``"cpu"``, or ``"cuda"``.
+        attention: Also write what the last decoder layer looked at for each box that is drawn.
+        attention_at: Also write the self-attention of these places (x, y) in the last encoder layer; pixels of every image.
 
     Returns:
         A summary of what was predicted.
 
     Raises:
-        UserError: A source, a checkpoint, or the annotation file is missing or broken, no image can be read, or the output folder cannot
-            be written or contains files of something else.
+        UserError: A source, a checkpoint, or the annotation file is missing or broken, no image can be read, a place is outside an image,
+            or the output folder cannot be written or contains files of something else.
     """
     if not 0 <= threshold <= 1:
         raise UserError(f"threshold: {threshold} is out of bounds; it takes 0 to 1")
@@ -171,10 +193,11 @@ def predict(
     models = [load(path) for path in checkpoints]
     data = load_config(trained_with(checkpoint, models[-1])).data
     read = partial(read_image, exif=data.exif, max_megapixels=data.max_megapixels)
+    wanted = AttentionWanted(threshold if attention else None, tuple(attention_at)) if attention or attention_at else None
     columns, left_out = [], {}
     for path, title, model in zip(checkpoints, titles, models, strict=True):
         categories, notes = _categories_for(model, truth)
-        by_image, unread = detect(model, path, inputs, read, batch_size, device, title)
+        by_image, unread = detect(model, path, inputs, read, batch_size, device, title, wanted)
         warnings += [*model.notes, *(f"{path}: {note}" for note in notes)]
         left_out |= unread
         inputs = [each for each in inputs if each.image_id not in unread]
@@ -186,7 +209,7 @@ def predict(
         _claim(out)
         for folder, column in zip(_folders(out, len(columns)), columns, strict=True):
             _write_results(folder, inputs, column)
-        cards = _draw_all(out, inputs, columns, style := _style(columns, threshold, truth), read)
+        cards = _draw_all(out, inputs, columns, style := _style(columns, threshold, truth), read, wanted)
         headings = dict(zip(["found"] if compare is None else ["before", "after"], titles, strict=True))
         _write(out / "index.html", gallery_page(headings, cards, threshold, style.colours, lines))
     except OSError as error:
@@ -247,7 +270,14 @@ def _collate(batch: list[tuple]) -> tuple[list[tuple], list[dict]]:
 
 
 def detect(
-    model: DETR, checkpoint: str | Path, inputs: Sequence[InputImage], read: Reader, batch_size: int, device: str, title: str
+    model: DETR,
+    checkpoint: str | Path,
+    inputs: Sequence[InputImage],
+    read: Reader,
+    batch_size: int,
+    device: str,
+    title: str,
+    wanted: AttentionWanted | None = None,
 ) -> tuple[dict[int, ImagePrediction], dict[int, str]]:
     """Predict on images.
 
@@ -259,12 +289,13 @@ def detect(
         batch_size: Images that are predicted at a time.
         device: ``"auto"``, ``"cpu"``, or ``"cuda"``.
         title: Name of the checkpoint for the progress display.
+        wanted: Which attention to record; None for none.
 
     Returns:
         The predictions by image id, and by image id the reason why an image cannot be read.
 
     Raises:
-        UserError: The outputs are not finite.
+        UserError: The outputs are not finite, or a place whose attention is wanted is outside an image.
     """
     config = load_config(trained_with(checkpoint, model), {"speed.device": device})
     target_device = choose_device(config.speed)
@@ -277,7 +308,9 @@ def detect(
     loader = DataLoader(dataset, batch_size, collate_fn=_collate, num_workers=workers, pin_memory=on_gpu)
     by_image, unread = {}, {}
     autocast = torch.autocast(target_device.type, dtype, enabled=dtype != torch.float32)
-    with torch.inference_mode(), autocast, kept_memory(target_device.type), _progress(f"predicting with {title}", len(inputs)) as advance:
+    shown = _progress(f"predicting with {title}", len(inputs))
+    recording = recorded_attention(model) if wanted else nullcontext()
+    with torch.inference_mode(), autocast, kept_memory(target_device.type), recording as record, shown as advance:
         for batches, broken in loader:
             unread |= {inputs[target["index"]].image_id: target["error"] for target in broken}
             for images, mask, targets in batches:
@@ -287,7 +320,12 @@ def detect(
                 on_host = {name: torch.stack([each[name] for each in detections]).cpu() for name in ("scores", "labels", "boxes")}
                 for row, target in enumerate(targets):
                     prediction = _prediction({name: values[row] for name, values in on_host.items()}, target["orig_size"], checkpoint)
-                    by_image[inputs[target["index"]].image_id] = prediction
+                    each = inputs[target["index"]]
+                    if wanted and record:
+                        check_points(wanted.points, prediction.size, each.name)
+                        ranked = prediction.queries, prediction.scores
+                        prediction.attention = image_attention(record, wanted, row, *ranked, prediction.size)
+                    by_image[each.image_id] = prediction
                 advance(len(targets))
             advance(len(broken))
     return by_image, unread
@@ -300,7 +338,8 @@ def _prediction(detections: dict[str, torch.Tensor], orig_size: torch.Tensor, ch
         raise UserError(f"{checkpoint}: its outputs are not finite numbers; the weights in it are broken")
     height, width = orig_size.tolist()
     boxes_xyxy = boxes_xyxy.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-    return ImagePrediction((width, height), boxes_xyxy.tolist(), detections["labels"][order].tolist(), scores.tolist())
+    labels = detections["labels"][order].tolist()
+    return ImagePrediction((width, height), boxes_xyxy.tolist(), labels, scores.tolist(), order.tolist())
 
 
 def _categories_for(model: DETR, truth: list[dict] | None) -> tuple[list[dict], list[str]]:
@@ -426,7 +465,14 @@ def _style(columns: Sequence[Predictions], threshold: float, truth: list[dict] |
     return Style(threshold, category_colours(each["name"] for each in categories), name_true=truth is not None and len(truth) > 1)
 
 
-def _draw_all(out: Path, inputs: Sequence[InputImage], columns: Sequence[Predictions], style: Style, read: Reader) -> list[Card]:
+def _draw_all(
+    out: Path,
+    inputs: Sequence[InputImage],
+    columns: Sequence[Predictions],
+    style: Style,
+    read: Reader,
+    wanted: AttentionWanted | None,
+) -> list[Card]:
     """Write every image and its thumbnail for each column, and return the page's cards."""
     for folder in _folders(out, len(columns)):
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
@@ -435,7 +481,8 @@ def _draw_all(out: Path, inputs: Sequence[InputImage], columns: Sequence[Predict
     pool = ThreadPoolExecutor(min(DRAWERS, os.cpu_count() or 1))
     try:
         with _progress("drawing", len(inputs)) as advance:
-            for card in pool.map(partial(_draw, out=out, columns=columns, style=style, read=read), inputs, _stems(inputs)):
+            draw = partial(_draw, out=out, columns=columns, style=style, read=read, wanted=wanted)
+            for card in pool.map(draw, inputs, _stems(inputs)):
                 cards.append(card)
                 advance(1)
     finally:
@@ -443,23 +490,38 @@ def _draw_all(out: Path, inputs: Sequence[InputImage], columns: Sequence[Predict
     return cards
 
 
-def _draw(each: InputImage, stem: str, out: Path, columns: Sequence[Predictions], style: Style, read: Reader) -> Card:
+def _draw(
+    each: InputImage,
+    stem: str,
+    out: Path,
+    columns: Sequence[Predictions],
+    style: Style,
+    read: Reader,
+    wanted: AttentionWanted | None,
+) -> Card:
     image = to_pil_image(read(each.path, each.size))
     scale = min(THUMBNAIL_HEIGHT / image.height, THUMBNAIL_WIDTH / image.width)
     small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
     file = stem + (".jpg" if max(image.size) <= LONGEST_JPEG else ".png")
     card = Card(each.name, image.size, each.true)
-    true = each.true or []
+    true = with_masks(each.true or [], each.true_masks(image.size))
     for folder, column in zip(_folders(out, len(columns)), columns, strict=True):
         prediction = column.by_image[each.image_id]
         boxes = prediction.boxes(column.categories, style.threshold)
         large, thumbnail = folder / "pictures" / file, folder / "thumbnails" / file
-        draw_boxes(image, boxes, true, style.colours, LETTERS, style.name_true).save(large, quality=90)
-        small_boxes, small_true = ([_scaled(box, scale) for box in some] for some in (boxes, true))
+        shapes = with_masks(boxes, prediction.masks(style.threshold))
+        draw_boxes(image, shapes, true, style.colours, LETTERS, style.name_true).save(large, quality=90)
+        small_boxes, small_true = ([_scaled(box, scale) for box in some] for some in (shapes, true))
         letters = THUMBNAIL_LETTERS / max(small.size)
         draw_boxes(small, small_boxes, small_true, style.colours, letters, style.name_true).save(thumbnail, quality=85)
         shown, small_shown = (path.relative_to(out).as_posix() for path in (large, thumbnail))
         card.columns.append(Column(shown, small_shown, boxes, prediction.scores[0]))
+        if wanted and prediction.attention:
+            attended = boxes[: len(prediction.attention.detections)]
+            ids = [column.categories[label]["id"] for label in prediction.labels[: len(attended)]]
+            place = folder / "attention" / stem, out, small, image.size
+            drawing = prediction.attention, attended, ids, wanted.points, style.colours, letters
+            card.columns[-1].attention = write_attention(*place, *drawing)
     return card
 
 
