@@ -12,18 +12,19 @@ The output folder contains:
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ from raydetr.config import load_config
 from raydetr.data.categories import match_categories
 from raydetr.data.coco import collate
 from raydetr.data.images import read_image
-from raydetr.data.masks import decode_masks
+from raydetr.data.masks import decode_masks, encode_masks
 from raydetr.data.transforms import val_transforms
 from raydetr.draw import Box, Colour, category_colours, draw_boxes, with_masks
 from raydetr.errors import UserError
@@ -51,6 +52,7 @@ from raydetr.predict.categories import find_categories
 from raydetr.predict.gallery import GENERATOR, Card, Column, gallery_page
 from raydetr.predict.inputs import InputImage, find_images
 from raydetr.predict.score import trained_with
+from raydetr.predict.tiles import Tiles, View, is_whole, merge_boxes
 from raydetr.training.console import PLAIN_INTERVAL_S
 from raydetr.training.engine import choose_device, choose_dtype
 from raydetr.weights.fitting import load
@@ -155,6 +157,7 @@ def predict(
     device: str = "auto",
     attention: bool = False,
     attention_at: Sequence[Place] = (),
+    tiles: Tiles | None = None,
 ) -> Summary:
     """Predict on images and write results, annotated images, and a page into a folder (see the module's docstring).
 
@@ -173,6 +176,7 @@ def predict(
         device: ``"auto"``, ``"cpu"``, or ``"cuda"``.
         attention: Also write what the last decoder layer looked at for each box that is drawn.
         attention_at: Also write the self-attention of these places (x, y) in the last encoder layer; pixels of every image.
+        tiles: Predict on these tiles of each image as well, for small objects.
 
     Returns:
         A summary of what was predicted.
@@ -185,6 +189,8 @@ def predict(
         raise UserError(f"threshold: {threshold} is out of bounds; it takes 0 to 1")
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size} is out of bounds; it takes 1 or more")
+    if tiles and (attention or attention_at):
+        raise UserError("--attention: is that of one forward pass, which an image in --tiles does not have; give one of the two")
     out = Path(out).expanduser()
     inputs, truth, warnings = find_images(sources, annotations, out)
     _check_free(out)
@@ -197,7 +203,7 @@ def predict(
     columns, left_out = [], {}
     for path, title, model in zip(checkpoints, titles, models, strict=True):
         categories, notes = _categories_for(model, truth)
-        by_image, unread = detect(model, path, inputs, read, batch_size, device, title, wanted)
+        by_image, unread = detect(model, path, inputs, read, batch_size, device, title, wanted, tiles)
         warnings += [*model.notes, *(f"{path}: {note}" for note in notes)]
         left_out |= unread
         inputs = [each for each in inputs if each.image_id not in unread]
@@ -233,40 +239,49 @@ def _titles(checkpoints: Sequence[str | Path]) -> list[str]:
 
 
 class InputImages(Dataset):
-    """Images as the network takes them: ``image, target``, or ``None, target`` with the error's line if an image cannot be read.
+    """Images as the network takes them: for each view of an image ``image, target``, or once ``None, target`` with the error's line if it
+    cannot be read.
 
     Args:
         inputs: The images.
         read: Decodes a file with an annotated size, as :func:`raydetr.data.images.read_image` does.
         transforms: What turns a decoded image into the network's input.
+        tiles: Views besides the whole image; None for none.
     """
 
-    def __init__(self, inputs: Sequence[InputImage], read: Reader, transforms: Callable):
-        self.inputs, self.read, self.transforms = inputs, read, transforms
+    def __init__(self, inputs: Sequence[InputImage], read: Reader, transforms: Callable, tiles: Tiles | None = None):
+        self.inputs, self.read, self.transforms, self.tiles = inputs, read, transforms, tiles or Tiles(1, 1)
 
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, dict[str, Any]]:
+    def __getitem__(self, index: int) -> list[tuple[torch.Tensor | None, dict[str, Any]]]:
         each = self.inputs[index]
         try:
             pixels = self.read(each.path, each.size)
         except UserError as error:
-            return None, {"index": index, "error": str(error)}
-        image = self.transforms(tv_tensors.Image(pixels)).as_subclass(torch.Tensor)
-        return image, {"index": index, "orig_size": torch.tensor(pixels.shape[-2:])}
+            return [(None, {"index": index, "error": str(error)})]
+        height, width = pixels.shape[-2:]
+        views = []
+        for left, top, right, bottom in self.tiles.views((width, height)):
+            image = self.transforms(tv_tensors.Image(pixels[:, top:bottom, left:right])).as_subclass(torch.Tensor)
+            size = torch.tensor([bottom - top, right - left])
+            views.append((image, {"index": index, "orig_size": size, "view": (left, top, right, bottom)}))
+        return views
 
 
-def _collate(batch: list[tuple]) -> tuple[list[tuple], list[dict]]:
-    """Return the images that could be read, in batches of one size, and the targets of the others.
+def _collate(batch: list[list[tuple]], batch_size: int) -> tuple[list[tuple], list[dict]]:
+    """Return the views of images that could be read, in batches of one size, and the targets of the others.
 
     Without padding the predictions do not depend on the batch size and are those that an evaluation scores.
     """
     by_size: dict[torch.Size, list[tuple]] = {}
-    for image, target in batch:
+    every = list(itertools.chain.from_iterable(batch))
+    for image, target in every:
         if image is not None:
             by_size.setdefault(image.shape, []).append((image, target))
-    return [collate(same) for same in by_size.values()], [target for image, target in batch if image is None]
+    batches = [same[start : start + batch_size] for same in by_size.values() for start in range(0, len(same), batch_size)]
+    return [collate(same) for same in batches], [target for image, target in every if image is None]
 
 
 def detect(
@@ -278,6 +293,8 @@ def detect(
     device: str,
     title: str,
     wanted: AttentionWanted | None = None,
+    tiles: Tiles | None = None,
+    layers: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[dict[int, ImagePrediction], dict[int, str]]:
     """Predict on images.
 
@@ -289,7 +306,9 @@ def detect(
         batch_size: Images that are predicted at a time.
         device: ``"auto"``, ``"cpu"``, or ``"cuda"``.
         title: Name of the checkpoint for the progress display.
-        wanted: Which attention to record; None for none.
+        wanted: Which attention to record; None for none. Not with tiles.
+        tiles: Tiles of the images to predict on as well; None for none.
+        layers: Settings that override those of the checkpoint's training, later ones winning.
 
     Returns:
         The predictions by image id, and by image id the reason why an image cannot be read.
@@ -297,15 +316,16 @@ def detect(
     Raises:
         UserError: The outputs are not finite, or a place whose attention is wanted is outside an image.
     """
-    config = load_config(trained_with(checkpoint, model), {"speed.device": device})
+    config = load_config(trained_with(checkpoint, model), *layers, {"speed.device": device})
     target_device = choose_device(config.speed)
     dtype = choose_dtype(config.speed, target_device)
     on_gpu = target_device.type == "cuda"
     model.to(target_device).eval()
     # On a CPU the network uses every core, and loading processes would take them away.
     workers = config.data.num_workers if on_gpu else 0
-    dataset = InputImages(inputs, read, val_transforms(config.data))
-    loader = DataLoader(dataset, batch_size, collate_fn=_collate, num_workers=workers, pin_memory=on_gpu)
+    dataset = InputImages(inputs, read, val_transforms(config.data), tiles)
+    collated = partial(_collate, batch_size=batch_size)
+    loader = DataLoader(dataset, batch_size, collate_fn=collated, num_workers=workers, pin_memory=on_gpu)
     by_image, unread = {}, {}
     autocast = torch.autocast(target_device.type, dtype, enabled=dtype != torch.float32)
     shown = _progress(f"predicting with {title}", len(inputs))
@@ -313,6 +333,7 @@ def detect(
     with torch.inference_mode(), autocast, kept_memory(target_device.type), recording as record, shown as advance:
         for batches, broken in loader:
             unread |= {inputs[target["index"]].image_id: target["error"] for target in broken}
+            views: dict[int, list[tuple[ImagePrediction, View]]] = defaultdict(list)
             for images, mask, targets in batches:
                 images, mask = (None if each is None else each.to(target_device, non_blocking=True) for each in (images, mask))
                 sizes = torch.stack([target["orig_size"] for target in targets])
@@ -325,9 +346,9 @@ def detect(
                         check_points(wanted.points, prediction.size, each.name)
                         ranked = prediction.queries, prediction.scores
                         prediction.attention = image_attention(record, wanted, row, *ranked, prediction.size)
-                    by_image[each.image_id] = prediction
-                advance(len(targets))
-            advance(len(broken))
+                    views[each.image_id].append((prediction, target["view"]))
+            by_image |= {image_id: _merged(parts) for image_id, parts in views.items()}
+            advance(len(views) + len(broken))
     return by_image, unread
 
 
@@ -340,6 +361,32 @@ def _prediction(detections: dict[str, torch.Tensor], orig_size: torch.Tensor, ch
     boxes_xyxy = boxes_xyxy.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
     labels = detections["labels"][order].tolist()
     return ImagePrediction((width, height), boxes_xyxy.tolist(), labels, scores.tolist(), order.tolist())
+
+
+def _merged(views: Sequence[tuple[ImagePrediction, View]]) -> ImagePrediction:
+    """Return the predictions in an image from those in its views, one of which is the whole image."""
+    if len(views) == 1:
+        return views[0][0]
+    size, every = max(view[2:] for _, view in views), []
+    for number, (prediction, view) in enumerate(views):
+        boxes_xyxy = torch.tensor(prediction.xyxy, dtype=torch.float64)
+        moved = (boxes_xyxy + torch.tensor(view[:2] * 2)).tolist()
+        rows = zip(is_whole(boxes_xyxy, view, size).tolist(), moved, prediction.labels, prediction.scores, prediction.queries, strict=True)
+        every += [(xyxy, label, score, query, number, row) for row, (whole, xyxy, label, score, query) in enumerate(rows) if whole]
+    boxes_xyxy, labels, scores = (torch.tensor(column) for column in list(zip(*every, strict=True))[:3])
+    kept = [every[index] for index in merge_boxes(boxes_xyxy, scores, labels).tolist()]
+    merged = ImagePrediction(size, *([row[column] for row in kept] for column in range(4)))
+    if views[0][0].rles is not None:
+        merged.rles = [_placed(cast(list, views[number][0].rles)[row], views[number][1], size) for *_, number, row in kept]
+    return merged
+
+
+def _placed(rle: dict, view: View, size: tuple[int, int]) -> dict:
+    """Return the mask of a view as one of the whole image, both as RLEs."""
+    left, top, right, bottom = view
+    mask = np.zeros((1, size[1], size[0]), bool)
+    mask[0, top:bottom, left:right] = decode_masks([rle], (bottom - top, right - left))[0]
+    return encode_masks(mask)[0]
 
 
 def _categories_for(model: DETR, truth: list[dict] | None) -> tuple[list[dict], list[str]]:
@@ -425,14 +472,15 @@ def _write_results(folder: Path, inputs: Sequence[InputImage], column: Predictio
         prediction = column.by_image[each.image_id]
         width, height = prediction.size
         images.append({"id": each.image_id, "file_name": each.name, "width": width, "height": height})
-        results += _results(each.image_id, prediction, column.categories)
+        results += results_of(each.image_id, prediction, column.categories)
     info = {"description": "the images and categories of predictions.json"}
     data_set = {"info": info, "images": images, "annotations": [], "categories": column.categories}
     _write(folder / "images.json", json.dumps(data_set))
     _write(folder / "predictions.json", json.dumps(results))
 
 
-def _results(image_id: int, prediction: ImagePrediction, categories: list[dict]) -> Iterator[dict]:
+def results_of(image_id: int, prediction: ImagePrediction, categories: list[dict]) -> Iterator[dict]:
+    """Yield the predictions in an image as COCO results; ``categories`` have an ``id``, in label order."""
     for xyxy, label, score in zip(prediction.xyxy, prediction.labels, prediction.scores, strict=True):
         x0, y0, x1, y1 = (round(corner, 3) for corner in xyxy)
         bbox_xywh = [x0, y0, round(x1 - x0, 3), round(y1 - y0, 3)]
