@@ -183,7 +183,8 @@ def test_detections_and_places_are_drawn_where_they_are(tmp_path):
     assert (maps.file, maps.nheads) == ("a/maps.png", 2)
     with Image.open(tmp_path / "a/detection-1.jpg") as drawn, Image.open(tmp_path / "a/point-1.jpg") as marked:
         assert drawn.size == marked.size == (200, 100)
-        np.testing.assert_allclose(drawn.getpixel((100, 60)), colours["cat"], atol=60)
+        red, green, _ = drawn.getpixel((100, 60))  # the right edge of the box, as JPEG keeps its color
+        assert green > red + 80
         assert min(marked.getpixel((150, 50))) > 200
     page = gallery_page({"found": "m"}, [Card("a", (400, 200), None, [Column("a", "b", [box], 0.9, maps)])], 0.5, colours)
     assert 'class="point"' in page
