@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from raydetr.launch.command import tune
     from raydetr.launch.train import train
     from raydetr.loss.criterion import build_criterion
+    from raydetr.model.attention import attention
     from raydetr.model.detr import build_model
     from raydetr.weights.fitting import load
 
 __version__ = "0.2.0"
 
 _HOME = {
+    "attention": "raydetr.model.attention",
     "build_model": "raydetr.model.detr",
     "build_criterion": "raydetr.loss.criterion",
     "load": "raydetr.weights.fitting",
@@ -27,7 +29,7 @@ _HOME = {
     "tune": "raydetr.launch.command",
 }
 
-__all__ = ["UserError", "build_criterion", "build_model", "load", "load_config", "train", "tune"]
+__all__ = ["UserError", "attention", "build_criterion", "build_model", "load", "load_config", "train", "tune"]
 
 
 def __getattr__(name: str) -> Any:

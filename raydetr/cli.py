@@ -133,6 +133,15 @@ def given_settings(options: dict) -> list[dict]:
     return [config.read_yaml(fetched(file)) if file else {}, config.parse_settings(flags)]
 
 
+def tile_options(function):
+    """Add ``--tiles`` and ``--overlap`` to a command."""
+    overlap = click.option("--overlap", type=float, metavar="F", help="Overlap of neighboring tiles, a fraction of a tile (default: 0.2).")
+    tiles = click.option(
+        "--tiles", metavar="COLUMNSxROWS", help="Also predict on tiles of each image, enlarged, for small objects; such as 2x2."
+    )
+    return tiles(overlap(function))
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="raydetr")
 def cli() -> None:
@@ -249,8 +258,18 @@ def data_check(folder: str | None, quick: bool, **options) -> int:
     "--against", metavar="OTHER", type=click.Path(), help="Compare with another checkpoint or results file (.json), image by image."
 )
 @click.option("--split", type=click.Choice(["val", "train", "test"]), default="val", show_default=True, help="The images to evaluate on.")
+@tile_options
 @settings_options("data", "optim", "speed")
-def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | None, against: str | None, split: str, **options) -> None:
+def evaluate(
+    checkpoint: str | None,
+    json_file: str | None,
+    predictions: str | None,
+    against: str | None,
+    split: str,
+    tiles: str | None,
+    overlap: float | None,
+    **options,
+) -> None:
     """Evaluate a checkpoint, or a results file, on labeled images: the COCO metrics with their 95 % intervals, in all and by category.
 
     Image sizes and batch size are those of the checkpoint's training unless they are given.
@@ -258,9 +277,13 @@ def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | N
     Example: raydetr evaluate runs/first/best.pth --data photographs
     """
     from raydetr.predict.score import metrics_table, score_checkpoint, score_predictions, write_metrics
+    from raydetr.predict.tiles import parse_tiles
 
     if bool(checkpoint) == bool(predictions):
         raise UserError("evaluate: give either a CHECKPOINT or --predictions FILE")
+    tiling = parse_tiles(tiles, overlap)
+    if tiling and (predictions or against):
+        raise UserError(f"--tiles: cannot be given with {'--predictions' if predictions else '--against'}: tiles are of one checkpoint")
     given = given_settings(options)
     source = checkpoint or predictions
     assert source is not None  # one of the two is given
@@ -268,6 +291,10 @@ def evaluate(checkpoint: str | None, json_file: str | None, predictions: str | N
         from raydetr.predict.against import against_table, score_against
 
         metrics = score_against(source, against, *given, split=split)
+    elif tiling:
+        from raydetr.predict.tiled_score import score_with_tiles
+
+        metrics = score_with_tiles(source, tiling, *given, split=split)
     elif predictions:
         metrics = score_predictions(predictions, config.with_settings(config.Config(), *given).data, split)
     else:
@@ -508,14 +535,40 @@ def status(search: str) -> None:
 )
 @click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Number of images per batch.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Device to compute on.")
-def predict(checkpoint: str, sources: tuple[Path, ...], out: Path, **options) -> None:
+@click.option(
+    "--attention", is_flag=True, help="Also show what the model looked at for each box (click it), and write it to OUT/attention/."
+)
+@click.option(
+    "--attention-at", multiple=True, metavar="X,Y", help="Also show what this place of the images attends to, in pixels; may be repeated."
+)
+@tile_options
+def predict(
+    checkpoint: str,
+    sources: tuple[Path, ...],
+    out: Path,
+    attention_at: tuple[str, ...],
+    tiles: str | None,
+    overlap: float | None,
+    **options,
+) -> None:
     """Predict on images, draw the boxes, and show all of them in OUT/index.html.
 
     Example: raydetr predict runs/first/best.pth holiday/ --out seen
     """
     from raydetr.predict.predict import predict
+    from raydetr.predict.tiles import parse_tiles
 
+    options["tiles"] = parse_tiles(tiles, overlap)
+    options["attention_at"] = [_place(each) for each in attention_at]
     click.echo(predict(checkpoint, list(sources), out, **options).text())
+
+
+def _place(text: str) -> tuple[float, float]:
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError:
+        raise UserError(f"--attention-at {text}: is not X,Y, a place in pixels such as 320,200") from None
+    return x, y
 
 
 @cli.command("export", cls=SettingsCommand, short_help="Write a model in another format.")

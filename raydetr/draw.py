@@ -1,13 +1,15 @@
-"""Draw boxes and labels on images, for TensorBoard, the gallery, and reports."""
+"""Draw boxes, masks, and labels on images, for TensorBoard, the gallery, and reports."""
 
 import colorsys
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 Colour = tuple[int, int, int]
 Pixels = tuple[int, int, int, int]  # the first and the last column and row of a rectangle: (x0, y0, x1, y1)
@@ -18,6 +20,8 @@ FONTS = (
     *("NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "Arial Unicode.ttf", "msyh.ttc", "malgun.ttf"),
 )
 
+TINT = 0.4  # how much of a mask's color is in the pixels inside of its outline
+
 
 @dataclass(frozen=True)
 class Box:
@@ -27,11 +31,20 @@ class Box:
         xyxy: Corners (x0, y0, x1, y1) in pixels of the image.
         name: Name of the category.
         score: Score of a predicted box; None for a true box.
+        mask: The object's pixels, bool [height, width] over the whole image, at any resolution; None if they are unknown.
     """
 
     xyxy: tuple[float, float, float, float]
     name: str
     score: float | None = None
+    mask: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+
+
+def with_masks(boxes: Sequence[Box], masks: Iterable[np.ndarray | None] | None) -> list[Box]:
+    """Return boxes with the mask of each; without ``masks``, the boxes as they are."""
+    if masks is None:
+        return list(boxes)
+    return [dataclasses.replace(box, mask=mask) for box, mask in zip(boxes, masks, strict=True)]
 
 
 def category_colours(names: Iterable[str]) -> dict[str, Colour]:
@@ -52,6 +65,8 @@ def draw_boxes(
 ) -> Image.Image:
     """Draw boxes on a copy of an image: predicted ones in their category's color with name and score, true ones dashed in white.
 
+    Where a box has a mask, its outline is drawn in the same way, and the inside of a predicted one is tinted.
+
     Any box can be drawn: corners are rounded to whole pixels and moved into the image, and a box whose corners are not numbers (NaN) is
     left out. Lines and letters grow with the image.
 
@@ -66,10 +81,10 @@ def draw_boxes(
     Returns:
         The annotated image, of the same size.
     """
-    image = image.copy()
-    draw = ImageDraw.Draw(image)
     longest = max(image.size)
     width, height = max(2, round(longest / 300)), max(11, round(longest * letters))
+    image = _draw_masks(image, boxes, true, colours, width, dash=max(4, height // 2))
+    draw = ImageDraw.Draw(image)
     found = [(box, pixels) for box in boxes if (pixels := _pixels(box.xyxy, image.size))]
     truth = [(box, pixels) for box in true if (pixels := _pixels(box.xyxy, image.size))]
     found.sort(key=lambda each: _order(each[0].score), reverse=True)
@@ -81,6 +96,54 @@ def draw_boxes(
     labels += [(box, pixels, (255, 255, 255)) for box, pixels in truth if name_true]
     _write_labels(draw, labels, height, image.size)
     return image
+
+
+def _draw_masks(
+    image: Image.Image, boxes: Sequence[Box], true: Sequence[Box], colours: dict[str, Colour], width: int, dash: int
+) -> Image.Image:
+    """Draw the masks that there are on a copy of an image, that with the highest score on top, true ones above all."""
+    found = sorted((box for box in boxes if box.mask is not None), key=lambda box: _order(box.score))
+    truth = [box for box in true if box.mask is not None]
+    if not found and not truth:
+        return image.copy()
+    pixels = np.array(image)
+    for box in found:
+        _paint_mask(pixels, _stretched(box, image.size), width, colour=colours[box.name])
+    for box in truth:
+        _paint_mask(pixels, _stretched(box, image.size), max(2, width), dash=dash)
+    return Image.fromarray(pixels)
+
+
+def _stretched(box: Box, size: tuple[int, int]) -> np.ndarray:
+    mask = np.asarray(box.mask, bool)
+    if mask.shape == size[::-1]:
+        return mask
+    return np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST), bool)
+
+
+def _paint_mask(pixels: np.ndarray, mask: np.ndarray, width: int, colour: Colour | None = None, dash: int = 1) -> None:
+    """Paint a mask, bool [h, w], on pixels, uint8 [h, w, 3]: outlined and tinted in its color, or outlined in dashes of black and white."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return
+    region = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+    mask, target = mask[region], pixels[region]
+    # Blurred, a pixel within ``width`` of the outside is less than full; a margin of nothing closes outlines at the edge of the image.
+    solid = Image.fromarray(np.pad(mask, width).astype(np.uint8) * 255)
+    blurred = np.asarray(solid.filter(ImageFilter.BoxBlur(width)), np.float32)[width:-width, width:-width]
+    edge = mask & (blurred < 255)
+    if colour is not None:
+        inside = mask & ~edge
+        target[inside] = (1 - TINT) * target[inside] + TINT * np.array(colour)
+        target[edge] = colour
+        return
+    # A dash runs along the outline: counted in columns where that is rather horizontal, in rows elsewhere.
+    margin = np.pad(blurred, 1)
+    down, across = (np.abs(each)[1:-1, 1:-1] for each in np.gradient(margin))
+    y, x = np.indices(mask.shape)
+    white = np.where(down >= across, x, y) // dash % 2 == 0
+    target[edge & white] = 255
+    target[edge & ~white] = 0
 
 
 def _order(score: float | None) -> float:

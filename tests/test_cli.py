@@ -65,6 +65,11 @@ def test_help_all_lists_every_setting_with_its_bounds(capsys):
         (["evaluate", "absent.pth", "--data", "absent"], "absent"),
         (["predict", "absent.pth", "absent.jpg", "--out", "seen"], "absent"),
         (["predict", "absent.pth", "absent.jpg"], "--out"),
+        (["predict", "absent.pth", "absent.jpg", "--out", "seen", "--attention-at", "12;9"], "--attention-at 12;9: is not X,Y"),
+        (["predict", "absent.pth", "absent.jpg", "--out", "seen", "--tiles", "2"], "--tiles 2: is not COLUMNSxROWS"),
+        (["evaluate", "absent.pth", "--data", "absent", "--overlap", "0.1"], "--overlap: is for tiles"),
+        (["evaluate", "absent.pth", "--data", "absent", "--tiles", "2x2", "--overlap", "0.95"], "it takes 0 to 0.9"),
+        (["evaluate", "--predictions", "absent.json", "--data", "absent", "--tiles", "2x2"], "cannot be given with --predictions"),
         (["tensorboard", "absent"], "absent"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from raydetr import draw
-from raydetr.draw import Box, category_colours, draw_boxes
+from raydetr.draw import Box, category_colours, draw_boxes, with_masks
 
 GREY = (90, 90, 90)
 
@@ -143,3 +143,79 @@ def test_labels_of_boxes_side_by_side_do_not_cover_each_other():
     red_alone, blue_alone = ((each == colours[name]).all(-1).sum() for each, name in zip(alone, "ab", strict=True))
     assert red > 0.9 * red_alone
     assert blue > 0.6 * blue_alone, "the second label moved to a free corner"
+
+
+# -------------------------------------------------------------------------------------------------------------------- masks
+
+
+def disk(size=(300, 200), center=(150, 100), radius=60) -> np.ndarray:
+    x, y = np.arange(size[0])[None], np.arange(size[1])[:, None]
+    return (x - center[0]) ** 2 + (y - center[1]) ** 2 <= radius**2
+
+
+def drawn_mask(mask, score=0.9, colour=(0, 255, 0), size=(300, 200), letters=1 / 20):
+    """A picture with a mask whose box is not drawn, as its corners are not numbers."""
+    nowhere = (math.nan,) * 4
+    box = Box(nowhere, "balloon", score, mask)
+    return draw_boxes(_picture(size), [box] if score else [], [] if score else [box], {"balloon": colour}, letters, name_true=False)
+
+
+def test_a_predicted_mask_is_tinted_within_an_outline_of_its_colour():
+    mask = disk()
+    after = np.asarray(drawn_mask(mask)).astype(int)
+    assert not (after[~mask] != GREY).any(), "nothing is drawn outside of the mask"
+    assert tuple(after[100, 150]) == (54, 156, 54), "40 % of green over grey"
+    radii = np.hypot(np.arange(300)[None] - 150, np.arange(200)[:, None] - 100)
+    outlined = (after == (0, 255, 0)).all(-1)
+    assert outlined[mask & (radii > 59.5)].all(), "the outline is closed"
+    assert not outlined[radii < 55].any(), "and thin"
+
+
+def test_a_true_mask_is_an_outline_of_black_and_white_dashes_all_around():
+    after = np.asarray(drawn_mask(disk(), score=None)).astype(int)
+    changed = (after != GREY).any(-1)
+    assert {tuple(pixel) for pixel in after[changed]} == {(0, 0, 0), (255, 255, 255)}
+    radii = np.hypot(np.arange(300)[None] - 150, np.arange(200)[:, None] - 100)
+    assert not changed[radii < 55].any(), "the inside stays free"
+    angles = np.degrees(np.arctan2(np.arange(200)[:, None] - 100, np.arange(300)[None] - 150))
+    for start in range(-180, 180, 20):  # 20 degrees are 21 pixels, a dash and its gap 10 to 14
+        sector = changed & (angles >= start) & (angles < start + 20)
+        assert {0, 255} <= set(after[sector].flatten()), start
+
+
+@pytest.mark.parametrize("score", [0.9, None])
+@pytest.mark.parametrize("kind", ["nothing", "pixel", "line", "everything", "ring", "smaller"])
+def test_any_mask_can_be_drawn(kind, score):
+    masks = {"nothing": disk(radius=-1) & False, "everything": disk(radius=999), "ring": disk() & ~disk(radius=30)}
+    masks |= {"pixel": disk(radius=0), "line": disk(radius=999) & (np.arange(200) == 7)[:, None], "smaller": disk((150, 100), (75, 50), 30)}
+    before, after = _picture(), drawn_mask(masks[kind], score)
+    changed = _changed(before, after)
+    expected = {"smaller": np.kron(masks["smaller"], np.ones((2, 2), bool))}.get(kind, masks[kind])
+    assert not changed[~expected].any()
+    if score:
+        assert changed[expected].all()
+    elif kind == "everything":
+        assert changed[0].all(), "an outline at the edge of the image is seen"
+        assert changed[:, -1].all()
+    elif kind == "ring":
+        assert changed[100, 150 + 31 : 150 + 33].all(), "the hole has an outline"
+    else:
+        assert changed.any() == expected.any()
+
+
+def test_the_mask_of_the_highest_score_is_on_top_and_true_ones_are_above_all():
+    boxes = [Box((math.nan,) * 4, name, score, disk()) for name, score in (("a", 0.9), ("b", 0.5))]
+    true = [Box((math.nan,) * 4, "b", None, disk())]
+    colours = {"a": (255, 0, 0), "b": (0, 0, 255)}
+    after = draw_boxes(_picture(), boxes, [], colours, 1 / 20, False)
+    assert after.getpixel((150, 41)) == (255, 0, 0)
+    after = draw_boxes(_picture(), boxes, true, colours, 1 / 20, False)
+    assert after.getpixel((150, 41)) in ((0, 0, 0), (255, 255, 255))
+
+
+def test_masks_join_boxes_in_their_order():
+    boxes = [Box((0, 0, 9, 9), "a", 0.9), Box((0, 0, 5, 5), "b", 0.8)]
+    joined = with_masks(boxes, [None, disk()])
+    assert [box.mask is None for box in joined] == [True, False]
+    assert joined == boxes, "a mask is no part of what a box is"
+    assert with_masks(boxes, None) == boxes

@@ -57,6 +57,24 @@ class Attention(nn.Module):
         q, k, v = (each.unflatten(-1, (self.nheads, -1)).transpose(1, 2) for each in (q, k, v))
         return self.out_proj(self._mix(q, k, v, attend).transpose(1, 2).flatten(2))
 
+    def weights(self, query: Tensor, key: Tensor, attend: Tensor | None = None) -> Tensor:
+        """Return the attention weights before drop-out, which :meth:`forward` uses but does not keep.
+
+        Args:
+            query: Float [B, L, D].
+            key: Float [B, S, D].
+            attend: Bool [B, 1, 1, S], True for keys that take part; None if all do.
+
+        Returns:
+            Float32 (float64 for a float64 layer) [B, nheads, L, S]; the weights of each query and head sum to 1.
+        """
+        (q_weight, k_weight, _), (q_bias, k_bias, _) = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k = F.linear(query, q_weight, q_bias), F.linear(key, k_weight, k_bias)
+        q, k = (each.unflatten(-1, (self.nheads, -1)).transpose(1, 2) for each in (q, k))
+        similarity = q @ k.mT * q.shape[-1] ** -0.5
+        similarity = similarity.to(torch.promote_types(similarity.dtype, torch.float32))
+        return (similarity if attend is None else similarity.masked_fill(~attend, -torch.inf)).softmax(-1)
+
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None) -> Tensor:
         rate = self.dropout.rate if self.training else 0.0
         if rate == 0 or not q.is_cpu:

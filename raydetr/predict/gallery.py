@@ -9,6 +9,7 @@ from urllib.parse import quote
 import jinja2
 
 from raydetr.draw import Box, Colour
+from raydetr.predict.attention import SHADE, AttentionMaps
 
 GENERATOR = "raydetr"  # marks a page as one of raydetr's, which may be overwritten
 
@@ -22,12 +23,14 @@ class Column:
         thumbnail: Path of its thumbnail, relative to the page.
         boxes: The boxes that are drawn.
         best_score: The highest score in the image, drawn or not.
+        attention: What the model looked at, if that was recorded.
     """
 
     image: str
     thumbnail: str
     boxes: list[Box]
     best_score: float
+    attention: AttentionMaps | None = None
 
 
 @dataclass
@@ -78,6 +81,8 @@ def gallery_page(
         seen=[name for name, _ in seen],
         found=found,
         truth=truth,
+        with_attention=any(column.attention and column.attention.spots for card in cards for column in card.columns),
+        shade=SHADE,
         with_truth=any(card.true is not None for card in cards),
     )
 
@@ -90,7 +95,7 @@ def page_environment() -> jinja2.Environment:
 
 def _template() -> jinja2.Template:
     environment = page_environment()
-    environment.filters.update(url=quote, css_colour=_css_colour, count_boxes=_count, floored=_floored)
+    environment.filters.update(url=quote, css_colour=_css_colour, count_boxes=_count, floored=_floored, percent=_percent)
     return environment.get_template("gallery.html")
 
 
@@ -102,6 +107,10 @@ def _count(boxes: Sequence[Box]) -> str:
 def _floored(score: float) -> str:
     """Return two decimals, rounded down: a score of 0.699 must not read 0.70 if boxes of 0.70 are drawn."""
     return f"{math.floor(score * 100) / 100:.2f}"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.3f}%"
 
 
 def _css_colour(colour: Colour) -> str:

@@ -2,13 +2,16 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from raydetr.config import Data
 from raydetr.data.coco import find_split, load_coco
 from raydetr.data.images import IMAGE_SUFFIXES, image_path
+from raydetr.data.masks import decode_masks
 from raydetr.draw import Box
 from raydetr.errors import UserError
 from raydetr.text import count
@@ -24,6 +27,7 @@ class InputImage:
         image_id: Its id in the results.
         size: Annotated width and height in pixels; None if they are unknown.
         true: True boxes; None if the image is not annotated.
+        true_rles: Their masks as RLEs of the annotated size, each None where there is only a box.
     """
 
     path: Path
@@ -31,6 +35,18 @@ class InputImage:
     image_id: int
     size: tuple[int, int] | None = None
     true: list[Box] | None = None
+    true_rles: list[dict[str, Any] | None] = field(default_factory=list)
+
+    def true_masks(self, size: tuple[int, int]) -> list[np.ndarray | None] | None:
+        """Return the masks of the true boxes, bool [height, width] each; None if there is none.
+
+        Args:
+            size: Width and height of the image in pixels; masks of another size are not its own and are left out.
+        """
+        if not any(self.true_rles):
+            return None
+        fits = [rle is not None and tuple(rle["size"]) == size[::-1] for rle in self.true_rles]
+        return [decode_masks([rle], size[::-1])[0] if rle and fit else None for rle, fit in zip(self.true_rles, fits, strict=True)]
 
 
 def find_images(
@@ -78,7 +94,7 @@ def find_images(
 
 def _files_of(sources: Sequence[Path], out: Path) -> Iterator[Path]:
     """Yield the files of the sources as absolute paths; links are not resolved, because users know the links' names."""
-    written = [(out / folder / name).resolve() for folder in ("", "compare") for name in ("pictures", "thumbnails")]
+    written = [(out / folder / name).resolve() for folder in ("", "compare") for name in ("pictures", "thumbnails", "attention")]
     for source in sources:
         if source.is_dir():
             for path in _walk(source):
@@ -139,10 +155,12 @@ def _annotated(files: Sequence[Path], names: Sequence[str], images: Sequence[dic
     """Return input images with the true boxes and ids of ``images``; files without an image get the ids after the last one."""
     category = {each["id"]: each["name"] for each in coco["categories"]}
     true: dict[int, list[Box]] = {image["id"]: [] for image in coco["images"]}
+    rles: dict[int, list[dict[str, Any] | None]] = {image["id"]: [] for image in coco["images"]}
     for each in coco["annotations"]:
         if not each["iscrowd"]:
             x, y, width, height = each["bbox"]
             true[each["image_id"]].append(Box((x, y, x + width, y + height), category[each["category_id"]]))
+            rles[each["image_id"]].append(each.get("segmentation"))
     free = max(true) + 1
     inputs = []
     for file, name, image in zip(files, names, images, strict=True):
@@ -151,5 +169,5 @@ def _annotated(files: Sequence[Path], names: Sequence[str], images: Sequence[dic
             free += 1
         else:
             size = (image["width"], image["height"]) if image["width"] else None
-            inputs.append(InputImage(file, name, image["id"], size, true[image["id"]]))
+            inputs.append(InputImage(file, name, image["id"], size, true[image["id"]], rles[image["id"]]))
     return inputs

@@ -7,23 +7,26 @@ The output folder contains:
   It has the prediction of every object query, also those that are too uncertain to be drawn, because average precision needs all;
 - ``images.json``: a COCO data set without annotations that tells the file of each image id and the name of each category id, so that
   ``COCO("images.json").loadRes("predictions.json")`` works;
+- ``attention/``: what the network looked at, if it is asked for: a folder for each image (see :mod:`raydetr.predict.attention`);
 - ``compare/``: the same files for the other checkpoint of a comparison.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import re
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
@@ -36,23 +39,27 @@ from raydetr.config import load_config
 from raydetr.data.categories import match_categories
 from raydetr.data.coco import collate
 from raydetr.data.images import read_image
+from raydetr.data.masks import decode_masks, encode_masks
 from raydetr.data.transforms import val_transforms
-from raydetr.draw import Box, Colour, category_colours, draw_boxes
+from raydetr.draw import Box, Colour, category_colours, draw_boxes, with_masks
 from raydetr.errors import UserError
 from raydetr.files import atomic_write
 from raydetr.memory import kept_memory
+from raydetr.model.attention import recorded_attention
 from raydetr.model.detr import DETR, postprocess
+from raydetr.predict.attention import AttentionWanted, ImageAttention, Place, check_points, image_attention, write_attention
 from raydetr.predict.categories import find_categories
 from raydetr.predict.gallery import GENERATOR, Card, Column, gallery_page
 from raydetr.predict.inputs import InputImage, find_images
 from raydetr.predict.score import trained_with
+from raydetr.predict.tiles import Tiles, View, is_whole, merge_boxes
 from raydetr.training.console import PLAIN_INTERVAL_S
 from raydetr.training.engine import choose_device, choose_dtype
 from raydetr.weights.fitting import load
 
 LETTERS = 1 / 70  # height of the letters as a fraction of the image's longest side
 THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH, THUMBNAIL_LETTERS = 640, 1920, 22  # pixels; the page shows thumbnails of one height side by side
-OUTPUTS = ("index.html", "predictions.json", "images.json", "pictures", "thumbnails", "compare")
+OUTPUTS = ("index.html", "predictions.json", "images.json", "pictures", "thumbnails", "attention", "compare")
 _MARK = f'<meta name="generator" content="{GENERATOR}">'  # in a page of raydetr
 LONGEST_JPEG = 65_500  # pixels
 DRAWERS = 4  # threads; each holds a few copies of an image
@@ -68,12 +75,25 @@ class ImagePrediction:
         xyxy: Boxes [Q][4] in pixels, inside the image.
         labels: Labels [Q], positions in the categories.
         scores: Scores [Q].
+        queries: Object queries [Q].
+        attention: What the network looked at, if that was asked for.
+        rles: The mask of each as an RLE of the image's size; None if the checkpoint has no masks.
     """
 
     size: tuple[int, int]
     xyxy: list[list[float]]
     labels: list[int]
     scores: list[float]
+    queries: list[int]
+    attention: ImageAttention | None = None
+    rles: list[dict] | None = None
+
+    def masks(self, threshold: float) -> np.ndarray | None:
+        """Return the masks of :meth:`boxes`, bool [n, height, width] at the size of the image; None if the checkpoint has no masks."""
+        if self.rles is None:
+            return None
+        width, height = self.size
+        return decode_masks([rle for rle, score in zip(self.rles, self.scores, strict=True) if score >= threshold], (height, width))
 
     def boxes(self, categories: list[dict], threshold: float) -> list[Box]:
         """Return the boxes to draw.
@@ -135,6 +155,9 @@ def predict(
     annotations: str | Path | None = None,
     batch_size: int = 4,
     device: str = "auto",
+    attention: bool = False,
+    attention_at: Sequence[Place] = (),
+    tiles: Tiles | None = None,
 ) -> Summary:
     """Predict on images and write results, annotated images, and a page into a folder (see the module's docstring).
 
@@ -151,18 +174,23 @@ def predict(
             it lacks get free ids). Without it, image ids count from 1 and category ids are those of the checkpoint's training set.
         batch_size: Images that are predicted at a time.
         device: ``"auto"``, ``"cpu"``, or ``"cuda"``.
+        attention: Also write what the last decoder layer looked at for each box that is drawn.
+        attention_at: Also write the self-attention of these places (x, y) in the last encoder layer; pixels of every image.
+        tiles: Predict on these tiles of each image as well, for small objects.
 
     Returns:
         A summary of what was predicted.
 
     Raises:
-        UserError: A source, a checkpoint, or the annotation file is missing or broken, no image can be read, or the output folder cannot
-            be written or contains files of something else.
+        UserError: A source, a checkpoint, or the annotation file is missing or broken, no image can be read, a place is outside an image,
+            or the output folder cannot be written or contains files of something else.
     """
     if not 0 <= threshold <= 1:
         raise UserError(f"threshold: {threshold} is out of bounds; it takes 0 to 1")
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size} is out of bounds; it takes 1 or more")
+    if tiles and (attention or attention_at):
+        raise UserError("--attention: is that of one forward pass, which an image in --tiles does not have; give one of the two")
     out = Path(out).expanduser()
     inputs, truth, warnings = find_images(sources, annotations, out)
     _check_free(out)
@@ -171,10 +199,11 @@ def predict(
     models = [load(path) for path in checkpoints]
     data = load_config(trained_with(checkpoint, models[-1])).data
     read = partial(read_image, exif=data.exif, max_megapixels=data.max_megapixels)
+    wanted = AttentionWanted(threshold if attention else None, tuple(attention_at)) if attention or attention_at else None
     columns, left_out = [], {}
     for path, title, model in zip(checkpoints, titles, models, strict=True):
         categories, notes = _categories_for(model, truth)
-        by_image, unread = detect(model, path, inputs, read, batch_size, device, title)
+        by_image, unread = detect(model, path, inputs, read, batch_size, device, title, wanted, tiles)
         warnings += [*model.notes, *(f"{path}: {note}" for note in notes)]
         left_out |= unread
         inputs = [each for each in inputs if each.image_id not in unread]
@@ -186,7 +215,7 @@ def predict(
         _claim(out)
         for folder, column in zip(_folders(out, len(columns)), columns, strict=True):
             _write_results(folder, inputs, column)
-        cards = _draw_all(out, inputs, columns, style := _style(columns, threshold, truth), read)
+        cards = _draw_all(out, inputs, columns, style := _style(columns, threshold, truth), read, wanted)
         headings = dict(zip(["found"] if compare is None else ["before", "after"], titles, strict=True))
         _write(out / "index.html", gallery_page(headings, cards, threshold, style.colours, lines))
     except OSError as error:
@@ -210,44 +239,62 @@ def _titles(checkpoints: Sequence[str | Path]) -> list[str]:
 
 
 class InputImages(Dataset):
-    """Images as the network takes them: ``image, target``, or ``None, target`` with the error's line if an image cannot be read.
+    """Images as the network takes them: for each view of an image ``image, target``, or once ``None, target`` with the error's line if it
+    cannot be read.
 
     Args:
         inputs: The images.
         read: Decodes a file with an annotated size, as :func:`raydetr.data.images.read_image` does.
         transforms: What turns a decoded image into the network's input.
+        tiles: Views besides the whole image; None for none.
     """
 
-    def __init__(self, inputs: Sequence[InputImage], read: Reader, transforms: Callable):
-        self.inputs, self.read, self.transforms = inputs, read, transforms
+    def __init__(self, inputs: Sequence[InputImage], read: Reader, transforms: Callable, tiles: Tiles | None = None):
+        self.inputs, self.read, self.transforms, self.tiles = inputs, read, transforms, tiles or Tiles(1, 1)
 
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, dict[str, Any]]:
+    def __getitem__(self, index: int) -> list[tuple[torch.Tensor | None, dict[str, Any]]]:
         each = self.inputs[index]
         try:
             pixels = self.read(each.path, each.size)
         except UserError as error:
-            return None, {"index": index, "error": str(error)}
-        image = self.transforms(tv_tensors.Image(pixels)).as_subclass(torch.Tensor)
-        return image, {"index": index, "orig_size": torch.tensor(pixels.shape[-2:])}
+            return [(None, {"index": index, "error": str(error)})]
+        height, width = pixels.shape[-2:]
+        views = []
+        for left, top, right, bottom in self.tiles.views((width, height)):
+            image = self.transforms(tv_tensors.Image(pixels[:, top:bottom, left:right])).as_subclass(torch.Tensor)
+            size = torch.tensor([bottom - top, right - left])
+            views.append((image, {"index": index, "orig_size": size, "view": (left, top, right, bottom)}))
+        return views
 
 
-def _collate(batch: list[tuple]) -> tuple[list[tuple], list[dict]]:
-    """Return the images that could be read, in batches of one size, and the targets of the others.
+def _collate(batch: list[list[tuple]], batch_size: int) -> tuple[list[tuple], list[dict]]:
+    """Return the views of images that could be read, in batches of one size, and the targets of the others.
 
     Without padding the predictions do not depend on the batch size and are those that an evaluation scores.
     """
     by_size: dict[torch.Size, list[tuple]] = {}
-    for image, target in batch:
+    every = list(itertools.chain.from_iterable(batch))
+    for image, target in every:
         if image is not None:
             by_size.setdefault(image.shape, []).append((image, target))
-    return [collate(same) for same in by_size.values()], [target for image, target in batch if image is None]
+    batches = [same[start : start + batch_size] for same in by_size.values() for start in range(0, len(same), batch_size)]
+    return [collate(same) for same in batches], [target for image, target in every if image is None]
 
 
 def detect(
-    model: DETR, checkpoint: str | Path, inputs: Sequence[InputImage], read: Reader, batch_size: int, device: str, title: str
+    model: DETR,
+    checkpoint: str | Path,
+    inputs: Sequence[InputImage],
+    read: Reader,
+    batch_size: int,
+    device: str,
+    title: str,
+    wanted: AttentionWanted | None = None,
+    tiles: Tiles | None = None,
+    layers: Sequence[Mapping[str, Any]] = (),
 ) -> tuple[dict[int, ImagePrediction], dict[int, str]]:
     """Predict on images.
 
@@ -259,27 +306,34 @@ def detect(
         batch_size: Images that are predicted at a time.
         device: ``"auto"``, ``"cpu"``, or ``"cuda"``.
         title: Name of the checkpoint for the progress display.
+        wanted: Which attention to record; None for none. Not with tiles.
+        tiles: Tiles of the images to predict on as well; None for none.
+        layers: Settings that override those of the checkpoint's training, later ones winning.
 
     Returns:
         The predictions by image id, and by image id the reason why an image cannot be read.
 
     Raises:
-        UserError: The outputs are not finite.
+        UserError: The outputs are not finite, or a place whose attention is wanted is outside an image.
     """
-    config = load_config(trained_with(checkpoint, model), {"speed.device": device})
+    config = load_config(trained_with(checkpoint, model), *layers, {"speed.device": device})
     target_device = choose_device(config.speed)
     dtype = choose_dtype(config.speed, target_device)
     on_gpu = target_device.type == "cuda"
     model.to(target_device).eval()
     # On a CPU the network uses every core, and loading processes would take them away.
     workers = config.data.num_workers if on_gpu else 0
-    dataset = InputImages(inputs, read, val_transforms(config.data))
-    loader = DataLoader(dataset, batch_size, collate_fn=_collate, num_workers=workers, pin_memory=on_gpu)
+    dataset = InputImages(inputs, read, val_transforms(config.data), tiles)
+    collated = partial(_collate, batch_size=batch_size)
+    loader = DataLoader(dataset, batch_size, collate_fn=collated, num_workers=workers, pin_memory=on_gpu)
     by_image, unread = {}, {}
     autocast = torch.autocast(target_device.type, dtype, enabled=dtype != torch.float32)
-    with torch.inference_mode(), autocast, kept_memory(target_device.type), _progress(f"predicting with {title}", len(inputs)) as advance:
+    shown = _progress(f"predicting with {title}", len(inputs))
+    recording = recorded_attention(model) if wanted else nullcontext()
+    with torch.inference_mode(), autocast, kept_memory(target_device.type), recording as record, shown as advance:
         for batches, broken in loader:
             unread |= {inputs[target["index"]].image_id: target["error"] for target in broken}
+            views: dict[int, list[tuple[ImagePrediction, View]]] = defaultdict(list)
             for images, mask, targets in batches:
                 images, mask = (None if each is None else each.to(target_device, non_blocking=True) for each in (images, mask))
                 sizes = torch.stack([target["orig_size"] for target in targets])
@@ -287,9 +341,14 @@ def detect(
                 on_host = {name: torch.stack([each[name] for each in detections]).cpu() for name in ("scores", "labels", "boxes")}
                 for row, target in enumerate(targets):
                     prediction = _prediction({name: values[row] for name, values in on_host.items()}, target["orig_size"], checkpoint)
-                    by_image[inputs[target["index"]].image_id] = prediction
-                advance(len(targets))
-            advance(len(broken))
+                    each = inputs[target["index"]]
+                    if wanted and record:
+                        check_points(wanted.points, prediction.size, each.name)
+                        ranked = prediction.queries, prediction.scores
+                        prediction.attention = image_attention(record, wanted, row, *ranked, prediction.size)
+                    views[each.image_id].append((prediction, target["view"]))
+            by_image |= {image_id: _merged(parts) for image_id, parts in views.items()}
+            advance(len(views) + len(broken))
     return by_image, unread
 
 
@@ -300,7 +359,34 @@ def _prediction(detections: dict[str, torch.Tensor], orig_size: torch.Tensor, ch
         raise UserError(f"{checkpoint}: its outputs are not finite numbers; the weights in it are broken")
     height, width = orig_size.tolist()
     boxes_xyxy = boxes_xyxy.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-    return ImagePrediction((width, height), boxes_xyxy.tolist(), detections["labels"][order].tolist(), scores.tolist())
+    labels = detections["labels"][order].tolist()
+    return ImagePrediction((width, height), boxes_xyxy.tolist(), labels, scores.tolist(), order.tolist())
+
+
+def _merged(views: Sequence[tuple[ImagePrediction, View]]) -> ImagePrediction:
+    """Return the predictions in an image from those in its views, one of which is the whole image."""
+    if len(views) == 1:
+        return views[0][0]
+    size, every = max(view[2:] for _, view in views), []
+    for number, (prediction, view) in enumerate(views):
+        boxes_xyxy = torch.tensor(prediction.xyxy, dtype=torch.float64)
+        moved = (boxes_xyxy + torch.tensor(view[:2] * 2)).tolist()
+        rows = zip(is_whole(boxes_xyxy, view, size).tolist(), moved, prediction.labels, prediction.scores, prediction.queries, strict=True)
+        every += [(xyxy, label, score, query, number, row) for row, (whole, xyxy, label, score, query) in enumerate(rows) if whole]
+    boxes_xyxy, labels, scores = (torch.tensor(column) for column in list(zip(*every, strict=True))[:3])
+    kept = [every[index] for index in merge_boxes(boxes_xyxy, scores, labels).tolist()]
+    merged = ImagePrediction(size, *([row[column] for row in kept] for column in range(4)))
+    if views[0][0].rles is not None:
+        merged.rles = [_placed(cast(list, views[number][0].rles)[row], views[number][1], size) for *_, number, row in kept]
+    return merged
+
+
+def _placed(rle: dict, view: View, size: tuple[int, int]) -> dict:
+    """Return the mask of a view as one of the whole image, both as RLEs."""
+    left, top, right, bottom = view
+    mask = np.zeros((1, size[1], size[0]), bool)
+    mask[0, top:bottom, left:right] = decode_masks([rle], (bottom - top, right - left))[0]
+    return encode_masks(mask)[0]
 
 
 def _categories_for(model: DETR, truth: list[dict] | None) -> tuple[list[dict], list[str]]:
@@ -386,14 +472,15 @@ def _write_results(folder: Path, inputs: Sequence[InputImage], column: Predictio
         prediction = column.by_image[each.image_id]
         width, height = prediction.size
         images.append({"id": each.image_id, "file_name": each.name, "width": width, "height": height})
-        results += _results(each.image_id, prediction, column.categories)
+        results += results_of(each.image_id, prediction, column.categories)
     info = {"description": "the images and categories of predictions.json"}
     data_set = {"info": info, "images": images, "annotations": [], "categories": column.categories}
     _write(folder / "images.json", json.dumps(data_set))
     _write(folder / "predictions.json", json.dumps(results))
 
 
-def _results(image_id: int, prediction: ImagePrediction, categories: list[dict]) -> Iterator[dict]:
+def results_of(image_id: int, prediction: ImagePrediction, categories: list[dict]) -> Iterator[dict]:
+    """Yield the predictions in an image as COCO results; ``categories`` have an ``id``, in label order."""
     for xyxy, label, score in zip(prediction.xyxy, prediction.labels, prediction.scores, strict=True):
         x0, y0, x1, y1 = (round(corner, 3) for corner in xyxy)
         bbox_xywh = [x0, y0, round(x1 - x0, 3), round(y1 - y0, 3)]
@@ -426,7 +513,14 @@ def _style(columns: Sequence[Predictions], threshold: float, truth: list[dict] |
     return Style(threshold, category_colours(each["name"] for each in categories), name_true=truth is not None and len(truth) > 1)
 
 
-def _draw_all(out: Path, inputs: Sequence[InputImage], columns: Sequence[Predictions], style: Style, read: Reader) -> list[Card]:
+def _draw_all(
+    out: Path,
+    inputs: Sequence[InputImage],
+    columns: Sequence[Predictions],
+    style: Style,
+    read: Reader,
+    wanted: AttentionWanted | None,
+) -> list[Card]:
     """Write every image and its thumbnail for each column, and return the page's cards."""
     for folder in _folders(out, len(columns)):
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
@@ -435,7 +529,8 @@ def _draw_all(out: Path, inputs: Sequence[InputImage], columns: Sequence[Predict
     pool = ThreadPoolExecutor(min(DRAWERS, os.cpu_count() or 1))
     try:
         with _progress("drawing", len(inputs)) as advance:
-            for card in pool.map(partial(_draw, out=out, columns=columns, style=style, read=read), inputs, _stems(inputs)):
+            draw = partial(_draw, out=out, columns=columns, style=style, read=read, wanted=wanted)
+            for card in pool.map(draw, inputs, _stems(inputs)):
                 cards.append(card)
                 advance(1)
     finally:
@@ -443,23 +538,38 @@ def _draw_all(out: Path, inputs: Sequence[InputImage], columns: Sequence[Predict
     return cards
 
 
-def _draw(each: InputImage, stem: str, out: Path, columns: Sequence[Predictions], style: Style, read: Reader) -> Card:
+def _draw(
+    each: InputImage,
+    stem: str,
+    out: Path,
+    columns: Sequence[Predictions],
+    style: Style,
+    read: Reader,
+    wanted: AttentionWanted | None,
+) -> Card:
     image = to_pil_image(read(each.path, each.size))
     scale = min(THUMBNAIL_HEIGHT / image.height, THUMBNAIL_WIDTH / image.width)
     small = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.LANCZOS)
     file = stem + (".jpg" if max(image.size) <= LONGEST_JPEG else ".png")
     card = Card(each.name, image.size, each.true)
-    true = each.true or []
+    true = with_masks(each.true or [], each.true_masks(image.size))
     for folder, column in zip(_folders(out, len(columns)), columns, strict=True):
         prediction = column.by_image[each.image_id]
         boxes = prediction.boxes(column.categories, style.threshold)
         large, thumbnail = folder / "pictures" / file, folder / "thumbnails" / file
-        draw_boxes(image, boxes, true, style.colours, LETTERS, style.name_true).save(large, quality=90)
-        small_boxes, small_true = ([_scaled(box, scale) for box in some] for some in (boxes, true))
+        shapes = with_masks(boxes, prediction.masks(style.threshold))
+        draw_boxes(image, shapes, true, style.colours, LETTERS, style.name_true).save(large, quality=90)
+        small_boxes, small_true = ([_scaled(box, scale) for box in some] for some in (shapes, true))
         letters = THUMBNAIL_LETTERS / max(small.size)
         draw_boxes(small, small_boxes, small_true, style.colours, letters, style.name_true).save(thumbnail, quality=85)
         shown, small_shown = (path.relative_to(out).as_posix() for path in (large, thumbnail))
         card.columns.append(Column(shown, small_shown, boxes, prediction.scores[0]))
+        if wanted and prediction.attention:
+            attended = boxes[: len(prediction.attention.detections)]
+            ids = [column.categories[label]["id"] for label in prediction.labels[: len(attended)]]
+            place = folder / "attention" / stem, out, small, image.size
+            drawing = prediction.attention, attended, ids, wanted.points, style.colours, letters
+            card.columns[-1].attention = write_attention(*place, *drawing)
     return card
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,10 +87,30 @@ def detect(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val
     device = choose_device(config.speed)
     with kept_memory(device.type):
         results, found, notes = detect_with(model.to(device), model, dataset, config, device, str(checkpoint))
+    unknown = unknown_names(model, found, notes)
+    return Detected(dataset.coco, results, [each["name"] for each in model.categories], unknown, [*model.notes, *notes], dataset)
+
+
+def found_categories(model: DETR, dataset: CocoImages, name: str) -> tuple[list[int | None], list[str]]:
+    """Return the result of :func:`raydetr.predict.categories.find_categories`.
+
+    Raises:
+        UserError: Nothing tells which classes are which categories.
+    """
+    found, notes = find_categories(model, dataset.categories)
+    if model.category_names != "file" and not any(position is not None for position in found):
+        raise UserError(
+            f"{name}: does not name the categories of its {len(found)} classes, and the data set has {len(dataset.categories)}: "
+            "nothing tells which is which; evaluate it on the categories that it was trained with"
+        )
+    return found, notes
+
+
+def unknown_names(model: DETR, found: Sequence[int | None], notes: Sequence[str]) -> list[str]:
+    """Return the names of a model's categories that :func:`found_categories` did not find."""
     unknown = [category["name"] for category, position in zip(model.categories, found, strict=True) if position is None]
     # COCO's unused ids, and classes without a name, are nobody's category: there is nothing to say about them.
-    unknown = [name for name in unknown if name != "N/A" and not notes]
-    return Detected(dataset.coco, results, [each["name"] for each in model.categories], unknown, [*model.notes, *notes], dataset)
+    return [name for name in unknown if name != "N/A" and not notes]
 
 
 def detect_with(
@@ -112,12 +132,7 @@ def detect_with(
     Raises:
         UserError: Nothing tells which classes are which categories.
     """
-    found, notes = find_categories(model, dataset.categories)
-    if model.category_names != "file" and not any(position is not None for position in found):
-        raise UserError(
-            f"{name}: does not name the categories of its {len(found)} classes, and the data set has {len(dataset.categories)}: "
-            "nothing tells which is which; evaluate it on the categories that it was trained with"
-        )
+    found, notes = found_categories(model, dataset, name)
     data = config.data
     loading = {"num_workers": data.num_workers, "device": device, "timeout_s": data.batch_timeout_s}
     loader = build_loader(dataset, val_batch_size(config, device), rank=0, world_size=1, shuffle=False, **loading)

@@ -352,6 +352,7 @@ class Detections(NamedTuple):
     boxes_xywh: np.ndarray  # float32 [N, Q, 4], pixels of the original image
     scores: np.ndarray  # float32 [N, Q]
     labels: np.ndarray  # int64 [N, Q], 0..K-1
+    rles: list[list[dict | None]] | None = None  # [N][Q], masks at the image's own size; None without masks, or where none can count
 
     def results(self, categories: list[dict]) -> list[dict]:
         """Return the detections as COCO results: dicts with ``image_id``, ``category_id``, ``bbox`` (xywh, pixels) and ``score``.

@@ -27,6 +27,7 @@ from torchvision.transforms.functional import to_pil_image
 from raydetr.config import SETTINGS, Config, flatten, to_dict
 from raydetr.data.coco import CocoImages
 from raydetr.data.images import image_path
+from raydetr.data.masks import decode_masks
 from raydetr.draw import Box, category_colours, draw_boxes
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, stats
@@ -270,14 +271,15 @@ class Pictures:
             picture, scale = self._picture(image)
             true = [each for each in self._dataset.coco["annotations"] if each["image_id"] == image["id"] and not each["iscrowd"]]
             row = detections.image_ids.searchsorted(image["id"])
+            rles = detections.rles[row] if detections.rles else [None] * len(detections.scores[row])
             found = [
-                self._box(box_xywh, scale, labels[label], score)
-                for box_xywh, label, score in zip(
-                    detections.boxes_xywh[row].tolist(), detections.labels[row], detections.scores[row].tolist(), strict=True
+                self._box(box_xywh, scale, labels[label], score, rle)
+                for box_xywh, label, score, rle in zip(
+                    detections.boxes_xywh[row].tolist(), detections.labels[row], detections.scores[row].tolist(), rles, strict=True
                 )
                 if score >= PICTURE_SCORE
             ]
-            true = [self._box(each["bbox"], scale, each["category_id"]) for each in true]
+            true = [self._box(each["bbox"], scale, each["category_id"], rle=each.get("segmentation")) for each in true]
             colours = category_colours(self._names.values())
             drawn[image["file_name"]] = draw_boxes(picture, found, true, colours, letters=1 / 45, name_true=len(self._names) > 1)
         return drawn
@@ -291,9 +293,12 @@ class Pictures:
             self._resized[image["id"]] = picture, max(picture.size) / longest
         return self._resized[image["id"]]
 
-    def _box(self, box_xywh: list[float], scale: float, category_id: int, score: float | None = None) -> Box:
+    def _box(
+        self, box_xywh: list[float], scale: float, category_id: int, score: float | None = None, rle: dict[str, Any] | None = None
+    ) -> Box:
         x, y, width, height = (scale * side for side in box_xywh)
-        return Box((x, y, x + width, y + height), self._names[category_id], score)
+        mask = decode_masks([rle], (rle["size"][0], rle["size"][1]))[0] if rle else None
+        return Box((x, y, x + width, y + height), self._names[category_id], score, mask)
 
 
 def log_line(

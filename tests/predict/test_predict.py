@@ -11,12 +11,13 @@ from pycocotools.coco import COCO
 
 from raydetr.config import load_config, to_dict
 from raydetr.data.coco import CocoImages, build_loader, find_split
+from raydetr.data.masks import encode_masks
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
 from raydetr.loss.criterion import build_criterion
 from raydetr.model.detr import build_model
-from raydetr.predict.inputs import find_images
-from raydetr.predict.predict import predict
+from raydetr.predict.inputs import InputImage, find_images
+from raydetr.predict.predict import ImagePrediction, predict
 from raydetr.training.engine import evaluate
 from raydetr.weights.checkpoint import save_checkpoint
 from raydetr.weights.fitting import load
@@ -337,6 +338,46 @@ def test_true_boxes_are_drawn_dashed_where_they_are(checkpoint, coco_folder, tmp
     assert columns.min() == pytest.approx(x, abs=3)
     assert rows.max() == pytest.approx(y + h, abs=3)
     assert columns.max() == pytest.approx(x + w, abs=3)
+
+
+def test_masks_are_drawn_where_a_prediction_and_the_annotations_have_them(checkpoint, coco_folder, tmp_path, monkeypatch):
+    """As a checkpoint with masks gives them: an RLE for each score, and one or none for each true box."""
+    data = coco_folder(val=1, boxes=2, size=(320, 240))
+    predicted, true = np.zeros((2, 240, 320), bool)
+    predicted[20:220, 20:120] = True
+    true[40:200, 180:300] = True
+
+    def detects(rles, true_rles):
+        def detect(_model, _checkpoint, inputs, *_):
+            inputs[0].true_rles = true_rles
+            found = ImagePrediction((320, 240), [[20, 20, 120, 220]] * 2, [0, 0], [0.9, 0.1], [0, 1], rles=rles)
+            return {inputs[0].image_id: found}, {}
+
+        return detect
+
+    plain, masked = tmp_path / "plain", tmp_path / "masked"
+    monkeypatch.setattr("raydetr.predict.predict.detect", detects(None, []))
+    predict(checkpoint(), [data], plain, threshold=0.5)
+    rles = encode_masks(np.stack([predicted, ~predicted]))
+    monkeypatch.setattr("raydetr.predict.predict.detect", detects(rles, [encode_masks(true[None])[0], None]))
+    predict(checkpoint(), [data], masked, threshold=0.5)
+    for kind in ("pictures", "thumbnails"):
+        with Image.open(plain / kind / "val_000.jpg") as before, Image.open(masked / kind / "val_000.jpg") as after:
+            changed = np.abs(np.asarray(before).astype(int) - np.asarray(after)).max(-1) > 12
+
+        changed = np.asarray(Image.fromarray(changed).resize((320, 240)))
+        assert changed[60:180, 40:100].mean() > 0.8, "the predicted mask above the threshold is tinted"
+        assert changed[60:180, 179:184].any(1).mean() > 0.8, "the true mask has an outline"
+        assert changed[80:180, 200:280].mean() < 0.1, "its inside stays free"
+        assert changed[:, 130:170].mean() < 0.1, "the mask below the threshold is not drawn"
+
+
+def test_a_true_mask_of_another_size_than_its_image_is_left_out():
+    image = InputImage(Path("a.jpg"), "a.jpg", 1, true_rles=[encode_masks(np.ones((1, 30, 40), bool))[0], None])
+    assert image.true_masks((40, 30))[0].all()
+    assert image.true_masks((40, 30))[1] is None
+    assert image.true_masks((30, 40)) == [None, None]
+    assert InputImage(Path("a.jpg"), "a.jpg", 1).true_masks((40, 30)) is None
 
 
 def test_category_ids_are_those_of_the_annotations_and_never_another_category_s(checkpoint, coco_folder, tmp_path):

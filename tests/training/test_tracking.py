@@ -13,6 +13,7 @@ from tensorboard.util import tensor_util
 
 from raydetr.config import SETTINGS, load_config
 from raydetr.data.coco import CocoImages, find_split
+from raydetr.data.masks import encode_masks
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
 from raydetr.training.engine import Detections
@@ -239,6 +240,26 @@ def test_pictures_show_true_and_found_boxes(coco_folder):
             x, y, _, height = (round(side * 2 / 3) for side in annotation["bbox"])
             edge = np.abs(without[y + height // 2, x - 2 : x + 3].astype(int) - plain[y + height // 2, x - 2 : x + 3]).max()
             assert edge > 60
+
+
+def test_pictures_show_true_and_found_masks(coco_folder):
+    config = settings(coco_folder(val=1, size=(960, 640)), "a")
+    images = CocoImages(find_split(config.data, "val"), val_transforms(config.data))
+    corner, middle = np.zeros((2, 1, 640, 960), bool)
+    corner[:, :300, :300] = True
+    middle[:, 300:600, 300:900] = True
+    boxes, scores, labels = np.float32([[[480, 320, 300, 200]] * 2]), np.float32([[0.9, 0.2]]), np.int64([[1, 0]])
+    detections = Detections(np.array(images.image_ids), boxes, scores, labels)
+    plain = np.asarray(Pictures(images, 1).draw(detections)["val_000.jpg"])
+    for annotation in images.coco["annotations"]:
+        annotation["segmentation"] = None
+    images.coco["annotations"][0]["segmentation"] = encode_masks(corner)[0]
+    found = [encode_masks(middle)[0], None]
+    masked = np.asarray(Pictures(images, 1).draw(detections._replace(rles=[found]))["val_000.jpg"])
+    changed = (masked != plain).any(-1)
+    assert changed[240:360, 240:560].mean() > 0.9, "the found mask is tinted, at two thirds of its size"
+    assert changed[:200, 199].mean() > 0.7, "the true mask has an outline"
+    assert not changed[204:, :190].any()
 
 
 def test_more_pictures_than_there_are(coco_folder):

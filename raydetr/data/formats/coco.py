@@ -19,6 +19,7 @@ from raydetr.data.formats.labels import (
     read_splits,
     split_of,
 )
+from raydetr.data.masks import mask_area, mask_box, read_segmentation
 from raydetr.errors import UserError
 from raydetr.values import is_finite, short, whole_number
 
@@ -190,9 +191,12 @@ def _segmentation(value: Any, image: LabeledImage, where: str) -> list[list[floa
 
 
 def _box(value: Any, segmentation: list[list[float]] | dict[str, Any], where: str) -> tuple[float, ...] | None:
-    """xywh of an annotation, from its polygons where it has no box; None where it has neither."""
+    """xywh of an annotation, from its polygons or its mask where it has no box; None where it has none of them."""
     if not value:
-        if isinstance(segmentation, dict) or not segmentation:
+        if isinstance(segmentation, dict):
+            mask = _encoded(segmentation, where)
+            return tuple(mask_box(mask)) if mask else None
+        if not segmentation:
             return None
         return shapes.from_polygon([corner for polygon in segmentation for corner in _corners(polygon)]).box
     if isinstance(value, list):
@@ -202,6 +206,14 @@ def _box(value: Any, segmentation: list[list[float]] | dict[str, Any], where: st
     if min(value[2:]) < 0:
         raise UserError(f"{where}: bbox {short(value)} has a negative width or height")
     return tuple(value)
+
+
+def _encoded(segmentation: dict[str, Any], where: str) -> dict[str, Any] | None:
+    """The compressed run-length encoding of a mask; None where it has no pixel."""
+    try:
+        return read_segmentation(segmentation, tuple(segmentation["size"]))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _corners(polygon: list[float]) -> list[shapes.Point]:
@@ -231,5 +243,6 @@ def _object(
         elif image.scale != 1:
             area *= image.scale**2
     elif not is_finite(area) or not area > 0:
-        area = inside.area
+        mask = _encoded(segmentation, image.name)
+        area = mask_area(mask) if mask else inside.area
     return LabeledObject(category, list(inside.box), area, segmentation, crowd)

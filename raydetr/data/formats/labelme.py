@@ -1,12 +1,20 @@
 """Read annotations of labelme: one JSON file per image, beside it or in a folder of its own."""
 
+import base64
+import binascii
+import io
 import math
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from raydetr.data.formats import shapes
 from raydetr.data.formats.files import ImageFinder
 from raydetr.data.formats.labels import (
     LabeledImage,
+    LabeledObject,
     Notes,
     Options,
     add_object,
@@ -18,6 +26,7 @@ from raydetr.data.formats.labels import (
     read_json,
     split_folders,
 )
+from raydetr.data.masks import encode_masks
 from raydetr.errors import UserError
 from raydetr.values import is_finite, short, whole_number
 
@@ -30,8 +39,8 @@ def is_labelme(content: object) -> bool:
 def read_labelme(src: Path, options: Options, notes: Notes) -> dict[str, list[LabeledImage]]:
     """Read the annotated images by split: ``src``/train and ``src``/val (valid, validation), or ``src`` alone as train.
 
-    Polygons and rotated boxes keep their outline, circles become polygons, rectangles and masks are boxes. Polygons of one label and one
-    ``group_id`` are one object. Points and lines are left out.
+    Polygons and rotated boxes keep their outline, circles become polygons, masks run-length encodings, rectangles are boxes. Polygons of
+    one label and one ``group_id`` are one object. Points and lines are left out.
 
     Args:
         src: Folder.
@@ -89,7 +98,11 @@ def _add(image: LabeledImage, entry: object, where: str, noted_as: str, groups: 
     kind, category = entry.get("shape_type") or "polygon", options.category or str(entry["label"]).strip()
     shape = _shape(entry, kind, where)
     if kind == "mask":
-        notes.add("mask taken as its box", noted_as)
+        painted = _mask(entry, image)
+        if painted is not None:
+            _add_mask(image, category, painted, noted_as, notes)
+            return
+        notes.add("mask cannot be read, taken as its box", noted_as)
     before = len(image.objects)
     add_object(image, category, shape, noted_as, notes, outline=kind not in ("rectangle", "mask"))
     group, is_added = entry.get("group_id"), len(image.objects) > before
@@ -106,6 +119,39 @@ def _add(image: LabeledImage, entry: object, where: str, noted_as: str, groups: 
     whole.area += part.area
     if isinstance(whole.segmentation, list) and isinstance(part.segmentation, list):  # as polygons are
         whole.segmentation = whole.segmentation + part.segmentation
+
+
+def _mask(entry: dict, image: LabeledImage) -> np.ndarray | None:
+    """Return a mask as bool [height, width] of the annotated image; None where it cannot be read.
+
+    labelme keeps the part between two points, corner pixels of it, as a PNG in base64.
+    """
+    (x0, y0), (x1, y1) = ([int(value) for value in point] for point in entry["points"][:2])
+    width, height = round(image.width / image.scale), round(image.height / image.scale)
+    if not (0 <= x0 <= x1 < width and 0 <= y0 <= y1 < height):
+        return None
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(entry.get("mask") or "", validate=True)), formats=["PNG"]) as part:
+            if part.size != (x1 - x0 + 1, y1 - y0 + 1):
+                return None
+            pixels = np.asarray(part.convert("L")) > 0
+    except (TypeError, ValueError, OSError, binascii.Error, UnidentifiedImageError):
+        return None
+    mask = np.zeros((height, width), bool)
+    mask[y0 : y1 + 1, x0 : x1 + 1] = pixels
+    return mask
+
+
+def _add_mask(image: LabeledImage, category: str, mask: np.ndarray, noted_as: str, notes: Notes) -> None:
+    if image.scale != 1:
+        mask = np.asarray(Image.fromarray(mask).resize((image.width, image.height), Image.Resampling.NEAREST))
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        notes.add("shape without area, left out", noted_as)
+        return
+    x, y = int(columns[0]), int(rows[0])
+    box: list[Any] = [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
+    image.objects.append(LabeledObject(category, box, float(mask.sum()), encode_masks(mask[None])[0]))
 
 
 def _shape(entry: dict, kind: str, where: str) -> shapes.Shape:

@@ -207,6 +207,19 @@ def test_a_missing_image_names_the_nearest(folder):
         read(folder(**{"coco.json": content("photo_12.jpg"), "photo_13.jpg": None}))
 
 
+def test_a_mask_gives_the_box_and_the_area_that_are_missing(folder):
+    """Run lengths go down the columns: 10 pixels of the first column are free, then 20 are the object's."""
+    coco = content("a.jpg")
+    del coco["annotations"][0]["bbox"]
+    coco["annotations"][0] |= {"segmentation": {"counts": [10, 20, 50, 10, 4710], "size": [60, 80]}}
+    coco["annotations"][0].pop("area", None)
+    splits, _ = read(folder(**{"coco.json": coco, "a.jpg": None}))
+    (seen,) = splits["train"][0].objects
+    assert seen.box == [0, 10, 2, 20]
+    assert seen.area == 30
+    assert seen.segmentation == coco["annotations"][0]["segmentation"]
+
+
 def test_segmentations_and_crowds_are_kept(folder):
     coco = content("a.jpg", "b.jpg", "c.jpg")
     polygons = [[4, 5, 24, 5, 24, 15], [5, 6, 7, 6, 7, 8.5]]

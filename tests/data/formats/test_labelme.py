@@ -1,9 +1,14 @@
+import base64
+import io
 import math
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from raydetr.data.formats.labelme import read_labelme
 from raydetr.data.formats.labels import Notes, Options
+from raydetr.data.masks import decode_masks
 from raydetr.errors import UserError
 
 
@@ -41,7 +46,59 @@ def test_shapes(write):
     assert third == fourth
     assert (third.segmentation, third.area) == ([[10, 10, 50, 10, 50, 40]], 600)
     assert (circle.category, circle.box, circle.area) == ("dog", [30, 20, 20, 20], pytest.approx(math.pi * 100))
-    assert notes == {"mask taken as its box": ["a.jpg shape 6"]}
+    assert notes == {"mask cannot be read, taken as its box": ["a.jpg shape 6"]}
+
+
+def painted(pixels):
+    """A mask as labelme keeps it."""
+    content = io.BytesIO()
+    Image.fromarray(np.asarray(pixels, np.uint8)).save(content, "PNG")
+    return base64.b64encode(content.getvalue()).decode()
+
+
+def test_a_mask_keeps_its_pixels(write):
+    pixels = np.zeros((11, 21), int)
+    pixels[2:5, 3:9] = 1  # with a margin
+    pixels[3, 5] = 0  # and a hole
+    entry = shape(points=[(4, 5), (24, 15)], shape_type="mask", mask=painted(pixels))
+    splits, notes = read(write({"a.jpg": None, "a.json": file(entry)}))
+    (seen,) = splits["train"][0].objects
+    assert (seen.box, seen.area) == ([7, 7, 6, 3], 17)
+    assert seen.segmentation["size"] == [60, 80]
+    mask = decode_masks([seen.segmentation], (60, 80))[0]
+    assert (mask[5:16, 4:25] == pixels).all()
+    assert mask.sum() == 17
+    assert notes == {}
+
+
+def test_a_mask_of_an_image_of_another_size_is_scaled_with_it(write):
+    entry = shape(points=[(20, 30), (59, 49)], shape_type="mask", mask=painted(np.ones((20, 40))))
+    splits, _ = read(write({"a.jpg": None, "a.json": file(entry, size=(160, 120))}))
+    (seen,) = splits["train"][0].objects
+    assert (seen.box, seen.area) == ([10, 15, 20, 10], 200)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"mask": painted(np.ones((3, 3)))},
+        {"mask": "iVBORw0KGgo="},
+        {"mask": None},
+        {"mask": 7},
+        {"points": [(70, 5), (90, 15)], "mask": painted(np.ones((11, 21)))},
+    ],
+)
+def test_a_mask_that_does_not_fit_is_taken_as_its_box_and_said(write, others):
+    splits, notes = read(write({"a.jpg": None, "a.json": file(shape(shape_type="mask", **others))}))
+    assert [each.segmentation for each in splits["train"][0].objects] == [[]]
+    assert "mask cannot be read, taken as its box" in notes
+
+
+def test_a_mask_without_a_pixel_is_left_out(write):
+    entry = shape(shape_type="mask", mask=painted(np.zeros((11, 21))))
+    splits, notes = read(write({"a.jpg": None, "a.json": file(entry, shape())}))
+    assert len(splits["train"][0].objects) == 1
+    assert notes == {"shape without area, left out": ["a.jpg shape 1"]}
 
 
 def test_polygons_of_one_group_are_one_object(write):

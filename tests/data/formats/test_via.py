@@ -1,11 +1,14 @@
 import csv
 import json
+import math
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from raydetr.data.formats.labels import Notes, Options
 from raydetr.data.formats.via import annotation_file, read_entries, read_via
+from raydetr.data.masks import decode_masks, read_segmentation
 from raydetr.errors import UserError
 
 RECT = {"name": "rect", "x": 5, "y": 6, "width": 20, "height": 10}
@@ -120,6 +123,44 @@ def test_the_outline_stays_as_it_was_drawn(folder):
     (seen,) = pictures[0].objects
     assert seen.segmentation == [[1, 2, 30, 2, 30, 40, 1, 2]]
     assert seen.area == 29 * 38 / 2
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        RECT,
+        {"name": "polygon", "all_points_x": [5, 40, 30, 12], "all_points_y": [6, 8, 50, 30]},
+        {"name": "polyline", "all_points_x": [5, 40, 30, 12], "all_points_y": [6, 8, 50, 30]},
+        {"name": "circle", "cx": 40, "cy": 30, "r": 20},
+        {"name": "ellipse", "cx": 40, "cy": 30, "rx": 30, "ry": 12},
+        {"name": "ellipse", "cx": 40, "cy": 30, "rx": 30, "ry": 12, "theta": 0.6},
+        {"name": "circle", "cx": 70, "cy": 50, "r": 20},
+    ],
+)
+def test_every_shape_becomes_a_polygon_that_covers_it(folder, shape):
+    """Against the pixels whose centers are inside by the shape's own formula; the last one reaches over two edges of the image."""
+    x, y = np.arange(80)[None] + 0.5, np.arange(60)[:, None] + 0.5
+    if shape["name"] == "rect":
+        inside = (x > shape["x"]) & (x < shape["x"] + shape["width"]) & (y > shape["y"]) & (y < shape["y"] + shape["height"])
+    elif shape["name"] in ("circle", "ellipse"):
+        cos, sin = math.cos(shape.get("theta", 0)), math.sin(shape.get("theta", 0))
+        along = (x - shape["cx"]) * cos + (y - shape["cy"]) * sin
+        across = (y - shape["cy"]) * cos - (x - shape["cx"]) * sin
+        inside = (along / shape.get("rx", shape.get("r"))) ** 2 + (across / shape.get("ry", shape.get("r"))) ** 2 < 1
+    else:
+        image = Image.new("1", (80 * 8, 60 * 8))
+        corners = zip(shape["all_points_x"], shape["all_points_y"], strict=True)
+        ImageDraw.Draw(image).polygon([(8 * u, 8 * v) for u, v in corners], fill=1)
+        inside = np.asarray(image)[4::8, 4::8]
+    pictures, _ = read(folder(entry("a.jpg", [region(shape, kind="cat")])))
+    (seen,) = pictures[0].objects
+    assert len(seen.segmentation) == 1
+    mask = decode_masks([read_segmentation(seen.segmentation, (60, 80))], (60, 80))[0]
+    assert (mask != inside).sum() <= 0.05 * inside.sum() + 2
+    rows, columns = np.nonzero(inside)
+    left, top, width, height = seen.box
+    assert (left, top) == pytest.approx((columns.min(), rows.min()), abs=1)
+    assert (left + width, top + height) == pytest.approx((columns.max() + 1, rows.max() + 1), abs=1)
 
 
 def test_names_with_spaces_other_letters_and_folders_work(folder):
