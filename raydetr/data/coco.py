@@ -576,6 +576,16 @@ def largest_batch(dataset: CocoImages, batch_size: int, pad_to: int = 1) -> int:
         batch_size: Images per batch.
         pad_to: Number of pixels that the sides of a batch are a multiple of.
     """
+    return batch_size * largest_side(dataset, pad_to) ** 2 * (3 * torch.float32.itemsize + torch.bool.itemsize)
+
+
+def largest_side(dataset: CocoImages, pad_to: int = 1) -> int:
+    """Return an upper bound for the height and width of a batch in pixels; an upright image can be padded beside a wide one.
+
+    Args:
+        dataset: The images, whose annotated sizes and transforms bound those of the batch.
+        pad_to: Number of pixels that the sides of a batch are a multiple of.
+    """
     from torchvision.transforms import v2
 
     from raydetr.data.transforms import RandomSizeCrop, ResizeShortSide  # torchvision, see _pack
@@ -589,9 +599,7 @@ def largest_batch(dataset: CocoImages, batch_size: int, pad_to: int = 1) -> int:
             elif isinstance(each, ResizeShortSide):
                 limit = math.inf if each.max_size is None else each.max_size + aspect  # rounding can exceed it, see resized_size
                 longest = min(limit, max(each.sizes) * aspect)
-    # An upright image can be padded beside a wide one: the square of the longest side.
-    longest = _rounded_up(math.ceil(longest), pad_to)
-    return int(batch_size * longest**2 * (3 * torch.float32.itemsize + torch.bool.itemsize))
+    return _rounded_up(math.ceil(longest), pad_to)
 
 
 def _batches_of_one_size(dataset: CocoImages, batch_size: int) -> list[list[int]]:

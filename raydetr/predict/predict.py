@@ -48,6 +48,8 @@ from raydetr.predict.inputs import InputImage, find_images
 from raydetr.predict.score import trained_with
 from raydetr.training.console import PLAIN_INTERVAL_S
 from raydetr.training.engine import choose_device, choose_dtype
+from raydetr.training.reporter import usable_cores
+from raydetr.training.run import loading_processes
 from raydetr.weights.fitting import load
 
 LETTERS = 1 / 70  # height of the letters as a fraction of the image's longest side
@@ -272,7 +274,7 @@ def detect(
     on_gpu = target_device.type == "cuda"
     model.to(target_device).eval()
     # On a CPU the network uses every core, and loading processes would take them away.
-    workers = config.data.num_workers if on_gpu else 0
+    workers = loading_processes(config.data, target_device, usable_cores()) if on_gpu else 0
     dataset = InputImages(inputs, read, val_transforms(config.data))
     loader = DataLoader(dataset, batch_size, collate_fn=_collate, num_workers=workers, pin_memory=on_gpu)
     by_image, unread = {}, {}
