@@ -477,24 +477,35 @@ def _use_categories(coco: dict[str, list[dict]], categories: list[dict], path: s
 # ------------------------------------------------------------------------------------------------------------- the batches
 
 
-def collate(batch: list[tuple[torch.Tensor, dict]], pad_to: int = 1) -> tuple[torch.Tensor, torch.Tensor | None, list[dict]]:
+def collate(
+    batch: list[tuple[torch.Tensor, dict]], pad_to: int = 1, share: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, list[dict]]:
     """Pad the images of a batch to the largest height and width, with 0 at the right and the bottom.
 
     Args:
         batch: Images float32 [3, h, w] with their targets, as :class:`CocoImages` returns them.
         pad_to: Height and width of the batch are rounded up to multiples of it.
+        share: Whether to make the batch in shared memory, from where a loading process hands it over without a copy.
 
     Returns:
         The images float32 [B, 3, H, W]; the padding mask bool [B, H, W], True where padded, or None where nothing is; the targets.
     """
     images, targets = zip(*batch, strict=True)
     height, width = (_rounded_up(max(image.shape[axis] for image in images), pad_to) for axis in (1, 2))
-    padded = images[0].new_zeros(len(images), 3, height, width)
-    mask = torch.ones(len(images), height, width, dtype=torch.bool)
+    padded = _full((len(images), 3, height, width), 0, images[0].dtype, share)
+    mask = _full((len(images), height, width), True, torch.bool, share)
     for image, target_image, target_mask in zip(images, padded, mask, strict=True):
         target_image[:, : image.shape[1], : image.shape[2]] = image
         target_mask[: image.shape[1], : image.shape[2]] = False
     return padded, mask if mask.any() else None, list(targets)
+
+
+def _full(shape: tuple[int, ...], value: float, dtype: torch.dtype, share: bool) -> torch.Tensor:
+    if not share:
+        return torch.full(shape, value, dtype=dtype)
+    # As torch's own default_collate does it.
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape).fill_(value)
 
 
 def _rounded_up(side: int, multiple: int) -> int:
@@ -558,7 +569,9 @@ def build_loader(
     return Loader(
         dataset,
         batch_sampler=batches,
-        collate_fn=functools.partial(collate if fits else collate_arrays, pad_to=pad_to),
+        collate_fn=functools.partial(collate, pad_to=pad_to, share=num_workers > 0)
+        if fits
+        else functools.partial(collate_arrays, pad_to=pad_to),
         num_workers=num_workers,
         prefetch_factor=PREFETCH if num_workers else None,
         persistent_workers=num_workers > 0,
