@@ -3,13 +3,12 @@
 The sections run in order of worth, each in a process of its own with a limit in seconds, so that one that fails or takes too long costs
 nothing but itself. Every number is written to ``gpu.json`` in the output folder as soon as it is known; at the end a table shows the
 ratios to transformers' DETR and their targets. The checkout and torch, torchvision, scipy and PyYAML are enough, without network and
-without Ray; sections that use more (transformers for the peer, the other dependencies of raydetr for whole runs) are skipped where that
-is missing.
+without Ray. Sections that use more are skipped where that is missing: transformers for the peer, hotcoco or pycocotools for the AP of
+whole runs.
 """
 
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import json
 import os
@@ -23,12 +22,13 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks import bare
 from benchmarks.measure import machine, options, table, wait
 from benchmarks.step import CLASSES, make_batch, our_inference, our_step, peer_inference, peer_step
 from raydetr.config import Speed, load_config
@@ -37,9 +37,10 @@ from raydetr.loss.criterion import build_criterion
 from raydetr.model.detr import build_model
 from raydetr.training import engine
 from raydetr.training.engine import choose_device, choose_dtype, configure_cuda, take_step
+from raydetr.training.graphs import SEEN_BEFORE_RECORDING, GraphedNetwork
+from raydetr.training.run import compile_blocks
 
 ROOT = Path(__file__).parents[1]
-RUNS_NEED = ("hotcoco", "rich", "tensorboard", "pyarrow", "filelock", "yaml")
 STEP, MASKED, PEER, SAME_DROPOUT, COMPILED = "step", "step, padded", "peer step", "peer step, same dropout", "peer step, compiled"
 # What is divided by what, and the target of the ratio: more is better for raydetr, except for memory.
 RATIOS = (
@@ -51,9 +52,9 @@ RATIOS = (
     ("inference, batch 1", "peer inference, batch 1, ms", "inference, batch 1, ms", 2.0),
     ("memory of the step, batch 4 (raydetr / peer)", f"{STEP}, batch 4, GiB", f"{SAME_DROPOUT}, batch 4, GiB", 0.6),
     ("memory of the step, batch 16 (raydetr / peer)", f"{STEP}, batch 16, GiB", f"{SAME_DROPOUT}, batch 16, GiB", 0.6),
-    ("step, batch 4, with CUDA graphs", f"{STEP}, batch 4, ms", "variant graphs, batch 4, ms", None),
+    ("step, batch 4, with CUDA graphs", f"{MASKED}, batch 4, ms", "variant graphs, batch 4, ms", None),
     ("step, batch 4, with cudnn.benchmark", f"{MASKED}, batch 4, ms", "variant cudnn.benchmark, batch 4, ms", None),
-    ("step, batch 4, with a compiled backbone", f"{MASKED}, batch 4, ms", "variant compiled backbone, batch 4, ms", None),
+    ("step, batch 4, compiled", f"{MASKED}, batch 4, ms", "variant compiled, batch 4, ms", None),
     ("busy share of the GPU, batch 4", "busy ms, batch 4", "profiled ms, batch 4", 0.85),
     ("busy share of the GPU, batch 16", "busy ms, batch 16", "profiled ms, batch 16", 0.95),
 )
@@ -126,8 +127,8 @@ def oracle(setup: Setup) -> None:
     configure_cuda(Speed())
 
 
-def distance_from_official(device: torch.device, precision: str) -> dict[str, float]:
-    """Return the largest error of logits and boxes, and the largest relative errors of losses and gradient norms."""
+def distance_from_official(device: torch.device, precision: str, gradients: bool = True) -> dict[str, float]:
+    """Return the largest error of logits and boxes, and the largest relative errors of losses and, if asked for, gradient norms."""
     from tests.helpers import official_numbers
     from tests.networks import filled, padded
 
@@ -139,18 +140,21 @@ def distance_from_official(device: torch.device, precision: str) -> dict[str, fl
     images, mask = padded([(192, 256), (224, 160)])
     outputs = engine._forward(model, images, mask, device, dtype)
     losses = criterion(outputs, targets)
-    criterion.weighted_sum(losses).backward()
     relative = {name: abs(each.item() / float(numbers[f"loss/{name}"]) - 1) for name, each in losses.items() if name.startswith("loss_")}
+    errors = {
+        name.removeprefix("pred_"): (outputs[name].detach().float().cpu() - torch.from_numpy(numbers[name])).abs().max().item()
+        for name in ("pred_logits", "pred_boxes")
+    }
+    errors["losses"] = max(relative.values())
+    if not gradients:
+        return errors
+    criterion.weighted_sum(losses).backward()
     norms = [
         abs(each.grad.norm().item() - float(numbers[f"grad_norm/{name}"])) / max(float(numbers[f"grad_norm/{name}"]), 1e-2)
         for name, each in model.named_parameters()
         if each.grad is not None
     ]
-    errors = {
-        name.removeprefix("pred_"): (outputs[name].detach().float().cpu() - torch.from_numpy(numbers[name])).abs().max().item()
-        for name in ("pred_logits", "pred_boxes")
-    }
-    return errors | {"losses": max(relative.values()), "gradient norms": max(norms), "median gradient norm": statistics.median(norms)}
+    return errors | {"gradient norms": max(norms), "median gradient norm": statistics.median(norms)}
 
 
 def waits(setup: Setup) -> None:
@@ -199,10 +203,11 @@ def peer(setup: Setup) -> None:
 
 def compiled(setup: Setup) -> None:
     """The training step of transformers with a compiled network; compilation is timed apart."""
-    images, targets = make_batch(4, *setup.size, setup.device)
+    (batch,) = setup.batches(4)
+    images, targets = make_batch(batch, *setup.size, setup.device)
     step = peer_step(images, targets, setup.dtype, 0.1, compiled=True)
     setup.results.add("compilation of the peer, s", _timed(step))
-    measure(setup, setup.named(COMPILED, 4), lambda: step, 4)
+    measure(setup, setup.named(COMPILED, batch), lambda: step, batch)
 
 
 def profile(setup: Setup) -> None:
@@ -262,25 +267,28 @@ def runs(setup: Setup) -> None:
 
 def out_of_memory(setup: Setup) -> None:
     """What a run that needs too much memory says, and whether the next one works."""
-    huge = {"data.train_sizes": [3000], "data.max_size": 4000, "optim.batch_size": 32, "optim.epochs": 1}
+    huge = {"model.preset": "detr_resnet50", "model.weights": "none", "data.train_sizes": [3000], "data.max_size": 4000}
     try:
-        _run(setup, "huge", **{"model.preset": "detr_resnet50", "model.weights": "none", **huge})
+        _run(setup, "huge", **({} if setup.quick else huge), **{"optim.batch_size": 2 if setup.quick else 32, "optim.epochs": 1})
     except UserError as error:
         setup.results.add("message", str(error))
+    else:
+        setup.results.add("message", "none: the memory sufficed")
     setup.results.add("left reserved, MiB", torch.cuda.memory_reserved() / 2**20)
     _run(setup, "after")
 
 
 def variants(setup: Setup) -> None:
-    """What else could help: CUDA graphs of the network, cuDNN's search for algorithms, a compiled backbone."""
+    """What else could help: CUDA graphs of the network, cuDNN's search for algorithms, compiled blocks."""
     for batch in setup.batches(4, 16):
         measure(setup, setup.named("variant graphs", batch), lambda batch=batch: _graphed_step(setup, batch), batch)
         torch.backends.cudnn.benchmark = True
         measure(setup, setup.named("variant cudnn.benchmark", batch), lambda batch=batch: padded_step(setup, batch), batch)
         torch.backends.cudnn.benchmark = False
         step = padded_step(setup, batch)
-        step.args[0].detr.backbone[0].body.compile()
-        measure(setup, setup.named("variant compiled backbone", batch), lambda step=step: step, batch)
+        compile_blocks(step.args[0].detr, dynamic=False)
+        setup.results.add(setup.named("compilation of raydetr, s", batch), _timed(step))
+        measure(setup, setup.named("variant compiled", batch), lambda step=step: step, batch)
 
 
 def shared(setup: Setup) -> None:
@@ -315,6 +323,7 @@ class Section:
     limit_s: int
     gpu: bool = False
     modules: tuple[str, ...] = ()
+    evaluates: bool = False  # computes AP
 
 
 SECTIONS = {  # in order of worth: what the budget cuts is at the end
@@ -325,8 +334,8 @@ SECTIONS = {  # in order of worth: what the budget cuts is at the end
     "peer": Section(peer, 60, modules=("transformers",)),
     "profile": Section(profile, 40),
     "shapes": Section(shapes, 60),
-    "runs": Section(runs, 70, modules=RUNS_NEED),
-    "out_of_memory": Section(out_of_memory, 40, gpu=True, modules=RUNS_NEED),
+    "runs": Section(runs, 70, evaluates=True),
+    "out_of_memory": Section(out_of_memory, 40, gpu=True, evaluates=True),
     "compiled": Section(compiled, 110, gpu=True, modules=("transformers",)),
     "variants": Section(variants, 80, gpu=True),
     "shared": Section(shared, 50, gpu=True),
@@ -356,40 +365,12 @@ def _padded_batch(batch: int, size: tuple[int, ...], device: torch.device) -> en
     return images, mask, targets
 
 
-def _graphed_step(setup: Setup, batch: int) -> Callable[[], object]:
-    step = plain_step(setup, batch)
-    training, images = step.args[0], step.args[1][0][0]
-    network = training.model
-
-    class Flat(nn.Module):
-        """The network with tensors as outputs, as a CUDA graph needs them."""
-
-        def __init__(self):
-            super().__init__()
-            self.network = network
-
-        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.autocast("cuda", setup.dtype, cache_enabled=False):
-                outputs = self.network(images)
-            layers = [*outputs["aux_outputs"], outputs]
-            return torch.stack([each["pred_logits"] for each in layers]), torch.stack([each["pred_boxes"] for each in layers])
-
-    engine._forward(network, images, None, setup.device, setup.dtype)  # what the network keeps must exist before the capture
-    graphed = cast(nn.Module, torch.cuda.make_graphed_callables(Flat(), (images.clone(),), allow_unused_input=True))
-
-    class Graphed(nn.Module):
-        """The outputs of the graph in the form that the criterion takes."""
-
-        def __init__(self):
-            super().__init__()
-            self.network, self.query_embed = network, network.query_embed
-
-        def forward(self, images: Tensor, _mask: Tensor | None) -> dict[str, Any]:
-            logits, boxes = graphed(images)
-            layers = [{"pred_logits": one, "pred_boxes": other} for one, other in zip(logits.unbind(), boxes.unbind(), strict=True)]
-            return {**layers[-1], "aux_outputs": layers[:-1]}
-
-    return functools.partial(take_step, dataclasses.replace(training, model=Graphed()), step.args[1])
+def _graphed_step(setup: Setup, batch: int) -> functools.partial:
+    step = padded_step(setup, batch)
+    step.args[0].graphs = GraphedNetwork(step.args[0].detr)
+    for _ in range(SEEN_BEFORE_RECORDING):
+        step()
+    return step
 
 
 def measure(setup: Setup, name: str, make: Callable[[], Callable[[], object]], batch: int) -> None:
@@ -433,7 +414,8 @@ def _run(setup: Setup, name: str, **changes: Any) -> None:
     small = {"model.preset": "detr_tiny", "data.path": str(data), "optim.epochs": 2 if setup.quick else 4, "run.pictures": 0}
     stored = {"run.storage": str(setup.out / "runs"), "run.name": name, "data.num_workers": 0 if setup.quick else 2}
     began = time.perf_counter()
-    metrics = fit(load_config({**small, **stored, **changes}))
+    with bare.runs_work():
+        metrics = fit(load_config({**small, **stored, **changes}), bare.SilentReporter())
     setup.results.add(f"run {name}, AP", metrics["AP"])
     setup.results.add(f"run {name}, s", time.perf_counter() - began)
 
@@ -442,7 +424,9 @@ def missing(section: Section) -> str:
     """Return why a section cannot run here; empty if it can."""
     if section.gpu and not torch.cuda.is_available():
         return "needs a GPU"
-    absent = [name for name in section.modules if sys.modules.get(name, ...) is None or importlib.util.find_spec(name) is None]
+    absent = [name for name in section.modules if not bare.is_there(name)]
+    if section.evaluates and not any(map(bare.is_there, bare.EVALUATORS)):
+        absent.append(" or ".join(bare.EVALUATORS))
     return f"needs {', '.join(absent)}" if absent else ""
 
 

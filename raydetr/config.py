@@ -30,7 +30,15 @@ DEEPEST = 20  # levels of nesting in a YAML file
 
 
 def setting(
-    default: Any, meaning: str, *, low: float | None = None, high: float | None = None, choices: list | None = None, span=False, auto=False
+    default: Any,
+    meaning: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: list | None = None,
+    span=False,
+    auto=False,
+    auto_number=False,
 ) -> Any:
     """Declare a field of the tree of settings.
 
@@ -42,11 +50,13 @@ def setting(
         choices: The allowed values, if they can be listed.
         span: Whether the setting also takes the text ``MIN:MAX``, with both ends within the bounds.
         auto: Whether the setting also takes the text ``auto``.
+        auto_number: Whether the setting also takes the text ``auto:N``; N is within the bounds.
 
     Returns:
         A dataclass field.
     """
-    metadata = {"meaning": meaning, "low": low, "high": high, "choices": choices, "span": span, "auto": auto}
+    metadata = {"meaning": meaning, "low": low, "high": high, "choices": choices}
+    metadata |= {"span": span, "auto": auto, "auto_number": auto_number}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -164,7 +174,13 @@ class Data:
     val_batch_size: int | None = setting(
         None, "images per batch in evaluation (default: 8 on a GPU, optim.batch_size on a CPU)", low=1, high=1024
     )
-    num_workers: int = setting(2, "processes that load images, for each training worker", low=0, high=64)
+    num_workers: int | None = setting(
+        None,
+        "processes that load images, for each training worker (default: on a GPU as many as the worker has CPU cores, at most 8; "
+        "2 on a CPU)",
+        low=0,
+        high=64,
+    )
     batch_timeout_s: float = setting(
         600.0, "longest wait for a batch from the processes that load images (seconds); 0 waits forever", low=0.0, high=86400.0
     )
@@ -180,7 +196,15 @@ class Optim:
     lr: float = setting(1e-4, "learning rate of the transformer", low=0.0, high=1.0)
     lr_backbone: float = setting(1e-5, "learning rate of the backbone", low=0.0, high=1.0)
     weight_decay: float = setting(1e-4, "weight decay of AdamW", low=0.0, high=1.0)
-    batch_size: int = setting(2, "images per worker and batch", low=1, high=1024)
+    batch_size: int | str = setting(
+        2,
+        "images per worker and batch; auto:N, such as auto:16, makes the same steps in batches as large as the GPU's memory holds; "
+        "auto: with the preset's N",
+        low=1,
+        high=1024,
+        auto=True,
+        auto_number=True,
+    )
     accumulate: int = setting(1, "number of batches whose gradients are accumulated for one optimizer step", low=1, high=1024)
     epochs: int = setting(50, "number of epochs", low=1, high=100000)
     schedule: str = setting("step", "learning-rate schedule", choices=["step", "cosine", "constant"])
@@ -216,8 +240,11 @@ class Speed:
     )
     compile: str = setting(
         "auto",
-        "compile the backbone with torch.compile, which takes a minute at the start; auto: off",
+        "compile the repeated blocks of the network with torch.compile, which takes minutes at the start; auto: off",
         choices=["auto", "on", "off"],
+    )
+    graphs: bool = setting(
+        False, "on a GPU with one worker, replay the network's kernels as CUDA graphs, one for each shape of a batch that comes often"
     )
 
 
@@ -271,6 +298,7 @@ class Setting:
         meaning: One line for ``--help`` and the documentation.
         span: Whether the value may also be the text ``MIN:MAX`` with two integers.
         auto: Whether the value may also be the text ``auto``.
+        auto_number: Whether the value may also be text ``auto:N`` with an integer N.
     """
 
     name: str
@@ -284,6 +312,7 @@ class Setting:
     meaning: str
     span: bool
     auto: bool
+    auto_number: bool
 
     def bounds(self) -> str:
         """Return the allowed values in words, such as ``0.0 to 1.0``; empty if every value is allowed."""
@@ -311,6 +340,8 @@ class Setting:
             return None
         if self.auto and value == "auto":
             return value
+        if self.auto_number and isinstance(value, str) and value.startswith("auto:"):
+            return f"auto:{self._parse_one(value.removeprefix('auto:'))}"
         if self.span and isinstance(value, str) and ":" in value:
             return self._parse_span(value)
         if not self.is_list:
@@ -501,6 +532,10 @@ def _check_together(config: Config) -> None:
         raise UserError(f"model.hidden_dim: {model.hidden_dim} is not a multiple of 4, which the position encoding requires")
     if data.crop_min > data.crop_max:
         raise UserError(f"data.crop_min: {data.crop_min} is larger than data.crop_max ({data.crop_max})")
+    if config.speed.graphs and config.speed.compile == "on":
+        raise UserError("speed.graphs: goes with speed.compile off or auto")
+    if config.speed.graphs and isinstance(config.optim.batch_size, str):
+        raise UserError(f"optim.batch_size {config.optim.batch_size}: cannot tell what speed.graphs takes of the memory; give a number")
     if not any((config.matcher.set_cost_class, config.matcher.set_cost_bbox, config.matcher.set_cost_giou)):
         raise UserError("matcher: all three costs are 0; nothing would tell a good match from a bad one")
     if config.run.name is not None:
@@ -548,6 +583,14 @@ def with_workers(config: Config, gpus: int) -> Config:
     if config.run.workers != "auto":
         return config
     return with_settings(config, {"run.workers": max(1, gpus) if config.speed.device != "cpu" else 1})
+
+
+def asked_batch_size(config: Config) -> int:
+    """Return the number in ``optim.batch_size``: N of ``auto:N``, and of ``auto`` the preset's."""
+    asked = config.optim.batch_size
+    if asked == "auto":
+        asked = preset_settings(config.model.preset)["optim.batch_size"]
+    return int(str(asked).removeprefix("auto:"))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

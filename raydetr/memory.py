@@ -45,16 +45,21 @@ def kept_memory(device_type: str) -> Iterator[None]:
             yield
     except BaseException as error:
         if device_type == "cuda":
-            _clear_frames(error)
+            clear_frames(error)
         raise
     finally:
         if device_type == "cuda" and "torch" in sys.modules:
-            gc.collect()  # a model and its optimizer refer to each other
-            sys.modules["torch"].cuda.empty_cache()
+            release_gpu_memory()
 
 
-def _clear_frames(error: BaseException | None) -> None:
-    # The local variables of the functions that failed hold tensors for as long as somebody has the exception.
+def release_gpu_memory() -> None:
+    """Give the GPU memory back that nothing refers to any more, so that other processes can use it."""
+    gc.collect()  # a model and its optimizer refer to each other
+    sys.modules["torch"].cuda.empty_cache()
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """Clear the local variables of the functions that failed: they hold tensors for as long as somebody has the exception."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

@@ -65,6 +65,14 @@ def test_automatic_workers_are_one_for_each_gpu(tmp_path, given, device, gpus, w
     assert config.with_workers(asked, gpus).run.workers == workers
 
 
+@pytest.mark.parametrize(("given", "number"), [(3, 3), ("4", 4), ("auto", 2), ("auto:16", 16)])
+def test_a_batch_size_may_be_left_to_the_gpu(tmp_path, given, number):
+    asked = config.load_config({"model.preset": "detr_tiny", "optim.batch_size": given})
+    config.write_yaml(asked, tmp_path / "config.yaml")
+    assert config.load_config(config.read_yaml(tmp_path / "config.yaml")) == asked
+    assert config.asked_batch_size(asked) == number
+
+
 def test_a_span_written_by_hand_is_not_read_to_the_base_of_60(tmp_path):
     (tmp_path / "run.yaml").write_text("run:\n  workers: 1:4\n  seed: 12\n")
     assert config.read_yaml(tmp_path / "run.yaml") == {"run.workers": "1:4", "run.seed": 12}
@@ -98,6 +106,10 @@ def test_a_span_written_by_hand_is_not_read_to_the_base_of_60(tmp_path):
         ({"run.workers": "some:more"}, "run.workers: 'some' is not a whole number"),
         ({"run.workers": "1:2:3"}, "run.workers: '2:3' is not a whole number"),
         ({"run.pictures": "1:4"}, "run.pictures: '1:4' is not a whole number"),
+        ({"optim.batch_size": "auto:0"}, "optim.batch_size: '0' is out of bounds; it takes 1 to 1024"),
+        ({"optim.batch_size": "auto:many"}, "optim.batch_size: 'many' is not a whole number"),
+        ({"optim.batch_size": "1:4"}, "optim.batch_size: '1:4' is not a whole number"),
+        ({"run.workers": "auto:4"}, "run.workers: 'auto' is not a whole number"),
         ({"model.nheads": 7}, "not a multiple of model.nheads"),
         ({"data.crop_min": 700}, "larger than data.crop_max"),
         ({"matcher.set_cost_class": 0, "matcher.set_cost_bbox": 0, "matcher.set_cost_giou": 0}, "all three costs are 0"),

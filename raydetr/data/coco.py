@@ -477,24 +477,35 @@ def _use_categories(coco: dict[str, list[dict]], categories: list[dict], path: s
 # ------------------------------------------------------------------------------------------------------------- the batches
 
 
-def collate(batch: list[tuple[torch.Tensor, dict]], pad_to: int = 1) -> tuple[torch.Tensor, torch.Tensor | None, list[dict]]:
+def collate(
+    batch: list[tuple[torch.Tensor, dict]], pad_to: int = 1, share: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, list[dict]]:
     """Pad the images of a batch to the largest height and width, with 0 at the right and the bottom.
 
     Args:
         batch: Images float32 [3, h, w] with their targets, as :class:`CocoImages` returns them.
         pad_to: Height and width of the batch are rounded up to multiples of it.
+        share: Whether to make the batch in shared memory, from where a loading process hands it over without a copy.
 
     Returns:
         The images float32 [B, 3, H, W]; the padding mask bool [B, H, W], True where padded, or None where nothing is; the targets.
     """
     images, targets = zip(*batch, strict=True)
     height, width = (_rounded_up(max(image.shape[axis] for image in images), pad_to) for axis in (1, 2))
-    padded = images[0].new_zeros(len(images), 3, height, width)
-    mask = torch.ones(len(images), height, width, dtype=torch.bool)
+    padded = _full((len(images), 3, height, width), 0, images[0].dtype, share)
+    mask = _full((len(images), height, width), True, torch.bool, share)
     for image, target_image, target_mask in zip(images, padded, mask, strict=True):
         target_image[:, : image.shape[1], : image.shape[2]] = image
         target_mask[: image.shape[1], : image.shape[2]] = False
     return padded, mask if mask.any() else None, list(targets)
+
+
+def _full(shape: tuple[int, ...], value: float, dtype: torch.dtype, share: bool) -> torch.Tensor:
+    if not share:
+        return torch.full(shape, value, dtype=dtype)
+    # As torch's own default_collate does it.
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape).fill_(value)
 
 
 def _rounded_up(side: int, multiple: int) -> int:
@@ -558,7 +569,9 @@ def build_loader(
     return Loader(
         dataset,
         batch_sampler=batches,
-        collate_fn=functools.partial(collate if fits else collate_arrays, pad_to=pad_to),
+        collate_fn=functools.partial(collate, pad_to=pad_to, share=num_workers > 0)
+        if fits
+        else functools.partial(collate_arrays, pad_to=pad_to),
         num_workers=num_workers,
         prefetch_factor=PREFETCH if num_workers else None,
         persistent_workers=num_workers > 0,
@@ -576,6 +589,16 @@ def largest_batch(dataset: CocoImages, batch_size: int, pad_to: int = 1) -> int:
         batch_size: Images per batch.
         pad_to: Number of pixels that the sides of a batch are a multiple of.
     """
+    return batch_size * largest_side(dataset, pad_to) ** 2 * (3 * torch.float32.itemsize + torch.bool.itemsize)
+
+
+def largest_side(dataset: CocoImages, pad_to: int = 1) -> int:
+    """Return an upper bound for the height and width of a batch in pixels; an upright image can be padded beside a wide one.
+
+    Args:
+        dataset: The images, whose annotated sizes and transforms bound those of the batch.
+        pad_to: Number of pixels that the sides of a batch are a multiple of.
+    """
     from torchvision.transforms import v2
 
     from raydetr.data.transforms import RandomSizeCrop, ResizeShortSide  # torchvision, see _pack
@@ -589,9 +612,7 @@ def largest_batch(dataset: CocoImages, batch_size: int, pad_to: int = 1) -> int:
             elif isinstance(each, ResizeShortSide):
                 limit = math.inf if each.max_size is None else each.max_size + aspect  # rounding can exceed it, see resized_size
                 longest = min(limit, max(each.sizes) * aspect)
-    # An upright image can be padded beside a wide one: the square of the longest side.
-    longest = _rounded_up(math.ceil(longest), pad_to)
-    return int(batch_size * longest**2 * (3 * torch.float32.itemsize + torch.bool.itemsize))
+    return _rounded_up(math.ceil(longest), pad_to)
 
 
 def _batches_of_one_size(dataset: CocoImages, batch_size: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from raydetr.config import Config, load_config, to_dict
+from raydetr.config import Config, asked_batch_size, load_config, to_dict
 from raydetr.errors import UserError
 
 _MARK = ".raydetr-demo"
@@ -52,7 +52,7 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: i
     from raydetr.data.check.check import check
 
     config = load_config({"model.preset": "detr_tiny", "data.path": str(coco), "run.storage": str(runs), "run.name": "balloons"})
-    batch_size = max(1, config.optim.batch_size // workers)  # the same number of images in a step for any number of workers
+    batch_size = max(1, asked_batch_size(config) // workers)  # the same number of images in a step for any number of workers
     config = load_config(
         to_dict(config), {"optim.epochs": epochs, "optim.batch_size": batch_size, "run.workers": workers, "run.seed": seed}
     )

@@ -9,15 +9,17 @@ object of that size, or no object at all) is None here, where pycocotools report
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import hotcoco
 import numpy as np
 
 from raydetr.errors import UserError
 from raydetr.evaluate.matches import AREAS, IOUS, AnnotatedBoxes, Boxes, DetectedBoxes, Matches, coco_eval, match
 from raydetr.memory import without_collections
 from raydetr.values import is_finite
+
+if TYPE_CHECKING:
+    import hotcoco
 
 # In the order of pycocotools' ``stats`` and of the official log's ``test_coco_eval_bbox``: what is averaged (precision or recall), the
 # IoU threshold (None: all ten), the size of the objects, and the number of detections that count per image and category.
@@ -56,7 +58,7 @@ class Evaluation:
     category_ids: list
     objects: AnnotatedBoxes
     detections: DetectedBoxes
-    numbers: hotcoco.COCOeval
+    numbers: "hotcoco.COCOeval"
 
     @property
     def accumulated(self) -> dict[str, np.ndarray]:

@@ -5,10 +5,12 @@ overlap an object enough to match it. All others are unmatched in any case.
 """
 
 import dataclasses
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-import hotcoco
 import numpy as np
+
+if TYPE_CHECKING:  # loaded late: a run needs it at the end of its first epoch
+    import hotcoco
 
 IOUS = np.linspace(0.5, 0.95, 10)  # COCO's IoU thresholds
 AREAS = {"all": (0.0, 1e10), "small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, 1e10)}  # in square pixels
@@ -83,7 +85,7 @@ class Matches:
     objects: np.ndarray
 
 
-def coco_eval(objects: AnnotatedBoxes, detections: DetectedBoxes, images: int, categories: int) -> hotcoco.COCOeval:
+def coco_eval(objects: AnnotatedBoxes, detections: DetectedBoxes, images: int, categories: int) -> "hotcoco.COCOeval":
     """Match detections with objects by hotcoco. Precision and recall are not accumulated yet.
 
     Args:
@@ -95,6 +97,8 @@ def coco_eval(objects: AnnotatedBoxes, detections: DetectedBoxes, images: int, c
     Returns:
         hotcoco's evaluation. Its ids of images, categories, objects and detections are their positions, counted from 1.
     """
+    import hotcoco
+
     truth = hotcoco.COCO.from_arrays(
         [{"id": number} for number in range(1, images + 1)],
         [{"id": number, "name": str(number)} for number in range(1, categories + 1)],

@@ -5,11 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
 
 from raydetr.data.cache import DecodedImages
+
+
+def assigned_cores() -> int:
+    """Return the number of CPUs that Ray has assigned to this worker or trial."""
+    return max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
 
 
 class TrainReporter:
@@ -32,6 +38,7 @@ class TrainReporter:
             # Ray has made this device current. The local rank may be another one's number: Ray sorts the ids in CUDA_VISIBLE_DEVICES as
             # text, "10" before "2".
             self.local_rank = ray.train.torch.get_device().index
+        self.cores = assigned_cores()
         self.searched, self.images = searched, images
         self._mailbox = mailbox
         self._last_step = 0.0

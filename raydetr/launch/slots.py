@@ -102,6 +102,11 @@ def _check_gpus(config: settings.Config, demands: Demands, gpus: list[float]) ->
         raise UserError(
             f"a fraction of a GPU ({demands.gpus}) is for trials of one worker; NCCL wants a whole one for each of {demands.workers}"
         )
+    if gpus and demands.gpus < 1 and isinstance(config.optim.batch_size, str):
+        raise UserError(
+            f"optim.batch_size {config.optim.batch_size}: a trial cannot tell how much memory the others on its GPU will take; give a "
+            "number, or whole GPUs (--gpus-per-trial 1)"
+        )
     if gpus and demands.gpus > max(gpus):
         raise UserError(f"--gpus-per-trial {demands.gpus}: no machine has more than {max(gpus):g} GPUs")
 

@@ -15,7 +15,7 @@ import ray
 import ray.exceptions
 import ray.train
 import torch
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from raydetr import config as settings
 from raydetr.data.check.check import check
@@ -48,6 +48,9 @@ SHOW_INTERVAL_S = 0.5  # between two requests for the events that the workers po
 # of 2 s, every epoch of a small data set would take that long.
 POLL_INTERVAL_S = 0.5
 RESIZE_INTERVAL_S = 20.0  # between two checks for nodes that a run of MIN:MAX workers could use
+# How long a worker waits for the others in a collective operation (NCCL's and Gloo's time-out): while rank 0 evaluates the detections of
+# all workers and saves, the others wait.
+WORKERS_TIMEOUT_S = 1800
 RESIZE_TIMEOUT_S = 10.0  # how long such a run waits for slots that Ray reported; Ray notices late that a node is lost
 TWICE = "the same error twice without a finished epoch in between, so it is not retried again"
 OUT_OF_MEMORY = (
@@ -71,6 +74,7 @@ RESUMABLE = {
     "run.workers",
     "speed.device",
     "speed.compile",
+    "speed.graphs",
 } - {"run.storage"}
 
 
@@ -324,11 +328,17 @@ def _run(config: settings.Config, least: int, received: Received) -> dict[str, A
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"config": config, "mailbox": mailbox},
+            torch_config=torch_config(),
             scaling_config=scaling,
             run_config=ray_run_config(config),
         )
         with Display() as display, showing(mailbox, display.show):
             return fit_with_retries(trainer, mailbox, config)
+
+
+def torch_config() -> TorchConfig:
+    """Return how the workers of a run are connected: by NCCL if they have GPUs, by Gloo if not."""
+    return TorchConfig(timeout_s=WORKERS_TIMEOUT_S)
 
 
 def ray_run_config(config: settings.Config, callbacks: list | None = None) -> ray.train.RunConfig:

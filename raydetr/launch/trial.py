@@ -16,8 +16,9 @@ from raydetr import config as settings
 from raydetr.data.cache import DecodedImages
 from raydetr.errors import DiskFull, UserError
 from raydetr.launch.mailbox import Mailbox
+from raydetr.launch.reporter import assigned_cores
 from raydetr.launch.slots import Slots
-from raydetr.launch.train import fit_with_retries, is_repeatable, ray_run_config, train_worker
+from raydetr.launch.train import fit_with_retries, is_repeatable, ray_run_config, torch_config, train_worker
 from raydetr.memory import without_collections
 from raydetr.text import one_line
 
@@ -37,6 +38,7 @@ class TuneReporter:
 
     def __init__(self, metric: str, searched: Mapping[str, tuple | list], images: DecodedImages | None = None):
         self.metric, self.searched, self.images = metric, searched, images
+        self.cores = assigned_cores()
 
     def checkpoint(self) -> None:
         """Return None: a trial resumes from the ``last.pth`` of its run folder."""
@@ -131,6 +133,7 @@ def fit_with_workers(config: settings.Config, slots: Slots, searched: dict[str, 
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"config": config, "mailbox": mailbox, "searched": searched, "images": list(images)},
+        torch_config=torch_config(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=int(config.run.workers),
             use_gpu=slots.gpus > 0,

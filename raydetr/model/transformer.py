@@ -77,7 +77,7 @@ class Attention(nn.Module):
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, attend: Tensor | None) -> Tensor:
         rate = self.dropout.rate if self.training else 0.0
-        if rate == 0 or not q.is_cpu:
+        if rate == 0 or not q.is_cpu or torch.compiler.is_compiling():
             return F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=rate)
         # No fused kernel on the CPU has drop-out, so attention is written out and uses our cheap drop-out. The attention weights, whose
         # size is quadratic in the cells, are recomputed in the backward pass instead of saved.

@@ -55,6 +55,8 @@ from raydetr.predict.score import trained_with
 from raydetr.predict.tiles import Tiles, View, is_whole, merge_boxes
 from raydetr.training.console import PLAIN_INTERVAL_S
 from raydetr.training.engine import choose_device, choose_dtype
+from raydetr.training.reporter import usable_cores
+from raydetr.training.run import loading_processes
 from raydetr.weights.fitting import load
 
 LETTERS = 1 / 70  # height of the letters as a fraction of the image's longest side
@@ -322,7 +324,7 @@ def detect(
     on_gpu = target_device.type == "cuda"
     model.to(target_device).eval()
     # On a CPU the network uses every core, and loading processes would take them away.
-    workers = config.data.num_workers if on_gpu else 0
+    workers = loading_processes(config.data, target_device, usable_cores()) if on_gpu else 0
     dataset = InputImages(inputs, read, val_transforms(config.data), tiles)
     collated = partial(_collate, batch_size=batch_size)
     loader = DataLoader(dataset, batch_size, collate_fn=collated, num_workers=workers, pin_memory=on_gpu)

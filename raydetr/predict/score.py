@@ -23,7 +23,8 @@ from raydetr.predict.box_formats import box_format_notes
 from raydetr.predict.categories import find_categories
 from raydetr.text import shortlist
 from raydetr.training.engine import choose_device, choose_dtype, evaluate
-from raydetr.training.run import val_batch_size
+from raydetr.training.reporter import usable_cores
+from raydetr.training.run import loading_processes, val_batch_size
 from raydetr.weights.checkpoint import read_checkpoint
 from raydetr.weights.fitting import load
 from raydetr.weights.official import located
@@ -134,7 +135,8 @@ def detect_with(
     """
     found, notes = found_categories(model, dataset, name)
     data = config.data
-    loading = {"num_workers": data.num_workers, "device": device, "timeout_s": data.batch_timeout_s}
+    processes = loading_processes(data, device, usable_cores())
+    loading = {"num_workers": processes, "device": device, "timeout_s": data.batch_timeout_s}
     loader = build_loader(dataset, val_batch_size(config, device), rank=0, world_size=1, shuffle=False, **loading)
     criterion = build_criterion(len(model.categories), aux_loss=False)
     _, detections = evaluate(network, criterion, _without_truth(loader), device, choose_dtype(config.speed, device))

@@ -14,11 +14,11 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+if TYPE_CHECKING:  # loaded late: a worker whose reporter shows nothing does not need rich
+    from rich.console import Console
+    from rich.progress import Progress
 
 from raydetr.text import count
 
@@ -45,7 +45,9 @@ class Display:
         console: Where to show events; default: the standard output.
     """
 
-    def __init__(self, console: Console | None = None):
+    def __init__(self, console: "Console | None" = None):
+        from rich.console import Console
+
         self.console = console or Console(highlight=False)
         self._progress: Progress | None = None
         self._epochs = self._steps = self._done = 0
@@ -108,6 +110,8 @@ class Display:
         self._began = self._last_line = time.monotonic()
         if not self.console.is_terminal:
             return
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
         columns = [TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.fields[numbers]}")]
         columns += [TimeRemainingColumn(compact=True), TextColumn("left")]
         self._progress = Progress(*columns, console=self.console, transient=True, speed_estimate_period=600, expand=True)
@@ -132,6 +136,8 @@ class Display:
         metrics, took = event["metrics"], clock(event["seconds"])
         numbers, speed = [_number(metrics[name]) for _, name in COLUMNS], f"{metrics['images_per_second']:.1f}"
         if self.console.is_terminal:
+            from rich.table import Table
+
             table = Table("epoch", *(heading for heading, _ in COLUMNS), "images/s", "time", box=None, pad_edge=False, padding=(0, 3, 0, 0))
             table.add_row(f"{event['epoch']}/{self._epochs}{' *' if event['best'] else ''}", *numbers, speed, took)
             self.console.print(table)

@@ -22,6 +22,7 @@ from raydetr.loss.criterion import Criterion
 from raydetr.loss.matcher import NonFiniteCost
 from raydetr.model.detr import DETR, postprocess
 from raydetr.text import shortlist
+from raydetr.training.graphs import GraphedNetwork
 from raydetr.training.schedule import MovingAverage
 
 # Reading a loss makes the host wait for the device. On a GPU the host reads the losses of many steps at once and stays ahead of it.
@@ -47,6 +48,7 @@ class Training:
     accumulate: int = 1  # batches per optimizer step
     clip_max_norm: float = 0.0  # 0 turns clipping off
     step: int = 0  # optimizer steps taken so far, over all epochs
+    graphs: GraphedNetwork | None = None  # calls the model by CUDA graphs
 
     @property
     def detr(self) -> DETR:
@@ -191,7 +193,7 @@ def take_step(training: Training, batches: list[Batch]) -> StepRecord:
     for number, (images, mask, _) in enumerate(batches):
         last = number == len(batches) - 1  # only this backward pass averages the gradients over the workers
         with contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
-            outputs = _forward(model, images, mask, training.device, training.dtype)
+            outputs = _forward(training.graphs or model, images, mask, training.device, training.dtype)
             losses = _losses(training.criterion, outputs, targets[number], normalizers)
             training.scaler.scale(losses["loss"]).backward()
         values.append(torch.stack([losses[name].detach() for name in names[:-1]]))
@@ -200,7 +202,7 @@ def take_step(training: Training, batches: list[Batch]) -> StepRecord:
     learning_rates = [float(each) for each in training.scheduler.get_last_lr()]
     training.scaler.step(training.optimizer)
     training.scaler.update()
-    training.optimizer.zero_grad()
+    training.optimizer.zero_grad(set_to_none=training.graphs is None)
     training.scheduler.step()
     if training.average:
         training.average.update()
@@ -306,12 +308,16 @@ def _boxes_and_labels(target: dict[str, Tensor], device: torch.device) -> dict[s
     return {name: target[name].to(device, non_blocking=True) for name in ("boxes", "labels")}
 
 
-def _forward(model: nn.Module, images: Tensor, mask: Tensor | None, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _forward(
+    model: nn.Module | GraphedNetwork, images: Tensor, mask: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     images = images.to(device, non_blocking=True)
     mask = None if mask is None else mask.to(device, non_blocking=True)
     if images.dtype == torch.uint8:
         images = normalize(images, mask)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    # A graph must not use weights that were converted outside of it.
+    cached = not isinstance(model, GraphedNetwork)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=cached):
         return model(images, mask)
 
 

@@ -19,6 +19,11 @@ OUT_OF_MEMORY = re.compile(
 )
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether an error of PyTorch says that the GPU's memory does not suffice."""
+    return isinstance(error, torch.OutOfMemoryError) or OUT_OF_MEMORY.search(str(error)) is not None
+
+
 class BestEffort:
     """Runs the parts that a training can do without, such as pictures, TensorBoard events, log.txt and the terminal.
 
@@ -68,9 +73,9 @@ def failures_explained(folder: Path) -> Iterator[None]:
         said = one_line(str(error).split("\n\n")[0])  # advice on debugging the compiler follows
         raise UserError(f"speed.compile: torch.compile fails here, --speed.compile off trains without ({said})") from error
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not OUT_OF_MEMORY.search(str(error)):
+        if not is_out_of_memory(error):
             raise
         raise UserError(
-            "the GPU's memory does not suffice: lower optim.batch_size (optim.accumulate makes up for it), data.max_size and "
-            f"data.train_sizes, or use speed.precision bf16 ({one_line(str(error).splitlines()[0])})"
+            "the GPU's memory does not suffice: lower optim.batch_size (optim.accumulate makes up for it; auto:N sets both), data.max_size "
+            f"and data.train_sizes, or use speed.precision bf16 ({one_line(str(error).splitlines()[0])})"
         ) from error

@@ -11,6 +11,11 @@ from raydetr.data.cache import DecodedImages
 from raydetr.training.console import Display
 
 
+def usable_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Reporter(Protocol):
     """The connection between :func:`raydetr.training.fit.fit` and a plain process, a Ray Train worker or a trial of a search.
 
@@ -30,6 +35,11 @@ class Reporter(Protocol):
     @property
     def local_rank(self) -> int:
         """Index of this worker among those of its node."""
+        ...
+
+    @property
+    def cores(self) -> int:
+        """Number of CPU cores that this worker may use."""
         ...
 
     @property
@@ -79,6 +89,7 @@ class LocalReporter:
         together = dist.is_available() and dist.is_initialized()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+        self.cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         self._checkpoint = checkpoint
         self._display = display or Display()
 

@@ -5,25 +5,28 @@ import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from raydetr.config import Config, Optim
+from raydetr.config import Config, Data, Optim, asked_batch_size
 from raydetr.data.cache import DecodedImages, cache_limit
 from raydetr.data.coco import CocoImages, build_loader, find_split
 from raydetr.data.fingerprint import data_fingerprint
 from raydetr.data.transforms import train_transforms, val_transforms
 from raydetr.errors import UserError
 from raydetr.loss.criterion import build_criterion
-from raydetr.model.backbone import Backbone
+from raydetr.model.backbone import Bottleneck, TinyBlock
 from raydetr.model.detr import DETR
+from raydetr.model.transformer import DecoderLayer, EncoderLayer
 from raydetr.storage import working_folder
+from raydetr.training.batch_size import with_batch_size
 from raydetr.training.engine import Training, choose_dtype
 from raydetr.training.failures import BestEffort
+from raydetr.training.graphs import GraphedNetwork
 from raydetr.training.random_state import seed_everything, set_random_state
 from raydetr.training.reporter import Reporter
 from raydetr.training.resume import check_same_data, check_same_network, read_resumable
@@ -31,8 +34,11 @@ from raydetr.training.schedule import MovingAverage, build_optimizer, build_sche
 from raydetr.weights.fitting import load_weights
 
 GPU_VAL_BATCH_SIZE = 8
+# A GPU takes more images than two processes decode. On a CPU the network uses the cores.
+GPU_LOADING_PROCESSES, CPU_LOADING_PROCESSES = 8, 2
 # Multi-scale training has nearly as many shapes as batches. On a GPU libraries plan, and the allocator reserves, for each of them.
 GPU_PAD_TO = 64
+MOST_COMPILED = 1024  # shapes and variants of a block: with sides rounded up to 64 a block of a ResNet comes in hundreds
 
 
 @dataclasses.dataclass
@@ -125,14 +131,19 @@ def build_run(config: Config, reporter: Reporter, root: str, device: torch.devic
         UserError: The data, the weights or the checkpoint cannot be used, or the checkpoint is of another network or of other data.
     """
     content = read_resumable(start, root) if start else None
-    seed_everything(config.run.seed)  # every worker initializes the same network
     train_set, val_set = _data_sets(config, reporter, device, content)
+    categories = train_set.categories
+
+    def build() -> Training:
+        return _training(config, 1, DETR(config.model, len(categories)).to(device), len(categories), steps_per_epoch=1, content=None)
+
+    config, notes = with_batch_size(config, device, content and content["settings"], build, train_set, pad_to(config, device))
     train, val = _loaders(config, reporter, device, train_set, val_set)
     data = {"train": data_fingerprint(train_set.coco), "val": data_fingerprint(val_set.coco)}
     if start and content:
         check_same_network(config, content, start)
         check_same_data(data, content, root)
-    categories = train_set.categories
+    seed_everything(config.run.seed)  # every worker initializes the same network
     model = DETR(config.model, len(categories))
     if content:
         message = f"resuming after epoch {content['epoch']} from {start}"
@@ -140,12 +151,12 @@ def build_run(config: Config, reporter: Reporter, root: str, device: torch.devic
     else:
         message = load_weights(model, config.model.weights, categories)
     steps_per_epoch = math.ceil(len(train) / config.optim.accumulate)
-    training = _training(config, reporter, model.to(device), len(categories), steps_per_epoch, content)
+    training = _training(config, reporter.world_size, model.to(device), len(categories), steps_per_epoch, content)
     progress = Progress(**content["progress"]) if content else Progress()
     _restore_random_state(config, reporter.rank, progress.epoch, device, content)
     metrics = content["metrics"] if content else {}
     run = Run(config, reporter, root, train_set, val_set, train, val, training, progress, data, best_effort, metrics)
-    for text in (*train_set.warnings, *val_set.warnings, message):
+    for text in (*train_set.warnings, *val_set.warnings, *notes, message):
         run.show({"kind": "message", "text": text})
     return run
 
@@ -162,11 +173,12 @@ def _data_sets(config: Config, reporter: Reporter, device: torch.device, content
 
 def _loaders(config: Config, reporter: Reporter, device: torch.device, train: CocoImages, val: CocoImages) -> tuple[DataLoader, DataLoader]:
     data = config.data
-    common = {"num_workers": data.num_workers, "seed": config.run.seed, "device": device, "timeout_s": data.batch_timeout_s}
+    processes = loading_processes(data, device, reporter.cores)
+    common = {"num_workers": processes, "seed": config.run.seed, "device": device, "timeout_s": data.batch_timeout_s}
     share = {"rank": reporter.rank, "world_size": reporter.world_size}
     return (
         build_loader(
-            train, config.optim.batch_size, **share, shuffle=True, group_sizes=data.group_sizes, pad_to=pad_to(config, device), **common
+            train, asked_batch_size(config), **share, shuffle=True, group_sizes=data.group_sizes, pad_to=pad_to(config, device), **common
         ),
         build_loader(val, val_batch_size(config, device), **share, **common),
     )
@@ -182,7 +194,22 @@ def val_batch_size(config: Config, device: torch.device) -> int:
         config: The settings.
         device: Where the model is.
     """
-    return config.data.val_batch_size or (GPU_VAL_BATCH_SIZE if device.type == "cuda" else config.optim.batch_size)
+    return config.data.val_batch_size or (GPU_VAL_BATCH_SIZE if device.type == "cuda" else asked_batch_size(config))
+
+
+def loading_processes(data: Data, device: torch.device, cores: int) -> int:
+    """Return the number of processes that load images for a worker.
+
+    It is ``data.num_workers`` if that is set, else the worker's cores (at most 8) on a GPU and 2 on a CPU.
+
+    Args:
+        data: The settings ``data.*``.
+        device: Where the model is.
+        cores: CPU cores that the worker may use.
+    """
+    if data.num_workers is not None:
+        return data.num_workers
+    return min(cores, GPU_LOADING_PROCESSES) if device.type == "cuda" else CPU_LOADING_PROCESSES
 
 
 def pad_to(config: Config, device: torch.device) -> int:
@@ -198,13 +225,12 @@ def pad_to(config: Config, device: torch.device) -> int:
 
 
 def _training(
-    config: Config, reporter: Reporter, model: DETR, num_classes: int, steps_per_epoch: int, content: dict[str, Any] | None
+    config: Config, world_size: int, model: DETR, num_classes: int, steps_per_epoch: int, content: dict[str, Any] | None
 ) -> Training:
     optim, device = config.optim, next(model.parameters()).device
     dtype = choose_dtype(config.speed, device)
     if config.speed.compile == "on":
-        # In place, so that the names in checkpoints stay. Compiled once for all sizes of batches.
-        cast(Backbone, model.backbone[0]).body.compile(dynamic=True)
+        compile_blocks(model, dynamic=pad_to(config, device) == 1)
     losses = dataclasses.asdict(config.loss) | dataclasses.asdict(config.matcher)
     criterion = build_criterion(num_classes, aux_loss=config.model.aux_loss, dec_layers=config.model.dec_layers, **losses)
     optimizer = build_optimizer(model, optim)
@@ -221,8 +247,48 @@ def _training(
             average.module.load_state_dict(content["ema"] or content["model"])
             average.updates = content["ema_updates"]
     scheduler = build_scheduler(optimizer, optim, steps_per_epoch, epoch * steps_per_epoch)
-    trained = _distributed(model, device) if reporter.world_size > 1 else model
-    return Training(trained, criterion, optimizer, scheduler, scaler, average, device, dtype, optim.accumulate, optim.clip_max_norm, step)
+    graphs = _graphed(model, device, world_size) if config.speed.graphs else None
+    trained = _distributed(model, device) if world_size > 1 else model
+    return Training(
+        trained,
+        criterion,
+        optimizer,
+        scheduler,
+        scaler,
+        average,
+        device,
+        dtype,
+        accumulate=optim.accumulate,
+        clip_max_norm=optim.clip_max_norm,
+        step=step,
+        graphs=graphs,
+    )
+
+
+def compile_blocks(network: nn.Module, dynamic: bool) -> None:
+    """Compile the blocks that a network repeats, in place: the names in checkpoints stay.
+
+    Equal blocks share what is compiled, which takes a fraction of the time that the whole network would.
+
+    Args:
+        network: The network, or a part of it.
+        dynamic: Whether to compile once for batches of all shapes, instead of once for each shape.
+    """
+    import torch._dynamo.config  # which torch itself loads late
+
+    # Otherwise PyTorch stops to compile after eight shapes and variants of a block.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MOST_COMPILED
+    for block in network.modules():
+        if isinstance(block, (Bottleneck, TinyBlock, EncoderLayer, DecoderLayer)):
+            block.compile(dynamic=dynamic)
+
+
+def _graphed(model: DETR, device: torch.device, world_size: int) -> GraphedNetwork:
+    if device.type != "cuda":
+        raise UserError("speed.graphs: a CPU has no CUDA graphs; leave it off there")
+    if world_size > 1:
+        raise UserError("speed.graphs: works with one worker only; leave it off, or give --workers 1")
+    return GraphedNetwork(model)
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, optim: Optim) -> None:

@@ -1,20 +1,25 @@
+import contextlib
+import functools
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 from benchmarks import gpu
+from tests.recorded_graphs import record_with_stand_in
 
 # Packages that a machine with a GPU may lack.
 ABSENT = (
     "ray",
     "optuna",
     "cmaes",
-    "hotcoco",
-    "pycocotools",
+    "hotcoco",  # pycocotools serves instead
     "rich",
     "tensorboard",
     "pyarrow",
@@ -53,17 +58,58 @@ def test_all_sections_that_need_no_gpu_run(in_this_process, monkeypatch, tmp_pat
 
 
 @pytest.mark.slow
+def test_sections_for_a_gpu_do_not_rot(in_this_process, monkeypatch, tmp_path):
+    """They run on the CPU, with stand-ins for what only CUDA has and for the compiler, which takes minutes."""
+    small = functools.partial(transformers.DetrConfig, encoder_layers=1, decoder_layers=1)
+    monkeypatch.setattr(transformers, "DetrConfig", small)
+    compiled, modes = [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append(type(module).__name__))
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    recorder = record_with_stand_in(monkeypatch)
+    monkeypatch.setattr(gpu.subprocess, "Popen", lambda command, **_: SimpleNamespace(communicate=lambda: (in_process(command), None)))
+
+    def in_process(command):
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            gpu.run_section(command[command.index("--section") + 1], tmp_path, "--quick" in command)
+        return output.getvalue()
+
+    names = [name for name, section in gpu.SECTIONS.items() if section.gpu]
+    assert names == ["waits", "out_of_memory", "compiled", "variants", "shared"]
+    numbers = {}
+    for name in names:
+        gpu.run_section(name, tmp_path, True)
+        numbers |= json.loads((tmp_path / f"{name}.json").read_text())
+    assert modes == ["warn", "default"]
+    assert numbers["waits beside the matching's"] == "none"
+    assert numbers["message"] == "none: the memory sufficed"
+    assert {"DetrModel", "Bottleneck", "EncoderLayer", "DecoderLayer"} <= set(compiled)
+    assert recorder.replayed
+    for name in ("peer step, compiled", "variant graphs", "variant cudnn.benchmark", "variant compiled"):
+        assert numbers[f"{name}, batch 1, ms"] > 0
+    assert numbers["processes 2, steps per second together"] > 0
+
+
+@pytest.mark.slow
 def test_torch_alone_is_enough(tmp_path):
-    """Sections that need more say what, and nothing else imports it."""
+    """Sections that need more say what, and nothing else imports it; whole runs train, and are evaluated by pycocotools."""
     code = f"import sys; sys.modules.update(dict.fromkeys({ABSENT})); from benchmarks import gpu; "
     code += "gpu.run_in_process = lambda name, out, quick, limit_s: gpu.run_section(name, out, quick) or ''; "
     code += "[gpu.SECTIONS.pop(name) for name in ('oracle', 'profile', 'shapes')]; gpu.main()"
     command = [sys.executable, "-c", code, "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    problems = json.loads((tmp_path / "gpu.json").read_text())["problems"]
-    assert problems["peer"] == "needs transformers"
-    assert problems["runs"] == "needs hotcoco, rich, tensorboard, pyarrow, filelock"
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["problems"]["peer"] == "needs transformers"
+    assert "runs" not in report["problems"]
+    assert report["numbers"]["run whole, AP"] >= 0
+    assert report["numbers"]["resumed against straight, largest difference of a weight"] == 0
+
+
+def test_without_an_evaluator_whole_runs_say_what_they_need(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
+    assert gpu.missing(gpu.SECTIONS["runs"]) == ""
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    assert gpu.missing(gpu.SECTIONS["runs"]) == "needs hotcoco or pycocotools"
 
 
 def test_a_section_that_fails_costs_only_itself(monkeypatch, tmp_path):

@@ -723,6 +723,23 @@ def test_the_sides_of_a_batch_are_rounded_up(pad_to):
     assert not padded[mask[:, None].expand_as(padded)].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_loading_process_makes_its_batches_where_it_hands_them_over(dtype):
+    batch = [((200 * torch.rand(3, height, 5)).to(dtype), {"labels": torch.tensor([1])}) for height in (4, 6)]
+    plain, shared = collate(batch, 4), collate(batch, 4, share=True)
+    for name, one, other in zip(("images", "mask"), plain, shared, strict=False):
+        assert (one.is_shared(), other.is_shared()) == (False, True), name
+        assert other.dtype == one.dtype
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize(("num_workers", "fits", "share"), [(0, True, False), (1, True, True), (1, False, None)])
+def test_batches_are_shared_by_loading_processes_where_there_is_room(coco_folder, monkeypatch, num_workers, fits, share):
+    monkeypatch.setattr("raydetr.data.coco.fits_shared_memory", lambda needed: fits)
+    loader = build_loader(dataset(coco_folder(train=2), "train"), 2, num_workers=num_workers)
+    assert loader.collate_fn.keywords.get("share") is share
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_loader_rounds_sides_up(coco_folder, num_workers):
     train = dataset(coco_folder(train=2, size=(96, 64)), "train")

@@ -18,6 +18,7 @@ def test_the_device_of_a_worker_is_the_one_that_ray_made_current(monkeypatch, lo
     context = SimpleNamespace(get_world_rank=lambda: local_rank, get_world_size=lambda: 12, get_local_rank=lambda: local_rank)
     monkeypatch.setattr(reporter.ray.train, "get_context", lambda: context)
     monkeypatch.setattr(reporter.ray.train.torch, "get_device", lambda: device)
+    monkeypatch.setattr(reporter, "assigned_cores", lambda: 1)
     monkeypatch.setattr(reporter.torch.cuda, "is_available", lambda: True)
     given = TrainReporter(mailbox=None).local_rank
     assert os.environ["CUDA_VISIBLE_DEVICES"].split(",")[given] == str(local_rank)

@@ -441,7 +441,7 @@ if __name__ == "__main__":
         dist.destroy_process_group()
 
 
-def test_a_compiled_backbone_learns_the_same_under_the_same_names(coco_folder, monkeypatch):
+def test_compiled_blocks_learn_the_same_under_the_same_names(coco_folder, monkeypatch):
     # All of torch.compile but what the compiler makes of the graph, which takes minutes.
     monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
     known = {"folder": coco_folder(train=4, val=2), "model__dropout": 0.0, "optim__epochs": 1}

@@ -5,8 +5,9 @@ import torch
 
 from raydetr.config import load_config
 from raydetr.data.coco import CocoImages
+from raydetr.training import reporter
 from raydetr.training import run as module
-from raydetr.training.run import Progress, pad_to, val_batch_size
+from raydetr.training.run import Progress, loading_processes, pad_to, val_batch_size
 from tests.training.runs import interrupted, last_of, run, settings
 
 
@@ -25,6 +26,34 @@ def test_progress_counts_epochs_and_finds_the_best():
 def test_batches_of_the_validation_set_have_their_own_size(given, device, expected):
     config = load_config({"optim.batch_size": 3, "data.val_batch_size": given})
     assert val_batch_size(config, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "cores", "expected"),
+    [(None, "cuda", 4, 4), (None, "cuda", 1, 1), (None, "cuda", 32, 8), (None, "cpu", 32, 2), (0, "cuda", 4, 0), (12, "cpu", 4, 12)],
+)
+def test_loading_processes_follow_the_cores_of_a_worker_with_a_gpu(given, device, cores, expected):
+    data = load_config({"data.num_workers": given}).data
+    assert loading_processes(data, torch.device(device), cores) == expected
+
+
+def test_the_cores_of_a_machine_are_shared_by_its_workers(monkeypatch):
+    monkeypatch.setattr(reporter, "usable_cores", lambda: 12)
+    assert reporter.LocalReporter().cores == 12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # which torchrun sets
+    assert reporter.LocalReporter().cores == 3
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "40")
+    assert reporter.LocalReporter().cores == 1
+
+
+def test_a_run_loads_with_that_many_processes(monkeypatch, coco_folder):
+    config = settings(coco_folder(), "run", data__num_workers=None)
+    images = module._data_sets(config, SimpleNamespace(world_size=1, images=None), torch.device("cpu"), None)
+    here = SimpleNamespace(rank=0, world_size=1, cores=3)
+    monkeypatch.setattr(module, "pad_to", lambda config, device: 1)
+    for device, expected in (("cpu", 2), ("cuda", 3)):
+        loaders = module._loaders(config, here, torch.device(device), *images)
+        assert [loader.num_workers for loader in loaders] == [expected] * 2
 
 
 @pytest.mark.parametrize(("given", "device", "expected"), [(None, "cpu", 1), (None, "cuda", 64), (32, "cpu", 32), (1, "cuda", 1)])
