@@ -1,7 +1,7 @@
-"""The official DETR's transforms of an image and its boxes, on tensors.
+"""The official DETR's transforms of an image, its boxes and its masks, on tensors.
 
 All of them take and return ``image, boxes``: a ``tv_tensors.Image`` uint8 [3, height, width] and ``tv_tensors.BoundingBoxes`` XYXY in
-pixels [n, 4]. Images stay uint8 until their last size. Everything random is drawn from torch's CPU generator, which
+pixels [n, 4]; after these ``masks``, a ``tv_tensors.Mask`` uint8 [n, height, width], if there are any. Images stay uint8 until their last size. Everything random is drawn from torch's CPU generator, which
 :func:`drawn_from` sets for one image.
 """
 
@@ -138,7 +138,7 @@ class ResizeShortSide(v2.Transform):
         return {"size": resized_size(height, width, short_side, self.max_size)}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Resize by bilinear interpolation with antialiasing, as Pillow and the official code do."""
+        """Resize by bilinear interpolation with antialiasing, as Pillow and the official code do; masks take the nearest pixel."""
         return functional.resize(inpt, list(params["size"]), antialias=True)
 
 

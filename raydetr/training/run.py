@@ -149,10 +149,19 @@ def build_run(config: Config, reporter: Reporter, root: str, device: torch.devic
 def _data_sets(config: Config, reporter: Reporter, device: torch.device, content: dict[str, Any] | None) -> tuple[CocoImages, CocoImages]:
     data, normalized = config.data, device.type == "cpu"  # a GPU normalizes the bytes itself
     known = content["categories"] if content else None
-    train = CocoImages(find_split(data, "train"), train_transforms(data, normalized), config.run.seed, known)
-    val = CocoImages(find_split(data, "val"), val_transforms(data, normalized), config.run.seed, train.categories)
+    seed, masks = config.run.seed, config.model.masks
+    train = CocoImages(find_split(data, "train"), train_transforms(data, normalized), seed, known, masks)
+    val = CocoImages(find_split(data, "val"), val_transforms(data, normalized), seed, train.categories, masks)
+    for split in (train, val) if masks else ():
+        if not split.has_masks:
+            raise UserError(
+                f"model.masks: {split.split.annotations} has no mask, neither polygons nor RLE; annotate outlines, or set model.masks false"
+            )
     limit = cache_limit(data) // reporter.world_size  # as if all workers were on one node
-    train.images = val.images = reporter.images or DecodedImages(train.files + val.files, limit, train.split.read)
+    rles = train.rles + val.rles if train.rles is not None and val.rles is not None else None
+    images = reporter.images or DecodedImages(train.files + val.files, limit, train.split.read, rles)
+    train.images = val.images = images
+    train.decode_masks = val.decode_masks = images.masks
     return train, val
 
 
@@ -195,7 +204,8 @@ def _training(
         # In place, so that the names in checkpoints stay. Compiled once for all sizes of batches.
         cast(Backbone, model.backbone[0]).body.compile(dynamic=True)
     losses = dataclasses.asdict(config.loss) | dataclasses.asdict(config.matcher)
-    criterion = build_criterion(num_classes, aux_loss=config.model.aux_loss, dec_layers=config.model.dec_layers, **losses)
+    network = {name: getattr(config.model, name) for name in ("aux_loss", "dec_layers", "masks")}
+    criterion = build_criterion(num_classes, **network, **losses)
     optimizer = build_optimizer(model, optim)
     average = MovingAverage(model, optim.ema_decay) if optim.ema_decay else None
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -221,7 +231,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any] | No
         optimizer.load_state_dict(state)
     except ValueError:
         raise UserError(
-            "last.pth trains other parameters than these settings: optim.freeze_backbone and optim.lr_backbone may not change"
+            "last.pth trains other parameters than these settings: optim.freeze_backbone, optim.freeze_detr and optim.lr_backbone may not "
+            "change"
         ) from None
     for group in optimizer.param_groups:
         group["weight_decay"] = optim.weight_decay
