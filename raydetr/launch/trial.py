@@ -46,7 +46,7 @@ class TuneReporter:
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None = None) -> None:
         """Report an epoch's metrics to Ray Tune; raises UserError where the objective is undefined on this data."""
-        if metrics[self.metric] is None:
+        if metrics.get(self.metric) is None:
             raise UserError(f"--metric {self.metric}: the validation set has no object that it counts")
         ray.tune.report(with_node(metrics))
 

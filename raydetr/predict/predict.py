@@ -4,7 +4,8 @@ The output folder contains:
 
 - ``index.html``: the page, which needs only the folders ``pictures/`` (annotated images in full size) and ``thumbnails/``;
 - ``predictions.json``: COCO results, a list of ``image_id``, ``category_id``, ``bbox`` (xywh in pixels, inside the image), and ``score``.
-  It has the prediction of every object query, also those that are too uncertain to be drawn, because average precision needs all;
+  It has the prediction of every object query, also those that are too uncertain to be drawn, because average precision needs all. With
+  masks each has a ``segmentation``, a run-length encoding that pycocotools reads;
 - ``images.json``: a COCO data set without annotations that tells the file of each image id and the name of each category id, so that
   ``COCO("images.json").loadRes("predictions.json")`` works;
 - ``compare/``: the same files for the other checkpoint of a comparison.
@@ -24,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
@@ -36,6 +38,7 @@ from raydetr.config import load_config
 from raydetr.data.categories import match_categories
 from raydetr.data.coco import collate
 from raydetr.data.images import read_image
+from raydetr.data.masks import RLE, decode_masks
 from raydetr.data.transforms import val_transforms
 from raydetr.draw import Box, Colour, category_colours, draw_boxes
 from raydetr.errors import UserError
@@ -48,6 +51,7 @@ from raydetr.predict.inputs import InputImage, find_images
 from raydetr.predict.score import trained_with
 from raydetr.training.console import PLAIN_INTERVAL_S
 from raydetr.training.engine import choose_device, choose_dtype
+from raydetr.training.masks import detected_masks
 from raydetr.weights.fitting import load
 
 LETTERS = 1 / 70  # height of the letters as a fraction of the image's longest side
@@ -68,12 +72,26 @@ class ImagePrediction:
         xyxy: Boxes [Q][4] in pixels, inside the image.
         labels: Labels [Q], positions in the categories.
         scores: Scores [Q].
+        rles: Masks [Q] as run-length encodings of the image's size; None if the network has no masks.
     """
 
     size: tuple[int, int]
     xyxy: list[list[float]]
     labels: list[int]
     scores: list[float]
+    rles: list[RLE] | None = None
+
+    def masks(self, threshold: float) -> np.ndarray | None:
+        """Return the masks of the detections that :meth:`boxes` returns, bool [n, height, width]; None if the network has no masks.
+
+        Args:
+            threshold: Lowest score of a detection that is kept.
+        """
+        if self.rles is None:
+            return None
+        width, height = self.size
+        kept = [rle for rle, score in zip(self.rles, self.scores, strict=True) if score >= threshold]
+        return decode_masks(kept, (height, width))
 
     def boxes(self, categories: list[dict], threshold: float) -> list[Box]:
         """Return the boxes to draw.
@@ -283,24 +301,41 @@ def detect(
             for images, mask, targets in batches:
                 images, mask = (None if each is None else each.to(target_device, non_blocking=True) for each in (images, mask))
                 sizes = torch.stack([target["orig_size"] for target in targets])
-                detections = postprocess(model(images, mask), sizes.to(target_device, non_blocking=True))
+                outputs, rles = _outputs_and_masks(model, images, mask, sizes)
+                detections = postprocess(outputs, sizes.to(target_device, non_blocking=True))
                 on_host = {name: torch.stack([each[name] for each in detections]).cpu() for name in ("scores", "labels", "boxes")}
                 for row, target in enumerate(targets):
-                    prediction = _prediction({name: values[row] for name, values in on_host.items()}, target["orig_size"], checkpoint)
+                    found = {name: values[row] for name, values in on_host.items()}
+                    prediction = _prediction(found, target["orig_size"], checkpoint, rles and rles[row])
                     by_image[inputs[target["index"]].image_id] = prediction
                 advance(len(targets))
             advance(len(broken))
     return by_image, unread
 
 
-def _prediction(detections: dict[str, torch.Tensor], orig_size: torch.Tensor, checkpoint: str | Path) -> ImagePrediction:
+def _outputs_and_masks(
+    model: DETR, images: torch.Tensor, mask: torch.Tensor | None, sizes: torch.Tensor
+) -> tuple[dict[str, Any], list[list[RLE]] | None]:
+    """Return the outputs of a batch of images of one size, and the masks of all queries at ``sizes``; None if the network has none."""
+    if not model.settings["masks"]:
+        return model(images, mask), None
+    outputs, features = model.forward_features(images, mask)
+    padded_size, every = (images.shape[-2], images.shape[-1]), list(range(outputs["pred_logits"].shape[1]))
+    inside = torch.tensor([padded_size] * len(images))
+    return outputs, detected_masks(model.predict_masks, features, [every] * len(images), padded_size, inside, sizes)
+
+
+def _prediction(
+    detections: dict[str, torch.Tensor], orig_size: torch.Tensor, checkpoint: str | Path, rles: list[RLE] | None = None
+) -> ImagePrediction:
     scores, order = detections["scores"].double().sort(descending=True, stable=True)
     boxes_xyxy = detections["boxes"].double()[order]
     if not (scores.isfinite().all() and boxes_xyxy.isfinite().all()):
         raise UserError(f"{checkpoint}: its outputs are not finite numbers; the weights in it are broken")
     height, width = orig_size.tolist()
     boxes_xyxy = boxes_xyxy.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
-    return ImagePrediction((width, height), boxes_xyxy.tolist(), detections["labels"][order].tolist(), scores.tolist())
+    ordered = None if rles is None else [rles[query] for query in order.tolist()]
+    return ImagePrediction((width, height), boxes_xyxy.tolist(), detections["labels"][order].tolist(), scores.tolist(), ordered)
 
 
 def _categories_for(model: DETR, truth: list[dict] | None) -> tuple[list[dict], list[str]]:
@@ -394,10 +429,12 @@ def _write_results(folder: Path, inputs: Sequence[InputImage], column: Predictio
 
 
 def _results(image_id: int, prediction: ImagePrediction, categories: list[dict]) -> Iterator[dict]:
-    for xyxy, label, score in zip(prediction.xyxy, prediction.labels, prediction.scores, strict=True):
+    rles = prediction.rles or [None] * len(prediction.scores)
+    for xyxy, label, score, rle in zip(prediction.xyxy, prediction.labels, prediction.scores, rles, strict=True):
         x0, y0, x1, y1 = (round(corner, 3) for corner in xyxy)
         bbox_xywh = [x0, y0, round(x1 - x0, 3), round(y1 - y0, 3)]
-        yield {"image_id": image_id, "category_id": categories[label]["id"], "bbox": bbox_xywh, "score": round(score, 6)}
+        result = {"image_id": image_id, "category_id": categories[label]["id"], "bbox": bbox_xywh, "score": round(score, 6)}
+        yield result if rle is None else result | {"segmentation": rle}
 
 
 def _write(path: Path, text: str) -> None:

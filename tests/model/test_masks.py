@@ -118,16 +118,16 @@ def tiny_batch(*boxes):
 
 @pytest.mark.parametrize("settings", [{}, {"aux_loss": False}, {"pre_norm": True, "position_embedding": "learned", "enc_layers": 0}])
 def test_lean_losses_and_gradients_are_those_of_all_queries(settings):
-    model = build_model("detr_tiny", 3, masks=True, **settings).double()
+    model = build_model("detr_tiny", 3, masks=True, **settings)
     criterion = build_criterion(3, dec_layers=3, masks=True, mask_loss_coef=2, dice_loss_coef=3, aux_loss=model.aux_loss)
     images, targets = tiny_batch(3, 0, 2)
     results = []
     for lean in (True, False):
         model.zero_grad()
-        losses = losses_of(model, criterion, images.double(), None, targets, lean)
+        losses = losses_of(model, criterion, images, None, targets, lean)
         criterion.weighted_sum(losses).backward()
         results.append((losses, {name: each.grad for name, each in model.named_parameters()}))
-    torch.testing.assert_close(*results, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-3)
     assert not [name for name, grad in results[0][1].items() if grad is None or not grad.isfinite().all()]
 
 
