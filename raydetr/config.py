@@ -85,7 +85,8 @@ class Model:
     preset: str = setting("detr_resnet50", "a named model; sets the settings that define it", choices=list(PRESETS))
     weights: str = setting(
         "coco",
-        "initial weights: coco (official DETR), coco-panoptic (with its segmentation head), imagenet (backbone only), bundled (for detr_tiny), none, a path or a URL",
+        "initial weights: coco (official DETR), coco-panoptic (with its segmentation head), imagenet (backbone only), bundled (for "
+        "detr_tiny), none, a path or a URL",
     )
     backbone: str = setting("resnet50", "convolutional backbone", choices=["resnet50", "resnet101", "tiny"])
     dilation: bool = setting(False, "DC5: dilated convolutions in the last stage of the backbone, for stride 16 instead of 32")

@@ -42,8 +42,8 @@ class DecodedImages:
     ):
         self.read = read
         rles = [[] for _ in files] if rles is None else rles
-        each = zip(files, rles, strict=True)
-        sizes = np.array([3 * width * height + _packed_bytes(of_file, size) for (_, size), of_file in each], dtype=np.int64)
+        masks = [_packed_bytes(of_file, size) for of_file, (_, size) in zip(rles, files, strict=True)]
+        sizes = np.array([3 * width * height for _, (width, height) in files], dtype=np.int64) + np.array(masks, dtype=np.int64)
         ends = np.cumsum(sizes)
         kept = int(np.searchsorted(ends, limit, side="right"))
         self.files, self.rles = list(files[:kept]), list(rles[:kept])

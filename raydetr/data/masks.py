@@ -105,7 +105,8 @@ def _read_rle(value: Mapping[str, Any], size: tuple[int, int]) -> RLE:
         raise UserError(f"segmentation {short(value)} is not an RLE with size [height, width] and counts")
     if tuple(sides) != size:
         raise UserError(
-            f"segmentation: an RLE of {sides[1]} x {sides[0]} pixels in an image of {size[1]} x {size[0]}; encode the mask at the image's size"
+            f"segmentation: an RLE of {sides[1]} x {sides[0]} pixels in an image of {size[1]} x {size[0]}; "
+            "encode the mask at the image's size"
         )
     if isinstance(counts, str):
         counts = _runs(counts)

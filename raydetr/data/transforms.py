@@ -1,8 +1,8 @@
 """The official DETR's transforms of an image, its boxes and its masks, on tensors.
 
 All of them take and return ``image, boxes``: a ``tv_tensors.Image`` uint8 [3, height, width] and ``tv_tensors.BoundingBoxes`` XYXY in
-pixels [n, 4]; after these ``masks``, a ``tv_tensors.Mask`` uint8 [n, height, width], if there are any. Images stay uint8 until their last size. Everything random is drawn from torch's CPU generator, which
-:func:`drawn_from` sets for one image.
+pixels [n, 4]; after these ``masks``, a ``tv_tensors.Mask`` uint8 [n, height, width], if there are any. Images stay uint8 until their last
+size. Everything random is drawn from torch's CPU generator, which :func:`drawn_from` sets for one image.
 """
 
 import contextlib

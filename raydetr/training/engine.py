@@ -221,6 +221,7 @@ class MatchedQueries:
         self.pairs: Matching | None = None
 
     def __call__(self, outputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the positions in the batch of the matched queries' images, and the queries, both int64 [M]."""
         try:
             self.pairs = self._criterion.match(outputs, self._targets)
         except NonFiniteCost:  # the criterion will raise it once more, when the forward pass is complete

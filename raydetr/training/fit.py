@@ -26,12 +26,12 @@ from raydetr.storage import fetch, join, working_folder
 from raydetr.training.console import Display, warn
 from raydetr.training.engine import Detections, choose_device, evaluate, gathered, train_one_epoch
 from raydetr.training.failures import BestEffort, failures_explained
+from raydetr.training.metrics import MASK_METRICS, losses_in
 from raydetr.training.random_state import get_random_state
 from raydetr.training.recorder import EpochResults, NoRecorder, Recorder, open_recorder
 from raydetr.training.reporter import LocalReporter, Reporter
 from raydetr.training.resume import BEST, LAST, find_checkpoint
 from raydetr.training.run import Progress, Run, build_run
-from raydetr.training.metrics import MASK_METRICS, losses_in
 from raydetr.training.tracking import read_history
 
 

@@ -10,9 +10,9 @@ MASK_LOSSES = ("loss_mask", "loss_dice")  # with model.masks only
 MASK_METRICS = {f"segm_{name}": name for name in METRICS}  # the twelve numbers of masks, with model.masks only, and those of boxes
 REPORTED = (
     *METRICS,
-    *MASK_METRICS,
     "AP_low",  # the ends of its 95 % interval over the validation images
     "AP_high",
+    *MASK_METRICS,
     *(f"train_{name}" for name in (*LOSSES, *MASK_LOSSES, "grad_norm")),
     *(f"val_{name}" for name in (*LOSSES, *MASK_LOSSES)),
     "best_AP",

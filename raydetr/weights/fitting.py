@@ -13,7 +13,7 @@ from raydetr import config
 from raydetr.data.categories import match_categories
 from raydetr.errors import UserError
 from raydetr.model.backbone import RESNET_BLOCKS
-from raydetr.model.detr import MASK_PARTS, DETR, build_model
+from raydetr.model.detr import DETR, MASK_PARTS, build_model
 from raydetr.weights.checkpoint import read_checkpoint
 from raydetr.weights.official import (
     BODY,

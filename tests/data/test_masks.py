@@ -22,7 +22,9 @@ SQUARE = [10, 5, 20, 5, 20, 15, 10, 15]
 def random_polygons(seed):
     random = np.random.default_rng(seed)
     height, width = (int(side) for side in random.integers(1, 60, 2))
-    polygons = [(random.normal(0.5, 0.5, (random.integers(3, 8), 2)) * [width, height]).ravel().tolist() for _ in range(random.integers(1, 3))]
+    polygons = [
+        (random.normal(0.5, 0.5, (random.integers(3, 8), 2)) * [width, height]).ravel().tolist() for _ in range(random.integers(1, 3))
+    ]
     return polygons, (height, width)
 
 
@@ -53,7 +55,9 @@ def test_polygons_and_rles_are_read_as_pycocotools_reads_them(seed):
     assert mask_box(mask) == reference.toBbox(mask).tolist()
 
 
-@pytest.mark.parametrize("nothing", [None, [], {}, [[]], [[1, 2, 3, 4]], [[100, 100, 120, 100, 120, 120]], [[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]]])
+@pytest.mark.parametrize(
+    "nothing", [None, [], {}, [[]], [[1, 2, 3, 4]], [[100, 100, 120, 100, 120, 120]], [[5.1, 5.1, 5.2, 5.1, 5.2, 5.2]]]
+)
 def test_a_segmentation_without_a_pixel_is_no_mask(nothing):
     """Also a polygon of two points, one outside the image, and one smaller than a pixel."""
     assert read_segmentation(nothing, SIZE) is None

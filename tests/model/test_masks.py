@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from raydetr.loss import masks
 from raydetr.loss.criterion import build_criterion
+from raydetr.loss.masks import mask_numerators
 from raydetr.model.detr import MASK_PARTS, build_model, postprocess
 from raydetr.model.masks import postprocess_masks
 from raydetr.training.engine import MatchedQueries
@@ -86,7 +86,9 @@ def test_losses_and_gradients_are_the_official_ones(official, lean):
     expected = {name.removeprefix("loss/"): float(value) for name, value in numbers.items() if name.startswith("loss/")}
     assert {name: loss.item() for name, loss in (losses | {"total": total}).items()} == pytest.approx(expected, rel=1e-5)
     total.backward()
-    norms = {f"grad_norm/{official_name(name)}": each.grad.norm().item() for name, each in model.named_parameters() if each.grad is not None}
+    norms = {
+        f"grad_norm/{official_name(name)}": each.grad.norm().item() for name, each in model.named_parameters() if each.grad is not None
+    }
     assert norms == {name: pytest.approx(float(numbers[name]), rel=1e-3, abs=1e-5) for name in numbers if name.startswith("grad_norm/")}
 
 
@@ -162,9 +164,9 @@ def test_without_a_true_box_the_mask_losses_are_zero_and_their_gradients_defined
 
 def test_long_lists_of_masks_are_worked_on_in_parts(monkeypatch):
     logits, true = torch.randn(7, 8, 8), torch.rand(7, 32, 32) > 0.5
-    whole = masks.mask_numerators(logits, true)
-    monkeypatch.setattr(masks, "CHUNK", 2 * 32 * 32)
-    torch.testing.assert_close(masks.mask_numerators(logits, true), whole)
+    whole = mask_numerators(logits, true)
+    monkeypatch.setattr("raydetr.loss.masks.CHUNK", 2 * 32 * 32)
+    torch.testing.assert_close(mask_numerators(logits, true), whole)
 
 
 def test_weights_load_with_and_without_the_official_prefix():

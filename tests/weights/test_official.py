@@ -54,7 +54,9 @@ def test_bundled_is_for_tiny_alone(tmp_path, monkeypatch):
 
 
 def test_unknown_weights_name_the_choices():
-    with pytest.raises(UserError, match=r"model.weights: coc0: no such file; it takes coco, coco-panoptic, imagenet, bundled, none, a path or a URL"):
+    with pytest.raises(
+        UserError, match=r"model.weights: coc0: no such file; it takes coco, coco-panoptic, imagenet, bundled, none, a path or a URL"
+    ):
         load_weights(build_model("detr_tiny", 1), "coc0", categories("balloon"))
 
 
