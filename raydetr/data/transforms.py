@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
 from raydetr.config import Data
@@ -139,6 +139,10 @@ class ResizeShortSide(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Resize by bilinear interpolation with antialiasing, as Pillow and the official code do; masks take the nearest pixel."""
+        if isinstance(inpt, tv_tensors.Mask):
+            # torchvision and the official code take the pixel at the corner, which shifts a mask against its box by up to a pixel.
+            pixels = functional.resize_image(inpt, list(params["size"]), InterpolationMode.NEAREST_EXACT)
+            return tv_tensors.wrap(pixels, like=inpt)  # pyright: ignore[reportCallIssue]  # its decorator hides its parameters
         return functional.resize(inpt, list(params["size"]), antialias=True)
 
 
