@@ -243,7 +243,7 @@ def data_check(folder: str | None, quick: bool, **options) -> int:
     from raydetr.data.check.check import check
 
     settings = config.with_settings(config.Config(), config.parse_settings({"data.path": folder}), *given_settings(options))
-    report = check(settings.data, quick=quick, num_queries=settings.model.num_queries, test=True)
+    report = check(settings.data, quick=quick, num_queries=settings.model.num_queries, test=True, masks=settings.model.masks)
     click.echo(report.text())
     return 0 if report.ok else 1
 
@@ -356,7 +356,7 @@ def errors(checkpoint: str, out: Path, split: str, **options) -> None:
     help="How trials are stopped early (asha, median, none), or pbt for population-based training.",
 )
 @click.option("--sampler", default="tpe", show_default=True, help="How settings are drawn: tpe, gp, random or cmaes.")
-@click.option("--metric", default="AP", show_default=True, help="The COCO metric to maximize.")
+@click.option("--metric", default="AP", show_default=True, help="The COCO metric to maximize; with masks also segm_AP, ....")
 @click.option("--time-budget", metavar="TIME", help="Stop after this time, such as 90s, 30m or 2h.")
 @click.option("--points", metavar="FILE", help="YAML or JSON list of points to try first.")
 @click.option("--warm-start", metavar="SEARCH", help="Folder of an earlier search; its best settings are tried first.")
@@ -630,6 +630,7 @@ def tensorboard(runs: tuple[str, ...], port: int, host: str) -> None:
 @click.option(
     "--trials", default=8, show_default=True, type=click.IntRange(0), help="Number of trials of the search at the end; 0: no search."
 )
+@click.option("--masks", is_flag=True, help="Train masks of the balloons besides their boxes.")
 def demo(out: Path, **options) -> None:
     """Try everything in a few minutes: generate images of balloons, fine-tune a small DETR on them, search for better settings."""
     from raydetr.demo.demo import demo

@@ -98,7 +98,8 @@ class Model:
     preset: str = setting("detr_resnet50", "a named model; sets the settings that define it", choices=list(PRESETS))
     weights: str = setting(
         "coco",
-        "initial weights: coco (official DETR), imagenet (backbone only), bundled (for detr_tiny), none, a path or a URL",
+        "initial weights: coco (official DETR), coco-panoptic (with its segmentation head), imagenet (backbone only), bundled (for "
+        "detr_tiny), none, a path or a URL",
     )
     backbone: str = setting("resnet50", "convolutional backbone", choices=["resnet50", "resnet101", "tiny"])
     dilation: bool = setting(False, "DC5: dilated convolutions in the last stage of the backbone, for stride 16 instead of 32")
@@ -112,6 +113,7 @@ class Model:
     num_queries: int = setting(100, "number of object queries, which is the largest number of objects found in one image", low=1, high=2000)
     pre_norm: bool = setting(False, "apply layer normalization before attention instead of after it")
     aux_loss: bool = setting(True, "auxiliary losses: compute the losses after every decoder layer, not only after the last")
+    masks: bool = setting(False, "predict a mask of every object besides its box: adds DETR's segmentation head")
 
 
 @dataclasses.dataclass(slots=True)
@@ -122,6 +124,8 @@ class Loss:
     bbox_loss_coef: float = setting(5.0, "weight of the L1 box loss", low=0.0, high=100.0)
     giou_loss_coef: float = setting(2.0, "weight of the GIoU loss", low=0.0, high=100.0)
     eos_coef: float = setting(0.1, "weight of the no-object class in the classification loss", low=0.0, high=1.0)
+    mask_loss_coef: float = setting(1.0, "weight of the focal loss of masks (with model.masks)", low=0.0, high=100.0)
+    dice_loss_coef: float = setting(1.0, "weight of the Dice loss of masks (with model.masks)", low=0.0, high=100.0)
 
 
 @dataclasses.dataclass(slots=True)
@@ -216,6 +220,7 @@ class Optim:
     warmup: float = setting(0.0, "length of the linear warm-up: below 1 a fraction of the run, else epochs", low=0.0)
     clip_max_norm: float = setting(0.1, "gradient norm above which gradients are clipped; 0: no clipping", low=0.0)
     freeze_backbone: bool = setting(False, "keep the backbone fixed and train the rest")
+    freeze_detr: bool = setting(False, "keep boxes and classes fixed and train the segmentation head alone (with model.masks)")
     ema_decay: float = setting(
         0.0, "decay of the exponential moving average of the weights, which is evaluated and saved; 0: no averaging", low=0.0, high=0.99999
     )
@@ -530,6 +535,8 @@ def _check_together(config: Config) -> None:
         raise UserError(f"model.hidden_dim: {model.hidden_dim} is not a multiple of model.nheads ({model.nheads})")
     if model.hidden_dim % 4:
         raise UserError(f"model.hidden_dim: {model.hidden_dim} is not a multiple of 4, which the position encoding requires")
+    if config.optim.freeze_detr and not model.masks:
+        raise UserError("optim.freeze_detr: without model.masks nothing is left to train; set --model.masks true as well")
     if data.crop_min > data.crop_max:
         raise UserError(f"data.crop_min: {data.crop_min} is larger than data.crop_max ({data.crop_max})")
     if config.speed.graphs and config.speed.compile == "on":

@@ -1,5 +1,6 @@
 """What tests of several rooms share: settings of a run that takes a second or two."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +51,17 @@ def official_numbers(name: str) -> tuple[dict[str, np.ndarray], list[dict[str, T
         labels = torch.randint(0, 91, (n,), generator=generator)
         targets.append({"labels": labels, "boxes": torch.cat((center, size), 1)})
     return numbers, targets
+
+
+def add_outlines(folder: str | Path, splits: tuple[str, ...] = ("train", "val")) -> Path:
+    """Give every box of a COCO folder a polygon, the box without its corners; return the folder."""
+    for split in splits:
+        file = Path(folder) / "annotations" / f"custom_{split}.json"
+        coco = json.loads(file.read_text())
+        for each in coco["annotations"]:
+            x, y, width, height = each["bbox"]
+            right, bottom, cut_x, cut_y = x + width, y + height, width / 4, height / 4
+            upper = [x + cut_x, y, right - cut_x, y, right, y + cut_y, right, bottom - cut_y]
+            each["segmentation"] = [[*upper, right - cut_x, bottom, x + cut_x, bottom, x, bottom - cut_y, x, y + cut_y]]
+        file.write_text(json.dumps(coco))
+    return Path(folder)

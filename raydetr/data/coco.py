@@ -18,6 +18,7 @@ from raydetr.config import Data
 from raydetr.data.categories import match_categories, twin_names
 from raydetr.data.file_names import locate_files
 from raydetr.data.images import MAX_MEGAPIXELS, image_path, read_header, read_image
+from raydetr.data.masks import decode_masks, no_mask, read_segmentation
 from raydetr.data.shared_memory import as_arrays, as_tensors, fits_shared_memory, free_shared_memory
 from raydetr.errors import UserError
 from raydetr.storage import fetched
@@ -141,6 +142,7 @@ def load_coco(
     exif: str = "upright",
     max_megapixels: int = MAX_MEGAPIXELS,
     must_exist: bool = True,
+    masks: bool = False,
 ) -> tuple[dict[str, list[dict]], list[str]]:
     """Return the cleaned content of a COCO file, and warnings.
 
@@ -156,6 +158,7 @@ def load_coco(
         exif: ``upright`` or ``stored``, the value of ``data.exif``: which size an image without one has.
         max_megapixels: The largest image, in millions of pixels (``data.max_megapixels``).
         must_exist: Whether an image that is missing in the folder is an error; if not, its size may be None.
+        masks: Whether annotations keep their ``segmentation``, as an RLE (see :mod:`raydetr.data.masks`), or None where there is no mask.
 
     Returns:
         The content, and one line for each kind of thing that was left out, filled in or corrected.
@@ -163,7 +166,7 @@ def load_coco(
     Raises:
         UserError: For what would make training fail or its results wrong, naming the file and the image or annotation id: ids that are
             missing, not whole numbers, unknown or given twice, names that lead out of the folder, boxes that are not four numbers, a
-            set without images or without any box.
+            set without images or without any box; with ``masks``, a segmentation that cannot be read.
     """
     file = read_coco(annotations)
     warnings: list[str] = []
@@ -173,10 +176,13 @@ def load_coco(
         if must_exist:
             _fill_sizes(cleaned, images, exif, max_megapixels, annotations, warnings)
     categories = _clean_categories(file["categories"], annotations, warnings)
-    boxes = _clean_annotations(file["annotations"], cleaned, categories, annotations)
+    boxes = _clean_annotations(file["annotations"], cleaned, categories, annotations, masks)
     boxes = _with_area(boxes, cleaned, annotations, warnings)
     if all(box["iscrowd"] for box in boxes):
         raise UserError(f"{annotations}: none of the {len(cleaned)} images has a box; there is nothing to learn and nothing to find")
+    without = [box for box in boxes if masks and not box["iscrowd"] and box["segmentation"] is None]
+    if without:
+        warnings.append(f"{annotations}: {_counted(without, 'annotation')} without a mask: their boxes count, for masks they do not")
     for number, box in enumerate(boxes, 1):
         box["id"] = number
     return {"images": list(cleaned.values()), "annotations": boxes, "categories": list(categories.values())}, warnings
@@ -257,12 +263,17 @@ def _clean_categories(entries: list[dict], path: str | Path, warnings: list[str]
     return dict(sorted(cleaned.items()))
 
 
-def _clean_annotations(entries: list[dict], images: dict[int, dict], categories: dict[int, dict], path: str | Path) -> list[dict]:
+def _clean_annotations(
+    entries: list[dict], images: dict[int, dict], categories: dict[int, dict], path: str | Path, masks: bool
+) -> list[dict]:
     """Return what detection needs of every annotation; ``area`` is None where the file does not say it. Ids are the file's."""
     cleaned = []
     for number, entry in enumerate(entries, 1):
         try:
             cleaned.append(_clean_annotation(entry, images, categories))
+            if masks:
+                image = images[cleaned[-1]["image_id"]]
+                cleaned[-1]["segmentation"] = read_segmentation(entry.get("segmentation"), (image["height"], image["width"]))
         except UserError as error:
             which = f"id {short(entry['id'])}" if "id" in entry else f"number {number} (without id)"
             raise UserError(f"{path}: annotation {which}: {error}") from None
@@ -340,6 +351,7 @@ class CocoImages(Dataset):
     - ``area``: float32 [n], in pixels of the image file
     - ``iscrowd``: int64 [n], always 0 (crowd regions are not learned)
     - ``image_id``: int64 [1]
+    - ``masks``: with ``masks`` only, bool [n, h, w] (where there is no mask, nothing is set), and ``has_mask``: bool [n]
     - ``orig_size`` and ``size``: int64 [2], height and width of the image file and of ``image``
 
     Args:
@@ -349,6 +361,7 @@ class CocoImages(Dataset):
         categories: The categories in label order, of a trained model or of the training set. The file's categories are found among them
             (:func:`raydetr.data.categories.match_categories`), and ``coco`` carries their ids. Without it, labels follow the ascending
             category ids of the file.
+        masks: Whether targets have masks.
 
     Attributes:
         coco: The content of the COCO file, see :func:`load_coco`.
@@ -357,15 +370,25 @@ class CocoImages(Dataset):
         image_ids: The image ids, in the order of the indices.
         files: (path, annotated (width, height)) of each image.
         images: What decodes a file of ``files``; assign, for example, a :class:`raydetr.data.cache.DecodedImages`.
+        rles: The masks of each image's boxes as RLEs; None without masks.
+        decode_masks: What decodes them, called with a file of ``files`` and its RLEs; returns bool [n, height, width]. Assign, for
+            example, the method of a :class:`raydetr.data.cache.DecodedImages`.
 
     Raises:
         UserError: See :func:`load_coco`; also if a category with boxes is not among ``categories``.
     """
 
-    def __init__(self, split: Split, transforms: Callable, seed: int = 0, categories: Sequence[Mapping[str, Any]] | None = None):
+    def __init__(
+        self,
+        split: Split,
+        transforms: Callable,
+        seed: int = 0,
+        categories: Sequence[Mapping[str, Any]] | None = None,
+        masks: bool = False,
+    ):
         self.split, self.transforms, self.seed = split, transforms, seed
         self.images: Callable[[Path, tuple[int, int]], torch.Tensor] = split.read
-        self.coco, self.warnings = load_coco(split.annotations, split.images, split.exif, split.max_megapixels)
+        self.coco, self.warnings = load_coco(split.annotations, split.images, split.exif, split.max_megapixels, masks=masks)
         self.categories = self.coco["categories"]
         if categories is not None:
             self.categories = [{"id": each["id"], "name": each["name"]} for each in categories]
@@ -373,6 +396,8 @@ class CocoImages(Dataset):
         self.image_ids = [image["id"] for image in self.coco["images"]]
         self.epoch = 0
         self._pack()
+        self.rles: list[list[dict[str, Any]]] | None = self._pack_masks() if masks else None
+        self.decode_masks: Callable[[Path, tuple[int, int], Sequence[Mapping[str, Any]]], np.ndarray] = _decode_masks
 
     def _pack(self) -> None:
         from torchvision.ops import box_convert  # takes as long to import as torch: not for those who only read annotations
@@ -392,6 +417,23 @@ class CocoImages(Dataset):
             (image_path(self.split.images, image["file_name"]), (image["width"], image["height"])) for image in self.coco["images"]
         ]
 
+    def _pack_masks(self) -> list[list[dict[str, Any]]]:
+        rles: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in self.image_ids}
+        sizes = {image["id"]: (image["height"], image["width"]) for image in self.coco["images"]}
+        there: dict[int, list[bool]] = {image_id: [] for image_id in self.image_ids}
+        for each in self.coco["annotations"]:
+            if not each["iscrowd"]:
+                image_id = each["image_id"]
+                rles[image_id].append(each["segmentation"] or no_mask(sizes[image_id]))
+                there[image_id].append(each["segmentation"] is not None)
+        self._has_mask = torch.tensor([one for of_image in there.values() for one in of_image], dtype=torch.bool)
+        return list(rles.values())
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether a box of the set has a mask; there are none if the set is made without ``masks``."""
+        return self.rles is not None and bool(self._has_mask.any())
+
     def __len__(self) -> int:
         return len(self.image_ids)
 
@@ -406,7 +448,10 @@ class CocoImages(Dataset):
         pixels = self.images(*self.files[index])
         orig_size = pixels.shape[-2:]
         mine = slice(self._starts[index], self._starts[index + 1])
-        image, boxes = self._transformed(pixels, epoch, index)
+        masks = None
+        if self.rles is not None:
+            masks = torch.from_numpy(self.decode_masks(*self.files[index], self.rles[index]).view(np.uint8))
+        image, boxes, masks = self._transformed(pixels, epoch, index, masks)
         image, xyxy = image.as_subclass(torch.Tensor), boxes.as_subclass(torch.Tensor)
         keep = (xyxy[:, 2:] > xyxy[:, :2]).all(1)  # a crop leaves boxes without area
         height, width = image.shape[-2:]
@@ -419,9 +464,13 @@ class CocoImages(Dataset):
             "orig_size": torch.tensor(orig_size),
             "size": torch.tensor([height, width]),
         }
+        if masks is not None:
+            target |= {"masks": masks.as_subclass(torch.Tensor)[keep].bool(), "has_mask": self._has_mask[mine][keep]}
         return image, target
 
-    def _transformed(self, pixels: torch.Tensor, epoch: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _transformed(
+        self, pixels: torch.Tensor, epoch: int, index: int, masks: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         from torchvision import tv_tensors
 
         from raydetr.data.transforms import drawn_from
@@ -430,7 +479,9 @@ class CocoImages(Dataset):
         xyxy = _clip(self._xyxy[self._starts[index] : self._starts[index + 1]], size)
         with drawn_from(self.seed, epoch, index):
             boxes = tv_tensors.BoundingBoxes(xyxy, format="XYXY", canvas_size=size)  # pyright: ignore[reportCallIssue]  # checked as a Tensor
-            return self.transforms(tv_tensors.Image(pixels), boxes)
+            if masks is None:
+                return (*self.transforms(tv_tensors.Image(pixels), boxes), None)
+            return self.transforms(tv_tensors.Image(pixels), boxes, tv_tensors.Mask(masks))
 
     def size_of(self, epoch: int, index: int) -> tuple[int, int]:
         """Return the height and width of a transformed image, in pixels, without reading its file.
@@ -440,8 +491,13 @@ class CocoImages(Dataset):
             index: Position of the image in the data set.
         """
         width, height = self.files[index][1]
-        image, _ = self._transformed(torch.empty(3, height, width, dtype=torch.uint8, device="meta"), epoch, index)
+        image, *_ = self._transformed(torch.empty(3, height, width, dtype=torch.uint8, device="meta"), epoch, index)
         return image.shape[-2], image.shape[-1]
+
+
+def _decode_masks(_path: Path, size: tuple[int, int], rles: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    width, height = size
+    return decode_masks(rles, (height, width))
 
 
 def _clip(xyxy: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -488,7 +544,8 @@ def collate(
         share: Whether to make the batch in shared memory, from where a loading process hands it over without a copy.
 
     Returns:
-        The images float32 [B, 3, H, W]; the padding mask bool [B, H, W], True where padded, or None where nothing is; the targets.
+        The images float32 [B, 3, H, W]; the padding mask bool [B, H, W], True where padded, or None where nothing is; the targets, whose
+        ``masks``, if there are any, are padded like the images.
     """
     images, targets = zip(*batch, strict=True)
     height, width = (_rounded_up(max(image.shape[axis] for image in images), pad_to) for axis in (1, 2))
@@ -497,7 +554,14 @@ def collate(
     for image, target_image, target_mask in zip(images, padded, mask, strict=True):
         target_image[:, : image.shape[1], : image.shape[2]] = image
         target_mask[: image.shape[1], : image.shape[2]] = False
-    return padded, mask if mask.any() else None, list(targets)
+    return padded, mask if mask.any() else None, [_with_padded_masks(target, height, width) for target in targets]
+
+
+def _with_padded_masks(target: dict[str, torch.Tensor], height: int, width: int) -> dict[str, torch.Tensor]:
+    if "masks" not in target:
+        return target
+    right, bottom = width - target["masks"].shape[2], height - target["masks"].shape[1]
+    return {**target, "masks": torch.nn.functional.pad(target["masks"], (0, right, 0, bottom))}
 
 
 def _full(shape: tuple[int, ...], value: float, dtype: torch.dtype, share: bool) -> torch.Tensor:
@@ -582,14 +646,15 @@ def build_loader(
 
 
 def largest_batch(dataset: CocoImages, batch_size: int, pad_to: int = 1) -> int:
-    """Return an upper bound for the size of a batch in bytes: its images in float32, padded to the largest, and its padding mask.
+    """Return an upper bound for the size of a batch in bytes: its images in float32, padded to the largest, its padding mask, its masks.
 
     Args:
         dataset: The images, whose annotated sizes and transforms bound those of the batch.
         batch_size: Images per batch.
         pad_to: Number of pixels that the sides of a batch are a multiple of.
     """
-    return batch_size * largest_side(dataset, pad_to) ** 2 * (3 * torch.float32.itemsize + torch.bool.itemsize)
+    most_masks = max(map(len, dataset.rles), default=0) if dataset.rles else 0
+    return batch_size * largest_side(dataset, pad_to) ** 2 * (3 * torch.float32.itemsize + (1 + most_masks) * torch.bool.itemsize)
 
 
 def largest_side(dataset: CocoImages, pad_to: int = 1) -> int:

@@ -6,7 +6,6 @@ An RLE here is the compressed one that pycocotools reads and JSON holds: ``{"siz
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import hotcoco.mask
 import numpy as np
 
 from raydetr.errors import UserError
@@ -15,9 +14,16 @@ from raydetr.values import is_finite, is_number, short, whole_number
 RLE = dict[str, Any]
 
 
+def _rle_functions() -> Any:
+    """Return hotcoco's functions, which are imported for the first mask: boxes alone do not need them."""
+    import hotcoco.mask
+
+    return hotcoco.mask
+
+
 def encode_masks(masks: np.ndarray) -> list[RLE]:
     """Return the RLE of each mask, bool [n, height, width]."""
-    return [_as_text(hotcoco.mask.encode(mask)) for mask in masks]
+    return [_as_text(_rle_functions().encode(mask)) for mask in masks]
 
 
 def decode_masks(rles: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> np.ndarray:
@@ -32,28 +38,28 @@ def decode_masks(rles: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> np
     """
     masks = np.zeros((len(rles), *size), bool)
     for mask, rle in zip(masks, rles, strict=True):
-        mask[:] = hotcoco.mask.decode(dict(rle))
+        mask[:] = _rle_functions().decode(dict(rle))
     return masks
 
 
 def mask_area(rle: Mapping[str, Any]) -> int:
     """Return the number of pixels of a mask."""
-    return int(hotcoco.mask.area(dict(rle)))
+    return int(_rle_functions().area(dict(rle)))
 
 
 def mask_box(rle: Mapping[str, Any]) -> list[float]:
     """Return the box around a mask, xywh in pixels; all zeros if the mask is empty."""
-    return [float(value) for value in hotcoco.mask.to_bbox(dict(rle))]
+    return [float(value) for value in _rle_functions().to_bbox(dict(rle))]
 
 
 def box_mask(box_xywh: Sequence[float], size: tuple[int, int]) -> RLE:
     """Return the mask of a box, xywh in pixels, in an image of this height and width."""
-    return _as_text(hotcoco.mask.fr_py_objects([list(box_xywh)], *size)[0])
+    return _as_text(_rle_functions().fr_py_objects([list(box_xywh)], *size)[0])
 
 
 def no_mask(size: tuple[int, int]) -> RLE:
     """Return a mask without a pixel, in an image of this height and width."""
-    return _as_text(hotcoco.mask.fr_py_objects({"size": list(size), "counts": [size[0] * size[1]]}, *size))
+    return _as_text(_rle_functions().fr_py_objects({"size": list(size), "counts": [size[0] * size[1]]}, *size))
 
 
 def read_segmentation(value: Any, size: tuple[int, int]) -> RLE | None:
@@ -95,7 +101,7 @@ def polygons_of(value: Any) -> list[list[float]]:
 
 def _read_polygons(value: Any, size: tuple[int, int]) -> RLE | None:
     outlines = [polygon for polygon in polygons_of(value) if len(polygon) >= 6]
-    return _as_text(hotcoco.mask.merge(hotcoco.mask.fr_py_objects(outlines, *size))) if outlines else None
+    return _as_text(_rle_functions().merge(_rle_functions().fr_py_objects(outlines, *size))) if outlines else None
 
 
 def _read_rle(value: Mapping[str, Any], size: tuple[int, int]) -> RLE:
@@ -113,7 +119,7 @@ def _read_rle(value: Mapping[str, Any], size: tuple[int, int]) -> RLE:
     numbers = [whole_number(run) for run in counts]
     if any(run is None or run < 0 for run in numbers) or sum(run or 0 for run in numbers) != size[0] * size[1]:
         raise UserError(f"segmentation: the counts of an RLE are damaged: they do not add up to {size[1]} x {size[0]} pixels")
-    return _as_text(hotcoco.mask.fr_py_objects({"size": list(size), "counts": numbers}, *size))
+    return _as_text(_rle_functions().fr_py_objects({"size": list(size), "counts": numbers}, *size))
 
 
 def _runs(text: str) -> list[int]:

@@ -1,8 +1,8 @@
-"""The official DETR's transforms of an image and its boxes, on tensors.
+"""The official DETR's transforms of an image, its boxes and its masks, on tensors.
 
 All of them take and return ``image, boxes``: a ``tv_tensors.Image`` uint8 [3, height, width] and ``tv_tensors.BoundingBoxes`` XYXY in
-pixels [n, 4]. Images stay uint8 until they have their final size. All random numbers are drawn from torch's CPU generator, which
-:func:`drawn_from` seeds for one image.
+pixels [n, 4]; after these ``masks``, a ``tv_tensors.Mask`` uint8 [n, height, width], if there are any. Images stay uint8 until they have
+their final size. All random numbers are drawn from torch's CPU generator, which :func:`drawn_from` seeds for one image.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torchvision import tv_tensors
-from torchvision.transforms import v2
+from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
 from raydetr.config import Data
@@ -151,12 +151,17 @@ class ResizeShortSide(v2.Transform):
         return {"size": resized_size(height, width, short_side, self.max_size)}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Resize an image by bilinear interpolation with antialiasing, as Pillow and the official code do, or scale boxes.
+        """Resize an image by bilinear interpolation with antialiasing, as Pillow and the official code do, or scale boxes. Masks
+        take the nearest pixel.
 
         Args:
             inpt: The image or the boxes.
             params: The result of :meth:`make_params`.
         """
+        if isinstance(inpt, tv_tensors.Mask):
+            # torchvision and the official code take the pixel at the corner, which shifts a mask against its box by up to a pixel.
+            pixels = functional.resize_image(inpt, list(params["size"]), InterpolationMode.NEAREST_EXACT)
+            return tv_tensors.wrap(pixels, like=inpt)  # pyright: ignore[reportCallIssue]  # its decorator hides its parameters
         return functional.resize(inpt, list(params["size"]), antialias=True)
 
 

@@ -14,7 +14,7 @@ _MARK = ".raydetr-demo"
 TRIAL_EPOCHS = 6  # enough to tell trials apart
 
 
-def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: int = 8) -> dict[str, float]:
+def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: int = 8, masks: bool = False) -> dict[str, float]:
     """Run every part of raydetr once on generated images of balloons.
 
     The steps are: generate images, convert and check them, evaluate the bundled ``detr_tiny``, fine-tune it, evaluate again, write a
@@ -26,10 +26,11 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: i
         epochs: epochs of the fine-tuning.
         seed: seed of the images and of the training.
         trials: number of trials of the search; 0 skips it.
+        masks: whether to train masks as well, from the outlines of the balloons.
 
     Returns:
         AP ``before`` and ``after`` fine-tuning, and the ``seconds`` in all; with a search also the AP of trial 0 (``default``) and of the
-        ``best`` trial.
+        ``best`` trial; with masks also their AP ``segm_before`` and ``segm_after``.
 
     Raises:
         UserError: ``out`` contains something other than a demo, or a step fails.
@@ -54,9 +55,10 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: i
     config = load_config({"model.preset": "detr_tiny", "data.path": str(coco), "run.storage": str(runs), "run.name": "balloons"})
     batch_size = max(1, asked_batch_size(config) // workers)  # the same number of images in a step for any number of workers
     config = load_config(
-        to_dict(config), {"optim.epochs": epochs, "optim.batch_size": batch_size, "run.workers": workers, "run.seed": seed}
+        to_dict(config),
+        {"optim.epochs": epochs, "optim.batch_size": batch_size, "run.workers": workers, "run.seed": seed, "model.masks": masks},
     )
-    found = check(config.data)
+    found = check(config.data, masks=masks)
     click.echo(found.text())
     if not found.ok:
         raise UserError(f"the generated images in {coco} do not pass the check")
@@ -68,16 +70,38 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: i
     before = score_checkpoint(BUNDLED, {"data.path": str(coco)})
     click.echo(metrics_table(before))
 
-    _say(5, f"raydetr train --preset detr_tiny --data {coco} --epochs {epochs} --workers {workers} --batch-size {batch_size}")
+    flags = " --model.masks true" if masks else ""
+    _say(5, f"raydetr train --preset detr_tiny --data {coco} --epochs {epochs} --workers {workers} --batch-size {batch_size}{flags}")
     from raydetr.launch.train import ray_session
 
     with ray_session(workers):
-        result = {"before": before["AP"], "after": _fine_tune(config, coco, out / "gallery")["AP"]}
+        after = _fine_tune(config, coco, out / "gallery")
+        result = {"before": before["AP"], "after": after["AP"]}
+        if masks:
+            result |= {"segm_before": _untrained_mask_ap(config, coco, out), "segm_after": after["segm"]["AP"]}
         if trials:
             result |= _search(coco, runs, trials, seed)
     result["seconds"] = time.monotonic() - start
     _say_what_next(out, result)
     return result
+
+
+def _untrained_mask_ap(config: Config, coco: Path, out: Path) -> float:
+    """Return the AP of masks before the training: from the bundled boxes and a segmentation head with random weights."""
+    import torch
+
+    from raydetr.model.detr import build_model
+    from raydetr.predict.score import score_checkpoint
+    from raydetr.weights.checkpoint import save_checkpoint
+    from raydetr.weights.fitting import load_weights
+
+    torch.manual_seed(config.run.seed)
+    categories = [{"id": 1, "name": "balloon"}]
+    model = build_model("detr_tiny", len(categories), masks=True)
+    load_weights(model, "bundled", categories)
+    untrained = out / "untrained.pth"
+    save_checkpoint(untrained, {"model": model.state_dict(), "settings": to_dict(config), "categories": categories})
+    return score_checkpoint(untrained, {"data.path": str(coco)})["segm"]["AP"]
 
 
 def _fine_tune(config: Config, coco: Path, gallery: Path) -> dict[str, Any]:
@@ -134,6 +158,8 @@ def _say_what_next(out: Path, result: dict[str, float]) -> None:
     pages = f"""
   {out / "gallery" / "index.html"}    before and after beside the true boxes
   raydetr tensorboard {out / "runs"}    AP and losses, epoch by epoch; HPARAMS compares the trials"""
+    if "segm_after" in result:
+        lines.append(f"masks: AP {result['segm_before']:.3f} before, {result['segm_after']:.3f} after training")
     if "best" in result:
         lines.append(f"search: AP {result['default']:.3f} with the default settings, {result['best']:.3f} with the best found")
         pages += f"""

@@ -1,4 +1,4 @@
-"""COCO average precision of boxes: the twelve numbers of a data set and of each of its categories.
+"""COCO average precision of boxes and masks: the twelve numbers of a data set and of each of its categories.
 
 The numbers come from hotcoco, an implementation of COCO's protocol in Rust; the tests compare it with pycocotools, the reference. COCO's
 rules apply unchanged. At most 100 detections of a category count in one image (those with the highest scores), so that an image with more
@@ -172,10 +172,68 @@ def summarize(evaluation: Evaluation, categories: Iterable[dict]) -> dict[str, A
         evaluation: The result of :func:`run_coco_eval`.
         categories: The data set's categories. Those that share a name are told apart by their ids: ``"dog (3)"``.
     """
+    return _summary(evaluation.accumulated, evaluation.category_ids, categories)
+
+
+def mask_metrics(coco: dict, results: list[dict]) -> dict[str, Any]:
+    """Return the twelve COCO numbers of masks (``segm``), over all categories and per category.
+
+    An annotation without a mask is neither a miss nor a hit: its box is taken for a crowd region.
+
+    Args:
+        coco: A COCO data set with ``images`` (with ``width`` and ``height``), ``annotations`` and ``categories``. A ``segmentation`` is an
+            RLE, or None, as :func:`raydetr.data.coco.load_coco` returns it.
+        results: COCO results: dictionaries with ``image_id``, ``category_id``, ``segmentation`` (RLE) and ``score``. Those without a
+            ``segmentation`` are left out, and those of categories that ``coco`` does not have.
+
+    Returns:
+        The numbers, as :func:`coco_metrics` returns them.
+    """
+    image_ids = sorted(image["id"] for image in coco["images"])
+    category_ids = sorted(category["id"] for category in coco["categories"])
+    image = {number: position for position, number in enumerate(image_ids, 1)}
+    category = {number: position for position, number in enumerate(category_ids, 1)}
+    sizes = {each["id"]: (each["height"], each["width"]) for each in coco["images"]}
+    truth = {
+        "images": [{"id": image[number], "height": height, "width": width} for number, (height, width) in sizes.items()],
+        "categories": [{"id": position, "name": str(position)} for position in category.values()],
+        "annotations": [
+            {
+                "id": number,
+                "image_id": image[each["image_id"]],
+                "category_id": category[each["category_id"]],
+                "bbox": each["bbox"],
+                "area": each["area"],
+                "segmentation": each["segmentation"] or hotcoco.mask.fr_py_objects([each["bbox"]], *sizes[each["image_id"]])[0],
+                "iscrowd": int(each["iscrowd"] or each["segmentation"] is None),
+            }
+            for number, each in enumerate(coco["annotations"], 1)
+        ],
+    }
+    found = [
+        {
+            "image_id": image[each["image_id"]],
+            "category_id": category[each["category_id"]],
+            "segmentation": each["segmentation"],
+            "score": each["score"],
+        }
+        for each in results
+        if each["category_id"] in category and each.get("segmentation")
+    ]
+    with without_collections():
+        dataset = hotcoco.COCO(truth)
+        numbers = hotcoco.COCOeval(dataset, dataset.load_res(found), "segm")
+        numbers.evaluate()
+        numbers.accumulate()
+    return _summary(cast(dict[str, np.ndarray], numbers.eval), category_ids, coco["categories"])
+
+
+def _summary(accumulated: dict[str, np.ndarray], category_ids: list, categories: Iterable[dict]) -> dict[str, Any]:
+    categories = list(categories)
     names = category_names(categories)
-    precision, recall = evaluation.accumulated["precision"], evaluation.accumulated["recall"]
+    precision, recall = accumulated["precision"], accumulated["recall"]
     per_category = {
-        names[number]: _numbers(precision, recall, evaluation.category_ids.index(number)) for number in (each["id"] for each in categories)
+        names[number]: _numbers(precision, recall, category_ids.index(number)) for number in (each["id"] for each in categories)
     }
     return {**_numbers(precision, recall, slice(None)), "per_category": per_category}
 

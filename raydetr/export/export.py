@@ -32,18 +32,22 @@ class Exported(NamedTuple):
         path: The file or folder.
         difference: Largest difference of a class probability or a relative box coordinate; None for a reduced precision.
         AP: AP of the checkpoint and of the export on the validation set; None for an exact export.
+        notes: Lines for the user, such as that the segmentation head is left out.
     """
 
     path: Path
     difference: float | None
     AP: tuple[float | None, float | None] | None
+    notes: Sequence[str] = ()
 
     def text(self) -> str:
-        """Return the result on one line."""
+        """Return the result on one line, after the notes."""
         if self.AP:
             before, after = ("-" if each is None else f"{each:.4f}" for each in self.AP)
-            return f"{self.path}: AP {after} on the validation set, {before} before"
-        return f"{self.path}: the same outputs as the checkpoint's, to {self.difference:.0e}"
+            result = f"AP {after} on the validation set, {before} before"
+        else:
+            result = f"the same outputs as the checkpoint's, to {self.difference:.0e}"
+        return "\n".join([*self.notes, f"{self.path}: {result}"])
 
 
 def export(
@@ -79,7 +83,7 @@ def export(
         raise UserError(f"--precision and --quantize are for --to onnx, not {to}")
     if out.exists():
         raise UserError(f"{out}: exists already; choose another name")
-    model = load(checkpoint)
+    model = load(checkpoint, masks=False)
     config = settings.load_config(trained_with(checkpoint, model), _data_set(checkpoint), *layers)
     batches = [] if reduced else sample_batches(config.data, images)
     try:
@@ -92,7 +96,7 @@ def export(
             shutil.move(written, out)
     except OSError as error:
         raise UserError(f"{out}: cannot write there ({error.strerror or error})") from None
-    return Exported(out, difference, scores)
+    return Exported(out, difference, scores, model.notes)
 
 
 def _data_set(checkpoint: str | Path) -> dict[str, Any]:

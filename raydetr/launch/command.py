@@ -10,7 +10,6 @@ import optuna
 
 from raydetr import config as settings
 from raydetr.errors import UserError
-from raydetr.evaluate.coco import METRICS
 from raydetr.launch import confirm as confirmer
 from raydetr.launch import tune as launcher
 from raydetr.launch.confirm import confirmed_text
@@ -19,6 +18,7 @@ from raydetr.launch.slots import Demands
 from raydetr.launch.tune import summary
 from raydetr.search.space import Space, read_space
 from raydetr.search.study import Search, best_config, best_points, read_points, trials_frame
+from raydetr.training.metrics import MASK_METRICS, METRICS
 
 if TYPE_CHECKING:
     import pandas
@@ -115,9 +115,11 @@ def tune_command(
         return _summary_and_verdict(search, confirm, demands)
     if known is None:
         raise UserError("--space: say what to search, a file or a ready space such as loss or learning_rates")
-    if metric not in METRICS:
-        raise UserError(f"--metric: {metric!r} is not one of {', '.join(METRICS)}")
+    if metric not in (*METRICS, *MASK_METRICS):
+        raise UserError(f"--metric: {metric!r} is not one of {', '.join(METRICS)}, or with masks {', '.join(MASK_METRICS)}")
     config = settings.load_config(*layers)
+    if metric in MASK_METRICS and not config.model.masks:
+        raise UserError(f"--metric {metric}: without model.masks there is no AP of masks; set --model.masks true")
     with printing_summary():
         search = launcher.tune(
             config,

@@ -56,7 +56,7 @@ class TuneReporter:
         Raises:
             UserError: The objective is None, because no validation image has an object that it counts.
         """
-        if metrics[self.metric] is None:
+        if metrics.get(self.metric) is None:
             raise UserError(f"--metric {self.metric}: the validation set has no object that it counts")
         ray.tune.report(with_node(metrics))
 

@@ -336,8 +336,10 @@ def share_images(config: settings.Config) -> list[ray.ObjectRef]:
     """
     store = min(node["object_store_memory"] for node in nodes_resources())
     limit = min(cache_limit(config.data), int(store * STORE_SHARE))
-    splits = [CocoImages(find_split(config.data, split), lambda *sample: sample) for split in ("train", "val")]
-    images = DecodedImages([file for split in splits for file in split.files], limit, splits[0].split.read)
+    masks = config.model.masks
+    splits = [CocoImages(find_split(config.data, split), lambda *sample: sample, masks=masks) for split in ("train", "val")]
+    rles = [of_image for split in splits for of_image in split.rles or []] if masks else None
+    images = DecodedImages([file for split in splits for file in split.files], limit, splits[0].split.read, rles)
     images.fill()
     return [ray.put(images)]
 

@@ -15,7 +15,8 @@ from torchvision.ops import box_convert
 
 from raydetr.config import SETTINGS, Loss, Matcher, Model, find_setting, load_config
 from raydetr.loss.boxes import generalized_iou
-from raydetr.loss.matcher import match
+from raydetr.loss.masks import mask_numerators, matched_masks
+from raydetr.loss.matcher import Matching, match
 
 Targets = list[dict[str, Tensor]]
 Number = TypeVar("Number", float, Tensor)
@@ -47,15 +48,18 @@ class Criterion(nn.Module):
 
     The criterion has no parameters and no buffers and computes on the outputs' device: in float32, under autocast as well, or in
     float64 for float64 outputs. Targets are a list of dicts, one for each image, with ``labels`` int64 [n] from 0 to K - 1 and
-    ``boxes`` float [n, 4] (cxcywh, relative to the image); n may be 0.
+    ``boxes`` float [n, 4] (cxcywh, relative to the image); n may be 0. If the network has masks, they also have ``masks`` bool
+    [n, height, width], and may have ``has_mask`` bool [n], False for boxes that count nothing in the losses of masks.
 
     Args:
         num_classes: Number of classes K, without no-object.
         loss: Weights of the losses, already checked; :func:`build_criterion` makes them from keyword arguments.
         matcher: Weights of the matching cost.
-        model: Settings of the network: with ``aux_loss``, the losses of all its decoder layers count, otherwise only the last one's.
+        model: Settings of the network: with ``aux_loss``, the losses of all its decoder layers count, otherwise only the last one's;
+            with ``masks``, those of the last layer's masks.
 
     Attributes:
+        masks: Whether there are losses of masks.
         weight_dict: Weight of each loss by its name, with the suffixes ``_0``, ``_1``, ... of the auxiliary layers.
     """
 
@@ -63,12 +67,17 @@ class Criterion(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.eos_coef = loss.eos_coef
+        self.masks = model.masks
         self.costs = (matcher.set_cost_class, matcher.set_cost_bbox, matcher.set_cost_giou)
         weights = {"loss_ce": loss.cls_loss_coef, "loss_bbox": loss.bbox_loss_coef, "loss_giou": loss.giou_loss_coef}
         layers = range(model.dec_layers - 1 if model.aux_loss else 0)
-        self.weight_dict: dict[str, float] = {**weights, **{f"{name}_{i}": weight for i in layers for name, weight in weights.items()}}
+        of_masks = {"loss_mask": loss.mask_loss_coef, "loss_dice": loss.dice_loss_coef} if model.masks else {}
+        earlier = {f"{name}_{i}": weight for i in layers for name, weight in weights.items()}
+        self.weight_dict: dict[str, float] = {**weights, **of_masks, **earlier}
 
-    def forward(self, outputs: dict[str, Any], targets: Targets, normalizers: Normalizers | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, outputs: dict[str, Any], targets: Targets, normalizers: Normalizers | None = None, pairs: Matching | None = None
+    ) -> dict[str, Tensor]:
         """Compute the unweighted losses under their official names.
 
         Args:
@@ -77,21 +86,37 @@ class Criterion(nn.Module):
             normalizers: Divisors of the losses. If several micro-batches make one optimizer step, pass :meth:`normalizers` of all of
                 them: the losses then add up to those of the one big batch. By default they are those of ``targets``, and all workers
                 must call this method together.
+            pairs: The result of :meth:`match`, if it is known already.
 
         Returns:
             Scalars: ``loss_ce``, ``loss_bbox``, ``loss_giou``, and ``cardinality_error`` of the last decoder layer and, with the suffixes
-            ``_0``, ``_1``, ..., of the earlier ones; ``class_error`` (per cent) of the last layer.
+            ``_0``, ``_1``, ..., of the earlier ones; ``class_error`` (per cent) of the last layer; with masks ``loss_mask`` and
+            ``loss_dice`` of the last layer.
 
         Raises:
             NonFiniteCost: The outputs are not finite.
         """
         if normalizers is None:
             normalizers = self.normalizers([targets], outputs["pred_logits"].shape[1])
-        numerators, wrong = self._numerators(outputs, targets)
+        numerators, wrong = self._numerators(outputs, targets, pairs or self.match(outputs, targets))
         losses = _by_layer({name: each / normalizers.divisor(name) for name, each in numerators.items()})
         # Where no box is matched the class error is 100, as in the official code; micro-batches share it by their images.
         share = wrong / normalizers.matched if normalizers.matched else torch.full_like(wrong, len(targets) / normalizers.images)
         return {**losses, "class_error": 100 * share}
+
+    @torch.no_grad()
+    def match(self, outputs: dict[str, Any], targets: Targets) -> Matching:
+        """Match queries with true boxes, in every decoder layer.
+
+        Args:
+            outputs: Outputs of :class:`raydetr.model.detr.DETR`; masks are not needed.
+            targets: True boxes of each image.
+
+        Raises:
+            NonFiniteCost: The outputs are not finite.
+        """
+        with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
+            return match(*_stacked(outputs), targets, self.costs)
 
     def weighted_sum(self, losses: Mapping[str, Number]) -> Number:
         """Return the scalar that training minimizes: the weighted sum of the losses that have a weight."""
@@ -111,7 +136,7 @@ class Criterion(nn.Module):
         return Normalizers(_averaged_over_workers(boxes), class_weight or 1.0, matched, images)
 
     @torch.no_grad()
-    def sums(self, outputs: dict[str, Any], targets: Targets) -> dict[str, Tensor]:
+    def sums(self, outputs: dict[str, Any], targets: Targets, pairs: Matching | None = None) -> dict[str, Tensor]:
         """Compute the sums of a batch for evaluation, to be added up over batches and workers and divided by :meth:`means`.
 
         Nothing is communicated, and nothing but the matching waits for the device.
@@ -119,16 +144,18 @@ class Criterion(nn.Module):
         Args:
             outputs: Outputs of :class:`raydetr.model.detr.DETR`.
             targets: True boxes of each image.
+            pairs: The result of :meth:`match`, if it is known already.
 
         Returns:
-            Float64 scalars: the numerators of ``loss_ce``, ``loss_bbox``, and ``loss_giou`` (and those with a layer's suffix),
+            Float64 scalars: the numerators of ``loss_ce``, ``loss_bbox``, and ``loss_giou`` (and those with a layer's suffix), of
+            ``loss_mask`` and ``loss_dice`` with masks,
             ``num_boxes``, ``class_weight``, ``matched``, ``correct`` (matched with the right class), ``cardinality`` (sum of the absolute
             differences), and ``images``.
 
         Raises:
             NonFiniteCost: The outputs are not finite.
         """
-        numerators, wrong = self._numerators(outputs, targets)
+        numerators, wrong = self._numerators(outputs, targets, pairs or self.match(outputs, targets))
         cardinality = numerators.pop("cardinality_error")[-1]
         counts = torch.tensor(self._count([targets], outputs["pred_logits"].shape[1]), dtype=torch.float64)
         boxes, class_weight, matched, images = counts.to(wrong.device, non_blocking=True).unbind()
@@ -159,19 +186,16 @@ class Criterion(nn.Module):
         matched = sum(min(count, num_queries) for count in counts)
         return sum(counts), matched + self.eos_coef * (len(counts) * num_queries - matched), matched, len(counts)
 
-    def _numerators(self, outputs: dict[str, Any], targets: Targets) -> tuple[dict[str, Tensor], Tensor]:
+    def _numerators(self, outputs: dict[str, Any], targets: Targets, pairs: Matching) -> tuple[dict[str, Tensor], Tensor]:
         """Return the sums over images and queries, [layers] by the name of their loss, the last decoder layer last, and the number of
         matched queries of the last layer with the wrong class (a scalar).
         """
-        layers = [*outputs.get("aux_outputs", []), outputs]
         with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
-            dtype = torch.promote_types(outputs["pred_logits"].dtype, torch.float32)
-            logits = torch.stack([layer["pred_logits"] for layer in layers]).to(dtype)
-            boxes_cxcywh = torch.stack([layer["pred_boxes"] for layer in layers]).to(dtype)
-            pairs = match(logits.detach(), boxes_cxcywh.detach(), targets, self.costs)
+            logits, boxes_cxcywh = _stacked(outputs)
+            dtype = logits.dtype
             labels = torch.cat([target["labels"] for target in targets])[pairs.target]
             true_cxcywh = torch.cat([target["boxes"].to(dtype) for target in targets])[pairs.target]
-            layer = torch.arange(len(layers), device=logits.device)[:, None]
+            layer = torch.arange(len(logits), device=logits.device)[:, None]
             matched_cxcywh = boxes_cxcywh[layer, pairs.image, pairs.query]
 
             classes = torch.full(logits.shape[:-1], self.num_classes, dtype=torch.int64, device=logits.device)
@@ -187,8 +211,27 @@ class Criterion(nn.Module):
                 "loss_giou": (1 - giou).sum(1),
                 "cardinality_error": (predicted - pairs.boxes).abs().sum(1).to(dtype),
             }
+            if self.masks:
+                numerators |= _mask_numerators(outputs["pred_masks"], targets, pairs)
             wrong = (best[-1, pairs.image, pairs.query[-1]] != labels[-1]).sum().to(dtype)
         return numerators, wrong
+
+
+def _stacked(outputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the logits and boxes of all decoder layers, the last one last, in float32 or float64."""
+    layers = [*outputs.get("aux_outputs", []), outputs]
+    dtype = torch.promote_types(outputs["pred_logits"].dtype, torch.float32)
+    logits, boxes_cxcywh = (torch.stack([layer[name] for layer in layers]).to(dtype) for name in ("pred_logits", "pred_boxes"))
+    return logits, boxes_cxcywh
+
+
+def _mask_numerators(pred_masks: Tensor, targets: Targets, pairs: Matching) -> dict[str, Tensor]:
+    """Return the sums of the mask losses, [1] by name, from the masks of all queries [B, Q, h, w] or of the matched ones [M, h, w]."""
+    target = pairs.target[-1]
+    logits = pred_masks[pairs.image, pairs.query[-1]] if pred_masks.dim() == 4 else pred_masks
+    has_mask = [each.get("has_mask", torch.ones_like(each["labels"], dtype=torch.bool)) for each in targets]
+    true = matched_masks([each["masks"] for each in targets], target)
+    return {name: each[None] for name, each in mask_numerators(logits, true, torch.cat(has_mask)[target]).items()}
 
 
 def _by_layer(losses: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -218,8 +261,8 @@ def build_criterion(num_classes: int, **settings: Any) -> Criterion:
 
     Args:
         num_classes: Number of classes, without no-object.
-        **settings: Settings of the sections ``loss`` and ``matcher`` by their last name, such as ``eos_coef=0.2``, and ``aux_loss`` and
-            ``dec_layers`` of ``model``.
+        **settings: Settings of the sections ``loss`` and ``matcher`` by their last name, such as ``eos_coef=0.2``, and ``aux_loss``,
+            ``dec_layers`` and ``masks`` of ``model``.
 
     Returns:
         The criterion.
@@ -232,6 +275,6 @@ def build_criterion(num_classes: int, **settings: Any) -> Criterion:
 
 
 def _dotted(leaf: str) -> str:
-    sections = {"aux_loss": "model", "dec_layers": "model"}
+    sections = {"aux_loss": "model", "dec_layers": "model", "masks": "model"}
     section = sections.get(leaf) or next((each for each in ("loss", "matcher") if f"{each}.{leaf}" in SETTINGS), "loss")
     return find_setting(f"{section}.{leaf}").name

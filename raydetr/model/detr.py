@@ -1,11 +1,12 @@
-"""DETR (Carion et al. 2020): backbone, transformer, and the heads that predict the class and box of every object query.
+"""DETR (Carion et al. 2020): backbone, transformer, and the heads that predict the class and box of every object query, and its mask.
 
-It follows ``models/detr.py`` of the official DETR, whose parameter names it keeps.
+It follows ``models/detr.py`` and ``models/segmentation.py`` of the official DETR, whose parameter names it keeps.
 """
 
 import dataclasses
 import itertools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,12 @@ from torchvision.ops import box_convert
 from raydetr.config import Model, load_config
 from raydetr.errors import UserError
 from raydetr.model.backbone import Backbone
+from raydetr.model.masks import MaskFeatures, MaskHeadSmallConv, MHAttentionMap
 from raydetr.model.position import LearnedPosition, SinePosition
 from raydetr.model.transformer import Transformer
+
+# What chooses queries: the outputs to the positions of M images in the batch, int64 [M], and the queries in them, int64 [M].
+Choose = Callable[[dict[str, Any]], tuple[Tensor, Tensor]]
 
 
 class MLP(nn.Module):
@@ -50,6 +55,9 @@ class MLP(nn.Module):
 
 class DETR(nn.Module):
     """The DETR network with random weights.
+
+    With the setting ``masks`` it has the segmentation head as well, and its state dict has the names of the official ``DETRsegm``:
+    ``detr.*`` for what a DETR without masks has, ``bbox_attention.*``, and ``mask_head.*``. It loads names with and without ``detr.``.
 
     Args:
         settings: The ``model`` section of the settings, already checked; :func:`build_model` makes it from keyword arguments.
@@ -88,21 +96,61 @@ class DETR(nn.Module):
         self.input_proj = nn.Conv2d(backbone.num_channels, width, 1)
         position = SinePosition(width) if settings.position_embedding == "sine" else LearnedPosition(width)
         self.backbone = nn.Sequential(backbone, position)
+        if settings.masks:
+            self.bbox_attention = MHAttentionMap(width, settings.nheads)
+            self.mask_head = MaskHeadSmallConv(width, settings.nheads, backbone.fpn_channels)
+            self.register_state_dict_post_hook(_add_prefix)
+            self.register_load_state_dict_pre_hook(_remove_prefix)
 
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
-        """Predict the class and box of every object query.
+    def forward(self, images: Tensor, mask: Tensor | None = None, choose: Choose | None = None) -> dict[str, Any]:
+        """Predict the class and box of every object query and, with the setting ``masks``, the masks of all or of chosen queries.
 
         Args:
             images: Normalized images, float [B, 3, H, W].
             mask: Padding mask, bool [B, H, W], True where padded; None if nothing is padded.
+            choose: Chooses the M queries whose masks are computed, given the other outputs; all queries by default.
 
         Returns:
             A dict with ``pred_logits`` [B, Q, K + 1] (the last class is no-object) and ``pred_boxes`` [B, Q, 4] (cxcywh, relative to the
             unpadded image), in float32, or float64 for a float64 network. With the setting ``aux_loss`` it also has ``aux_outputs``,
-            a list of such dicts, one for each decoder layer but the last.
+            a list of such dicts, one for each decoder layer but the last. With the setting ``masks`` it has ``pred_masks``, logits at a
+            quarter of the images' resolution: [B, Q, H / 4, W / 4], or [M, H / 4, W / 4] of the chosen queries.
         """
+        if not self.settings["masks"]:
+            return self.forward_boxes(images, mask)
+        outputs, features = self.forward_features(images, mask)
+        if choose:
+            return {**outputs, "pred_masks": self.predict_masks(features, *choose(outputs))}
+        batch, queries = outputs["pred_logits"].shape[:2]
+        image = torch.arange(batch, device=images.device).repeat_interleave(queries)
+        query = torch.arange(queries, device=images.device).repeat(batch)
+        return {**outputs, "pred_masks": self.predict_masks(features, image, query).unflatten(0, (batch, queries))}
+
+    def forward_boxes(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
+        """Return the outputs of :meth:`forward` without masks."""
         _, states, _ = self.transform(*self.backbone[0](images, mask))
         return self.predict(states)
+
+    def forward_features(self, images: Tensor, mask: Tensor | None = None) -> tuple[dict[str, Any], MaskFeatures]:
+        """Return the outputs of :meth:`forward` without masks, and what :meth:`predict_masks` computes those from."""
+        (*fpns, last), padded = cast(Backbone, self.backbone[0]).pyramid(images, mask)
+        projected, states, memory = self.transform(last, padded)
+        attention = self.bbox_attention(states[-1], memory, padded).unflatten(-1, last.shape[-2:])
+        return self.predict(states), MaskFeatures(projected, attention, fpns[::-1])
+
+    def predict_masks(self, features: MaskFeatures, image: Tensor, query: Tensor) -> Tensor:
+        """Compute the masks of M queries.
+
+        Args:
+            features: Of :meth:`forward_features`.
+            image: Position in the batch of each query's image, int64 [M].
+            query: The queries, int64 [M].
+
+        Returns:
+            Logits in float32, or float64 for a float64 network: [M, H / 4, W / 4].
+        """
+        masks = self.mask_head(features.projected, features.attention[image, query], image, features.fpns)
+        return masks.to(torch.promote_types(masks.dtype, torch.float32))
 
     def transform(self, features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Run the transformer on a feature map.
@@ -136,6 +184,21 @@ class DETR(nn.Module):
         layers = [{"pred_logits": one, "pred_boxes": other} for one, other in zip(logits, boxes_cxcywh.sigmoid(), strict=True)]
         outputs: dict[str, Any] = layers[-1]
         return {**outputs, "aux_outputs": layers[:-1]} if self.aux_loss else outputs
+
+
+# What the official DETRsegm adds to a DETR; everything else is in its attribute ``detr``.
+MASK_PARTS = ("bbox_attention.", "mask_head.")
+
+
+def _add_prefix(_model: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
+    for name in [each for each in state if each.startswith(prefix)]:
+        tensor, own = state.pop(name), name.removeprefix(prefix)
+        state[name if own.startswith(MASK_PARTS) else f"{prefix}detr.{own}"] = tensor
+
+
+def _remove_prefix(_model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in [each for each in state if each.startswith(f"{prefix}detr.")]:
+        state[prefix + name.removeprefix(f"{prefix}detr.")] = state.pop(name)
 
 
 def _without_weights(settings: Model) -> dict[str, Any]:

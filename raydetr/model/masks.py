@@ -1,26 +1,18 @@
 """DETR's segmentation head (Carion et al. 2020, section 4.4): a mask for each object query.
 
-It follows ``models/segmentation.py`` of the official DETR, whose parameter names it keeps: ``detr.*`` for the box model,
-``bbox_attention.*``, and ``mask_head.*``. The official head computes the masks of all queries. Here the queries may be chosen: the losses
-need only the matched ones, and masks cost far more time and memory than boxes.
+It follows ``models/segmentation.py`` of the official DETR, whose parameter names it keeps. The official head computes the masks of all
+queries. Here the queries may be chosen: the losses need only the matched ones, and masks cost far more time and memory than boxes.
 
 Shapes in this module: B images, Q object queries, D channels (``hidden_dim``), h x w cells of the feature map, M chosen queries.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from raydetr.config import Model
-from raydetr.model.backbone import Backbone
-from raydetr.model.detr import DETR
-
-# What chooses queries: outputs of the box model to the positions of M images in the batch, int64 [M], and their queries, int64 [M].
-Choose = Callable[[dict[str, Any]], tuple[Tensor, Tensor]]
 
 
 class MHAttentionMap(nn.Module):
@@ -113,52 +105,22 @@ class MaskHeadSmallConv(nn.Module):
         return self.out_lay(x)[:, 0]
 
 
-def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(8, channels), channels)  # the official head has 8 groups, which its widths allow
+class MaskFeatures(NamedTuple):
+    """What the masks of any query of a batch are computed from.
 
-
-class MaskDETR(nn.Module):
-    """DETR with a segmentation head (``DETRsegm`` of the official code), with random weights.
-
-    Args:
-        settings: The ``model`` section of the settings, already checked.
-        num_classes: Number of classes K, without no-object.
+    Attributes:
+        projected: Projected feature map, float [B, D, h, w].
+        attention: Attention maps of all queries, float [B, Q, nheads, h, w].
+        fpns: Feature maps of the backbone, each float [B, C, H, W], from the coarsest to the finest.
     """
 
-    def __init__(self, settings: Model, num_classes: int):
-        super().__init__()
-        self.detr = DETR(settings, num_classes)
-        self.bbox_attention = MHAttentionMap(settings.hidden_dim, settings.nheads)
-        self.mask_head = MaskHeadSmallConv(settings.hidden_dim, settings.nheads, self._backbone().fpn_channels)
+    projected: Tensor
+    attention: Tensor
+    fpns: list[Tensor]
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, choose: Choose | None = None) -> dict[str, Any]:
-        """Predict the class and box of every object query, and the masks of all or of chosen queries.
 
-        Args:
-            images: Normalized images, float [B, 3, H, W].
-            mask: Padding mask, bool [B, H, W], True where padded; None if nothing is.
-            choose: Chooses the M queries whose masks are computed, given the other outputs; all queries by default.
-
-        Returns:
-            The outputs of :class:`raydetr.model.detr.DETR` and ``pred_masks``, logits in float32 at a quarter of the images' resolution:
-            [B, Q, H / 4, W / 4], or [M, H / 4, W / 4] of the chosen queries.
-        """
-        (*fpns, last), padded = self._backbone().pyramid(images, mask)
-        projected, states, memory = self.detr.transform(last, padded)
-        outputs = self.detr.predict(states)
-        batch, queries = outputs["pred_logits"].shape[:2]
-        if choose is None:
-            image = torch.arange(batch, device=images.device).repeat_interleave(queries)
-            query = torch.arange(queries, device=images.device).repeat(batch)
-        else:
-            image, query = choose(outputs)
-        attention = self.bbox_attention(states[-1], memory, padded)[image, query].unflatten(-1, last.shape[-2:])
-        masks = self.mask_head(projected, attention, image, fpns[::-1])
-        masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
-        return {**outputs, "pred_masks": masks.unflatten(0, (batch, queries)) if choose is None else masks}
-
-    def _backbone(self) -> Backbone:
-        return cast(Backbone, self.detr.backbone[0])
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(8, channels), channels)  # the official head has 8 groups, which its widths allow
 
 
 def postprocess_masks(pred_masks: Tensor, padded_size: tuple[int, int], image_sizes: Tensor, sizes: Tensor) -> list[Tensor]:

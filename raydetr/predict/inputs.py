@@ -45,8 +45,9 @@ class InputImage:
         """
         if not any(self.true_rles):
             return None
-        fits = [rle is not None and tuple(rle["size"]) == size[::-1] for rle in self.true_rles]
-        return [decode_masks([rle], size[::-1])[0] if rle and fit else None for rle, fit in zip(self.true_rles, fits, strict=True)]
+        fits = [rle is not None and tuple(rle["size"]) == (size[1], size[0]) for rle in self.true_rles]
+        height_width = (size[1], size[0])
+        return [decode_masks([rle], height_width)[0] if rle and fit else None for rle, fit in zip(self.true_rles, fits, strict=True)]
 
 
 def find_images(

@@ -4,7 +4,8 @@ The output folder contains:
 
 - ``index.html``: the page, which needs only the folders ``pictures/`` (annotated images in full size) and ``thumbnails/``;
 - ``predictions.json``: COCO results, a list of ``image_id``, ``category_id``, ``bbox`` (xywh in pixels, inside the image), and ``score``.
-  It has the prediction of every object query, also those that are too uncertain to be drawn, because average precision needs all;
+  It has the prediction of every object query, also those that are too uncertain to be drawn, because average precision needs all. With
+  masks each has a ``segmentation``, a run-length encoding that pycocotools reads;
 - ``images.json``: a COCO data set without annotations that tells the file of each image id and the name of each category id, so that
   ``COCO("images.json").loadRes("predictions.json")`` works;
 - ``attention/``: what the network looked at, if it is asked for: a folder for each image (see :mod:`raydetr.predict.attention`);
@@ -39,7 +40,7 @@ from raydetr.config import load_config
 from raydetr.data.categories import match_categories
 from raydetr.data.coco import collate
 from raydetr.data.images import read_image
-from raydetr.data.masks import decode_masks, encode_masks
+from raydetr.data.masks import RLE, decode_masks, encode_masks
 from raydetr.data.transforms import val_transforms
 from raydetr.draw import Box, Colour, category_colours, draw_boxes, with_masks
 from raydetr.errors import UserError
@@ -55,6 +56,7 @@ from raydetr.predict.score import trained_with
 from raydetr.predict.tiles import Tiles, View, is_whole, merge_boxes
 from raydetr.training.console import PLAIN_INTERVAL_S
 from raydetr.training.engine import choose_device, choose_dtype
+from raydetr.training.masks import detected_masks
 from raydetr.training.reporter import usable_cores
 from raydetr.training.run import loading_processes
 from raydetr.weights.fitting import load
@@ -88,14 +90,19 @@ class ImagePrediction:
     scores: list[float]
     queries: list[int]
     attention: ImageAttention | None = None
-    rles: list[dict] | None = None
+    rles: list[RLE] | None = None
 
     def masks(self, threshold: float) -> np.ndarray | None:
-        """Return the masks of :meth:`boxes`, bool [n, height, width] at the size of the image; None if the checkpoint has no masks."""
+        """Return the masks of the detections that :meth:`boxes` returns, bool [n, height, width]; None if the network has no masks.
+
+        Args:
+            threshold: Lowest score of a detection that is kept.
+        """
         if self.rles is None:
             return None
         width, height = self.size
-        return decode_masks([rle for rle, score in zip(self.rles, self.scores, strict=True) if score >= threshold], (height, width))
+        kept = [rle for rle, score in zip(self.rles, self.scores, strict=True) if score >= threshold]
+        return decode_masks(kept, (height, width))
 
     def boxes(self, categories: list[dict], threshold: float) -> list[Box]:
         """Return the boxes to draw.
@@ -337,12 +344,17 @@ def detect(
             unread |= {inputs[target["index"]].image_id: target["error"] for target in broken}
             views: dict[int, list[tuple[ImagePrediction, View]]] = defaultdict(list)
             for images, mask, targets in batches:
-                images, mask = (None if each is None else each.to(target_device, non_blocking=True) for each in (images, mask))
+                images, mask = (
+                    images.to(target_device, non_blocking=True),
+                    mask if mask is None else mask.to(target_device, non_blocking=True),
+                )
                 sizes = torch.stack([target["orig_size"] for target in targets])
-                detections = postprocess(model(images, mask), sizes.to(target_device, non_blocking=True))
+                outputs, rles = _outputs_and_masks(model, images, mask, sizes)
+                detections = postprocess(outputs, sizes.to(target_device, non_blocking=True))
                 on_host = {name: torch.stack([each[name] for each in detections]).cpu() for name in ("scores", "labels", "boxes")}
                 for row, target in enumerate(targets):
-                    prediction = _prediction({name: values[row] for name, values in on_host.items()}, target["orig_size"], checkpoint)
+                    found = {name: values[row] for name, values in on_host.items()}
+                    prediction = _prediction(found, target["orig_size"], checkpoint, rles[row] if rles else None)
                     each = inputs[target["index"]]
                     if wanted and record:
                         check_points(wanted.points, prediction.size, each.name)
@@ -354,15 +366,30 @@ def detect(
     return by_image, unread
 
 
-def _prediction(detections: dict[str, torch.Tensor], orig_size: torch.Tensor, checkpoint: str | Path) -> ImagePrediction:
+def _outputs_and_masks(
+    model: DETR, images: torch.Tensor, mask: torch.Tensor | None, sizes: torch.Tensor
+) -> tuple[dict[str, Any], list[list[RLE]] | None]:
+    """Return the outputs of a batch of images of one size, and the masks of all queries at ``sizes``; None if the network has none."""
+    if not model.settings["masks"]:
+        return model(images, mask), None
+    outputs, features = model.forward_features(images, mask)
+    padded_size, every = (images.shape[-2], images.shape[-1]), list(range(outputs["pred_logits"].shape[1]))
+    inside = torch.tensor([padded_size] * len(images))
+    return outputs, detected_masks(model.predict_masks, features, [every] * len(images), padded_size, inside, sizes)
+
+
+def _prediction(
+    detections: dict[str, torch.Tensor], orig_size: torch.Tensor, checkpoint: str | Path, rles: list[RLE] | None = None
+) -> ImagePrediction:
     scores, order = detections["scores"].double().sort(descending=True, stable=True)
     boxes_xyxy = detections["boxes"].double()[order]
     if not (scores.isfinite().all() and boxes_xyxy.isfinite().all()):
         raise UserError(f"{checkpoint}: its outputs are not finite numbers; the weights in it are broken")
     height, width = orig_size.tolist()
     boxes_xyxy = boxes_xyxy.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+    ordered = None if rles is None else [rles[query] for query in order.tolist()]
     labels = detections["labels"][order].tolist()
-    return ImagePrediction((width, height), boxes_xyxy.tolist(), labels, scores.tolist(), order.tolist())
+    return ImagePrediction((width, height), boxes_xyxy.tolist(), labels, scores.tolist(), order.tolist(), rles=ordered)
 
 
 def _merged(views: Sequence[tuple[ImagePrediction, View]]) -> ImagePrediction:
@@ -377,13 +404,14 @@ def _merged(views: Sequence[tuple[ImagePrediction, View]]) -> ImagePrediction:
         every += [(xyxy, label, score, query, number, row) for row, (whole, xyxy, label, score, query) in enumerate(rows) if whole]
     boxes_xyxy, labels, scores = (torch.tensor(column) for column in list(zip(*every, strict=True))[:3])
     kept = [every[index] for index in merge_boxes(boxes_xyxy, scores, labels).tolist()]
-    merged = ImagePrediction(size, *([row[column] for row in kept] for column in range(4)))
+    xyxy, of_class, score, query = ([row[column] for row in kept] for column in range(4))
+    merged = ImagePrediction(size, xyxy, of_class, score, query)
     if views[0][0].rles is not None:
         merged.rles = [_placed(cast(list, views[number][0].rles)[row], views[number][1], size) for *_, number, row in kept]
     return merged
 
 
-def _placed(rle: dict, view: View, size: tuple[int, int]) -> dict:
+def _placed(rle: RLE, view: View, size: tuple[int, int]) -> RLE:
     """Return the mask of a view as one of the whole image, both as RLEs."""
     left, top, right, bottom = view
     mask = np.zeros((1, size[1], size[0]), bool)
@@ -482,11 +510,13 @@ def _write_results(folder: Path, inputs: Sequence[InputImage], column: Predictio
 
 
 def results_of(image_id: int, prediction: ImagePrediction, categories: list[dict]) -> Iterator[dict]:
-    """Yield the predictions in an image as COCO results; ``categories`` have an ``id``, in label order."""
-    for xyxy, label, score in zip(prediction.xyxy, prediction.labels, prediction.scores, strict=True):
+    """Yield the predictions in an image as COCO results, with masks where there are any; ``categories`` have an ``id``, in label order."""
+    rles = prediction.rles or [None] * len(prediction.scores)
+    for xyxy, label, score, rle in zip(prediction.xyxy, prediction.labels, prediction.scores, rles, strict=True):
         x0, y0, x1, y1 = (round(corner, 3) for corner in xyxy)
         bbox_xywh = [x0, y0, round(x1 - x0, 3), round(y1 - y0, 3)]
-        yield {"image_id": image_id, "category_id": categories[label]["id"], "bbox": bbox_xywh, "score": round(score, 6)}
+        result = {"image_id": image_id, "category_id": categories[label]["id"], "bbox": bbox_xywh, "score": round(score, 6)}
+        yield result if rle is None else result | {"segmentation": rle}
 
 
 def _write(path: Path, text: str) -> None:

@@ -11,9 +11,10 @@ from torch import nn
 
 from raydetr import config as settings
 from raydetr.data.coco import CocoImages, build_loader, find_split
+from raydetr.data.masks import no_mask, read_segmentation
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
-from raydetr.evaluate.coco import METRICS, check_results
+from raydetr.evaluate.coco import METRICS, check_results, mask_metrics
 from raydetr.evaluate.intervals import interval_metrics
 from raydetr.files import atomic_write
 from raydetr.loss.criterion import build_criterion
@@ -63,14 +64,23 @@ def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: 
 
     Returns:
         The numbers and intervals of :func:`raydetr.evaluate.intervals.interval_metrics`, ``unknown_categories`` (names of the categories
-        that the data set does not have; what is detected of them cannot count), and ``notes`` (lines for the user).
+        that the data set does not have; what is detected of them cannot count), and ``notes`` (lines for the user); for a model with
+        masks, and a data set that has some, also those of :func:`raydetr.evaluate.coco.mask_metrics` under ``segm``.
 
     Raises:
         UserError: The checkpoint or the data set cannot be read, or nothing tells which classes are which categories.
     """
-    detected = detect(checkpoint, *layers, split=split)
-    metrics = interval_metrics(detected.coco, detected.results)
+    detected = detect(checkpoint, *layers, split=split, masks=True)
+    metrics = box_and_mask_metrics(detected)
     return {**metrics, "unknown_categories": detected.unknown, "notes": detected.notes}
+
+
+def box_and_mask_metrics(detected: Detected) -> dict[str, Any]:
+    """Return the numbers and intervals of the boxes, and those of the masks under ``segm`` where results and data set have masks."""
+    metrics = interval_metrics(detected.coco, detected.results)
+    if detected.dataset.has_masks and any("segmentation" in result for result in detected.results):
+        metrics["segm"] = mask_metrics(detected.coco, detected.results)
+    return metrics
 
 
 def detections_of(source: str | Path, *layers: Mapping[str, Any], split: str = "val") -> Detected:
@@ -80,16 +90,21 @@ def detections_of(source: str | Path, *layers: Mapping[str, Any], split: str = "
     return detect(source, *layers, split=split)
 
 
-def detect(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val") -> Detected:
-    """Run a checkpoint on a labeled data set; arguments and errors are those of :func:`score_checkpoint`."""
+def detect(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val", masks: bool = False) -> Detected:
+    """Run a checkpoint on a labeled data set; arguments and errors are those of :func:`score_checkpoint`.
+
+    With ``masks`` the results have masks, if the model and the data set have some.
+    """
     model = load(checkpoint)
+    masks = masks and model.settings["masks"]
     config = settings.load_config(trained_with(checkpoint, model), *layers)
-    dataset = CocoImages(find_split(config.data, split), val_transforms(config.data))
+    dataset = CocoImages(find_split(config.data, split), val_transforms(config.data), masks=masks)
+    without = [f"{dataset.split.annotations} has no mask: only boxes are scored"] if masks and not dataset.has_masks else []
     device = choose_device(config.speed)
     with kept_memory(device.type):
         results, found, notes = detect_with(model.to(device), model, dataset, config, device, str(checkpoint))
     unknown = unknown_names(model, found, notes)
-    return Detected(dataset.coco, results, [each["name"] for each in model.categories], unknown, [*model.notes, *notes], dataset)
+    return Detected(dataset.coco, results, [each["name"] for each in model.categories], unknown, [*model.notes, *notes, *without], dataset)
 
 
 def found_categories(model: DETR, dataset: CocoImages, name: str) -> tuple[list[int | None], list[str]]:
@@ -122,7 +137,7 @@ def detect_with(
     Args:
         network: What computes the outputs: ``model`` itself, or an export of it.
         model: Its categories are those of the outputs.
-        dataset: Images, transformed for evaluation.
+        dataset: Images, transformed for evaluation; if it has masks, so has the model, and the results get them.
         config: Settings of the loader and of the precision.
         device: Where ``network`` is.
         name: What to call the model in an error message.
@@ -138,7 +153,7 @@ def detect_with(
     processes = loading_processes(data, device, usable_cores())
     loading = {"num_workers": processes, "device": device, "timeout_s": data.batch_timeout_s}
     loader = build_loader(dataset, val_batch_size(config, device), rank=0, world_size=1, shuffle=False, **loading)
-    criterion = build_criterion(len(model.categories), aux_loss=False)
+    criterion = build_criterion(len(model.categories), aux_loss=False, masks=dataset.has_masks)
     _, detections = evaluate(network, criterion, _without_truth(loader), device, choose_dtype(config.speed, device))
     categories = [{"id": None if position is None else dataset.categories[position]["id"]} for position in found]
     return [result for result in detections.results(categories) if result["category_id"] is not None], found, notes
@@ -166,7 +181,8 @@ def trained_with(checkpoint: str | Path, model: DETR) -> dict[str, Any]:
 def _without_truth(loader: Iterable[tuple]) -> Iterator[tuple]:
     # The data set's labels need not be the checkpoint's, and only the detections are wanted, not the losses.
     for images, mask, targets in loader:
-        yield images, mask, [{**target, "boxes": target["boxes"][:0], "labels": target["labels"][:0]} for target in targets]
+        names = ("boxes", "labels", "masks", "has_mask")
+        yield images, mask, [{name: each[:0] if name in names else each for name, each in target.items()} for target in targets]
 
 
 def score_predictions(predictions: str | Path, data: settings.Data, split: str = "val") -> dict[str, Any]:
@@ -178,13 +194,14 @@ def score_predictions(predictions: str | Path, data: settings.Data, split: str =
         split: ``"train"``, ``"val"`` or ``"test"``.
 
     Returns:
-        The numbers and intervals of :func:`raydetr.evaluate.intervals.interval_metrics`, and ``notes`` (lines for the user).
+        The numbers and intervals of :func:`raydetr.evaluate.intervals.interval_metrics`, and ``notes`` (lines for the user); those of
+        masks under ``segm``, if the detections have ``segmentation`` and the data set has masks.
 
     Raises:
         UserError: The file cannot be read, or has an entry that is no detection in an image of the data set.
     """
     detected = read_predictions(predictions, data, split)
-    return {**interval_metrics(detected.coco, detected.results), "notes": detected.notes}
+    return {**box_and_mask_metrics(detected), "notes": detected.notes}
 
 
 def read_predictions(predictions: str | Path, data: settings.Data, split: str = "val") -> Detected:
@@ -195,9 +212,12 @@ def read_predictions(predictions: str | Path, data: settings.Data, split: str = 
         raise UserError(f"{predictions}: {error.strerror or error}") from None
     except ValueError as error:
         raise UserError(f"{predictions}: not a JSON list of detections ({error})") from None
-    dataset = CocoImages(find_split(data, split), val_transforms(data))
+    with_masks = isinstance(results, list) and any(isinstance(each, dict) and each.get("segmentation") for each in results)
+    dataset = CocoImages(find_split(data, split), val_transforms(data), masks=with_masks)
     try:
         check_results(dataset.coco, results)
+        if with_masks:
+            results = _with_rles(dataset.coco, results)
     except UserError as error:
         raise UserError(f"{predictions}: {str(error).removeprefix('results: ')}") from None
     known = {category["id"] for category in dataset.coco["categories"]}
@@ -207,20 +227,43 @@ def read_predictions(predictions: str | Path, data: settings.Data, split: str = 
     return Detected(dataset.coco, results, None, [], [*([note] if foreign else []), *box_format_notes(dataset.coco, results)], dataset)
 
 
+def _with_rles(coco: dict[str, list[dict]], results: list[dict]) -> list[dict]:
+    """Return ``results`` with every ``segmentation`` as an RLE; raise UserError if one cannot be read."""
+    sizes = {image["id"]: (image["height"], image["width"]) for image in coco["images"]}
+    read = []
+    for number, result in enumerate(results):
+        try:
+            rle = read_segmentation(result.get("segmentation"), sizes[result["image_id"]])
+        except UserError as error:
+            raise UserError(f"entry {number} (image {result['image_id']}): {error}") from None
+        there = "segmentation" in result and result["segmentation"] is not None
+        read.append(result | ({"segmentation": rle or no_mask(sizes[result["image_id"]])} if there else {}))
+    return read
+
+
 def metrics_table(metrics: Mapping[str, Any]) -> str:
-    """Return the notes, the twelve COCO numbers, and those of each category as aligned text, with 95 % intervals over images."""
+    """Return the notes, the twelve COCO numbers, and those of each category as aligned text, with 95 % intervals over images.
+
+    Where there are numbers of masks, they follow those of the boxes.
+    """
     notes = _notes(metrics)
     lines = [*notes, *([""] if notes else [])]
-    lines += [f"{name:<10} {_number(metrics[name])}{_interval(metrics, name)}" for name in METRICS]
+    if "segm" not in metrics:
+        return "\n".join([*lines, *_numbers_table(metrics)])
+    return "\n".join([*lines, "boxes", *_numbers_table(metrics), "", "masks", *_numbers_table(metrics["segm"])])
+
+
+def _numbers_table(metrics: Mapping[str, Any]) -> list[str]:
+    lines = [f"{name:<10} {_number(metrics[name])}{_interval(metrics, name)}" for name in METRICS]
     columns = ("AP", "AP50", "AP75", "AR100")
     names = list(metrics["per_category"])
     width = max([len("category"), *map(len, names)])
     lines += ["", f"{'category':<{width}}  " + "  ".join(f"{column:>5}" for column in columns)]
-    lines[-1] += "  AP, 95 % interval over images"
+    lines[-1] += "  AP, 95 % interval over images" if "AP_interval" in metrics else ""
     for name in names:
         numbers = "  ".join(f"{_number(metrics['per_category'][name][column]):>5}" for column in columns)
         lines.append(f"{name:<{width}}  {numbers}{_interval(metrics['per_category'][name], 'AP')}")
-    return "\n".join(lines)
+    return lines
 
 
 def _notes(metrics: Mapping[str, Any]) -> list[str]:

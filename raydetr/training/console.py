@@ -24,7 +24,7 @@ from raydetr.text import count
 
 PLAIN_INTERVAL_S = 10.0  # between two lines about steps if the output is not a terminal
 
-# The columns of an epoch's table: heading, and name among the metrics.
+# The columns of an epoch's table: heading, and name among the metrics. Those of metrics that a run does not have are left out.
 COLUMNS = (
     ("train loss", "train_loss"),
     ("val loss", "val_loss"),
@@ -32,6 +32,7 @@ COLUMNS = (
     ("AP50", "AP50"),
     ("AP75", "AP75"),
     ("AR100", "AR100"),
+    ("mask AP", "segm_AP"),
 )
 
 
@@ -134,15 +135,17 @@ class Display:
 
     def _epoch(self, event: dict[str, Any]) -> None:
         metrics, took = event["metrics"], clock(event["seconds"])
-        numbers, speed = [_number(metrics[name]) for _, name in COLUMNS], f"{metrics['images_per_second']:.1f}"
+        columns = [(heading, _number(metrics[name])) for heading, name in COLUMNS if name in metrics]
+        speed = f"{metrics['images_per_second']:.1f}"
         if self.console.is_terminal:
             from rich.table import Table
 
-            table = Table("epoch", *(heading for heading, _ in COLUMNS), "images/s", "time", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+            headings, numbers = zip(*columns, strict=True)
+            table = Table("epoch", *headings, "images/s", "time", box=None, pad_edge=False, padding=(0, 3, 0, 0))
             table.add_row(f"{event['epoch']}/{self._epochs}{' *' if event['best'] else ''}", *numbers, speed, took)
             self.console.print(table)
             return
-        numbers = ", ".join(f"{heading} {number}" for (heading, _), number in zip(COLUMNS, numbers, strict=True))
+        numbers = ", ".join(f"{heading} {number}" for heading, number in columns)
         best, left = " (best so far)" if event["best"] else "", self._left(event["epoch"] * self._steps)
         self._plain(f"{self._which(event['epoch'])}: {numbers}{best}, {speed} images/s, {took}, {left} left")
         self._last_line = time.monotonic()

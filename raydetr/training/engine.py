@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -16,13 +17,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from raydetr.config import Speed
+from raydetr.data.masks import RLE
 from raydetr.data.transforms import normalize
 from raydetr.errors import UserError
+from raydetr.evaluate.matches import MOST_DETECTIONS
 from raydetr.loss.criterion import Criterion
-from raydetr.loss.matcher import NonFiniteCost
+from raydetr.loss.matcher import Matching, NonFiniteCost
 from raydetr.model.detr import DETR, postprocess
+from raydetr.model.masks import MaskFeatures
 from raydetr.text import shortlist
 from raydetr.training.graphs import GraphedNetwork
+from raydetr.training.masks import counted_queries, detected_masks, logits_in_chunks
 from raydetr.training.schedule import MovingAverage
 
 # Reading a loss makes the host wait for the device. On a GPU the host reads the losses of many steps at once and stays ahead of it.
@@ -193,8 +198,10 @@ def take_step(training: Training, batches: list[Batch]) -> StepRecord:
     for number, (images, mask, _) in enumerate(batches):
         last = number == len(batches) - 1  # only this backward pass averages the gradients over the workers
         with contextlib.nullcontext() if last or not isinstance(model, DistributedDataParallel) else model.no_sync():
-            outputs = _forward(training.graphs or model, images, mask, training.device, training.dtype)
-            losses = _losses(training.criterion, outputs, targets[number], normalizers)
+            matched = MatchedQueries(training.criterion, targets[number]) if training.criterion.masks else None
+            network = functools.partial(model, choose=matched) if matched else training.graphs or model
+            outputs = _forward(network, images, mask, training.device, training.dtype)
+            losses = _losses(training.criterion, outputs, targets[number], normalizers, matched and matched.pairs)
             training.scaler.scale(losses["loss"]).backward()
         values.append(torch.stack([losses[name].detach() for name in names[:-1]]))
     training.scaler.unscale_(training.optimizer)
@@ -209,6 +216,31 @@ def take_step(training: Training, batches: list[Batch]) -> StepRecord:
     training.step += 1
     image_ids = [int(target["image_id"]) for batch in batches for target in batch[2]]
     return StepRecord(training.step, torch.cat([sum(values[1:], values[0]), norm[None]]), image_ids, learning_rates)
+
+
+class MatchedQueries:
+    """Chooses the queries that are matched in the last decoder layer: the losses need no masks of others.
+
+    Args:
+        criterion: Matches queries and true boxes.
+        targets: True boxes of each image of the batch.
+
+    Attributes:
+        pairs: The matching of all layers, once the queries are chosen; None if the outputs are not finite.
+    """
+
+    def __init__(self, criterion: Criterion, targets: list[dict[str, Tensor]]):
+        self._criterion, self._targets = criterion, targets
+        self.pairs: Matching | None = None
+
+    def __call__(self, outputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the positions in the batch of the matched queries' images, and the queries, both int64 [M]."""
+        try:
+            self.pairs = self._criterion.match(outputs, self._targets)
+        except NonFiniteCost:  # the criterion will raise it once more, when the forward pass is complete
+            nothing = torch.zeros(0, dtype=torch.int64, device=outputs["pred_logits"].device)
+            return nothing, nothing
+        return self.pairs.image, self.pairs.query[-1]
 
 
 def loss_names(criterion: Criterion) -> list[str]:
@@ -305,28 +337,30 @@ class Means:
 
 
 def _boxes_and_labels(target: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: target[name].to(device, non_blocking=True) for name in ("boxes", "labels")}
+    names = ("boxes", "labels", "masks", "has_mask")
+    return {name: target[name].to(device, non_blocking=True) for name in names if name in target}
 
 
-def _forward(
-    model: nn.Module | GraphedNetwork, images: Tensor, mask: Tensor | None, device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def _forward(network: Callable[..., Any], images: Tensor, mask: Tensor | None, device: torch.device, dtype: torch.dtype) -> Any:
     images = images.to(device, non_blocking=True)
     mask = None if mask is None else mask.to(device, non_blocking=True)
     if images.dtype == torch.uint8:
         images = normalize(images, mask)
     # A graph must not use weights that were converted outside of it.
-    cached = not isinstance(model, GraphedNetwork)
+    cached = not isinstance(network, GraphedNetwork)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=cached):
-        return model(images, mask)
+        return network(images, mask)
 
 
-def _losses(criterion: Criterion, outputs: dict[str, Any], targets: list[dict], normalizers: Any) -> dict[str, Tensor]:
+def _losses(
+    criterion: Criterion, outputs: dict[str, Any], targets: list[dict], normalizers: Any, pairs: Matching | None
+) -> dict[str, Tensor]:
     try:
-        losses = criterion(outputs, targets, normalizers)
+        losses = criterion(outputs, targets, normalizers, pairs)
     except NonFiniteCost:
         # The other workers wait for this one in the backward pass. All of them stop together when they read the losses.
-        broken: Tensor = (outputs["pred_logits"].sum() + outputs["pred_boxes"].sum()) * math.nan
+        predictions = [outputs[name].sum() for name in ("pred_logits", "pred_boxes", "pred_masks") if name in outputs]
+        broken: Tensor = torch.stack(predictions).sum() * math.nan
         return dict.fromkeys(loss_names(criterion), broken)
     return {**losses, "loss": criterion.weighted_sum(losses)}
 
@@ -358,20 +392,22 @@ class Detections(NamedTuple):
     boxes_xywh: np.ndarray  # float32 [N, Q, 4], pixels of the original image
     scores: np.ndarray  # float32 [N, Q]
     labels: np.ndarray  # int64 [N, Q], 0..K-1
-    rles: list[list[dict | None]] | None = None  # [N][Q], masks at the image's own size; None without masks, or where none can count
+    rles: list[list[RLE | None]] | None = None  # [N][Q] masks of the original images, None where a detection cannot count; with masks only
 
     def results(self, categories: list[dict]) -> list[dict]:
-        """Return the detections as COCO results: dicts with ``image_id``, ``category_id``, ``bbox`` (xywh, pixels) and ``score``.
+        """Return them as COCO results: a list of dicts with ``image_id``, ``category_id``, ``bbox`` (xywh, pixels) and ``score``, and with
+        ``segmentation`` (RLE) where there is a mask.
 
         Args:
             categories: Dicts with ``id``, in label order.
         """
         ids = np.array([category["id"] for category in categories])[self.labels]
-        rows = zip(self.image_ids.tolist(), ids.tolist(), self.boxes_xywh.tolist(), self.scores.tolist(), strict=True)
+        rles = self.rles or [[None] * self.scores.shape[1]] * len(self.image_ids)
+        rows = zip(self.image_ids.tolist(), ids.tolist(), self.boxes_xywh.tolist(), self.scores.tolist(), rles, strict=True)
         return [
-            {"image_id": image_id, "category_id": category, "bbox": box_xywh, "score": score}
+            {"image_id": image_id, "category_id": category, "bbox": box_xywh, "score": score} | ({"segmentation": rle} if rle else {})
             for image_id, *per_query in rows
-            for category, box_xywh, score in zip(*per_query, strict=True)
+            for category, box_xywh, score, rle in zip(*per_query, strict=True)
         ]
 
 
@@ -380,6 +416,8 @@ def evaluate(
     model: nn.Module, criterion: Criterion, loader: Iterable[Batch], device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, float], Detections]:
     """Compute the losses and detections of a whole data set.
+
+    Masks are computed if the criterion has losses of masks: of the matched queries for these, and of the detections that can count.
 
     Args:
         model: The network itself, not wrapped in DistributedDataParallel, because workers may have different numbers of batches.
@@ -398,24 +436,76 @@ def evaluate(
     model.eval()
     names: tuple[str, ...] = ()
     sums, found, broken = [], [], []
+    rles: dict[int, list[RLE | None]] = {}  # by image id
     for images, mask, targets in sent_ahead(loader, device):
-        outputs = _forward(model, images, mask, device, dtype)
+        outputs, masks_of = _outputs(model, criterion, images, mask, device, dtype)
         image_ids = [int(target["image_id"]) for target in targets]
         try:
-            names, values = zip(*criterion.sums(outputs, [_boxes_and_labels(target, device) for target in targets]).items(), strict=True)
+            on_device = [_boxes_and_labels(target, device) for target in targets]
+            pairs = criterion.match(outputs, on_device)
+            if masks_of:
+                outputs["pred_masks"] = masks_of.logits(pairs.image, pairs.query[-1])
+            names, values = zip(*criterion.sums(outputs, on_device, pairs).items(), strict=True)
         except NonFiniteCost:
             broken += image_ids
             continue
         sums.append(torch.stack(values))
         per_image = postprocess(outputs, _sent(torch.stack([target["orig_size"] for target in targets]), device))
-        found.append((torch.tensor(image_ids), *(torch.stack([one[name] for one in per_image]) for name in ("boxes", "scores", "labels"))))
+        boxes, scores, labels = (torch.stack([one[name] for one in per_image]) for name in ("boxes", "scores", "labels"))
+        found.append((torch.tensor(image_ids), boxes, scores, labels))
+        if masks_of:
+            rles |= zip(image_ids, masks_of.detections(scores, labels, targets), strict=True)
     sums = torch.stack(sums).tolist() if sums else []
     columns = [torch.cat(column).cpu().numpy() for column in zip(*found, strict=True)]
-    everyone = list(zip(*gathered((names, sums, columns, broken)), strict=True))
+    everyone = list(zip(*gathered((names, sums, columns, broken, rles)), strict=True))
     if any(everyone[3]):
         ids = shortlist(sorted(itertools.chain.from_iterable(everyone[3])), MOST_IDS)
         raise UserError(f"evaluation: the network's outputs are not finite on the images {ids}; use speed.precision fp32")
-    return _combined_losses(criterion, everyone[0], everyone[1]), _combined_detections(everyone[2])
+    detections = _combined_detections(everyone[2])
+    if criterion.masks:
+        rles = {image_id: of_image for of_worker in everyone[4] for image_id, of_image in of_worker.items()}
+        detections = detections._replace(rles=[rles[image_id] for image_id in detections.image_ids.tolist()])
+    return _combined_losses(criterion, everyone[0], everyone[1]), detections
+
+
+class _BatchMasks(NamedTuple):
+    """What computes masks of a batch in evaluation, in chunks."""
+
+    predict: Callable[..., Tensor]
+    features: MaskFeatures
+    padded_size: tuple[int, int]
+
+    def logits(self, image: Tensor, query: Tensor) -> Tensor:
+        return logits_in_chunks(self.predict, self.features, image, query, self.padded_size)
+
+    def detections(self, scores: Tensor, labels: Tensor, targets: list[dict[str, Tensor]]) -> list[list[RLE | None]]:
+        """Return for each image the mask of every query whose detection can count, and None for the others."""
+        chosen = counted_queries(scores, labels, MOST_DETECTIONS)
+        inside, original = (torch.stack([target[name] for target in targets]) for name in ("size", "orig_size"))
+        found = detected_masks(self.predict, self.features, chosen, self.padded_size, inside, original)
+        by_query = [dict(zip(queries, rles, strict=True)) for queries, rles in zip(chosen, found, strict=True)]
+        return [[of_image.get(query) for query in range(scores.shape[1])] for of_image in by_query]
+
+
+def _outputs(
+    model: nn.Module, criterion: Criterion, images: Tensor, mask: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, Any], _BatchMasks | None]:
+    """Return the outputs of a batch without masks, and what computes these if the criterion needs them."""
+    if not criterion.masks:
+        return _forward(box_network(model), images, mask, device, dtype), None
+    network = cast(DETR, model)
+    outputs, features = _forward(network.forward_features, images, mask, device, dtype)
+
+    def predict(*which: Any) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return network.predict_masks(*which)
+
+    return outputs, _BatchMasks(predict, features, (images.shape[-2], images.shape[-1]))
+
+
+def box_network(model: nn.Module) -> Callable[..., dict[str, Any]]:
+    """Return what computes the outputs of a network without masks: the network itself unless it has masks."""
+    return model.forward_boxes if isinstance(model, DETR) and model.settings["masks"] else model
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:

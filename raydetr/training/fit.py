@@ -18,7 +18,7 @@ import torch
 
 from raydetr.config import Config
 from raydetr.errors import UserError
-from raydetr.evaluate.coco import METRICS, precision_recall, run_coco_eval, summarize
+from raydetr.evaluate.coco import METRICS, mask_metrics, precision_recall, run_coco_eval, summarize
 from raydetr.evaluate.diagnosis import diagnose
 from raydetr.evaluate.intervals import with_intervals
 from raydetr.memory import kept_memory
@@ -26,12 +26,13 @@ from raydetr.storage import fetch, join, working_folder
 from raydetr.training.console import Display, warn
 from raydetr.training.engine import Detections, choose_device, evaluate, gathered, train_one_epoch
 from raydetr.training.failures import BestEffort, failures_explained
+from raydetr.training.metrics import MASK_METRICS, losses_in
 from raydetr.training.random_state import get_random_state
 from raydetr.training.recorder import EpochResults, NoRecorder, Recorder, open_recorder
 from raydetr.training.reporter import LocalReporter, Reporter
 from raydetr.training.resume import BEST, LAST, find_checkpoint
 from raydetr.training.run import Progress, Run, build_run
-from raydetr.training.tracking import LOSSES, read_history
+from raydetr.training.tracking import read_history
 
 
 def fit(config: Config, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -46,8 +47,10 @@ def fit(config: Config, reporter: Reporter | None = None) -> dict[str, Any]:
 
     Returns:
         The metrics of the last epoch: ``epoch`` (from 1), the twelve COCO numbers (None if the validation set has no object), the 95 %
-        interval of AP as ``AP_low`` and ``AP_high``, losses such as ``train_loss`` (weighted) and ``val_loss_ce`` (not weighted),
-        ``best_AP``, ``best_epoch``, ``images_per_second`` and ``seconds``.
+        interval of AP as ``AP_low`` and ``AP_high``, with ``model.masks`` the twelve numbers of masks as ``segm_AP`` and so on, losses as
+        ``train_loss`` (weighted), ``val_loss_ce`` (not weighted) and so on, ``best_AP``, ``best_epoch``, ``images_per_second`` and
+        ``seconds``. With ``optim.freeze_detr``, where the AP of boxes stands still, the best epoch is that of the highest AP of masks,
+        and ``best_AP`` is this AP.
 
     Raises:
         UserError: Something that the user can correct: settings, data, checkpoints, a full disk, too little GPU memory.
@@ -121,7 +124,7 @@ def _train_epoch(run: Run, recorder: Recorder | NoRecorder) -> None:
     run.show({"kind": "evaluate", "epoch": epoch})
     val, detections = evaluate(training.evaluated, training.criterion, run.val, training.device, training.dtype)
     scores, curve = gathered(_score(run, detections) if run.reporter.rank == 0 else None)[0]
-    best = progress.update(scores["AP"], val["loss"])
+    best = progress.update((scores["segm"] if run.config.optim.freeze_detr else scores)["AP"], val["loss"])
     if not run.finished:
         run.load_ahead()
     run.metrics = _metrics(progress, train, val, scores) | {"seconds": time.perf_counter() - started}
@@ -154,8 +157,11 @@ def _warning_shower(reporter: Reporter) -> Callable[[str], None]:
 
 def _score(run: Run, detections: Detections) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     coco = run.val_set.coco
-    evaluation = run_coco_eval(coco, detections.results(run.val_set.categories))
+    results = detections.results(run.val_set.categories)
+    evaluation = run_coco_eval(coco, results)
     scores = with_intervals(summarize(evaluation, coco["categories"]), evaluation, coco["categories"], ["AP"])
+    if run.config.model.masks:
+        scores["segm"] = mask_metrics(coco, results)
     return scores, precision_recall(evaluation)
 
 
@@ -164,9 +170,10 @@ def _metrics(progress: Progress, train: dict[str, float], val: dict[str, float],
         "epoch": progress.epoch,
         **{name: scores[name] for name in METRICS},
         **dict(zip(("AP_low", "AP_high"), scores["AP_interval"] or (None, None), strict=True)),
-        **{f"train_{name}": train[name] for name in LOSSES},
+        **({name: scores["segm"][of_boxes] for name, of_boxes in MASK_METRICS.items()} if "segm" in scores else {}),
+        **{f"train_{name}": train[name] for name in losses_in(train)},
         "train_grad_norm": train["grad_norm"] if math.isfinite(train["grad_norm"]) else None,  # NaN where every step of fp16 overflowed
-        **{f"val_{name}": val[name] for name in LOSSES},
+        **{f"val_{name}": val[name] for name in losses_in(val)},
         "best_AP": progress.best_AP,
         "best_epoch": progress.best_epoch,
         "images_per_second": train["images_per_second"],

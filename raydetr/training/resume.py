@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from raydetr.config import Config, to_dict
+from raydetr.config import SETTINGS, Config, to_dict
 from raydetr.data.fingerprint import fingerprint_difference
 from raydetr.errors import UserError
 from raydetr.storage import fetch, join, push
@@ -101,8 +101,9 @@ def check_same_network(config: Config, content: dict[str, Any], path: Path) -> N
     """
     before, now = content["settings"]["model"], to_dict(config)["model"]
     for name in now:
-        if name not in ("preset", "weights") and before.get(name) != now[name]:
-            raise UserError(f"{path} is of a network with model.{name} {before.get(name)}, not {now[name]}; choose another run.name")
+        known = before.get(name, SETTINGS[f"model.{name}"].default)  # an earlier version did not have the setting
+        if name not in ("preset", "weights") and known != now[name]:
+            raise UserError(f"{path} is of a network with model.{name} {known}, not {now[name]}; choose another run.name")
 
 
 def check_same_data(data: dict[str, dict[str, Any]], content: dict[str, Any], root: str) -> None:

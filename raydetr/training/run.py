@@ -164,10 +164,19 @@ def build_run(config: Config, reporter: Reporter, root: str, device: torch.devic
 def _data_sets(config: Config, reporter: Reporter, device: torch.device, content: dict[str, Any] | None) -> tuple[CocoImages, CocoImages]:
     data, normalized = config.data, device.type == "cpu"  # a GPU normalizes the bytes itself
     known = content["categories"] if content else None
-    train = CocoImages(find_split(data, "train"), train_transforms(data, normalized), config.run.seed, known)
-    val = CocoImages(find_split(data, "val"), val_transforms(data, normalized), config.run.seed, train.categories)
+    seed, masks = config.run.seed, config.model.masks
+    train = CocoImages(find_split(data, "train"), train_transforms(data, normalized), seed, known, masks)
+    val = CocoImages(find_split(data, "val"), val_transforms(data, normalized), seed, train.categories, masks)
+    for split in (train, val) if masks else ():
+        if not split.has_masks:
+            raise UserError(
+                f"model.masks: {split.split.annotations} has no mask, neither polygons nor RLE; annotate outlines, or set model.masks false"
+            )
     limit = cache_limit(data) // reporter.world_size  # as if all workers were on one node
-    train.images = val.images = reporter.images or DecodedImages(train.files + val.files, limit, train.split.read)
+    rles = train.rles + val.rles if train.rles is not None and val.rles is not None else None
+    images = reporter.images or DecodedImages(train.files + val.files, limit, train.split.read, rles)
+    train.images = val.images = images
+    train.decode_masks = val.decode_masks = images.masks
     return train, val
 
 
@@ -232,7 +241,8 @@ def _training(
     if config.speed.compile == "on":
         compile_blocks(model, dynamic=pad_to(config, device) == 1)
     losses = dataclasses.asdict(config.loss) | dataclasses.asdict(config.matcher)
-    criterion = build_criterion(num_classes, aux_loss=config.model.aux_loss, dec_layers=config.model.dec_layers, **losses)
+    network = {name: getattr(config.model, name) for name in ("aux_loss", "dec_layers", "masks")}
+    criterion = build_criterion(num_classes, **network, **losses)
     optimizer = build_optimizer(model, optim)
     average = MovingAverage(model, optim.ema_decay) if optim.ema_decay else None
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -288,6 +298,8 @@ def _graphed(model: DETR, device: torch.device, world_size: int) -> GraphedNetwo
         raise UserError("speed.graphs: a CPU has no CUDA graphs; leave it off there")
     if world_size > 1:
         raise UserError("speed.graphs: works with one worker only; leave it off, or give --workers 1")
+    if model.settings["masks"]:
+        raise UserError("speed.graphs: does not work with model.masks; turn one of them off")
     return GraphedNetwork(model)
 
 
@@ -298,7 +310,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any] | No
         optimizer.load_state_dict(state)
     except ValueError:
         raise UserError(
-            "last.pth trains other parameters than these settings: optim.freeze_backbone and optim.lr_backbone may not change"
+            "last.pth trains other parameters than these settings: optim.freeze_backbone, optim.freeze_detr and optim.lr_backbone may not "
+            "change"
         ) from None
     for group in optimizer.param_groups:
         group["weight_decay"] = optim.weight_decay

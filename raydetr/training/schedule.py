@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from raydetr.config import Optim
+from raydetr.model.detr import MASK_PARTS
 
 GROUPS = ("transformer", "backbone")
 
@@ -17,11 +18,15 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     """Return a fused AdamW with the groups ``transformer`` (learning rate ``lr``) and ``backbone`` (``lr_backbone``).
 
     Args:
-        model: The DETR. Its backbone is frozen, as in the official ``main.py``, if ``freeze_backbone`` is set or ``lr_backbone`` is 0.
+        model: The DETR. Its backbone is frozen, as in the official ``main.py``, if ``freeze_backbone`` is set or ``lr_backbone`` is 0,
+            and everything but its segmentation head if ``freeze_detr`` is set.
         optim: The ``optim`` section of the settings.
     """
     if optim.freeze_backbone or optim.lr_backbone == 0:
         model.backbone.requires_grad_(False)
+    if optim.freeze_detr:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(MASK_PARTS))
     parameters = {name: [] for name in GROUPS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -8,6 +8,8 @@ process wrote after its last checkpoint. Tags:
   ``speed/images_per_second``;
 - per epoch: their means under ``train_epoch/``, the same losses and errors under ``val/``, ``val/AP`` and the other eleven COCO
   numbers, ``val/AP/<category>``, ``epoch``, the curve ``val/precision_recall``, and in some epochs ``pictures/<file name>``;
+- with masks, also ``loss_mask`` and ``loss_dice``, and per epoch ``val/segm/AP`` and the other eleven COCO numbers of masks, and
+  ``val/segm/AP/<category>``;
 - once: the settings as text and as hparams, and the layout of the custom scalars.
 """
 
@@ -33,15 +35,16 @@ from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, stats
 from raydetr.files import atomic_write
 from raydetr.training.engine import Detections
-from raydetr.training.metrics import LOSSES
+from raydetr.training.metrics import LOSSES, MASK_LOSSES, losses_in
 
 STEP_TAGS = {
-    **{name: f"train/{name}" for name in (*LOSSES, "grad_norm")},
+    **{name: f"train/{name}" for name in (*LOSSES, *MASK_LOSSES, "grad_norm")},
     "lr_transformer": "lr/transformer",
     "lr_backbone": "lr/backbone",
     "images_per_second": "speed/images_per_second",
 }
 HPARAM_METRICS = ("val/AP", "val/AP50", "val/AP75", "val/loss_ce", "val/loss_bbox", "val/loss_giou")
+MASK_HPARAM_METRICS = ("val/segm/AP", "val/segm/AP50", "val/segm/AP75", "val/loss_mask", "val/loss_dice")  # as well, with model.masks
 
 PICTURE_SIDE = 640  # longest side of the images in TensorBoard (pixels)
 PICTURE_SCORE = 0.5  # lowest score of a box that is drawn
@@ -67,6 +70,7 @@ class Tracker:
         self._events = _Events(folder, step + 1 if before else None)
         self._settings = {name: _plain(value) for name, value in flatten(to_dict(config)).items()}
         self._searched = searched
+        self._masks = config.model.masks
         if not before:
             self._describe()
 
@@ -76,14 +80,15 @@ class Tracker:
         self._events.add(start, 0)
         rows = [f"| {name} | {value} | {SETTINGS[name].meaning} |" for name, value in self._settings.items()]
         self._events.add(summary().text("settings", "\n".join(["| setting | value | meaning |", "|---|---|---|", *rows])), 0)
-        self._events.add(summary().custom_scalars(custom_scalars()), 0)
+        self._events.add(summary().custom_scalars(custom_scalars(self._masks)), 0)
         self._events.flush()
 
     def _hparams(self) -> tuple:
         domains = dict.fromkeys(self._settings) if self._searched is None else self._searched
         shown = {name: self._settings[name] for name in domains}
         discrete = {name: [_plain(value) for value in domain] for name, domain in domains.items() if isinstance(domain, list)}
-        experiment, start, end = summary().hparams(shown, dict.fromkeys(HPARAM_METRICS, 0.0), discrete)
+        metrics = (*HPARAM_METRICS, *(MASK_HPARAM_METRICS if self._masks else ()))
+        experiment, start, end = summary().hparams(shown, dict.fromkeys(metrics, 0.0), discrete)
         _set_intervals(experiment, {name: domain for name, domain in domains.items() if isinstance(domain, tuple)})
         return experiment, start, end
 
@@ -93,7 +98,7 @@ class Tracker:
         Args:
             numbers: What :func:`raydetr.training.engine.train_one_epoch` calls ``show`` with.
         """
-        self._scalars(int(numbers["step"]), {tag: numbers[name] for name, tag in STEP_TAGS.items()})
+        self._scalars(int(numbers["step"]), {tag: numbers[name] for name, tag in STEP_TAGS.items() if name in numbers})
 
     def log_epoch(
         self, step: int, epoch: int, train: dict[str, float], val: dict[str, float], metrics: dict[str, Any], curve: dict
@@ -105,15 +110,19 @@ class Tracker:
             epoch: Number of the epoch, from 1.
             train: Means over the epoch, from :func:`raydetr.training.engine.train_one_epoch`.
             val: Losses, from :func:`raydetr.training.engine.evaluate`.
-            metrics: Result of :func:`raydetr.evaluate.coco.summarize`.
+            metrics: Result of :func:`raydetr.evaluate.coco.summarize`; with masks, also that of
+                :func:`raydetr.evaluate.coco.mask_metrics` under ``segm``.
             curve: Result of :func:`raydetr.evaluate.coco.precision_recall`.
         """
         scalars = {"epoch": epoch}
-        scalars |= {f"train_epoch/{name}": train[name] for name in (*LOSSES, "grad_norm")}
-        scalars |= {f"val/{name}": val[name] for name in LOSSES}
+        scalars |= {f"train_epoch/{name}": train[name] for name in (*losses_in(train), "grad_norm")}
+        scalars |= {f"val/{name}": val[name] for name in losses_in(val)}
         scalars |= {f"val/{name}": metrics[name] for name in METRICS}
         scalars |= dict(zip(("val/AP_low", "val/AP_high"), metrics.get("AP_interval") or (None, None), strict=True))
         scalars |= {f"val/AP/{category}": numbers["AP"] for category, numbers in metrics["per_category"].items()}
+        if "segm" in metrics:
+            scalars |= {f"val/segm/{name}": metrics["segm"][name] for name in METRICS}
+            scalars |= {f"val/segm/AP/{category}": numbers["AP"] for category, numbers in metrics["segm"]["per_category"].items()}
         self._scalars(step, scalars)
         hits, false, missed = (curve[name] for name in ("true_positives", "false_positives", "false_negatives"))
         counts = (hits, false, 0 * hits, missed)  # detection has no true negatives
@@ -222,8 +231,9 @@ def _set_intervals(experiment, intervals: Mapping[str, tuple[float, float]]) -> 
     plugin.content = content.SerializeToString()
 
 
-def custom_scalars() -> dict[str, dict[str, list]]:
+def custom_scalars(masks: bool = False) -> dict[str, dict[str, list]]:
     """Return the layout of TensorBoard's custom scalars: charts of AP, and of losses. Tags are regular expressions there."""
+    losses = (*LOSSES, *(MASK_LOSSES if masks else ()))
 
     def together(*tags: str) -> list:
         return ["Multiline", [f"^{tag}$" for tag in tags]]
@@ -235,8 +245,9 @@ def custom_scalars() -> dict[str, dict[str, list]]:
             "AP by size": together("val/AP_small", "val/AP_medium", "val/AP_large"),
             "AP by category": together("val/AP/.*"),
             "AR": together("val/AR1", "val/AR10", "val/AR100"),
+            **({"AP of masks by IoU": together("val/segm/AP", "val/segm/AP50", "val/segm/AP75")} if masks else {}),
         },
-        "losses": {name: together(f"train/{name}", f"train_epoch/{name}", f"val/{name}") for name in LOSSES},
+        "losses": {name: together(f"train/{name}", f"train_epoch/{name}", f"val/{name}") for name in losses},
     }
 
 
@@ -327,6 +338,7 @@ def log_line(
     return {
         **line,
         "test_coco_eval_bbox": stats(metrics),
+        **({"test_coco_eval_masks": stats(metrics["segm"])} if "segm" in metrics else {}),
         "epoch": epoch,
         "n_parameters": parameters,
     }

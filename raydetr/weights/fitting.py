@@ -13,14 +13,14 @@ from raydetr import config
 from raydetr.data.categories import match_categories
 from raydetr.errors import UserError
 from raydetr.model.backbone import RESNET_BLOCKS
-from raydetr.model.detr import DETR, build_model
+from raydetr.model.detr import DETR, MASK_PARTS, build_model
 from raydetr.weights.checkpoint import read_checkpoint
 from raydetr.weights.official import (
     BODY,
     COCO_CATEGORIES,
     COCO_CATEGORIES_IN_USE,
+    COCO_PANOPTIC_CATEGORIES,
     HEAD,
-    MASK_HEAD,
     NETWORK,
     QUERIES,
     located,
@@ -31,7 +31,7 @@ from raydetr.weights.official import (
 Categories = list[dict[str, Any]]
 
 
-def load(path: str | Path) -> DETR:
+def load(path: str | Path, masks: bool = True) -> DETR:
     """Load the model of a checkpoint, ready for inference: in evaluation mode, on the CPU, in float32.
 
     A checkpoint of raydetr contains its settings and categories. For any other file, the settings are inferred from its tensors (and DC5
@@ -39,6 +39,7 @@ def load(path: str | Path) -> DETR:
 
     Args:
         path: Path, URL or URI of a checkpoint: raydetr's own, the official DETR's, detectron2's DETR, or a bare state dict of one.
+        masks: Whether to load the segmentation head, if the file has one; without it the model predicts boxes alone.
 
     Returns:
         The model. Besides ``settings`` it has ``categories`` (``[{"id", "name"}, ...]`` in label order), ``category_names`` (where their
@@ -60,13 +61,16 @@ def load(path: str | Path) -> DETR:
         raise UserError(
             f"{path}: its no-object row is a copy of the first category's, as an early detectron2 converter wrote it; convert it anew"
         )
-    model = _build(_known_settings(content, state, path), rows - 1, path)
+    known = _known_settings(content, state, path)
+    has_masks = known.get("masks", False)
+    model = _build(known | {"masks": masks and has_masks}, rows - 1, path)
     _check_complete(model, state, path)
-    _copy_into(model, {name: state[name] for name in model.state_dict()}, path)
-    known = _known_categories(content, rows, path)
-    model.category_names = "unknown" if known is None else "coco" if known in (COCO_CATEGORIES, COCO_CATEGORIES_IN_USE) else "file"
-    model.categories = [dict(each) for each in known or [{"id": i, "name": f"class {i}"} for i in range(rows - 1)]]
-    model.notes = [f"{path}: {note}"] if note else []
+    _copy_into(model, {name: state[name] for name in _tensors(model)}, path)
+    categories, coco = _known_categories(content, rows, path), (COCO_CATEGORIES, COCO_CATEGORIES_IN_USE, COCO_PANOPTIC_CATEGORIES)
+    model.category_names = "unknown" if categories is None else "coco" if categories in coco else "file"
+    model.categories = [dict(each) for each in categories or [{"id": i, "name": f"class {i}"} for i in range(rows - 1)]]
+    notes = [note, "its segmentation head is left out" if has_masks and not masks else None]
+    model.notes = [f"{path}: {each}" for each in notes if each]
     return model.eval()
 
 
@@ -75,11 +79,12 @@ def load_weights(model: DETR, weights: str, categories: Categories | None = None
 
     The classification head is copied unchanged if the file's categories are the model's, or are unknown and have their number. Otherwise
     the no-object row and the rows of categories of the same name are copied, and the other rows stay as they were initialized. If the
-    number of queries differs, the file's first queries are copied.
+    number of queries differs, the file's first queries are copied. A segmentation head that the file or the model does not
+    have is left out, or stays as it was initialized.
 
     Args:
         model: The model. If an exception is raised, it is unchanged.
-        weights: ``"coco"``, ``"imagenet"``, ``"bundled"``, ``"none"``, a path, a URL, or a URI.
+        weights: ``"coco"``, ``"coco-panoptic"``, ``"imagenet"``, ``"bundled"``, ``"none"``, a path, a URL, or a URI.
         categories: The model's categories in label order, ``[{"id", "name"}, ...]``.
 
     Returns:
@@ -98,7 +103,9 @@ def load_weights(model: DETR, weights: str, categories: Categories | None = None
     state, note = official_state(content, path)
     _check_same_network(_known_settings(content, state, path), model.settings, path)
     backbone_only = _is_backbone(state)
-    wanted = [name for name in model.state_dict() if not backbone_only or name.startswith(BODY)]
+    has_masks = any(name.startswith(MASK_PARTS) for name in state)
+    names = [name for name in _tensors(model) if has_masks or not name.startswith(MASK_PARTS)]
+    wanted = [name for name in names if not backbone_only or name.startswith(BODY)]
     _check_matches(wanted, state, path, 1.0 if backbone_only else 0.5)
     loaded = {name: state[name] for name in wanted if name in state}
     queries, about_queries = _fitted_queries(model, loaded)
@@ -108,10 +115,25 @@ def load_weights(model: DETR, weights: str, categories: Categories | None = None
         f"{len(loaded) - len(queries) - len(head)} tensors loaded",
         f"{len(queries) + len(head)} replaced",
         _count_and_list("missing", [name for name in wanted if name not in state]),
-        _count_and_list("unexpected", sorted(state.keys() - set(wanted))),
+        _count_and_list("unexpected", sorted(name for name in state.keys() - set(wanted) if not name.startswith(MASK_PARTS))),
     ]
-    about = ["a backbone only, transformer and heads are initialized at random"] if backbone_only else [*about_head, *about_queries]
+    about = [*about_head, *about_queries, *_about_masks(model.settings["masks"], has_masks)]
+    if backbone_only:
+        about = ["a backbone only, transformer and heads are initialized at random"]
     return "; ".join([f"weights: {path.name}: {', '.join(counts)}", *about, *([note] if note else [])])
+
+
+def _about_masks(ours: bool, theirs: bool) -> list[str]:
+    if ours and not theirs:
+        return ["masks: the file has boxes only, the segmentation head is initialized at random"]
+    if ours:
+        return ["masks: the file's segmentation head kept"]
+    return ["masks: the file's segmentation head left out, model.masks is false"] if theirs else []
+
+
+def _tensors(model: DETR) -> dict[str, Tensor]:
+    """Return the state dict of a model under the names that :func:`raydetr.weights.official.official_state` gives."""
+    return {name.removeprefix("detr."): tensor for name, tensor in model.state_dict().items()}
 
 
 def _count_and_list(what: str, names: list[str]) -> str:
@@ -142,7 +164,7 @@ def _no_object_is_a_copy(state: dict[str, Tensor]) -> bool:
 def _known_categories(content: dict[str, Any], rows: int, path: Path) -> Categories | None:
     """Return the categories of a file in label order: its own, or COCO's by the size of the head; None if they are unknown."""
     if "settings" not in content or "categories" not in content:
-        return {92: COCO_CATEGORIES, 81: COCO_CATEGORIES_IN_USE}.get(rows)
+        return {92: COCO_CATEGORIES, 81: COCO_CATEGORIES_IN_USE, 251: COCO_PANOPTIC_CATEGORIES}.get(rows)
     categories = content["categories"]
     sound = isinstance(categories, list) and all(
         isinstance(each, dict) and isinstance(each.get("id"), int) and isinstance(each.get("name"), str) for each in categories
@@ -168,7 +190,7 @@ def _known_settings(content: dict[str, Any], state: dict[str, Tensor], path: Pat
 
 def _inferred_settings(state: dict[str, Tensor]) -> dict[str, Any]:
     """Return the settings that can be inferred from the names and shapes of the tensors."""
-    inferred: dict[str, Any] = {}
+    inferred: dict[str, Any] = {"masks": "mask_head.out_lay.weight" in state}
     depths = {blocks[2]: name for name, blocks in RESNET_BLOCKS.items()}
     backbone = depths.get(_count_layers(state, f"{BODY}layer3."), "tiny" if f"{BODY}layers.0.norm1.weight" in state else None)
     if backbone:
@@ -233,8 +255,9 @@ def _check_matches(wanted: list[str], state: dict[str, Tensor], path: Path, leas
 
 
 def _check_complete(model: DETR, state: dict[str, Tensor], path: Path) -> None:
-    missing = [name for name in model.state_dict() if name not in state]
-    unexpected = [name for name in state.keys() - model.state_dict().keys() if not name.startswith(MASK_HEAD)]
+    ours = _tensors(model)
+    missing = [name for name in ours if name not in state]
+    unexpected = [name for name in state.keys() - ours.keys() if not name.startswith(MASK_PARTS)]
     if missing or unexpected:
         counts = f"{_count_and_list('missing', missing)}, {_count_and_list('unexpected', sorted(unexpected))}"
         raise UserError(f"{path}: not a complete DETR: {counts} tensors")
@@ -242,7 +265,7 @@ def _check_complete(model: DETR, state: dict[str, Tensor], path: Path) -> None:
 
 def _copy_into(model: DETR, tensors: dict[str, Tensor], path: Path) -> None:
     """Copy the tensors into the model, all or none of them."""
-    ours = model.state_dict()
+    ours = _tensors(model)
     for name, tensor in tensors.items():
         if tensor.shape != ours[name].shape:
             raise UserError(f"{path}: {name} is {list(tensor.shape)} in the file, {list(ours[name].shape)} in the model of these settings")

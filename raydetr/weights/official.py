@@ -24,10 +24,17 @@ OFFICIAL = {  # backbone, dilation
     ("resnet101", False): "detr-r101-2c7b67e5.pth",
     ("resnet101", True): "detr-r101-dc5-a2e86def.pth",
 }
+OFFICIAL_PANOPTIC = {  # with a segmentation head
+    ("resnet50", False): "detr-r50-panoptic-00ce5173.pth",
+    ("resnet50", True): "detr-r50-dc5-panoptic-da08f1b1.pth",
+    ("resnet101", False): "detr-r101-panoptic-40021d53.pth",
+}
 
 # The classes of the official head are COCO's category ids 0 to 90. Of these 80 are in use, the others have no name.
 _COCO_NAMES = ["N/A" if name.startswith("__") else name for name in FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]]
 COCO_CATEGORIES = [{"id": i, "name": name} for i, name in enumerate(_COCO_NAMES)]
+# Those of the panoptic head are category ids 0 to 249: objects as above, and stuff, which no labeled object is.
+COCO_PANOPTIC_CATEGORIES = [*COCO_CATEGORIES, *({"id": i, "name": "N/A"} for i in range(len(COCO_CATEGORIES), 250))]
 COCO_CATEGORIES_IN_USE = [category for category in COCO_CATEGORIES if category["name"] != "N/A"]
 
 BODY = "backbone.0.body."
@@ -41,7 +48,7 @@ def source_of(weights: str, model: dict[str, Any]) -> str | Path:
     """Return the path or URL that a value of the setting ``model.weights`` stands for.
 
     Args:
-        weights: ``"coco"``, ``"imagenet"``, ``"bundled"``, a path, or a URL.
+        weights: ``"coco"``, ``"coco-panoptic"``, ``"imagenet"``, ``"bundled"``, a path, or a URL.
         model: Settings of the ``model`` section by their last name.
 
     Returns:
@@ -50,8 +57,8 @@ def source_of(weights: str, model: dict[str, Any]) -> str | Path:
     Raises:
         UserError: There are no such weights for this model, or no such file.
     """
-    if weights == "coco":
-        return OFFICIAL_FOLDER + _official_file(model)
+    if weights in ("coco", "coco-panoptic"):
+        return OFFICIAL_FOLDER + _official_file(weights, model)
     if weights == "imagenet":
         if model["backbone"] not in IMAGENET:
             raise UserError(f"model.weights: there are no imagenet weights for the {model['backbone']} backbone; use bundled or none")
@@ -61,22 +68,24 @@ def source_of(weights: str, model: dict[str, Any]) -> str | Path:
             raise UserError(f"model.weights: only detr_tiny's weights are bundled; for {model['preset']} use coco, imagenet or none")
         return BUNDLED
     if not _is_url(weights) and not is_uri(weights) and not Path(weights).expanduser().exists():
-        raise UserError(f"model.weights: {weights}: no such file; it takes coco, imagenet, bundled, none, a path or a URL")
+        raise UserError(f"model.weights: {weights}: no such file; it takes coco, coco-panoptic, imagenet, bundled, none, a path or a URL")
     return weights
 
 
-def _official_file(model: dict[str, Any]) -> str:
-    key = (model["backbone"], model["dilation"])
-    if key not in OFFICIAL:
-        raise UserError(f"model.weights: there are no coco weights for the {model['backbone']} backbone; use bundled or none")
+def _official_file(weights: str, model: dict[str, Any]) -> str:
+    files, key = OFFICIAL if weights == "coco" else OFFICIAL_PANOPTIC, (model["backbone"], model["dilation"])
+    if key not in files and key in OFFICIAL:
+        raise UserError(f"model.weights: there are no {weights} weights for {model['backbone']} with model.dilation; use coco")
+    if key not in files:
+        raise UserError(f"model.weights: there are no {weights} weights for the {model['backbone']} backbone; use bundled or none")
     official = config.preset_settings("detr_resnet50")
     for name in (*NETWORK[1:], "enc_layers", "dec_layers", "position_embedding"):
         if model[name] != official[f"model.{name}"]:
             raise UserError(
-                f"model.{name}: the official coco weights are of a network with {official[f'model.{name}']}, not {model[name]}; "
+                f"model.{name}: the official {weights} weights are of a network with {official[f'model.{name}']}, not {model[name]}; "
                 "use that value, or start from imagenet or none (model.weights)"
             )
-    return OFFICIAL[key]
+    return files[key]
 
 
 def _is_url(source: str | Path) -> bool:
@@ -119,8 +128,6 @@ _DETECTRON2_PARTS = [
 # Buffers of the criterion and of batch normalization that is not frozen; they are not part of the network.
 _NO_WEIGHTS = re.compile(r"(^|\.)(empty_weight|num_batches_tracked)$")
 _HUGGING_FACE = re.compile(r"(^|\.)(class_labels_classifier|bbox_predictor|query_position_embeddings|conv_encoder)\.")
-# The official DETRsegm adds these; boxes and classes do not depend on them.
-MASK_HEAD = ("bbox_attention.", "mask_head.")
 # Keys under which training programs save the weights, and a moving average of the weights.
 _WEIGHTS = ("model", "state_dict", "model_state_dict", "model_state", "network", "net", "weights", "params")
 _AVERAGES = ("model_ema", "ema_model", "ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "ema_state", "params_ema")

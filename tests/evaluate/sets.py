@@ -40,7 +40,7 @@ def noisy(coco, seed=1):
     return [each | {"score": float(random.random())} for each in results + wrong]
 
 
-def pycocotools_evaluation(coco, results):
+def pycocotools_evaluation(coco, results, kind="bbox"):
     """As its own documentation uses it, on annotation ids from 1."""
     coco = copy.deepcopy(coco)
     for number, each in enumerate(coco["annotations"], 1):
@@ -48,14 +48,14 @@ def pycocotools_evaluation(coco, results):
     truth = COCO()
     truth.dataset = coco
     truth.createIndex()
-    evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), "bbox")
+    evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), kind)
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation
 
 
-def pycocotools_stats(coco, results):
-    evaluation = pycocotools_evaluation(coco, results)
+def pycocotools_stats(coco, results, kind="bbox"):
+    evaluation = pycocotools_evaluation(coco, results, kind)
     evaluation.summarize()
     return evaluation.stats
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from raydetr import UserError
-from raydetr.evaluate.coco import METRICS, coco_metrics, precision_recall, run_coco_eval, stats
+from raydetr.data.masks import read_segmentation
+from raydetr.evaluate.coco import METRICS, coco_metrics, mask_metrics, precision_recall, run_coco_eval, stats
 from tests.evaluate.sets import many_of_one, noisy, perfect, pycocotools_evaluation, pycocotools_stats, random_set
 
 
@@ -176,3 +177,66 @@ def test_precision_and_recall_without_anything():
     curve = precision_recall(run_coco_eval(coco | {"annotations": []}, []))
     assert curve["recall"].tolist() == [0] * 101
     assert curve["precision"].tolist() == [1] * 101
+
+
+# ------------------------------------------------------------------------------------------------------------------- masks
+
+
+def with_masks(coco, seed=0):
+    """The set with an ellipse in each box as its mask, and results: shifted ones, with wrong ones among them."""
+    random = np.random.default_rng(seed)
+    coco, size, results = copy.deepcopy(coco), (480, 640), []
+    turn = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+
+    def ellipse(x, y, w, h):
+        points = np.stack([x + w / 2 * (1 + np.cos(turn)), y + h / 2 * (1 + np.sin(turn))], 1)
+        return read_segmentation([points.ravel().tolist()], size)
+
+    for each in coco["annotations"]:
+        x, y, w, h = each["bbox"]
+        each["segmentation"], each["area"] = ellipse(x, y, w, h), w * h * np.pi / 4
+        shift = random.uniform(-0.15, 0.15, 2) * [w, h]
+        found = ellipse(x + shift[0], y + shift[1], w, h)
+        if found and not each["iscrowd"]:
+            result = {name: each[name] for name in ("image_id", "category_id")} | {"segmentation": found}
+            results += [result | {"score": float(random.random())}, result | {"category_id": 7, "score": float(random.random())}]
+    coco["annotations"] = [each for each in coco["annotations"] if each["segmentation"]]
+    return coco, results
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_numbers_of_masks_are_those_of_pycocotools(seed):
+    coco, results = with_masks(random_set(seed), seed)
+    metrics = mask_metrics(coco, results)
+    assert 0.05 < metrics["AP"] < 0.95
+    np.testing.assert_allclose(stats(metrics), pycocotools_stats(coco, results, "segm"), rtol=0, atol=1e-11)
+    assert set(metrics["per_category"]) == {"c3", "c7", "c90"}
+    # Boxes among the results change nothing: an object's size is that of its mask.
+    boxed = [each | {"bbox": [0.0, 0.0, 1.0, 1.0]} for each in results]
+    assert mask_metrics(coco, boxed) == metrics
+
+
+def test_perfect_masks_score_one():
+    coco, _ = with_masks(random_set(4))
+    results = [
+        {name: each[name] for name in ("image_id", "category_id", "segmentation")} | {"score": 0.9}
+        for each in coco["annotations"]
+        if not each["iscrowd"]
+    ]
+    metrics = mask_metrics(coco, results)
+    assert metrics["AP"] == metrics["AP50"] == metrics["AR100"] == 1
+
+
+def test_an_object_without_a_mask_is_neither_a_miss_nor_a_hit():
+    coco, _ = with_masks(random_set(4, crowds=False))
+    results = [{name: each[name] for name in ("image_id", "category_id", "segmentation")} | {"score": 0.9} for each in coco["annotations"]]
+    for each in coco["annotations"][::2]:
+        each["segmentation"] = None
+    assert mask_metrics(coco, results)["AP"] == 1
+    assert mask_metrics(coco, results[1::2])["AP"] == 1
+    assert mask_metrics(coco, [{**each, "segmentation": None} for each in results])["AP"] == 0
+
+
+def test_an_evaluation_of_nothing_found_is_zero():
+    coco, _ = with_masks(random_set(4))
+    assert mask_metrics(coco, [])["AP"] == 0

@@ -326,6 +326,7 @@ def test_a_time_that_is_none_is_refused(text):
         (["--space", "loss", "--sampler", "tppe"], "tpe"),
         (["--space", "loss", "--scheduler", "ashha"], "asha"),
         (["--space", "loss", "--metric", "AP42"], "AP50"),
+        (["--space", "masks", "--metric", "segm_AP"], "--metric segm_AP: without model.masks there is no AP of masks"),
         (["--space", "lss"], "loss"),
         ([], "--space"),
         (["--resume", "absent"], "a search keeps its settings"),

@@ -8,16 +8,19 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
+from torchvision import tv_tensors
 
 from raydetr.config import load_config, to_dict
 from raydetr.data.coco import CocoImages, build_loader, find_split
+from raydetr.data.images import read_image
 from raydetr.data.masks import encode_masks
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
 from raydetr.loss.criterion import build_criterion
 from raydetr.model.detr import build_model
+from raydetr.model.masks import postprocess_masks
 from raydetr.predict.inputs import InputImage, find_images
-from raydetr.predict.predict import ImagePrediction, predict
+from raydetr.predict.predict import ImagePrediction, detect, predict
 from raydetr.training.engine import evaluate
 from raydetr.weights.checkpoint import save_checkpoint
 from raydetr.weights.fitting import load
@@ -37,12 +40,12 @@ def one_thread():
 def checkpoint(tmp_path):
     """``checkpoint("name.pth", categories, seed)``: a detr_tiny with random weights."""
 
-    def write(name="best.pth", categories=CATEGORIES, seed=0) -> Path:
+    def write(name="best.pth", categories=CATEGORIES, seed=0, masks=False) -> Path:
         torch.manual_seed(seed)
-        model = build_model("detr_tiny", num_classes=len(categories))
+        model = build_model("detr_tiny", num_classes=len(categories), masks=masks)
         model.query_embed.weight.data *= 20  # else the queries of random weights all find the same
         model.class_embed.weight.data *= 2
-        settings = to_dict(load_config({"model.preset": "detr_tiny"}))
+        settings = to_dict(load_config({"model.preset": "detr_tiny", "model.masks": masks}))
         path = tmp_path / "models" / name
         save_checkpoint(path, {"model": model.state_dict(), "settings": settings, "categories": categories, "epoch": 1, "metrics": {}})
         return path
@@ -555,3 +558,42 @@ def test_a_file_that_is_no_checkpoint_is_an_error_of_one_line(photos, tmp_path):
         predict(tmp_path / "garbage.pth", [photos("a.jpg")], tmp_path / "out")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------- masks
+
+
+def test_masks_are_in_the_results_as_pycocotools_reads_them(checkpoint, photos, tmp_path):
+    folder, path = photos("a.jpg", "b.jpg", size=(96, 64)), checkpoint(masks=True)
+    model = load(path)
+    (one, other), *_ = find_images([folder], None, tmp_path / "seen")
+    by_image, _ = detect(model, path, [one, other], read_image, 2, "cpu", "it")
+    prediction = by_image[one.image_id]
+    threshold = sorted(prediction.scores)[-4]
+    masks = prediction.masks(threshold)
+    assert masks.dtype == bool
+    assert masks.shape == (4, 64, 96)
+    assert len(prediction.boxes(CATEGORIES, threshold)) == 4
+    assert prediction.masks(1.1).shape == (0, 64, 96)
+    # They are those of the network's outputs, in the order of the scores.
+    image = val_transforms(load_config({"model.preset": "detr_tiny"}).data)(tv_tensors.Image(read_image(one.path)))[None]
+    with torch.inference_mode():
+        outputs = model(image)
+    size, original = torch.tensor(image.shape[-2:])[None], torch.tensor([[64, 96]])
+    (every,) = postprocess_masks(outputs["pred_masks"], tuple(image.shape[-2:]), size, original)
+    best = outputs["pred_logits"][0].softmax(-1)[:, :-1].amax(-1).argsort(descending=True, stable=True)[:4]
+    assert (masks != every[best].numpy()).mean() < 1e-3
+
+    predict(path, [folder], tmp_path / "seen", threshold=threshold)
+    _, results = _load(tmp_path / "seen")
+    assert len(results) == 50
+    coco = COCO(str(tmp_path / "seen" / "images.json")).loadRes(str(tmp_path / "seen" / "predictions.json"))
+    shown = [each for each in coco.loadAnns(coco.getAnnIds(one.image_id)) if each["score"] >= threshold - 1e-6]
+    assert [coco.annToMask(each).sum() for each in shown] == masks.sum((1, 2)).tolist()
+
+
+def test_without_masks_there_are_none(checkpoint, photos, tmp_path):
+    (one,), *_ = find_images([photos("a.jpg")], None, tmp_path / "seen")
+    path = checkpoint()
+    by_image, _ = detect(load(path), path, [one], read_image, 1, "cpu", "it")
+    assert by_image[one.image_id].masks(0) is None

@@ -7,11 +7,15 @@ import torch
 
 from raydetr.cli import main
 from raydetr.config import Data, load_config, to_dict
+from raydetr.data.masks import read_segmentation
 from raydetr.errors import UserError
+from raydetr.evaluate.coco import METRICS
 from raydetr.model.detr import build_model
+from raydetr.predict import score
 from raydetr.predict.score import metrics_table, score_checkpoint, score_predictions, trained_with, write_metrics
 from raydetr.weights.checkpoint import save_checkpoint
 from raydetr.weights.fitting import load
+from tests.helpers import add_outlines
 
 CATEGORIES = [{"id": 3, "name": "square"}, {"id": 7, "name": "oblong"}]
 
@@ -51,7 +55,6 @@ def detections_of(monkeypatch, perfect):
     """``detections_of(ids)``: the evaluation finds every true box; the label of a box is the position of its category id in ``ids``."""
     import numpy as np
 
-    from raydetr.predict import score
     from raydetr.training.engine import Detections
 
     def install(ids):
@@ -237,3 +240,55 @@ def test_a_checkpoint_and_results_exclude_each_other(detector, capsys):
 def test_scores_that_cannot_be_written_are_an_error(tmp_path):
     with pytest.raises(UserError, match=r"absent/metrics\.json: No such file or directory"):
         write_metrics({"AP": 1.0}, tmp_path / "absent" / "metrics.json")
+
+
+# ------------------------------------------------------------------------------------------------------------------- masks
+
+
+@pytest.fixture
+def outlined(coco_folder):
+    return add_outlines(coco_folder(train=1, val=3))
+
+
+@pytest.fixture
+def with_masks(tmp_path):
+    torch.manual_seed(0)
+    model, path = build_model("detr_tiny", 2, masks=True), tmp_path / "masks.pth"
+    settings = to_dict(load_config({"model.preset": "detr_tiny", "data.val_size": 64, "model.masks": True}))
+    save_checkpoint(path, {"model": model.state_dict(), "settings": settings, "categories": CATEGORIES, "epoch": 1, "metrics": {}})
+    return path
+
+
+def test_perfect_masks_of_a_results_file_score_one(outlined, tmp_path, capsys):
+    """As polygons and as RLE, which results files of other programs have."""
+    coco = json.loads((outlined / "annotations" / "custom_val.json").read_text())
+    names = ("image_id", "category_id", "bbox", "segmentation")
+    results = [{name: each[name] for name in names} | {"score": 0.9} for each in coco["annotations"]]
+    for each in results[::2]:
+        each["segmentation"] = read_segmentation(each["segmentation"], (64, 96))
+    file, out = tmp_path / "results.json", tmp_path / "metrics.json"
+    file.write_text(json.dumps(results))
+    assert main(["evaluate", "--predictions", str(file), "--data", str(outlined), "--json", str(out)]) == 0
+    metrics = json.loads(out.read_text())
+    assert metrics["AP"] == metrics["segm"]["AP"] == metrics["segm"]["per_category"]["square"]["AP"] == 1
+    shown = capsys.readouterr().out
+    assert shown.index("boxes") < shown.index("masks")
+    assert shown.count("AR_large") == 2
+    results[1]["segmentation"] = {"size": [5, 5], "counts": [25]}
+    file.write_text(json.dumps(results))
+    assert main(["evaluate", "--predictions", str(file), "--data", str(outlined)]) == 2
+    assert "results.json: entry 1 (image 10): segmentation: an RLE of 5 x 5 pixels in an image of 96 x 64" in capsys.readouterr().err
+
+
+def test_masks_of_a_checkpoint_are_scored_where_the_set_has_some(outlined, with_masks, coco_folder):
+    metrics = score_checkpoint(with_masks, layers(outlined))
+    assert set(METRICS) <= metrics["segm"].keys()
+    boxes = score_checkpoint(with_masks, layers(coco_folder(train=1, val=3, folder="boxes")))
+    assert "segm" not in boxes
+    assert boxes["AP"] == metrics["AP"]
+    assert any("has no mask: only boxes are scored" in note for note in boxes["notes"])
+    assert "masks" not in metrics_table(boxes).splitlines()
+
+
+def test_the_detections_for_other_commands_have_no_masks(outlined, with_masks):
+    assert not any("segmentation" in each for each in score.detections_of(with_masks, layers(outlined)).results)

@@ -315,3 +315,63 @@ def test_url(server):
     saved(server.folder / "best.pth", content)
     assert "1 of 1 categories" in load_weights(build_model("detr_tiny", 1), server.url + "best.pth", categories("balloon"))
     assert load(server.url + "best.pth").categories == content["categories"]
+
+
+# ------------------------------------------------------------------------------------------------------------------- masks
+
+
+@pytest.fixture
+def panoptic(tmp_path):
+    """A file as the official panoptic ones are: a head of 250 classes, a segmentation head, and the names of DETRsegm."""
+    state = state_of("detr_tiny", 250, num_queries=100, masks=True)
+    assert all(name.startswith(("detr.", "bbox_attention.", "mask_head.")) for name in state)
+    return saved(tmp_path / "detr-r50-panoptic-00ce5173.pth", {"model": state}), state
+
+
+def test_a_panoptic_file_gives_its_segmentation_head_to_other_classes(panoptic):
+    path, state = panoptic
+    model = small_model(2, masks=True)
+    report = load_weights(model, path, categories("cat", "balloon"))
+    assert "\n" not in report
+    assert report.endswith("; masks: the file's segmentation head kept")
+    assert "no-object and 1 of 2 categories kept (cat), the others new" in report
+    assert "0 missing, 0 unexpected" in report
+    ours = model.state_dict()
+    assert all(torch.equal(ours[name], state[name]) for name in ours if "class_embed" not in name)
+    assert torch.equal(ours["detr.class_embed.weight"][[0, 2]], state["detr.class_embed.weight"][[17, 250]])
+
+
+def test_a_box_checkpoint_starts_the_box_part_of_a_model_with_masks(tmp_path, small):
+    model = small_model(91, masks=True)
+    fresh = {name: value.clone() for name, value in model.state_dict().items()}
+    report = load_weights(model, saved(tmp_path / "boxes.pth", {"model": small}))
+    assert report.endswith("; masks: the file has boxes only, the segmentation head is initialized at random")
+    assert "0 missing, 0 unexpected" in report
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, small[name.removeprefix("detr.")] if name.startswith("detr.") else fresh[name])
+
+
+def test_a_checkpoint_with_masks_starts_a_box_model(panoptic):
+    path, state = panoptic
+    model = small_model(250)
+    report = load_weights(model, path)
+    assert report.endswith("; masks: the file's segmentation head left out, model.masks is false")
+    assert "0 missing, 0 unexpected" in report
+    assert all(torch.equal(value, state[f"detr.{name}"]) for name, value in model.state_dict().items())
+
+
+def test_a_checkpoint_with_masks_is_loaded_with_and_without_them(tmp_path, panoptic):
+    path, state = panoptic
+    model = load(path)
+    assert model.settings["masks"]
+    assert model.category_names == "coco"
+    assert model.categories[17] == {"id": 17, "name": "cat"}
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    boxes = load(path, masks=False)
+    assert not boxes.settings["masks"]
+    assert boxes.notes == [f"{path}: its segmentation head is left out"]
+    images = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(boxes(images)["pred_boxes"], model(images)["pred_boxes"], atol=1e-5, rtol=1e-5)
+    save_checkpoint(tmp_path / "own.pth", own_content(masks=True))
+    assert load(tmp_path / "own.pth").settings["masks"]

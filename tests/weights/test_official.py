@@ -54,7 +54,9 @@ def test_bundled_is_for_tiny_alone(tmp_path, monkeypatch):
 
 
 def test_unknown_weights_name_the_choices():
-    with pytest.raises(UserError, match=r"model.weights: coc0: no such file; it takes coco, imagenet, bundled, none, a path or a URL"):
+    with pytest.raises(
+        UserError, match=r"model.weights: coc0: no such file; it takes coco, coco-panoptic, imagenet, bundled, none, a path or a URL"
+    ):
         load_weights(build_model("detr_tiny", 1), "coc0", categories("balloon"))
 
 
@@ -71,6 +73,25 @@ def test_coco_is_chosen_by_backbone_and_dilation(server, monkeypatch):
         (server.folder / name).write_bytes(b"stand-in")
         with pytest.raises(UserError, match=f"{name}: not downloaded .*promises {name[-12:-4]}"):
             load_weights(build_model(preset, 1, num_queries=7), "coco", categories("balloon"))
+
+
+def test_panoptic_weights_are_chosen_by_backbone_and_dilation(server, monkeypatch):
+    monkeypatch.setattr(official, "OFFICIAL_FOLDER", server.url)
+    names = {
+        "detr_resnet50": "detr-r50-panoptic-00ce5173.pth",
+        "detr_resnet50_dc5": "detr-r50-dc5-panoptic-da08f1b1.pth",
+        "detr_resnet101": "detr-r101-panoptic-40021d53.pth",
+    }
+    settings = {preset: build_model(preset, 1, num_queries=7, enc_layers=6).settings for preset in names}
+    for preset, name in names.items():
+        (server.folder / name).write_bytes(b"stand-in")
+        assert official.source_of("coco-panoptic", settings[preset]) == server.url + name
+        with pytest.raises(UserError, match=f"{name}: not downloaded .*promises {name[-12:-4]}"):
+            official.located(server.url + name)
+    with pytest.raises(UserError, match=r"no coco-panoptic weights for resnet101 with model\.dilation; use coco"):
+        official.source_of("coco-panoptic", settings["detr_resnet101"] | {"dilation": True})
+    with pytest.raises(UserError, match="no coco-panoptic weights for the tiny backbone"):
+        official.source_of("coco-panoptic", settings["detr_resnet50"] | {"backbone": "tiny"})
 
 
 @pytest.mark.parametrize(

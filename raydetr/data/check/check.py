@@ -10,6 +10,7 @@ from raydetr.data.categories import match_categories, twin_names
 from raydetr.data.check.box_format import guess_box_format
 from raydetr.data.check.findings import GRAVE, MINOR, Report
 from raydetr.data.check.images import CheckedImage, check_images, check_pixels
+from raydetr.data.check.masks import check_masks
 from raydetr.data.coco import Split, box_of, category_name, find_split, has_split, read_coco
 from raydetr.errors import UserError
 from raydetr.text import fold_name, shortlist
@@ -24,6 +25,7 @@ def check(
     num_queries: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     test: bool = False,
+    masks: bool = False,
 ) -> Report:
     """Check the training and validation sets of a data set, and its test set on request.
 
@@ -33,6 +35,7 @@ def check(
         num_queries: The model's object queries, to warn of images with more boxes; None if unknown.
         progress: Called with (done, total) as images are decoded.
         test: Whether to check the test set as well, if there is one.
+        masks: Whether masks are trained (``model.masks``): those that cannot be read are errors then.
 
     Returns:
         The findings and statistics.
@@ -54,6 +57,7 @@ def check(
         categories[name] = _check_categories(coco["categories"], name, report)
         by_id = check_images(coco["images"], split, name, report)
         report.stats[name] = _check_annotations(coco["annotations"], by_id, categories[name], num_queries, name, report)
+        check_masks(coco["annotations"], by_id, masks, name, report)
         images[name] = [image for image in by_id.values() if image.path]
     if {"train", "val"} <= categories.keys():
         _compare_categories(categories["train"], categories["val"], report)
