@@ -11,6 +11,7 @@ from torch import nn
 
 from raydetr import config as settings
 from raydetr.data.coco import CocoImages, build_loader, find_split
+from raydetr.data.sets import describe_sets, load_sets
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, check_results
@@ -83,14 +84,24 @@ def detect(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val
     """Run a checkpoint on a labeled data set; arguments and errors are those of :func:`score_checkpoint`."""
     model = load(checkpoint)
     config = settings.load_config(trained_with(checkpoint, model), *layers)
-    dataset = CocoImages(find_split(config.data, split), val_transforms(config.data))
+    dataset, divided = _images_of(config, split)
     device = choose_device(config.speed)
     with kept_memory(device.type):
         results, found, notes = detect_with(model.to(device), model, dataset, config, device, str(checkpoint))
     unknown = [category["name"] for category, position in zip(model.categories, found, strict=True) if position is None]
     # COCO's unused ids, and classes without a name, are nobody's category: there is nothing to say about them.
     unknown = [name for name in unknown if name != "N/A" and not notes]
-    return Detected(dataset.coco, results, [each["name"] for each in model.categories], unknown, [*model.notes, *notes], dataset)
+    return Detected(dataset.coco, results, [each["name"] for each in model.categories], unknown, [*model.notes, *notes, *divided], dataset)
+
+
+def _images_of(config: settings.Config, split: str) -> tuple[CocoImages, list[str]]:
+    """Return a split, and what to say of it: ``train`` and ``val`` are divided as they were for the training of the checkpoint."""
+    divided = describe_sets(config.data)
+    if split == "test" or not divided:
+        return CocoImages(find_split(config.data, split), val_transforms(config.data)), []
+    train, val = load_sets(config.data, config.run.seed)
+    train.transforms = val.transforms
+    return train if split == "train" else val, [f"{split} images as in the training of the checkpoint: {divided}"]
 
 
 def detect_with(

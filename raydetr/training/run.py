@@ -12,22 +12,24 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from raydetr.config import Config, Optim
-from raydetr.data.cache import DecodedImages, cache_limit
-from raydetr.data.coco import CocoImages, build_loader, find_split
+from raydetr.config import Config, Optim, batches_per_step, check_batch_total, images_per_step
+from raydetr.data.cache import cache_limit
+from raydetr.data.coco import CocoImages, build_loader, draw_weights
 from raydetr.data.fingerprint import data_fingerprint
-from raydetr.data.transforms import train_transforms, val_transforms
+from raydetr.data.sets import describe_sets, load_sets
+from raydetr.data.splits import box_counts
 from raydetr.errors import UserError
 from raydetr.loss.criterion import build_criterion
 from raydetr.model.backbone import Backbone
 from raydetr.model.detr import DETR
 from raydetr.storage import working_folder
+from raydetr.text import count
 from raydetr.training.engine import Training, choose_dtype
 from raydetr.training.failures import BestEffort
 from raydetr.training.random_state import seed_everything, set_random_state
 from raydetr.training.reporter import Reporter
 from raydetr.training.resume import check_same_data, check_same_network, read_resumable
-from raydetr.training.schedule import MovingAverage, build_optimizer, build_scheduler
+from raydetr.training.schedule import USUAL_BATCH, MovingAverage, build_optimizer, build_scheduler, scaled_rates
 from raydetr.weights.fitting import load_weights
 
 GPU_VAL_BATCH_SIZE = 8
@@ -87,7 +89,7 @@ class Run:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch."""
-        return math.ceil(len(self.train) / self.config.optim.accumulate)
+        return math.ceil(len(self.train) / self.training.accumulate)
 
     @property
     def finished(self) -> bool:
@@ -120,6 +122,7 @@ def build_run(config: Config, reporter: Reporter, root: str, device: torch.devic
     Raises:
         UserError: The data, the weights or the checkpoint cannot be used, or the checkpoint is of another network or of other data.
     """
+    check_batch_total(config.optim, reporter.world_size, reporter.world_size)
     content = read_resumable(start, root) if start else None
     seed_everything(config.run.seed)  # every worker initializes the same network
     train_set, val_set = _data_sets(config, reporter, device, content)
@@ -135,35 +138,58 @@ def build_run(config: Config, reporter: Reporter, root: str, device: torch.devic
         model.load_state_dict(content["trained"] or content["model"])
     else:
         message = load_weights(model, config.model.weights, categories)
-    steps_per_epoch = math.ceil(len(train) / config.optim.accumulate)
+    steps_per_epoch = math.ceil(len(train) / batches_per_step(config.optim, reporter.world_size))
     training = _training(config, reporter, model.to(device), len(categories), steps_per_epoch, content)
     progress = Progress(**content["progress"]) if content else Progress()
     _restore_random_state(config, reporter.rank, progress.epoch, device, content)
     metrics = content["metrics"] if content else {}
     run = Run(config, reporter, root, train_set, val_set, train, val, training, progress, data, best_effort, metrics)
-    for text in (*train_set.warnings, *val_set.warnings, message):
+    about = [describe_sets(config.data), *step_messages(config.optim, reporter.world_size)]
+    for text in filter(None, (*train_set.warnings, *val_set.warnings, message, *about)):
         run.show({"kind": "message", "text": text})
     return run
 
 
 def _data_sets(config: Config, reporter: Reporter, device: torch.device, content: dict[str, Any] | None) -> tuple[CocoImages, CocoImages]:
-    data, normalized = config.data, device.type == "cpu"  # a GPU normalizes the bytes itself
-    known = content["categories"] if content else None
-    train = CocoImages(find_split(data, "train"), train_transforms(data, normalized), config.run.seed, known)
-    val = CocoImages(find_split(data, "val"), val_transforms(data, normalized), config.run.seed, train.categories)
-    limit = cache_limit(data) // reporter.world_size  # as if all workers were on one node
-    train.images = val.images = reporter.images or DecodedImages(train.files + val.files, limit, train.split.read)
-    return train, val
+    return load_sets(
+        config.data,
+        config.run.seed,
+        normalized=device.type == "cpu",  # a GPU normalizes the bytes itself
+        categories=content["categories"] if content else None,
+        decoded=reporter.images,
+        limit=cache_limit(config.data) // reporter.world_size,  # as if all workers were on one node
+    )
+
+
+def step_messages(optim: Optim, workers: int) -> list[str]:
+    """Return what to say about the images and the learning rates of an optimizer step; nothing where the settings say it all.
+
+    Args:
+        optim: The ``optim`` section of the settings.
+        workers: The number of workers.
+    """
+    lines, images = [], images_per_step(optim, workers)
+    if optim.batch_total:
+        split = f"{images // workers} in {count(batches_per_step(optim, workers), 'batch', 'batches')}"
+        lines.append(f"optim.batch_total: each step takes {images} images, {split} on each of {count(workers, 'worker')}")
+    if optim.scale_lr != "none":
+        scaled = scaled_rates(optim, images)
+        lines.append(
+            f"optim.scale_lr {optim.scale_lr}: steps of {images} images instead of {USUAL_BATCH}, "
+            f"so learning rates of {scaled.lr:.3g} and {scaled.lr_backbone:.3g} (backbone)"
+        )
+    return lines
 
 
 def _loaders(config: Config, reporter: Reporter, device: torch.device, train: CocoImages, val: CocoImages) -> tuple[DataLoader, DataLoader]:
     data = config.data
     common = {"num_workers": data.num_workers, "seed": config.run.seed, "device": device, "timeout_s": data.batch_timeout_s}
     share = {"rank": reporter.rank, "world_size": reporter.world_size}
+    batches: dict[str, Any] = {"batch_total": config.optim.batch_total, "group_sizes": data.group_sizes, "pad_to": pad_to(config, device)}
+    if data.balance:
+        batches["weights"] = draw_weights(box_counts(train.coco), data.balance)
     return (
-        build_loader(
-            train, config.optim.batch_size, **share, shuffle=True, group_sizes=data.group_sizes, pad_to=pad_to(config, device), **common
-        ),
+        build_loader(train, config.optim.batch_size, **share, shuffle=True, **batches, **common),
         build_loader(val, val_batch_size(config, device), **share, **common),
     )
 
@@ -189,7 +215,7 @@ def pad_to(config: Config, device: torch.device) -> int:
 def _training(
     config: Config, reporter: Reporter, model: DETR, num_classes: int, steps_per_epoch: int, content: dict[str, Any] | None
 ) -> Training:
-    optim, device = config.optim, next(model.parameters()).device
+    optim, device = scaled_rates(config.optim, images_per_step(config.optim, reporter.world_size)), next(model.parameters()).device
     dtype = choose_dtype(config.speed, device)
     if config.speed.compile == "on":
         # In place, so that the names in checkpoints stay. Compiled once for all sizes of batches.
@@ -211,7 +237,8 @@ def _training(
             average.updates = content["ema_updates"]
     scheduler = build_scheduler(optimizer, optim, steps_per_epoch, epoch * steps_per_epoch)
     trained = _distributed(model, device) if reporter.world_size > 1 else model
-    return Training(trained, criterion, optimizer, scheduler, scaler, average, device, dtype, optim.accumulate, optim.clip_max_norm, step)
+    batches, as_one = batches_per_step(optim, reporter.world_size), optim.batch_total is not None
+    return Training(trained, criterion, optimizer, scheduler, scaler, average, device, dtype, batches, optim.clip_max_norm, step, as_one)
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, optim: Optim) -> None:
@@ -221,7 +248,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any] | No
         optimizer.load_state_dict(state)
     except ValueError:
         raise UserError(
-            "last.pth trains other parameters than these settings: optim.freeze_backbone and optim.lr_backbone may not change"
+            "last.pth trains other parameters than these settings: optim.freeze_backbone, optim.freeze_layers, optim.layer_decay and "
+            "optim.lr_backbone may not change"
         ) from None
     for group in optimizer.param_groups:
         group["weight_decay"] = optim.weight_decay
