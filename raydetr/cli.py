@@ -402,6 +402,43 @@ def confirm(search: str, **options) -> None:
     click.echo(confirm_command(search, **options))
 
 
+class LearningCurveCommand(SettingsCommand):
+    """A command whose ``--fractions`` takes several values."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Join the values after ``--fractions`` to one."""
+        if "--fractions" in args:
+            start = args.index("--fractions") + 1
+            end = next((row for row in range(start, len(args)) if args[row].startswith("-")), len(args))
+            args = [*args[:start], *([",".join(args[start:end])] if end > start else []), *args[end:]]
+        return super().parse_args(ctx, args)
+
+
+@cli.command("learning-curve", cls=LearningCurveCommand, short_help="Estimate what more images would bring.")
+@click.option(
+    "--fractions", default=".25,.5,.75,1", show_default=True, metavar="F...", help="Fractions of the training images to train on."
+)
+@click.option("--seeds", type=int, default=3, show_default=True, help="Number of trainings on each fraction.")
+@settings_options("model", "loss", "matcher", "data", "optim", "speed", "run")
+def learning_curve_command(fractions: str, seeds: int, **options) -> None:
+    """Train on nested parts of the training set, fit a power law, and say what twice the images would bring, and to which category most.
+
+    Every training takes as many optimizer steps as --epochs on all images. Give the same command again to resume.
+
+    Example: raydetr learning-curve --data photographs --fractions .25 .5 .75 1 --seeds 3
+    """
+    with without_collections():
+        from raydetr.launch.learning_curve import curve_text, learning_curve
+        from raydetr.launch.train import run_root, with_absolute_paths
+
+    settings = config.with_settings(config.Config(), {"run.name": "learning-curve"}, *given_settings(options))
+    try:
+        parts = [float(each) for each in fractions.replace(",", " ").split()]
+    except ValueError:
+        raise UserError(f"--fractions: {fractions!r} are not numbers such as .25 .5 1") from None
+    click.echo(curve_text(learning_curve(settings, parts, seeds), run_root(with_absolute_paths(settings))))
+
+
 @cli.command(short_help="Run train or tune on a Ray cluster.")
 @click.option(
     "--address",

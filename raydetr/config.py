@@ -150,6 +150,21 @@ class Data:
     val_annotations: str | None = setting(None, "COCO annotation file of the validation set (default: found in annotations/ of data.path)")
     test_images: str | None = setting(None, "folder of the test images, which training never reads (default: test2017 in data.path)")
     test_annotations: str | None = setting(None, "COCO annotation file of the test set (default: found in annotations/ of data.path)")
+    folds: int | None = setting(
+        None,
+        "cross-validation: divide the training set into so many folds, train and score with each held out in turn; a search stays on the "
+        "validation set, and its confirmation uses them",
+        low=2,
+        high=100,
+    )
+    fold: int | None = setting(None, "the fold, from 1, that is held out and scored (default: each of data.folds in turn)", low=1, high=100)
+    reshuffle: bool = setting(
+        False, "draw another training and validation set from the images of both; in a search, another one for each trial"
+    )
+    reshuffle_seed: int = setting(0, "seed of the division that data.reshuffle draws; a search sets it to the trial's number", low=0)
+    fraction: float = setting(
+        1.0, "fraction of the training images to train on, with their share of every category; drawn by run.seed", low=0.001, high=1.0
+    )
     train_sizes: list[int] = setting(
         [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800],
         "lengths of the short side after resizing in training, one drawn per image (pixels)",
@@ -160,6 +175,18 @@ class Data:
     max_size: int = setting(1333, "upper limit of the long side after resizing (pixels)", low=16, high=8192)
     flip: float = setting(0.5, "probability of a horizontal flip in training", low=0.0, high=1.0)
     crop: float = setting(0.5, "probability of a random crop in training", low=0.0, high=1.0)
+    color: float = setting(
+        0.0, "probability of a photometric distortion in training: brightness, contrast, saturation, hue", low=0.0, high=1.0
+    )
+    zoom_out: float = setting(
+        0.0,
+        "probability that a training image is put on a gray canvas of up to twice its sides, so that objects are smaller",
+        low=0.0,
+        high=1.0,
+    )
+    balance: float = setting(
+        0.0, "draw training images of categories that are on fewer than this fraction of the images more often; 0: off", low=0.0, high=1.0
+    )
     crop_resize: list[int] = setting(
         [400, 500, 600],
         "lengths of the short side after the resizing that precedes a crop, one drawn per image (pixels)",
@@ -210,6 +237,18 @@ class Optim:
         auto_number=True,
     )
     accumulate: int = setting(1, "number of batches whose gradients are accumulated for one optimizer step", low=1, high=1024)
+    batch_total: int | None = setting(
+        None,
+        "images of one optimizer step over all workers; batches of at most optim.batch_size images and their number follow from it, so "
+        "that a run is the same on any number of workers (default: optim.batch_size for each worker, times optim.accumulate)",
+        low=1,
+        high=1048576,
+    )
+    scale_lr: str = setting(
+        "none",
+        "scale the learning rates by the images of one optimizer step: linearly, or by the square root, relative to a batch of 16",
+        choices=["none", "linear", "sqrt"],
+    )
     epochs: int = setting(50, "number of epochs", low=1, high=100000)
     schedule: str = setting("step", "learning-rate schedule", choices=["step", "cosine", "constant"])
     lr_drop: float = setting(
@@ -221,6 +260,15 @@ class Optim:
     clip_max_norm: float = setting(0.1, "gradient norm above which gradients are clipped; 0: no clipping", low=0.0)
     freeze_backbone: bool = setting(False, "keep the backbone fixed and train the rest")
     freeze_detr: bool = setting(False, "keep boxes and classes fixed and train the segmentation head alone (with model.masks)")
+    freeze_layers: int = setting(
+        0, "keep the first layers fixed: the trained stages of the backbone from the image on, then those of the encoder", low=0, high=30
+    )
+    layer_decay: float = setting(
+        1.0,
+        "learning rate of each layer relative to the one above it; the heads and the last stage of the backbone have the whole rate",
+        low=0.1,
+        high=1.0,
+    )
     ema_decay: float = setting(
         0.0, "decay of the exponential moving average of the weights, which is evaluated and saved; 0: no averaging", low=0.0, high=0.99999
     )
@@ -537,6 +585,10 @@ def _check_together(config: Config) -> None:
         raise UserError(f"model.hidden_dim: {model.hidden_dim} is not a multiple of 4, which the position encoding requires")
     if config.optim.freeze_detr and not model.masks:
         raise UserError("optim.freeze_detr: without model.masks nothing is left to train; set --model.masks true as well")
+    if data.fold is not None and data.fold > (data.folds or 0):
+        raise UserError(f"data.fold: {data.fold} is not one of the folds; data.folds is {data.folds or 'not set'}")
+    if data.folds and data.reshuffle:
+        raise UserError("data.reshuffle: the folds of data.folds take the place of the validation set; leave one of the two out")
     if data.crop_min > data.crop_max:
         raise UserError(f"data.crop_min: {data.crop_min} is larger than data.crop_max ({data.crop_max})")
     if config.speed.graphs and config.speed.compile == "on":
@@ -547,6 +599,34 @@ def _check_together(config: Config) -> None:
         raise UserError("matcher: all three costs are 0; nothing would tell a good match from a bad one")
     if config.run.name is not None:
         check_run_name(config.run.name)
+    if config.run.workers != "auto":
+        check_batch_total(config.optim, *least_and_most_workers(config))
+
+
+def check_batch_total(optim: Optim, least: int, most: int) -> None:
+    """Check that ``optim.batch_total`` images can be divided among the workers.
+
+    Args:
+        optim: The ``optim`` section of the settings.
+        least: The smallest number of workers.
+        most: The largest number.
+
+    Raises:
+        UserError: They cannot; the message has the nearest numbers that can.
+    """
+    if optim.batch_total is None:
+        return
+    if isinstance(optim.batch_size, str):
+        raise UserError(f"optim.batch_size {optim.batch_size}: give a number with optim.batch_total, whose images are the step's")
+    if optim.accumulate != 1:
+        raise UserError("optim.accumulate: follows from optim.batch_total; leave one of the two out")
+    for workers in range(least, most + 1):
+        if optim.batch_total % workers:
+            among = f"{workers} workers" if least == most else f"{workers} workers (run.workers {least}:{most})"
+            multiple = math.lcm(*range(least, most + 1))
+            nearest = [each for each in (optim.batch_total // multiple * multiple, (optim.batch_total // multiple + 1) * multiple) if each]
+            can = " or ".join(map(str, nearest))
+            raise UserError(f"optim.batch_total: {optim.batch_total} images cannot be divided among {among}; the nearest that can: {can}")
 
 
 def check_run_name(name: str) -> None:
@@ -578,6 +658,28 @@ def least_and_most_workers(config: Config) -> tuple[int, int]:
     """
     least, _, most = str(config.run.workers).partition(":")
     return int(least), int(most or least)
+
+
+def images_per_step(optim: Optim, workers: int) -> int:
+    """Return the number of images of one optimizer step over all workers.
+
+    Args:
+        optim: The ``optim`` section of the settings, with a number in ``batch_size``.
+        workers: The number of workers.
+    """
+    return optim.batch_total or int(optim.batch_size) * optim.accumulate * workers
+
+
+def batches_per_step(optim: Optim, workers: int) -> int:
+    """Return the number of batches whose gradients a worker accumulates for one optimizer step.
+
+    It is ``accumulate``, or with ``batch_total`` the fewest batches of at most ``batch_size`` images that make up a worker's share.
+
+    Args:
+        optim: The ``optim`` section of the settings, with a number in ``batch_size``.
+        workers: The number of workers.
+    """
+    return math.ceil(optim.batch_total / workers / int(optim.batch_size)) if optim.batch_total else optim.accumulate
 
 
 def with_workers(config: Config, gpus: int) -> Config:

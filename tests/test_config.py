@@ -83,7 +83,7 @@ def test_a_span_written_by_hand_is_not_read_to_the_base_of_60(tmp_path):
     [
         ({"optim.lrr": 1}, "did you mean 'optim.lr'"),
         ({"eos_coef": 0.1}, "did you mean 'loss.eos_coef'"),
-        ({"banana": 1}, "the sections are model, loss"),
+        ({"wxyz": 1}, "the sections are model, loss"),
         ({"loss.eos_coef": 2}, "loss.eos_coef: 2 is out of bounds; it takes 0.0 to 1.0"),
         ({"optim.epochs": 0}, "it takes 1 to"),
         ({"optim.epochs": 1.5}, "not a whole number"),

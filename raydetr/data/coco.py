@@ -1,12 +1,13 @@
 """Load a COCO data set: find its files, clean its annotations, and turn images and boxes into batches."""
 
+import copy
 import functools
 import itertools
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -344,6 +345,7 @@ class CocoImages(Dataset):
     """The images of one split with their boxes.
 
     ``dataset[i]`` is ``image, target``, drawn for the epoch of the last :meth:`set_epoch`; ``dataset[epoch, i]`` is drawn for ``epoch``.
+    ``dataset[epoch, i, size]`` is ``image, target, size``: what ``image`` is to be padded to, see :func:`collate`.
     ``image`` is float32 [3, h, w], resized and normalized by the transforms. ``target`` is a dict with, for n boxes:
 
     - ``boxes``: float32 [n, 4], cxcywh, normalized by the size of ``image``
@@ -394,6 +396,9 @@ class CocoImages(Dataset):
             self.categories = [{"id": each["id"], "name": each["name"]} for each in categories]
             self.warnings += _use_categories(self.coco, self.categories, split.annotations)
         self.image_ids = [image["id"] for image in self.coco["images"]]
+        self.files = [
+            (image_path(self.split.images, image["file_name"]), (image["width"], image["height"])) for image in self.coco["images"]
+        ]
         self.epoch = 0
         self._pack()
         self.rles: list[list[dict[str, Any]]] | None = self._pack_masks() if masks else None
@@ -411,11 +416,38 @@ class CocoImages(Dataset):
         self._starts = np.concatenate([[0], np.cumsum(per_image)])
         self._labels = torch.tensor([label_of[each["category_id"]] for each in boxes], dtype=torch.int64)
         self._area = torch.tensor([each["area"] for each in boxes], dtype=torch.float32)
-        xywh = torch.tensor([each["bbox"] for each in boxes], dtype=torch.float64)
+        xywh = torch.tensor([each["bbox"] for each in boxes], dtype=torch.float64).view(-1, 4)
         self._xyxy = box_convert(xywh, "xywh", "xyxy").float()
-        self.files = [
-            (image_path(self.split.images, image["file_name"]), (image["width"], image["height"])) for image in self.coco["images"]
-        ]
+
+    def selected(self, rows: Iterable[int], transforms: Callable | None = None) -> "CocoImages":
+        """Return a data set of some of the images; it has no warnings of its own.
+
+        Args:
+            rows: Positions of the images.
+            transforms: Their transforms; None: as before.
+        """
+        rows = sorted(map(int, rows))
+        ids = {self.image_ids[row] for row in rows}
+        annotations = [each for each in self.coco["annotations"] if each["image_id"] in ids]
+        coco = {**self.coco, "images": [self.coco["images"][row] for row in rows], "annotations": annotations}
+        return self._with(coco, [self.files[row] for row in rows], transforms or self.transforms)
+
+    def joined(self, other: "CocoImages") -> "CocoImages":
+        """Return a data set of the images of both, with new ids for those of ``other``, which has the same categories."""
+        ids = {each: self.image_ids[-1] + 1 + row for row, each in enumerate(other.image_ids)}
+        images = [{**each, "id": ids[each["id"]]} for each in other.coco["images"]]
+        boxes = [{**each, "image_id": ids[each["image_id"]]} for each in other.coco["annotations"]]
+        annotations = [{**each, "id": number} for number, each in enumerate([*self.coco["annotations"], *boxes], 1)]
+        coco = {**self.coco, "images": [*self.coco["images"], *images], "annotations": annotations}
+        return self._with(coco, self.files + other.files, self.transforms)
+
+    def _with(self, coco: dict[str, list[dict]], files: list, transforms: Callable) -> "CocoImages":
+        changed = copy.copy(self)
+        changed.coco, changed.files, changed.transforms, changed.warnings = coco, files, transforms, []
+        changed.image_ids = [image["id"] for image in coco["images"]]
+        changed._pack()
+        changed.rles = None if self.rles is None else changed._pack_masks()
+        return changed
 
     def _pack_masks(self) -> list[list[dict[str, Any]]]:
         rles: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in self.image_ids}
@@ -441,10 +473,10 @@ class CocoImages(Dataset):
         """Draw random transforms, and the order of a training loader, for ``epoch`` (from 0) from now on."""
         self.epoch = epoch
 
-    def __getitem__(self, index: int | tuple[int, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def __getitem__(self, index: int | tuple) -> tuple:
         from torchvision.ops import box_convert
 
-        epoch, index = index if isinstance(index, tuple) else (self.epoch, index)
+        epoch, index, *size = index if isinstance(index, tuple) else (self.epoch, index)
         pixels = self.images(*self.files[index])
         orig_size = pixels.shape[-2:]
         mine = slice(self._starts[index], self._starts[index + 1])
@@ -466,7 +498,7 @@ class CocoImages(Dataset):
         }
         if masks is not None:
             target |= {"masks": masks.as_subclass(torch.Tensor)[keep].bool(), "has_mask": self._has_mask[mine][keep]}
-        return image, target
+        return image, target, *size
 
     def _transformed(
         self, pixels: torch.Tensor, epoch: int, index: int, masks: torch.Tensor | None = None
@@ -533,13 +565,12 @@ def _use_categories(coco: dict[str, list[dict]], categories: list[dict], path: s
 # ------------------------------------------------------------------------------------------------------------- the batches
 
 
-def collate(
-    batch: list[tuple[torch.Tensor, dict]], pad_to: int = 1, share: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None, list[dict]]:
+def collate(batch: list[tuple], pad_to: int = 1, share: bool = False) -> tuple[torch.Tensor, torch.Tensor | None, list[dict]]:
     """Pad the images of a batch to the largest height and width, with 0 at the right and the bottom.
 
     Args:
-        batch: Images float32 [3, h, w] with their targets, as :class:`CocoImages` returns them.
+        batch: Images float32 [3, h, w] with their targets, as :class:`CocoImages` returns them; with sizes, which the batch then has at
+            least.
         pad_to: Height and width of the batch are rounded up to multiples of it.
         share: Whether to make the batch in shared memory, from where a loading process hands it over without a copy.
 
@@ -547,8 +578,9 @@ def collate(
         The images float32 [B, 3, H, W]; the padding mask bool [B, H, W], True where padded, or None where nothing is; the targets, whose
         ``masks``, if there are any, are padded like the images.
     """
-    images, targets = zip(*batch, strict=True)
-    height, width = (_rounded_up(max(image.shape[axis] for image in images), pad_to) for axis in (1, 2))
+    images, targets, *sizes = zip(*batch, strict=True)
+    sizes = [image.shape[1:] for image in images] + [size for column in sizes for size in column]
+    height, width = (_rounded_up(max(side), pad_to) for side in zip(*sizes, strict=True))
     padded = _full((len(images), 3, height, width), 0, images[0].dtype, share)
     mask = _full((len(images), height, width), True, torch.bool, share)
     for image, target_image, target_mask in zip(images, padded, mask, strict=True):
@@ -568,15 +600,15 @@ def _full(shape: tuple[int, ...], value: float, dtype: torch.dtype, share: bool)
     if not share:
         return torch.full(shape, value, dtype=dtype)
     # As torch's own default_collate does it.
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape).fill_(value)
+    storage, empty = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize), torch.empty(0, dtype=dtype)
+    return empty.set_(storage, 0, shape).fill_(value)  # pyright: ignore[reportCallIssue]
 
 
 def _rounded_up(side: int, multiple: int) -> int:
     return -(-side // multiple) * multiple
 
 
-def collate_arrays(batch: list[tuple[torch.Tensor, dict]], pad_to: int = 1) -> tuple[np.ndarray, np.ndarray | None, list[dict]]:
+def collate_arrays(batch: list[tuple], pad_to: int = 1) -> tuple[np.ndarray, np.ndarray | None, list[dict]]:
     """Return :func:`collate` of a batch as NumPy arrays, which processes hand over without shared memory."""
     return as_arrays(collate(batch, pad_to))
 
@@ -593,6 +625,8 @@ def build_loader(
     group_sizes: bool = False,
     timeout_s: float = 0.0,
     pad_to: int = 1,
+    batch_total: int | None = None,
+    weights: np.ndarray | None = None,
 ) -> DataLoader:
     """Return a loader of the batches of one worker.
 
@@ -617,9 +651,18 @@ def build_loader(
         timeout_s: The longest wait for a batch of the loading processes, in seconds; 0 waits for ever. A batch that takes longer raises
             UserError while iterating.
         pad_to: The sides of batches are rounded up to multiples of it, so that there are fewer shapes of batches.
+        batch_total: Images of one optimizer step over all workers. Training batches then come from :class:`SharedSteps`, which needs at
+            least so many images; a smaller data set raises UserError.
+        weights: How often each image is drawn in an epoch of training, relative to others; None: once.
     """
-    if shuffle:
-        sampler = EpochSampler(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
+    if shuffle and batch_total:
+        if len(dataset) < batch_total:
+            raise UserError(f"optim.batch_total: {batch_total} images are more than the training set has ({len(dataset)}); lower it")
+        sampler = EpochSampler(dataset, weights, num_replicas=1, rank=0, shuffle=True, seed=seed)
+        steps = (LikeSizes if group_sizes else BatchSampler)(sampler, batch_total, drop_last=True)
+        batches = SharedSteps(steps, dataset, batch_size, rank, world_size)
+    elif shuffle:
+        sampler = EpochSampler(dataset, weights, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
         batches = (LikeSizes if group_sizes else BatchSampler)(sampler, batch_size, drop_last=len(sampler) >= batch_size)
     else:
         batches = _batches_of_one_size(dataset, batch_size)[rank::world_size]
@@ -674,6 +717,8 @@ def largest_side(dataset: CocoImages, pad_to: int = 1) -> int:
         for each in transform.transforms if isinstance(transform, v2.RandomApply) else (transform,):
             if isinstance(each, RandomSizeCrop):
                 aspect = max(aspect, each.max_size / each.min_size)
+            elif isinstance(each, v2.RandomZoomOut):
+                aspect *= 1.1  # both sides of its canvas are cut to whole pixels
             elif isinstance(each, ResizeShortSide):
                 limit = math.inf if each.max_size is None else each.max_size + aspect  # rounding can exceed it, see resized_size
                 longest = min(limit, max(each.sizes) * aspect)
@@ -688,14 +733,48 @@ def _batches_of_one_size(dataset: CocoImages, batch_size: int) -> list[list[int]
 
 
 class EpochSampler(DistributedSampler):
-    """Yield (epoch, index), by which the epoch reaches loading processes: those keep the copy of the data set they started with."""
+    """Yield (epoch, index), by which the epoch reaches loading processes: those keep the copy of the data set they started with.
+
+    Args:
+        dataset: The images.
+        weights: How often each image is drawn, relative to others; an epoch has as many images as without. None: each once.
+        **options: Those of torch's DistributedSampler.
+    """
 
     dataset: "CocoImages"
+
+    def __init__(self, dataset: "CocoImages", weights: np.ndarray | None = None, **options: Any):
+        super().__init__(dataset, **options)
+        self.weights = weights
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.dataset.epoch
         self.set_epoch(epoch)
-        return ((epoch, index) for index in super().__iter__())
+        if self.weights is None:
+            return ((epoch, index) for index in super().__iter__())
+        # Systematic sampling: each image as often as its weight says, rounded up or down at random.
+        ends = np.cumsum(self.weights) / self.weights.sum() * len(self.weights)
+        offset = np.random.default_rng([self.seed, epoch]).random()
+        drawn = np.searchsorted(ends, np.arange(len(ends)) + offset).clip(max=len(ends) - 1)
+        return ((epoch, int(drawn[index])) for index in super().__iter__())
+
+
+def draw_weights(counts: np.ndarray, threshold: float) -> np.ndarray:
+    """Return how often to draw each image so that rare categories are seen more often.
+
+    The repeat factors of LVIS (Gupta et al., "LVIS: a dataset for large vocabulary instance segmentation", 2019): a category on a fraction
+    f of the images has ``max(1, sqrt(threshold / f))``, and an image the largest of its categories.
+
+    Args:
+        counts: Boxes by image and category, int [N, K].
+        threshold: The fraction of images below which a category is rare.
+
+    Returns:
+        float64 [N].
+    """
+    fraction = (counts > 0).mean(0)
+    factors = np.sqrt(np.maximum(1.0, threshold / np.maximum(fraction, 1 / len(counts))))
+    return np.where(counts > 0, factors, 1.0).max(1, initial=1.0)
 
 
 class LikeSizes(BatchSampler):
@@ -716,6 +795,36 @@ class LikeSizes(BatchSampler):
             alike = sorted(itertools.chain(*drawn), key=lambda image: _likeness(dataset.size_of(*image)))
             made = [alike[start : start + self.batch_size] for start in range(0, len(alike), self.batch_size)]
             yield from (made[number] for number in torch.randperm(len(made), generator=generator).tolist())
+
+
+class SharedSteps:
+    """Yield one worker's batches of optimizer steps that have the same images on any number of workers.
+
+    All batches of a step are padded to the largest of its images, on every worker: what a network makes of an image depends a little on
+    the padding beside it.
+
+    Args:
+        steps: Yields the images of each step, as (epoch, index).
+        dataset: Knows the sizes of the transformed images.
+        batch_size: The largest number of images in a batch.
+        rank: The number of this worker, from 0.
+        world_size: The number of workers, which divides the number of images of a step.
+    """
+
+    def __init__(self, steps: BatchSampler, dataset: "CocoImages", batch_size: int, rank: int, world_size: int):
+        self.steps, self.dataset, self.batch_size = steps, dataset, batch_size
+        share = steps.batch_size // world_size
+        self._mine = range(rank * share, (rank + 1) * share)
+
+    def __len__(self) -> int:
+        return len(self.steps) * math.ceil(len(self._mine) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, tuple[int, int]]]]:
+        for step in cast(Iterator[list[tuple[int, int]]], iter(self.steps)):
+            heights, widths = zip(*(self.dataset.size_of(*image) for image in step), strict=True)
+            size = max(heights), max(widths)
+            for start in range(self._mine.start, self._mine.stop, self.batch_size):
+                yield [(*step[position], size) for position in range(start, min(start + self.batch_size, self._mine.stop))]
 
 
 def _likeness(size: tuple[int, int]) -> tuple[bool, int, int]:

@@ -24,6 +24,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, per RGB 
 def train_transforms(data: Data, normalized: bool = True) -> v2.Transform:
     """Return the training transforms: with probability ``data.crop`` a resize and a random crop, then a random resize and a random flip.
 
+    With ``data.zoom_out``, what is cropped or not is resized and put on a larger canvas before; with ``data.color`` the colors are
+    distorted at the end. Neither draws a random number where it is off.
+
     The distribution is that of ``make_coco_transforms("train")`` in the official datasets/coco.py. The flip comes last instead of first: it
     commutes with the others, and the image is smaller then. A crop can leave boxes without area, [x, y, x, y], which the caller must drop.
 
@@ -34,11 +37,15 @@ def train_transforms(data: Data, normalized: bool = True) -> v2.Transform:
     """
     # The official code has no limit here: a strip of an image, 1 x 5000 pixels, would become gigabytes.
     crop = [ResizeShortSide(data.crop_resize, 10 * data.max_size), RandomSizeCrop(data.crop_min, data.crop_max)]
+    resize = ResizeShortSide(data.train_sizes, data.max_size)
+    zoom_out = v2.RandomZoomOut(fill=[round(each) for each in _MEAN], side_range=(1.0, 2.0), p=1.0)
     return v2.Compose(
         [
             v2.RandomApply(crop, p=data.crop),
-            ResizeShortSide(data.train_sizes, data.max_size),
+            *([v2.RandomApply([resize, zoom_out], p=data.zoom_out)] if data.zoom_out else []),
+            resize,
             v2.RandomHorizontalFlip(data.flip),
+            *([v2.RandomApply([Distortion()], p=data.color)] if data.color else []),
             *_last(normalized),
         ]
     )
@@ -202,6 +209,14 @@ class RandomSizeCrop(v2.Transform):
             params: The result of :meth:`make_params`.
         """
         return functional.crop(inpt, **params)
+
+
+class Distortion(v2.RandomPhotometricDistort):
+    """Torchvision's photometric distortion, that of SSD. An image without pixels, of which only the size is wanted, stays as it is."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Distort the image; boxes stay as they are."""
+        return inpt if inpt.is_meta else super().transform(inpt, params)
 
 
 def _draw(low: int, high: int) -> int:

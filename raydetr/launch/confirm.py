@@ -1,13 +1,15 @@
 """Confirm a search: train its best settings and the defaults again with common seeds, and judge all of them on the same images.
 
-The trainings are the trials of another search in ``SEARCH/confirm/``, whose points are given: one for each pair of settings and seed. They
-are therefore packed on the cluster, resumed and stopped like any trials, and a finished one never runs again. ``scores.json`` in that
-folder has the AP of each training on the images that judge, and the AP without each of these images. The verdict is computed by
+The trainings are the trials of another search in ``SEARCH/confirm/``, whose points are given: one for each pair of settings and seed, or
+with ``data.folds`` for each fold of such a pair. They are therefore packed on the cluster, resumed and stopped like any trials, and a
+finished one never runs again. ``scores.json`` in that folder has the AP of each pair on the images that judge, and the AP without each of
+these images. The verdict is computed by
 :func:`raydetr.search.confirm.judge` and written to ``SEARCH/verdict.json``. ``best.yaml`` and ``best.pth`` of the search are replaced by
 the confirmed ones.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,8 @@ from ray.exceptions import RayTaskError
 from raydetr import config as settings
 from raydetr.data.coco import CocoImages, find_split, has_split
 from raydetr.data.fingerprint import data_fingerprint, fingerprint_difference
+from raydetr.data.sets import check_folds, load_sets
+from raydetr.data.splits import file_digest
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import run_coco_eval
 from raydetr.evaluate.intervals import left_out_metrics, overall, weighted_metrics
@@ -35,6 +39,7 @@ from raydetr.launch.tune import CONFIRM_FOLDER, driving, pushing, refresh_workin
 from raydetr.predict.score import detect
 from raydetr.search.confirm import (
     DEFAULTS,
+    JUDGES,
     LEAST_IMAGES,
     RACE_BUDGET,
     VERDICT_FILE,
@@ -48,14 +53,14 @@ from raydetr.search.confirm import (
     sentence,
 )
 from raydetr.search.space import Space, read_space
-from raydetr.search.study import STUDY_FILE, Search, create_search, open_search
+from raydetr.search.study import AS_A_RUN, STUDY_FILE, Search, create_search, open_search
 from raydetr.storage import absolute, fetch, join, working_folder
 from raydetr.text import count, shortlist
 from raydetr.weights.checkpoint import read_checkpoint
 
 SCORES_FILE = "scores.json"  # in the confirmation's folder; its keys are the numbers of the trainings
 LEAST_BUDGET = 6  # two candidates and the defaults with two seeds each
-PAIR = "confirms"  # the user attribute of a training: [trial of the search, seed]
+TRAINING = "confirms"  # the user attribute of a training: [trial of the search, seed, fold]
 PLAN = "confirmation"  # the user attribute of the study: the Plan
 
 
@@ -67,11 +72,23 @@ class Plan:
         candidates: Numbers of trials of the search, without trial 0.
         seeds: The seeds in the order in which they are used.
         budget: The number of trainings of a race. 0 means no race: every setting is trained with every seed.
+        folds: The number of folds in which each setting is trained with each seed, judged together; 0 for one training.
     """
 
     candidates: list[int]
     seeds: list[int]
     budget: int = 0
+    folds: int = 0
+
+    @property
+    def parts(self) -> list[int | None]:
+        """The folds, from 1; a single None where there are none."""
+        return list(range(1, self.folds + 1)) or [None]
+
+    @property
+    def most_trainings(self) -> int:
+        """The largest number of trainings."""
+        return len(self.seeds) * (len(self.candidates) + 1) * len(self.parts)
 
     def next_trainings(self, scored: Mapping[tuple[int, int], float]) -> list[tuple[int, int]]:
         """Return the pairs of settings (the number of a trial) and seed to train next; none if the confirmation is finished.
@@ -105,8 +122,12 @@ def make_plan(search: Search, top: int, seeds: int, budget: int | None) -> Plan:
     """
     if seeds < 2 or top < 1:
         raise UserError(f"--top {top} --seeds {seeds}: a confirmation needs at least 1 setting and 2 seeds of each")
-    if budget is not None and budget < LEAST_BUDGET:
-        raise UserError(f"--budget {budget}: a confirmation needs at least {LEAST_BUDGET} trainings")
+    data = search.base_config.data
+    folds = 0 if has_split(data, "test") else data.folds or 0
+    if budget is not None:
+        least, budget = LEAST_BUDGET * max(1, folds), budget // max(1, folds)
+        if budget < LEAST_BUDGET:
+            raise UserError(f"--budget: a confirmation needs at least {least} trainings{f' in {folds} folds' if folds else ''}")
     running = [trial.number for trial in search.frozen() if trial.state == TrialState.RUNNING]
     if running:
         raise UserError(
@@ -126,7 +147,7 @@ def make_plan(search: Search, top: int, seeds: int, budget: int | None) -> Plan:
     race = budget if budget is not None and budget >= RACE_BUDGET else 0
     rounds = seeds if budget is None else budget // 2 if race else budget // (len(candidates) + 1)
     first = int(search.base_config.run.seed) + 1  # the search's own seed chose the candidates
-    return Plan(candidates, list(range(first, first + rounds)), race)
+    return Plan(candidates, list(range(first, first + rounds)), race, folds)
 
 
 def confirm(
@@ -134,7 +155,8 @@ def confirm(
 ) -> dict[str, Any]:
     """Confirm a search, or resume its confirmation with the plan that it began with.
 
-    The test split judges if there is one, otherwise the validation images with a stricter correction.
+    The test split judges if there is one. Otherwise, with ``data.folds``, the training images do, each in the fold that holds it out, and
+    without folds the validation images with a stricter correction.
 
     Args:
         folder: Path or URI of the search.
@@ -156,31 +178,51 @@ def confirm(
         refresh_working_copy(root)
         search, place = Search(root), join(root, CONFIRM_FOLDER)
         plan = make_plan(search, top, seeds, budget)
-        split = "test" if has_split(search.base_config.data, "test") else "val"
-        check_judging_images(search.base_config.data, split)
+        check_judging_images(search.base_config.data, judged_on(search, plan))
         check_same_data(search)
         with driving(search.folder):
             refresh_working_copy(place)
             with ray_session(demands.workers, drivers=demands.workers > 1):
                 confirmation, plan = _open(search, place, plan)
+                split = judged_on(search, plan)
                 with driving(confirmation.folder), pushing(confirmation):
                     scores = _train_and_score(confirmation, search, plan, split, demands)
             return _conclude(search, confirmation, plan, scores, split)
 
 
+def judged_on(search: Search, plan: Plan) -> str:
+    """Return which images judge: ``"test"``, ``"folds"`` or ``"val"``."""
+    return "folds" if plan.folds else "test" if has_split(search.base_config.data, "test") else "val"
+
+
 def check_judging_images(data: settings.Data, split: str) -> None:
-    """Check that there are enough images to judge a confirmation by.
+    """Check the images that judge a confirmation.
 
     Args:
         data: Settings that name the data set.
-        split: ``"test"`` or ``"val"``.
+        split: ``"test"``, ``"folds"`` or ``"val"``.
 
     Raises:
-        UserError: The split cannot be read, or has fewer than ``LEAST_IMAGES`` images.
+        UserError: The images cannot be read, are fewer than ``LEAST_IMAGES``, or are among those that the models were trained on.
     """
-    images = len(CocoImages(find_split(data, split), lambda *sample: sample).files)
-    if images < LEAST_IMAGES:
-        raise UserError(f"confirm: {no_claim(images)}")
+    judging = CocoImages(find_split(data, "train" if split == "folds" else split), _as_it_is)
+    if len(judging) < LEAST_IMAGES:
+        raise UserError(f"confirm: {no_claim(len(judging))}")
+    if split == "folds":
+        check_folds(judging.coco, data.folds or 0)
+    if split == "test":
+        known = {file_digest(path): path for part in ("train", "val") for path, _ in CocoImages(find_split(data, part), _as_it_is).files}
+        shared = [(known[digest], path) for path, _ in judging.files if (digest := file_digest(path)) in known]
+        if shared:
+            one, other = shared[0]
+            raise UserError(
+                f"confirm: {count(len(shared), 'test image')} {'is' if len(shared) == 1 else 'are'} also in the data that was trained on, "
+                f"the first is {other} (the same as {one}); take them out of the test set"
+            )
+
+
+def _as_it_is(*sample: Any) -> Any:
+    return sample
 
 
 def check_same_data(search: Search) -> None:
@@ -195,9 +237,8 @@ def check_same_data(search: Search) -> None:
     file = fetch(trial_root(search, DEFAULTS), only="best.pth") / "best.pth"
     if not file.is_file():
         raise UserError(f"{search.path}: trial 0 has no best.pth, so nothing can be compared with it")
-    before, data = read_checkpoint(file).get("data", {}), search.base_config.data
-    train = CocoImages(find_split(data, "train"), lambda *sample: sample)
-    val = CocoImages(find_split(data, "val"), lambda *sample: sample, 0, train.categories)
+    before, config = read_checkpoint(file).get("data", {}), search.config(DEFAULTS)
+    train, val = load_sets(config.data, config.run.seed)
     for split, dataset in (("train", train), ("val", val)):
         different = fingerprint_difference(before[split], data_fingerprint(dataset.coco)) if split in before else []
         if different:
@@ -212,6 +253,7 @@ def _open(search: Search, place: str, plan: Plan) -> tuple[Search, Plan]:
             raise UserError(f"{place}: was interrupted while it was being made; delete the folder and confirm again")
         return confirmation, Plan(**confirmation.study.user_attrs[PLAN])
     values = {"run.seed": plan.seeds[0], "run.name": CONFIRM_FOLDER, "run.storage": search.path}
+    values |= {"data.folds": plan.folds or None, "data.fold": plan.parts[0], "data.reshuffle": False}  # no image that judges is trained on
     base = settings.with_settings(search.base_config, values)
     space = given_space(search, plan)
     confirmation = create_search(place, space, base, trials=1, metric=search.metric, sampler="random", pruner="none")
@@ -230,7 +272,7 @@ def given_space(search: Search, plan: Plan) -> Space:
         A space with a choice for ``run.seed`` and for each setting in which the candidates and the defaults differ.
     """
     everybody = [settings.by_name(search.config(number)) for number in (DEFAULTS, *plan.candidates)]
-    choices: dict[str, list] = {"run.seed": plan.seeds}
+    choices: dict[str, list] = {"run.seed": plan.seeds, **({"data.fold": plan.parts} if plan.folds else {})}
     for name in everybody[0]:
         values = [each for row, each in enumerate(one[name] for one in everybody) if each not in [one[name] for one in everybody[:row]]]
         if len(values) > 1:
@@ -238,8 +280,8 @@ def given_space(search: Search, plan: Plan) -> Space:
     return read_space({name: {"choice": values} for name, values in choices.items()})
 
 
-def _point(search: Search, confirmation: Search, setting: int, seed: int) -> dict[str, Any]:
-    values = {**settings.by_name(search.config(setting)), "run.seed": seed}
+def _point(search: Search, confirmation: Search, setting: int, seed: int, fold: int | None) -> dict[str, Any]:
+    values = {**settings.by_name(search.config(setting)), "run.seed": seed, "data.fold": fold}
     return confirmation.space.check_point({name: values[name] for name in confirmation.space.names}, confirmation.base)
 
 
@@ -250,17 +292,17 @@ def _train_and_score(confirmation: Search, search: Search, plan: Plan, split: st
     with reserved_slots(base, demands.workers, demands.gpus_per_worker()):
         check_nodes(base)
         confirmation.reclaim(())
-        slots = find_slots(base, demands, len(plan.seeds) * (len(plan.candidates) + 1))
-        check_disk(base, confirmation.folder, len(plan.seeds) * (len(plan.candidates) + 1), slots.concurrent)
+        slots = find_slots(base, demands, plan.most_trainings)
+        check_disk(base, confirmation.folder, plan.most_trainings, slots.concurrent)
     tidy_search(confirmation)
     images: list[ray.ObjectRef] = []
     scores = _read_scores(confirmation, plan)
     while wanted := plan.next_trainings({pair: each["AP"] for pair, each in scores.items()}):
-        known = [_pair(trial, plan) for trial in confirmation.frozen()]
-        for setting, seed in wanted:
-            if (setting, seed) not in known:
-                point = _point(search, confirmation, setting, seed)
-                confirmation.study.enqueue_trial(point, user_attrs={PAIR: [setting, seed], "origin": "given point"})
+        known = [_training(trial, plan) for trial in confirmation.frozen()]
+        for (setting, seed), fold in itertools.product(wanted, plan.parts):
+            if (setting, seed, fold) not in known:
+                point = _point(search, confirmation, setting, seed, fold)
+                confirmation.study.enqueue_trial(point, user_attrs={TRAINING: [setting, seed, fold], "origin": "given point"})
         confirmation.extend(len(confirmation.frozen()))
         if not all(trial.state.is_finished() for trial in confirmation.frozen()):
             images = images or share_images(base)
@@ -269,60 +311,79 @@ def _train_and_score(confirmation: Search, search: Search, plan: Plan, split: st
     return scores
 
 
-def _pair(trial: FrozenTrial, plan: Plan) -> tuple[int, int]:
-    """Return which trial of the search a training repeats, and with which seed. The first training is that of the defaults."""
-    setting, seed = trial.user_attrs.get(PAIR, (DEFAULTS, plan.seeds[0]))
-    return setting, seed
+def _training(trial: FrozenTrial, plan: Plan) -> tuple[int, int, int | None]:
+    """Return which trial of the search, with which seed and fold, a training repeats; the first one is the defaults' own."""
+    setting, seed, *fold = trial.user_attrs.get(TRAINING, (DEFAULTS, plan.seeds[0], plan.parts[0]))
+    return setting, seed, fold[0] if fold else None
+
+
+def _pairs(confirmation: Search, plan: Plan) -> dict[tuple[int, int], list[int]]:
+    """Return the trainings of each setting and seed, in the order of the folds."""
+    pairs: dict[tuple[int, int], list[int]] = {}
+    for trial in confirmation.frozen():
+        setting, seed, _ = _training(trial, plan)
+        pairs.setdefault((setting, seed), []).append(trial.number)
+    return pairs
 
 
 def _read_scores(confirmation: Search, plan: Plan) -> dict[tuple[int, int], dict]:
+    """Return the scores by setting and seed; the file has them by the number of the first training of both."""
     file = confirmation.folder / SCORES_FILE
     kept = json.loads(file.read_text()) if file.is_file() else {}
-    return {_pair(trial, plan): kept[str(trial.number)] for trial in confirmation.frozen() if str(trial.number) in kept}
+    return {pair: kept[str(numbers[0])] for pair, numbers in _pairs(confirmation, plan).items() if str(numbers[0]) in kept}
 
 
 def _score(confirmation: Search, plan: Plan, split: str, slots: Slots) -> dict[tuple[int, int], dict]:
-    """Score the trainings that have no score yet, each in a slot of the cluster."""
+    """Score the settings and seeds that have no score yet, each in a slot of the cluster."""
     failed = [trial for trial in confirmation.frozen() if trial.state != TrialState.COMPLETE]
     if failed:
         reason = failed[0].user_attrs.get("reason", "it did not finish")
         raise UserError(f"training {confirmation.trial_name(failed[0].number)} failed: {reason}; delete {confirmation.path} to begin anew")
     scores = _read_scores(confirmation, plan)
-    new = [trial.number for trial in confirmation.frozen() if _pair(trial, plan) not in scores]
-    task = ray.remote(num_cpus=slots.cpus, num_gpus=slots.gpus)(score_checkpoint)
+    new = [numbers for pair, numbers in _pairs(confirmation, plan).items() if pair not in scores]
+    task = ray.remote(num_cpus=slots.cpus, num_gpus=slots.gpus)(score_trainings)
     data = {name: value for name, value in settings.by_name(confirmation.base_config).items() if name in settings.PATH_SETTINGS and value}
+    # A fold's best epoch was chosen by the images that judge; its last one was not.
+    checkpoint = "last.pth" if split == "folds" else "best.pth"
+    trained = [[join(trial_root(confirmation, number), checkpoint) for number in numbers] for numbers in new]
     try:
-        found = ray.get([task.remote(join(trial_root(confirmation, number), "best.pth"), data, split) for number in new])
+        found = ray.get([task.remote(each, data, split) for each in trained])
     except RayTaskError as error:
         raise error.cause if isinstance(error.cause, UserError) else error from None
     file = confirmation.folder / SCORES_FILE
     kept = json.loads(file.read_text()) if file.is_file() else {}
-    atomic_write_text(file, json.dumps(kept | {str(number): each for number, each in zip(new, found, strict=True)}))
+    atomic_write_text(file, json.dumps(kept | {str(numbers[0]): each for numbers, each in zip(new, found, strict=True)}))
     confirmation.push()
     return _read_scores(confirmation, plan)
 
 
-def score_checkpoint(checkpoint: str, data: Mapping[str, Any], split: str) -> dict[str, Any]:
-    """Return the AP of a checkpoint on one split, and what AP would be without each single image.
+def score_trainings(checkpoints: Sequence[str], data: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """Return the AP of a training on the images that judge, and what AP would be without each single image.
 
     Args:
-        checkpoint: Path or URI of the checkpoint.
-        data: Paths of the data set by dotted name, such as ``data.path``.
-        split: ``"test"`` or ``"val"``.
+        checkpoints: Path or URI of its checkpoint; with folds those of all folds, each of which is scored on the images of its fold.
+        data: Settings of the data set by dotted name, such as ``data.path``.
+        split: ``"test"``, ``"folds"`` or ``"val"``.
 
     Returns:
         ``AP`` (float), ``left_out`` (a list with the AP without each image in turn) and ``images`` (the number of images).
 
     Raises:
-        UserError: The checkpoint or the data cannot be read, or AP is undefined without one of the images, since it has all the objects.
+        UserError: A checkpoint or the data cannot be read, or AP is undefined without one of the images, since it has all the objects.
     """
-    detected = detect(checkpoint, data, split=split)
-    evaluation = run_coco_eval(detected.coco, detected.results)
+    detected = [detect(each, data, split="test" if split == "test" else "val") for each in checkpoints]
+    boxes = [box for part in detected for box in part.coco["annotations"]]
+    coco = {
+        "images": [image for part in detected for image in part.coco["images"]],
+        "annotations": [{**box, "id": number} for number, box in enumerate(boxes, 1)],
+        "categories": detected[0].coco["categories"],
+    }
+    evaluation = run_coco_eval(coco, [result for part in detected for result in part.results])
     images = len(evaluation.image_ids)
     ap = float(overall(weighted_metrics(evaluation.matches, np.ones((1, images)), ["AP"])["AP"])[0])
     left_out = overall(left_out_metrics(evaluation.matches, ["AP"])["AP"])
     if not np.isfinite([ap, *left_out]).all():
-        raise UserError(f"confirm: all objects of the {split} images are in one of them, so nothing can be said about chance")
+        raise UserError(f"confirm: all objects of the {JUDGES[split]} images are in one of them, so nothing can be said about chance")
     return {"AP": ap, "left_out": left_out.tolist(), "images": images}
 
 
@@ -333,12 +394,14 @@ def _conclude(search: Search, confirmation: Search, plan: Plan, scores: Mapping[
         own = [scores[setting, seed] for seed in plan.seeds if (setting, seed) in scores]
         runs[setting] = Runs(np.array([each["AP"] for each in own]), np.array([each["left_out"] for each in own]))
     images, searched = next(iter(scores.values()))["images"], len(search.frozen())
-    verdict = judge(runs, images, 0 if split == "test" else searched)
+    verdict = judge(runs, images, searched if split == "val" else 0)
     chosen = choose(verdict)
-    settings.write_yaml(settings.with_settings(search.config(chosen), {"run.name": None}), search.folder / "best.yaml")
-    # The best training of the chosen settings by the validation images: a test set only judges, and must not choose weights.
-    trainings = [trial for trial in confirmation.ranked() if _pair(trial, plan)[0] == chosen]
-    copy_file(fetch(trial_root(confirmation, trainings[0].number), only="best.pth") / "best.pth", search.folder / "best.pth")
+    settings.write_yaml(settings.with_settings(search.config(chosen), AS_A_RUN), search.folder / "best.yaml")
+    # Of the chosen settings' trainings, by the validation images: those that judge must not choose weights. The folds' are not trained on
+    # all images, but the search's own trial is.
+    trainings = [trial_root(confirmation, trial.number) for trial in confirmation.ranked() if _training(trial, plan)[0] == chosen]
+    weights = trial_root(search, chosen) if plan.folds else trainings[0]
+    copy_file(fetch(weights, only="best.pth") / "best.pth", search.folder / "best.pth")
     content = {
         **dataclasses.asdict(verdict),
         "judged_on": split,
@@ -374,6 +437,7 @@ def confirmed_text(content: Mapping[str, Any], folder: str | Path) -> str:
     lines: Sequence[str] = (
         content["sentence"],
         content["caveat"],
-        f"best.yaml and best.pth of {folder} now hold {kept}, trained with {count(content['seeds'], 'seed')}",
+        f"best.yaml and best.pth of {folder} now hold {kept}, "
+        + ("as the search trained them" if content.get("judged_on") == "folds" else f"trained with {count(content['seeds'], 'seed')}"),
     )
     return "\n".join(filter(None, lines))

@@ -125,6 +125,10 @@ class StudySearcher(Searcher):
         config = self.search.config(number) if drawn is None else self.search.complete(drawn)
         config.run.storage, config.run.name = join(self.search.path, TRIALS_FOLDER), self.search.trial_name(number)
         config.run.workers = self.demands.workers
+        if config.data.reshuffle:
+            config.data.reshuffle_seed = number
+        if config.data.fold is None:
+            config.data.folds = None  # within a search folds gain nothing; its confirmation uses them
         return {
             "number": number,
             "metric": self.search.metric,

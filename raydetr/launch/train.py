@@ -19,6 +19,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from raydetr import config as settings
 from raydetr.data.check.check import check
+from raydetr.data.coco import find_split, load_coco
 from raydetr.errors import UserError
 from raydetr.files import one_process
 from raydetr.launch import ray_private
@@ -265,6 +266,12 @@ def check_data(config: settings.Config) -> None:
     if not report.ok:
         more = f" (and {len(report.errors) - 1} more)" if len(report.errors) > 1 else ""
         raise UserError(f"{report.errors[0]}{more}; `raydetr data check` tells all")
+    if config.data.folds:
+        from raydetr.data.sets import check_folds  # torchvision, which takes as long to import as torch
+
+        split = find_split(config.data, "train")
+        coco, _ = load_coco(split.annotations, split.images, split.exif, split.max_megapixels)
+        check_folds(coco, config.data.folds)
 
 
 def scaling_config(config: settings.Config) -> ray.train.ScalingConfig:

@@ -88,8 +88,11 @@ def tune(
     grace, seed = grace_epochs(config.optim), config.run.seed if seed is None else seed
     space = space if isinstance(space, Space) else read_space(space)
     check_request(space, trials, sampler, scheduler)
+    settings.check_batch_total(config.optim, demands.workers, demands.workers)
     if scheduler == "pbt" and demands.workers > 1:
         raise UserError("--scheduler pbt: trials take over each other's weights with one worker each; lower --workers-per-trial")
+    if scheduler == "pbt" and config.data.reshuffle:
+        raise UserError("--scheduler pbt: trials take over each other's weights, so all need the same images; leave out data.reshuffle")
     check_data(config)
     with naming_the_file(), interruptible(lambda: ""), ray_session(demands.workers, drivers=demands.workers > 1):
         with reserved_slots(config, demands.workers, demands.gpus_per_worker()):

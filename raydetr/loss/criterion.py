@@ -31,12 +31,14 @@ class Normalizers:
         class_weight: Sum of the classification loss's weights over this worker's queries.
         matched: True boxes of this worker that are matched with a query.
         images: Images of this worker.
+
+    All of them are averages over the workers where the losses are to be those of one worker with all images.
     """
 
     num_boxes: float | Tensor
-    class_weight: float
-    matched: int
-    images: int
+    class_weight: float | Tensor
+    matched: float | Tensor
+    images: float | Tensor
 
     def divisor(self, loss: str) -> float | Tensor:
         """Return the divisor of ``loss``, a loss's name without the suffix of a decoder layer."""
@@ -100,9 +102,7 @@ class Criterion(nn.Module):
             normalizers = self.normalizers([targets], outputs["pred_logits"].shape[1])
         numerators, wrong = self._numerators(outputs, targets, pairs or self.match(outputs, targets))
         losses = _by_layer({name: each / normalizers.divisor(name) for name, each in numerators.items()})
-        # Where no box is matched the class error is 100, as in the official code; micro-batches share it by their images.
-        share = wrong / normalizers.matched if normalizers.matched else torch.full_like(wrong, len(targets) / normalizers.images)
-        return {**losses, "class_error": 100 * share}
+        return {**losses, "class_error": 100 * _class_error(wrong, len(targets), normalizers)}
 
     @torch.no_grad()
     def match(self, outputs: dict[str, Any], targets: Targets) -> Matching:
@@ -123,7 +123,7 @@ class Criterion(nn.Module):
         weighted = [losses[name] * weight for name, weight in self.weight_dict.items() if name in losses]
         return sum(weighted[1:], weighted[0])
 
-    def normalizers(self, batches: list[Targets], num_queries: int) -> Normalizers:
+    def normalizers(self, batches: list[Targets], num_queries: int, as_one: bool = False) -> Normalizers:
         """Return the divisors of the losses of one optimizer step.
 
         Workers average their number of boxes, so all of them must call this method together.
@@ -131,8 +131,12 @@ class Criterion(nn.Module):
         Args:
             batches: Targets of all micro-batches of the step.
             num_queries: Number of object queries.
+            as_one: Whether the mean of the workers' losses is to be what one worker computes from the images of all. Otherwise the
+                classification loss and the class error are means over each worker's own queries, as in the official code.
         """
         boxes, class_weight, matched, images = self._count(batches, num_queries)
+        if as_one and dist.is_available() and dist.is_initialized():
+            return _shared_normalizers((boxes, class_weight, matched, images))
         return Normalizers(_averaged_over_workers(boxes), class_weight or 1.0, matched, images)
 
     @torch.no_grad()
@@ -177,7 +181,7 @@ class Criterion(nn.Module):
         whole = Normalizers(max(total["num_boxes"], 1.0), total["class_weight"] or 1.0, int(matched), int(total["images"]))
         losses = {name: value / float(whole.divisor(_without_suffix(name))) for name, value in total.items() if name.startswith("loss_")}
         losses["class_error"] = 100 * (1 - total["correct"] / matched) if matched else 100.0
-        losses["cardinality_error"] = total["cardinality"] / max(whole.images, 1)
+        losses["cardinality_error"] = total["cardinality"] / max(int(total["images"]), 1)
         return losses
 
     def _count(self, batches: list[Targets], num_queries: int) -> tuple[int, float, int, int]:
@@ -241,17 +245,37 @@ def _by_layer(losses: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**last, **earlier}
 
 
+def _class_error(wrong: Tensor, images: int, normalizers: Normalizers) -> Tensor:
+    # Where no box is matched the class error is 1, as in the official code; micro-batches share it by their images.
+    matched = normalizers.matched
+    if isinstance(matched, Tensor):  # on the device, whose answer the host must not wait for
+        return torch.where(matched > 0, wrong / matched.clamp(min=1e-6), images / normalizers.images)
+    return wrong / matched if matched else torch.full_like(wrong, images / float(normalizers.images))
+
+
 def _without_suffix(name: str) -> str:
     stem, _, suffix = name.rpartition("_")
     return stem if suffix.isdigit() else name
 
 
+def _shared_normalizers(counts: tuple[float, ...]) -> Normalizers:
+    # float64, in which counts are exact: their sum does not depend on how the images are spread over the workers.
+    totals = torch.stack([torch.full((), float(each), dtype=torch.float64, device=_reduced_on()) for each in counts])
+    dist.all_reduce(totals)
+    boxes, class_weight, matched, images = (totals / dist.get_world_size()).float().unbind()
+    least = 1 / dist.get_world_size()
+    return Normalizers(boxes.clamp(min=least), torch.where(class_weight > 0, class_weight, least), matched, images)
+
+
+def _reduced_on() -> str:
+    return "cuda" if "nccl" in dist.get_backend() else "cpu"  # NCCL reduces tensors on the GPU only
+
+
 def _averaged_over_workers(boxes: int) -> float | Tensor:
     if not (dist.is_available() and dist.is_initialized()):
         return max(float(boxes), 1.0)
-    # NCCL reduces tensors on the GPU only. torch.full fills there, torch.tensor would copy and wait for the device first.
-    device = "cuda" if "nccl" in dist.get_backend() else "cpu"
-    total = torch.full((), float(boxes), device=device)
+    # torch.full fills on the device, torch.tensor would copy and wait for it first.
+    total = torch.full((), float(boxes), device=_reduced_on())
     dist.all_reduce(total)
     return (total / dist.get_world_size()).clamp(min=1)
 

@@ -344,10 +344,8 @@ def detect(
             unread |= {inputs[target["index"]].image_id: target["error"] for target in broken}
             views: dict[int, list[tuple[ImagePrediction, View]]] = defaultdict(list)
             for images, mask, targets in batches:
-                images, mask = (
-                    images.to(target_device, non_blocking=True),
-                    mask if mask is None else mask.to(target_device, non_blocking=True),
-                )
+                images = images.to(target_device, non_blocking=True)
+                mask = None if mask is None else mask.to(target_device, non_blocking=True)
                 sizes = torch.stack([target["orig_size"] for target in targets])
                 outputs, rles = _outputs_and_masks(model, images, mask, sizes)
                 detections = postprocess(outputs, sizes.to(target_device, non_blocking=True))

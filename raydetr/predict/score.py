@@ -12,6 +12,7 @@ from torch import nn
 from raydetr import config as settings
 from raydetr.data.coco import CocoImages, build_loader, find_split
 from raydetr.data.masks import no_mask, read_segmentation
+from raydetr.data.sets import describe_sets, load_sets
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, check_results, mask_metrics
@@ -98,13 +99,24 @@ def detect(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val
     model = load(checkpoint)
     masks = masks and model.settings["masks"]
     config = settings.load_config(trained_with(checkpoint, model), *layers)
-    dataset = CocoImages(find_split(config.data, split), val_transforms(config.data), masks=masks)
+    dataset, divided = _images_of(config, split, masks)
     without = [f"{dataset.split.annotations} has no mask: only boxes are scored"] if masks and not dataset.has_masks else []
     device = choose_device(config.speed)
     with kept_memory(device.type):
         results, found, notes = detect_with(model.to(device), model, dataset, config, device, str(checkpoint))
     unknown = unknown_names(model, found, notes)
-    return Detected(dataset.coco, results, [each["name"] for each in model.categories], unknown, [*model.notes, *notes, *without], dataset)
+    notes = [*model.notes, *notes, *without, *divided]
+    return Detected(dataset.coco, results, [each["name"] for each in model.categories], unknown, notes, dataset)
+
+
+def _images_of(config: settings.Config, split: str, masks: bool) -> tuple[CocoImages, list[str]]:
+    """Return a split, and what to say of it: ``train`` and ``val`` are divided as they were for the training of the checkpoint."""
+    divided = describe_sets(config.data)
+    if split == "test" or not divided:
+        return CocoImages(find_split(config.data, split), val_transforms(config.data), masks=masks), []
+    train, val = load_sets(config.data, config.run.seed, masks=masks)
+    train.transforms = val.transforms
+    return train if split == "train" else val, [f"{split} images as in the training of the checkpoint: {divided}"]
 
 
 def found_categories(model: DETR, dataset: CocoImages, name: str) -> tuple[list[int | None], list[str]]:

@@ -38,6 +38,7 @@ DEFAULTS = 0  # trial 0 of every search has the default settings
 RACE_BUDGET = 20  # trainings; with fewer, a fixed number of seeds of fewer candidates finds more
 RACE_CANDIDATES, FEW_CANDIDATES = 4, 2
 LEAST_IMAGES = 5  # on fewer nothing is claimed
+JUDGES = {"test": "test", "folds": "held-out", "val": "validation"}  # what the images that judge are called, by how they were chosen
 VERDICT_FILE = "verdict.json"  # in the folder of a search that was confirmed
 
 
@@ -321,9 +322,9 @@ def sentence(verdict: Verdict, judged_on: str = "test") -> str:
 
     Args:
         verdict: The verdict.
-        judged_on: ``"test"``, or ``"val"`` where the validation images of the search judged.
+        judged_on: A key of ``JUDGES``.
     """
-    seeds, images = f"{verdict.seeds} seeds", f"{verdict.images} {'test' if judged_on == 'test' else 'validation'} images"
+    seeds, images = f"{verdict.seeds} seeds", f"{verdict.images} {JUDGES[judged_on]} images"
     if verdict.images < LEAST_IMAGES:
         return no_claim(verdict.images)
     interval = f"(95 % interval {_points(verdict.low)} to {_points(verdict.high)}; {seeds}, {images})"
@@ -368,7 +369,7 @@ def caveat(judged_on: str, trials: int = 0) -> str:
     """Return what has to be said about the images that judged; empty for ``"test"``.
 
     Args:
-        judged_on: ``"test"``, ``"folds"`` or ``"val"``.
+        judged_on: A key of ``JUDGES``.
         trials: The number of trials of the search.
     """
     if judged_on == "folds":

@@ -651,6 +651,10 @@ def importance_evaluator(complete: int) -> PedAnovaImportanceEvaluator:
     return PedAnovaImportanceEvaluator(target_quantile=min(0.5, max(0.1, 5 / max(complete, 1))))
 
 
+# What a run of a trial's settings leaves out: it would collide with the search of its name, and train on other images.
+AS_A_RUN = {"run.name": None, "data.folds": None, "data.reshuffle": False}
+
+
 def best_config(search: Search) -> Config:
     """Return the complete settings of the best trial for a run of its own.
 
@@ -660,8 +664,7 @@ def best_config(search: Search) -> Config:
     best = search.best()
     if best is None:
         raise UserError(f"{search.folder}: no trial has ended with a value of {search.metric} yet")
-    # A run with the name of the search would collide with it.
-    return with_settings(search.config(best.number), {"run.name": None})
+    return with_settings(search.config(best.number), AS_A_RUN)
 
 
 def write_best(folder: str | Path, out: str | Path | None = None) -> Path:

@@ -54,6 +54,7 @@ class Training:
     clip_max_norm: float = 0.0  # 0 turns clipping off
     step: int = 0  # optimizer steps taken so far, over all epochs
     graphs: GraphedNetwork | None = None  # calls the model by CUDA graphs
+    as_one: bool = False  # the losses are normalized over the images of all workers, not over those of each
 
     @property
     def detr(self) -> DETR:
@@ -193,7 +194,7 @@ def take_step(training: Training, batches: list[Batch]) -> StepRecord:
     """
     names = loss_names(training.criterion)
     targets = [[_boxes_and_labels(target, training.device) for target in batch[2]] for batch in batches]
-    normalizers = training.criterion.normalizers(targets, training.detr.query_embed.num_embeddings)
+    normalizers = training.criterion.normalizers(targets, training.detr.query_embed.num_embeddings, training.as_one)
     model, values = training.model, []
     for number, (images, mask, _) in enumerate(batches):
         last = number == len(batches) - 1  # only this backward pass averages the gradients over the workers
@@ -206,7 +207,7 @@ def take_step(training: Training, batches: list[Batch]) -> StepRecord:
         values.append(torch.stack([losses[name].detach() for name in names[:-1]]))
     training.scaler.unscale_(training.optimizer)
     norm = nn.utils.clip_grad_norm_(training.detr.parameters(), training.clip_max_norm or math.inf)
-    learning_rates = [float(each) for each in training.scheduler.get_last_lr()]
+    learning_rates = [float(each) for each in training.scheduler.get_last_lr()[:2]]  # those of layers with smaller rates follow
     training.scaler.step(training.optimizer)
     training.scaler.update()
     training.optimizer.zero_grad(set_to_none=training.graphs is None)

@@ -3,7 +3,8 @@
 A plain process, a ``torchrun`` or Ray Train worker and a trial of a search all call :func:`fit`. The run folder
 ``<run.storage>/<run.name>/`` gets ``config.yaml``, ``log.txt``, ``tb/`` (TensorBoard), ``best.pth`` (the evaluated weights of the epoch
 with the highest AP) and ``last.pth`` (everything needed to resume). A run that finds its own ``last.pth`` resumes from it: on a CPU
-the result is the same, bit for bit, as without the interruption. If the run folder is in an object store, :func:`fit` writes a working
+the result is the same, bit for bit, as without the interruption. With ``data.folds`` each fold is such a run, see
+:mod:`raydetr.training.folds`. If the run folder is in an object store, :func:`fit` writes a working
 copy on this node, which is fetched before the first epoch and pushed after every epoch.
 """
 
@@ -26,6 +27,7 @@ from raydetr.storage import fetch, join, working_folder
 from raydetr.training.console import Display, warn
 from raydetr.training.engine import Detections, choose_device, evaluate, gathered, train_one_epoch
 from raydetr.training.failures import BestEffort, failures_explained
+from raydetr.training.folds import finish_folds, fold_configs, folds_sentence, mean_metrics, start_folds
 from raydetr.training.metrics import MASK_METRICS, losses_in
 from raydetr.training.random_state import get_random_state
 from raydetr.training.recorder import EpochResults, NoRecorder, Recorder, open_recorder
@@ -51,6 +53,7 @@ def fit(config: Config, reporter: Reporter | None = None) -> dict[str, Any]:
         ``train_loss`` (weighted), ``val_loss_ce`` (not weighted) and so on, ``best_AP``, ``best_epoch``, ``images_per_second`` and
         ``seconds``. With ``optim.freeze_detr``, where the AP of boxes stands still, the best epoch is that of the highest AP of masks,
         and ``best_AP`` is this AP.
+        With ``data.folds``, all numbers are means over the folds, and the interval is that of AP over the folds.
 
     Raises:
         UserError: Something that the user can correct: settings, data, checkpoints, a full disk, too little GPU memory.
@@ -60,11 +63,31 @@ def fit(config: Config, reporter: Reporter | None = None) -> dict[str, Any]:
             return fit(config, LocalReporter(display=display))
     if config.run.name is None:
         raise UserError("run.name is not set: it names the run's folder in run.storage")
+    if config.data.folds and config.data.fold is None:
+        return _fit_folds(config, reporter)
     root = join(config.run.storage, config.run.name)
     device = choose_device(config.speed, reporter.local_rank)
     with failures_explained(working_folder(root)), kept_memory(device.type):
         # In a function of its own, so that nothing refers to the network any more when memory is given back.
         return _fit(config, reporter, root, device)
+
+
+def _fit_folds(config: Config, reporter: Reporter) -> dict[str, Any]:
+    """Train a run for each fold, in the folder ``fold-N`` of the run's own; return the means of their metrics."""
+    root, show = join(config.run.storage, str(config.run.name)), BestEffort(_warning_shower(reporter))
+    if reporter.rank == 0:
+        start_folds(config, root)
+    metrics = []
+    for own in fold_configs(config, root):
+        with show("the terminal"):
+            reporter.show({"kind": "message", "text": f"fold {own.data.fold} of {config.data.folds}"})
+        metrics.append(fit(own, reporter))
+    if reporter.rank == 0:
+        finish_folds(config, root)
+    means = mean_metrics(metrics)
+    with show("the terminal"):
+        reporter.show({"kind": "message", "text": folds_sentence(means, config, root)})
+    return means
 
 
 def _fit(config: Config, reporter: Reporter, root: str, device: torch.device) -> dict[str, Any]:

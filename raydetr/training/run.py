@@ -12,17 +12,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from raydetr.config import Config, Data, Optim, asked_batch_size
-from raydetr.data.cache import DecodedImages, cache_limit
-from raydetr.data.coco import CocoImages, build_loader, find_split
+from raydetr.config import Config, Data, Optim, asked_batch_size, batches_per_step, check_batch_total, images_per_step, with_settings
+from raydetr.data.cache import cache_limit
+from raydetr.data.coco import CocoImages, build_loader, draw_weights
 from raydetr.data.fingerprint import data_fingerprint
-from raydetr.data.transforms import train_transforms, val_transforms
+from raydetr.data.sets import describe_sets, load_sets
+from raydetr.data.splits import box_counts
 from raydetr.errors import UserError
 from raydetr.loss.criterion import build_criterion
 from raydetr.model.backbone import Bottleneck, TinyBlock
 from raydetr.model.detr import DETR
 from raydetr.model.transformer import DecoderLayer, EncoderLayer
 from raydetr.storage import working_folder
+from raydetr.text import count
 from raydetr.training.batch_size import with_batch_size
 from raydetr.training.engine import Training, choose_dtype
 from raydetr.training.failures import BestEffort
@@ -30,7 +32,7 @@ from raydetr.training.graphs import GraphedNetwork
 from raydetr.training.random_state import seed_everything, set_random_state
 from raydetr.training.reporter import Reporter
 from raydetr.training.resume import check_same_data, check_same_network, read_resumable
-from raydetr.training.schedule import MovingAverage, build_optimizer, build_scheduler
+from raydetr.training.schedule import USUAL_BATCH, MovingAverage, build_optimizer, build_scheduler, scaled_rates
 from raydetr.weights.fitting import load_weights
 
 GPU_VAL_BATCH_SIZE = 8
@@ -93,7 +95,7 @@ class Run:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch."""
-        return math.ceil(len(self.train) / self.config.optim.accumulate)
+        return math.ceil(len(self.train) / self.training.accumulate)
 
     @property
     def finished(self) -> bool:
@@ -130,12 +132,14 @@ def build_run(config: Config, reporter: Reporter, root: str, device: torch.devic
     Raises:
         UserError: The data, the weights or the checkpoint cannot be used, or the checkpoint is of another network or of other data.
     """
+    check_batch_total(config.optim, reporter.world_size, reporter.world_size)
     content = read_resumable(start, root) if start else None
     train_set, val_set = _data_sets(config, reporter, device, content)
     categories = train_set.categories
 
     def build() -> Training:
-        return _training(config, 1, DETR(config.model, len(categories)).to(device), len(categories), steps_per_epoch=1, content=None)
+        tried = with_settings(config, {"optim.batch_size": 1, "optim.scale_lr": "none"})  # which take no memory
+        return _training(tried, 1, DETR(config.model, len(categories)).to(device), len(categories), steps_per_epoch=1, content=None)
 
     config, notes = with_batch_size(config, device, content and content["settings"], build, train_set, pad_to(config, device))
     train, val = _loaders(config, reporter, device, train_set, val_set)
@@ -150,34 +154,54 @@ def build_run(config: Config, reporter: Reporter, root: str, device: torch.devic
         model.load_state_dict(content["trained"] or content["model"])
     else:
         message = load_weights(model, config.model.weights, categories)
-    steps_per_epoch = math.ceil(len(train) / config.optim.accumulate)
+    steps_per_epoch = math.ceil(len(train) / batches_per_step(config.optim, reporter.world_size))
     training = _training(config, reporter.world_size, model.to(device), len(categories), steps_per_epoch, content)
     progress = Progress(**content["progress"]) if content else Progress()
     _restore_random_state(config, reporter.rank, progress.epoch, device, content)
     metrics = content["metrics"] if content else {}
     run = Run(config, reporter, root, train_set, val_set, train, val, training, progress, data, best_effort, metrics)
-    for text in (*train_set.warnings, *val_set.warnings, *notes, message):
+    about = [describe_sets(config.data), *step_messages(config.optim, reporter.world_size)]
+    for text in filter(None, (*train_set.warnings, *val_set.warnings, *notes, message, *about)):
         run.show({"kind": "message", "text": text})
     return run
 
 
 def _data_sets(config: Config, reporter: Reporter, device: torch.device, content: dict[str, Any] | None) -> tuple[CocoImages, CocoImages]:
-    data, normalized = config.data, device.type == "cpu"  # a GPU normalizes the bytes itself
-    known = content["categories"] if content else None
-    seed, masks = config.run.seed, config.model.masks
-    train = CocoImages(find_split(data, "train"), train_transforms(data, normalized), seed, known, masks)
-    val = CocoImages(find_split(data, "val"), val_transforms(data, normalized), seed, train.categories, masks)
-    for split in (train, val) if masks else ():
-        if not split.has_masks:
+    train, val = load_sets(
+        config.data,
+        config.run.seed,
+        normalized=device.type == "cpu",  # a GPU normalizes the bytes itself
+        categories=content["categories"] if content else None,
+        decoded=reporter.images,
+        limit=cache_limit(config.data) // reporter.world_size,  # as if all workers were on one node
+        masks=config.model.masks,
+    )
+    for each in (train, val) if config.model.masks else ():
+        if not each.has_masks:
             raise UserError(
-                f"model.masks: {split.split.annotations} has no mask, neither polygons nor RLE; annotate outlines, or set model.masks false"
+                f"model.masks: {each.split.annotations} has no mask, neither polygons nor RLE; annotate outlines, or set model.masks false"
             )
-    limit = cache_limit(data) // reporter.world_size  # as if all workers were on one node
-    rles = train.rles + val.rles if train.rles is not None and val.rles is not None else None
-    images = reporter.images or DecodedImages(train.files + val.files, limit, train.split.read, rles)
-    train.images = val.images = images
-    train.decode_masks = val.decode_masks = images.masks
     return train, val
+
+
+def step_messages(optim: Optim, workers: int) -> list[str]:
+    """Return what to say about the images and the learning rates of an optimizer step; nothing where the settings say it all.
+
+    Args:
+        optim: The ``optim`` section of the settings.
+        workers: The number of workers.
+    """
+    lines, images = [], images_per_step(optim, workers)
+    if optim.batch_total:
+        split = f"{images // workers} in {count(batches_per_step(optim, workers), 'batch', 'batches')}"
+        lines.append(f"optim.batch_total: each step takes {images} images, {split} on each of {count(workers, 'worker')}")
+    if optim.scale_lr != "none":
+        scaled = scaled_rates(optim, images)
+        lines.append(
+            f"optim.scale_lr {optim.scale_lr}: steps of {images} images instead of {USUAL_BATCH}, "
+            f"so learning rates of {scaled.lr:.3g} and {scaled.lr_backbone:.3g} (backbone)"
+        )
+    return lines
 
 
 def _loaders(config: Config, reporter: Reporter, device: torch.device, train: CocoImages, val: CocoImages) -> tuple[DataLoader, DataLoader]:
@@ -185,10 +209,11 @@ def _loaders(config: Config, reporter: Reporter, device: torch.device, train: Co
     processes = loading_processes(data, device, reporter.cores)
     common = {"num_workers": processes, "seed": config.run.seed, "device": device, "timeout_s": data.batch_timeout_s}
     share = {"rank": reporter.rank, "world_size": reporter.world_size}
+    batches: dict[str, Any] = {"batch_total": config.optim.batch_total, "group_sizes": data.group_sizes, "pad_to": pad_to(config, device)}
+    if data.balance:
+        batches["weights"] = draw_weights(box_counts(train.coco), data.balance)
     return (
-        build_loader(
-            train, asked_batch_size(config), **share, shuffle=True, group_sizes=data.group_sizes, pad_to=pad_to(config, device), **common
-        ),
+        build_loader(train, asked_batch_size(config), **share, shuffle=True, **batches, **common),
         build_loader(val, val_batch_size(config, device), **share, **common),
     )
 
@@ -236,7 +261,7 @@ def pad_to(config: Config, device: torch.device) -> int:
 def _training(
     config: Config, world_size: int, model: DETR, num_classes: int, steps_per_epoch: int, content: dict[str, Any] | None
 ) -> Training:
-    optim, device = config.optim, next(model.parameters()).device
+    optim, device = scaled_rates(config.optim, images_per_step(config.optim, world_size)), next(model.parameters()).device
     dtype = choose_dtype(config.speed, device)
     if config.speed.compile == "on":
         compile_blocks(model, dynamic=pad_to(config, device) == 1)
@@ -268,9 +293,10 @@ def _training(
         average,
         device,
         dtype,
-        accumulate=optim.accumulate,
+        accumulate=batches_per_step(optim, world_size),
         clip_max_norm=optim.clip_max_norm,
         step=step,
+        as_one=optim.batch_total is not None,
         graphs=graphs,
     )
 
@@ -310,8 +336,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any] | No
         optimizer.load_state_dict(state)
     except ValueError:
         raise UserError(
-            "last.pth trains other parameters than these settings: optim.freeze_backbone, optim.freeze_detr and optim.lr_backbone may not "
-            "change"
+            "last.pth trains other parameters than these settings: optim.freeze_backbone, optim.freeze_detr, optim.freeze_layers, "
+            "optim.layer_decay and optim.lr_backbone may not change"
         ) from None
     for group in optimizer.param_groups:
         group["weight_decay"] = optim.weight_decay

@@ -28,7 +28,6 @@ from torchvision.transforms.functional import to_pil_image
 
 from raydetr.config import SETTINGS, Config, flatten, to_dict
 from raydetr.data.coco import CocoImages
-from raydetr.data.images import image_path
 from raydetr.data.masks import decode_masks
 from raydetr.draw import Box, category_colours, draw_boxes
 from raydetr.errors import UserError
@@ -98,7 +97,7 @@ class Tracker:
         Args:
             numbers: What :func:`raydetr.training.engine.train_one_epoch` calls ``show`` with.
         """
-        self._scalars(int(numbers["step"]), {tag: numbers[name] for name, tag in STEP_TAGS.items() if name in numbers})
+        self.log_scalars(int(numbers["step"]), {tag: numbers[name] for name, tag in STEP_TAGS.items() if name in numbers})
 
     def log_epoch(
         self, step: int, epoch: int, train: dict[str, float], val: dict[str, float], metrics: dict[str, Any], curve: dict
@@ -123,7 +122,7 @@ class Tracker:
         if "segm" in metrics:
             scalars |= {f"val/segm/{name}": metrics["segm"][name] for name in METRICS}
             scalars |= {f"val/segm/AP/{category}": numbers["AP"] for category, numbers in metrics["segm"]["per_category"].items()}
-        self._scalars(step, scalars)
+        self.log_scalars(step, scalars)
         hits, false, missed = (curve[name] for name in ("true_positives", "false_positives", "false_negatives"))
         counts = (hits, false, 0 * hits, missed)  # detection has no true negatives
         event = summary().pr_curve_raw("val/precision_recall", *counts, curve["precision"], curve["recall"], num_thresholds=len(hits))
@@ -145,7 +144,13 @@ class Tracker:
             image = Summary.Image(height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encoded.getvalue())
             self._events.add(Summary(value=[Summary.Value(tag=f"pictures/{name}", image=image)]), step)
 
-    def _scalars(self, step: int, scalars: dict[str, float | None]) -> None:
+    def log_scalars(self, step: int, scalars: Mapping[str, float | None]) -> None:
+        """Write numbers by tag; None is left out.
+
+        Args:
+            step: Number of optimizer steps taken so far.
+            scalars: The numbers.
+        """
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]  # protobuf defines it at run time
 
         # One event for all: one for each would take a tenth of a small model's step.
@@ -297,8 +302,8 @@ class Pictures:
 
     def _picture(self, image: dict) -> tuple[Image.Image, float]:
         if image["id"] not in self._resized:
-            path = image_path(self._dataset.split.images, image["file_name"])
-            picture = to_pil_image(self._dataset.images(path, (image["width"], image["height"])))
+            row = self._dataset.image_ids.index(image["id"])
+            picture = to_pil_image(self._dataset.images(*self._dataset.files[row]))
             longest = max(picture.size)
             picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
             self._resized[image["id"]] = picture, max(picture.size) / longest
@@ -392,8 +397,16 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: The file cannot be read, or a line of it is damaged.
     """
-    lines, _ = _read_log(path)
-    return [_as_metrics(json.loads(text)) for _, text in lines]
+    return [_as_metrics(line) for line in read_log(path)]
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log.txt.
+
+    Raises:
+        UserError: The file cannot be read, or a line of it is damaged.
+    """
+    return [json.loads(text) for _, text in _read_log(path)[0]]
 
 
 def _as_metrics(line: Mapping[str, Any]) -> dict[str, Any]:

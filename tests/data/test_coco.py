@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 from torchvision import tv_tensors
 
 from raydetr.config import load_config
-from raydetr.data.coco import CocoImages, Split, build_loader, collate, find_split, has_split, load_coco, read_coco
+from raydetr.data.coco import CocoImages, Split, build_loader, collate, draw_weights, find_split, has_split, load_coco, read_coco
 from raydetr.data.formats.convert import convert
 from raydetr.data.images import read_image
 from raydetr.data.transforms import train_transforms, val_transforms
@@ -1002,3 +1002,23 @@ def test_a_killed_loading_process_is_noticed_in_any_thread():
     # In a process of its own: where the main thread has loaded before, torch tells that one instead.
     done = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, timeout=120, check=True)
     assert "exited unexpectedly" in done.stdout
+
+
+def test_images_of_rare_categories_are_drawn_more_often(coco_folder):
+    counts = np.array([[2, 0]] * 9 + [[1, 1]])
+    weights = draw_weights(counts, 0.4)
+    assert weights.tolist() == [1.0] * 9 + [2.0]
+    assert draw_weights(counts, 0.05).tolist() == [1.0] * 10
+    assert draw_weights(np.zeros((3, 2), int), 0.5).tolist() == [1.0] * 3
+    train = dataset(coco_folder(train=10), "train")
+    drawn_per_epoch = []
+    for epoch in range(20):
+        train.set_epoch(epoch)
+        batches = [list(build_loader(train, 2, rank, 2, shuffle=True, weights=weights).batch_sampler) for rank in (0, 1)]
+        ids = [index for worker in batches for batch in worker for _, index in batch]
+        assert len(ids) == 8, "as many as without, two workers with two whole batches each"
+        drawn_per_epoch.append(ids)
+    assert 1.4 < np.mean([ids.count(9) for ids in drawn_per_epoch]) < 2.2, "2 of 11 shares of ten images, of which eight are used"
+    assert len({tuple(ids) for ids in drawn_per_epoch}) == 20
+    one = build_loader(train, 2, shuffle=True, weights=np.ones(10)).batch_sampler
+    assert sorted(index for batch in one for _, index in batch) == list(range(10))

@@ -261,3 +261,59 @@ def test_bytes_that_are_normalized_as_a_batch_are_the_same_numbers(transforms):
     assert torch.equal(mask, mask_of_bytes)
     assert torch.equal(normalize(pixels, mask), expected)
     assert pixels.dtype == torch.uint8
+
+
+# ---------------------------------------------------------------------------------------------------------- off by default
+
+
+def drawn_with(seed=1, pictures=8, **settings):
+    """Pictures and boxes after the training transforms, each of another seed."""
+    transforms, results = train_transforms(data(**settings)), []
+    for number in range(pictures):
+        with drawn_from(seed, number):
+            image, boxes = transforms(*sample())
+        results.append((as_bytes(image.as_subclass(torch.Tensor)), boxes.as_subclass(torch.Tensor), image.shape[-2:]))
+    return results
+
+
+def test_colors_change_and_boxes_do_not():
+    plain, colored = drawn_with(), drawn_with(color=1.0)
+    assert not any(torch.allclose(one[0], other[0], atol=1) for one, other in zip(plain, colored, strict=True))
+    for (_, boxes, size), (_, other, other_size) in zip(plain, colored, strict=True):
+        assert size == other_size
+        assert torch.equal(boxes, other)
+    some = drawn_with(color=0.5, pictures=20)
+    changed = sum(not torch.allclose(one[0], other[0], atol=1) for one, other in zip(drawn_with(pictures=20), some, strict=True))
+    assert 4 <= changed <= 16
+
+
+def test_zooming_out_makes_objects_smaller_on_gray():
+    shares = []
+    for image, boxes, (height, width) in drawn_with(zoom_out=1.0, flip=0.0):
+        x1, y1, x2, y2 = boxes[0].tolist()
+        shares.append((x2 - x1) * (y2 - y1) / (height * width))
+        inside = image[:, int(y1) + 3 : int(y2) - 3, int(x1) + 3 : int(x2) - 3]
+        assert inside.mean() > 240, "the box is still around its rectangle"
+        assert height == 96
+        assert width == pytest.approx(138, abs=2), "the canvas has the shape of the picture, in whole pixels"
+    assert max(shares) <= 0.14 + 1e-3, "as much as without"
+    assert min(shares) < 0.07
+    gray = drawn_with(zoom_out=1.0, flip=0.0, pictures=30)
+    assert any((image[:, 0, 0] - torch.tensor([124.0, 116.0, 104.0])).abs().max() < 2 for image, *_ in gray)
+
+
+def test_the_size_of_a_picture_without_pixels_is_that_of_the_picture():
+    transforms = train_transforms(data(color=1.0, zoom_out=0.7, crop=0.5, crop_resize=[60, 90], crop_min=30, crop_max=60))
+    for number in range(6):
+        image, boxes = sample()
+        sizes = []
+        for pixels in (image, tv_tensors.Image(torch.empty(image.shape, dtype=torch.uint8, device="meta"))):
+            with drawn_from(number):
+                changed, moved = transforms(pixels, boxes)
+            sizes.append((changed.shape, moved.tolist()))
+        assert sizes[0] == sizes[1]
+
+
+def test_what_is_off_draws_nothing():
+    kinds = [type(each).__name__ for each in train_transforms(data()).transforms]
+    assert kinds == ["RandomApply", "ResizeShortSide", "RandomHorizontalFlip", "Lambda", "Normalize"]

@@ -1,5 +1,7 @@
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +12,20 @@ from raydetr import config
 from raydetr.cli import main
 from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.fingerprint import data_fingerprint
+from raydetr.data.sets import load_sets
 from raydetr.errors import UserError
 from raydetr.launch import confirm as confirmer
-from raydetr.launch.confirm import Plan, check_judging_images, check_same_data, choose, confirm, make_plan
+from raydetr.launch.confirm import (
+    Plan,
+    check_judging_images,
+    check_same_data,
+    choose,
+    confirm,
+    given_space,
+    judged_on,
+    make_plan,
+    score_trainings,
+)
 from raydetr.launch.scheduling import trial_folder
 from raydetr.launch.session import DRIVER
 from raydetr.launch.slots import Demands
@@ -34,11 +47,10 @@ TINY = helpers.TINY | {
 SPACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "loss.eos_coef": {"uniform": [0.05, 0.5]}}
 
 
-def finished_search(storage, data, aps):
+def finished_search(storage, data, aps, **changes):
     """A search that nobody trained: trial n ended with AP ``aps[n]``, or is still running where that is None."""
-    search = create_search(
-        storage / "search", read_space(SPACE), helpers.tiny_config(TINY, data, storage), trials=len(aps), sampler="random", seed=3
-    )
+    base = helpers.tiny_config(TINY, data, storage, **changes)
+    search = create_search(storage / "search", read_space(SPACE), base, trials=len(aps), sampler="random", seed=3)
     for number, ap in enumerate(aps):
         search.ask(str(number))
         if ap is not None:
@@ -60,6 +72,56 @@ def test_every_pair_is_trained_once():
     assert plan.next_trainings({}) == [(0, 1), (4, 1), (7, 1), (0, 2), (4, 2), (7, 2)]
     assert plan.next_trainings({(0, 1): 0.1, (7, 2): 0.2}) == [(4, 1), (7, 1), (0, 2), (4, 2)]
     assert plan.next_trainings({(setting, seed): 0.1 for setting in (0, 4, 7) for seed in (1, 2)}) == []
+
+
+def test_folds_judge_where_there_is_no_test_set(coco_folder, tmp_path):
+    search = finished_search(tmp_path, coco_folder(train=8), [0.3, 0.5], **{"data.folds": 4})
+    plan = make_plan(search, 3, 2, None)
+    assert plan == Plan([1], [1, 2], folds=4)
+    assert (plan.parts, plan.most_trainings, judged_on(search, plan)) == ([1, 2, 3, 4], 16, "folds")
+    assert make_plan(search, 3, 5, 48).seeds == [1, 2, 3, 4, 5, 6], "a fourth of 48 trainings are two settings with six seeds"
+    with pytest.raises(UserError, match="--budget: a confirmation needs at least 24 trainings in 4 folds"):
+        make_plan(search, 3, 5, 23)
+    space = given_space(search, plan)
+    assert space.dimensions["data.fold"].of == [1, 2, 3, 4]
+    (Path(search.base_config.data.path) / "test2017").mkdir()
+    assert judged_on(search, make_plan(search, 3, 2, None)) == "test"
+
+
+def test_few_images_of_a_category_are_refused_before_a_training(coco_folder, tmp_path):
+    search = finished_search(tmp_path, coco_folder(train=6, boxes=1), [0.3, 0.5], **{"data.folds": 6})
+    with pytest.raises(UserError, match=r"data\.folds: 6 folds are more than the \d images? of category"):
+        confirm(search.folder)
+
+
+def test_a_test_set_that_shares_images_is_refused(coco_folder, tmp_path):
+    data = coco_folder(train=4, val=6)
+    search = finished_search(tmp_path, data, [0.3, 0.5])
+    shutil.copytree(data / "val2017", data / "test2017")
+    shutil.copy(data / "annotations" / "custom_val.json", data / "annotations" / "custom_test.json")
+    for number in range(1, 6):
+        file = data / "test2017" / f"val_{number:03d}.jpg"
+        file.write_bytes(file.read_bytes() + b"other")
+    with pytest.raises(
+        UserError, match=r"confirm: 1 test image is also in the data that was trained on, the first is .*test2017/val_000"
+    ) as error:
+        confirm(search.folder)
+    assert "\n" not in str(error.value)
+
+
+def test_the_detections_of_all_folds_are_judged_together(coco_folder, tmp_path, monkeypatch):
+    data = coco_folder(train=6)
+    known = helpers.tiny_config(TINY, data, tmp_path)
+    perfect = []
+    for fold in (1, 2, 3):
+        _, val = load_sets(config.with_settings(known, {"data.folds": 3, "data.fold": fold}).data)
+        found = [{key: each[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9} for each in val.coco["annotations"]]
+        perfect.append(SimpleNamespace(coco=val.coco, results=found))
+    monkeypatch.setattr(confirmer, "detect", lambda checkpoint, *_, split: perfect[int(checkpoint)])
+    whole = score_trainings(["0", "1", "2"], {}, "folds")
+    assert (whole["AP"], whole["images"], len(whole["left_out"])) == (1.0, 6, 6)
+    perfect[1].results.clear()
+    assert score_trainings(["0", "1", "2"], {}, "folds")["AP"] == pytest.approx(2 / 3, abs=0.25)
 
 
 def test_a_race_drops_who_falls_behind_and_resumes_within_a_round():
@@ -142,6 +204,36 @@ def test_tune_confirms_at_its_end_on_request(coco_folder, tmp_path, monkeypatch,
     last = capsys.readouterr().out.splitlines()[-3:]
     assert last[:2] == [content["sentence"], content["caveat"]]
     assert "now hold settings 1, trained with 5 seeds" in last[2]
+
+
+@pytest.mark.slow
+def test_a_search_is_confirmed_in_its_folds(module_coco_folder, tmp_path):
+    data = module_coco_folder(train=6, val=2, folder="folds")
+    search = finished_search(tmp_path, data, [0.3, 0.5], **{"data.folds": 2})
+    train, val = load_sets(search.base_config.data)
+    known = {"train": data_fingerprint(train.coco), "val": data_fingerprint(val.coco)}
+    for number in (0, 1):
+        trial_folder(search, number).mkdir(parents=True)
+        save_checkpoint(trial_folder(search, number) / "best.pth", {"model": {"trial": torch.tensor(number)}, "data": known})
+    ray.init(address="local", num_cpus=2, include_dashboard=True, resources={DRIVER: 4}, logging_level="error", log_to_driver=False)
+    try:
+        content = confirm(search.folder, top=1, seeds=2, demands=Demands(concurrent=2))
+    finally:
+        ray.shutdown()
+    assert (content["judged_on"], content["images"], content["seeds"]) == ("folds", 6, 2)
+    assert "6 held-out images" in content["sentence"]
+    assert content["caveat"].startswith("Judged in the folds that the search did not use")
+    confirmation = Search(search.folder / "confirm")
+    trained = [confirmation.config(number) for number in range(8)]
+    assert {(each.optim.lr, each.run.seed, each.data.fold) for each in trained} == {
+        (search.config(number).optim.lr, seed, fold) for number in (0, 1) for seed in (1, 2) for fold in (1, 2)
+    }
+    for number, each in enumerate(trained):
+        ids = read_checkpoint(trial_folder(confirmation, number) / "last.pth")["data"]["val"]["image_ids"].tolist()
+        assert ids == load_sets(each.data)[1].image_ids
+    assert len(json.loads((confirmation.folder / "scores.json").read_text())) == 4
+    assert read_checkpoint(search.folder / "best.pth")["model"]["trial"] == content["chosen"], "the search's own, trained on all images"
+    assert config.load_config(config.read_yaml(search.folder / "best.yaml")).data.folds is None
 
 
 @pytest.mark.slow

@@ -34,6 +34,22 @@ def test_trials_go_where_the_fullest_machine_has_a_place(monkeypatch, coco_folde
     assert [searcher.suggest(key)["node"] for key in "567"] == ["b", "c", "c"]
 
 
+def test_each_trial_draws_its_own_validation_images_and_none_trains_in_folds(monkeypatch, coco_folder, tmp_path):
+    monkeypatch.setattr(scheduling.ray, "nodes", lambda: [{"NodeID": "a", "Alive": True, "Resources": {"CPU": 8}}])
+    for name, changes, expected in (
+        ("plain", {}, [(False, 0, None, None)] * 2),
+        ("reshuffled", {"data.reshuffle": True}, [(True, 0, None, None), (True, 1, None, None)]),
+        ("folds", {"data.folds": 4}, [(False, 0, None, None)] * 2),
+        ("fold", {"data.folds": 4, "data.fold": 2}, [(False, 0, 4, 2)] * 2),
+    ):
+        known = config.load_config({"data.path": str(coco_folder(folder=name)), **changes})
+        search = create_search(tmp_path / name, read_space(SPACE), known, trials=8)
+        searcher = StudySearcher(search, Demands(), Slots(4, 2, 0))
+        datas = [searcher.suggest(key)["config"].data for key in "12"]
+        assert [(each.reshuffle, each.reshuffle_seed, each.folds, each.fold) for each in datas] == expected, name
+        assert search.base_config.data.folds == known.data.folds, "kept for the confirmation"
+
+
 def test_as_many_trials_are_under_way_as_were_asked_for_or_have_places(monkeypatch, coco_folder, tmp_path):
     search = create_search(tmp_path / "search", read_space(SPACE), config.load_config({"data.path": str(coco_folder())}), trials=8)
     monkeypatch.setattr(scheduling.ray, "nodes", lambda: [{"NodeID": "a", "Alive": True, "Resources": {"CPU": 8, "GPU": 2}}])

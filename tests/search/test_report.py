@@ -105,6 +105,12 @@ def test_a_search_is_told_with_all_its_pictures(make):
     assert "nan" not in page.words.lower()
 
 
+@pytest.mark.parametrize(("reshuffle", "said"), [(True, "drawn anew for each trial"), (False, "the same for all trials")])
+def test_it_says_which_validation_images_judged(tmp_path, reshuffle, said):
+    search = create_search(tmp_path / "search", read_space(SPACE), load_config({"data.reshuffle": reshuffle}), trials=2)
+    assert said in page_of(report([search.folder])).words
+
+
 def test_the_tables_hold_metrics_and_settings_and_nothing_else(make):
     """Studies of earlier versions also hold what Ray Tune adds to a result."""
     internals = {"trial_id": "a1", "pid": 7, "experiment_tag": "1_x=2", "config/number": 0, "timestamp": 1, "hostname": "h"}

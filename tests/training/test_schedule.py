@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from raydetr.config import Optim
+from raydetr.errors import UserError
 from raydetr.model.detr import build_model
 from raydetr.training.schedule import MovingAverage, build_optimizer, build_scheduler, lr_factor
 
@@ -89,6 +90,60 @@ def test_frozen_backbone(settings):
     assert groups[1]["params"] == []
     assert not any(parameter.requires_grad for parameter in model.backbone.parameters())
     assert len(groups[0]["params"]) == sum(1 for name, _ in model.named_parameters() if not name.startswith("backbone."))
+
+
+def rates_by_name(model, optim):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = build_optimizer(model, optim).param_groups
+    return groups, {names[id(each)]: group["lr"] for group in groups for each in group["params"]}
+
+
+def test_lower_layers_have_smaller_rates():
+    model = build_model("detr_resnet50", 2)
+    optim = Optim(lr=1e-3, lr_backbone=1e-4, layer_decay=0.5, schedule="constant")
+    groups, rates = rates_by_name(model, optim)
+    assert rates["class_embed.weight"] == rates["input_proj.weight"] == 1e-3
+    assert rates["transformer.decoder.layers.5.linear1.weight"] == 5e-4
+    assert rates["transformer.decoder.layers.0.linear1.weight"] == pytest.approx(1e-3 / 2**6)
+    assert rates["transformer.encoder.layers.0.linear1.weight"] == pytest.approx(1e-3 / 2**12)
+    assert rates["backbone.0.body.layer4.0.conv1.weight"] == 1e-4
+    assert rates["backbone.0.body.layer2.0.conv1.weight"] == 2.5e-5
+    assert [group["name"] for group in groups[:2]] == ["transformer", "backbone"]
+    assert [group["lr"] for group in groups[:2]] == [1e-3, 1e-4]
+    optimizer = build_optimizer(model, optim)
+    build_scheduler(optimizer, optim, 5, done=7)
+    assert [group["lr"] for group in optimizer.param_groups] == [group["lr"] for group in groups]
+
+
+def test_without_decay_there_are_two_groups_and_old_checkpoints_fit():
+    model = build_model("detr_tiny", 2)
+    optimizer = build_optimizer(model, Optim())
+    assert len(optimizer.param_groups) == 2
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        del group["scale"]
+    optimizer.load_state_dict(state)
+    build_scheduler(optimizer, Optim(lr=0.5), 5)
+    assert optimizer.param_groups[0]["initial_lr"] == 0.5
+
+
+@pytest.mark.parametrize(("preset", "number", "frozen"), [("detr_resnet50", 2, ["layer2", "layer3"]), ("detr_tiny", 1, ["layers.0"])])
+def test_the_first_layers_can_be_frozen(preset, number, frozen):
+    model = build_model(preset, 2)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    build_optimizer(model, Optim(freeze_layers=number))
+    now = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained - now == {name for name in trained if name.startswith(tuple(f"backbone.0.body.{each}." for each in frozen))}
+
+
+def test_freezing_reaches_the_encoder_and_ends_there():
+    model = build_model("detr_tiny", 2)
+    build_optimizer(model, Optim(freeze_layers=4))
+    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert {name.split(".layers.")[0] for name in fixed} == {"backbone.0.body", "transformer.encoder"}
+    assert not any(name.startswith("transformer.encoder.layers.1") for name in fixed)
+    with pytest.raises(UserError, match=r"optim\.freeze_layers: 6 is more than the 5 layers of backbone and encoder"):
+        build_optimizer(build_model("detr_tiny", 2), Optim(freeze_layers=6))
 
 
 def test_moving_average_follows_its_formula_and_leaves_frozen_weights():

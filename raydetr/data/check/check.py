@@ -70,7 +70,9 @@ def check(
 
 def _find_splits(data: Data, report: Report, test: bool) -> dict[str, Split]:
     found, complaints = {}, {}
-    for name in ("train", "val", "test") if test and has_split(data, "test") else ("train", "val"):
+    optional = ["test"] if test and has_split(data, "test") else []
+    required = ["train"] if data.folds and not has_split(data, "val") else ["train", "val"]
+    for name in (*required, *optional):
         try:
             found[name] = find_split(data, name)
         except UserError as error:
