@@ -1,7 +1,6 @@
 """Check the image files of a data set: whether they exist, can be read, and fit their annotations, and whether one is in both splits."""
 
 import contextlib
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -10,19 +9,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import adaptive_avg_pool2d
 
 from raydetr.data.check.findings import MINOR, Report
 from raydetr.data.coco import Split, annotated_size
 from raydetr.data.file_names import Located, locate_files
 from raydetr.data.images import Header, image_path, read_header
+from raydetr.data.splits import ALIKE, alike_distance, file_digest, is_telling, thumbnail
 from raydetr.errors import UserError
 from raydetr.values import plain, short, whole_number
 
-THUMBNAIL = 16  # cells per side that an image is averaged to, to find images that look the same
-# Root mean square difference (of 255) between the cells of two images, below which they are taken for the same scene. The same
-# photograph compressed or scaled again differs by about 1, another view of a microscope's field by 3, different photographs by 12 or more.
-ALIKE = 5.0
 REPLACE = "replace the file, or take it out of the annotations"
 
 
@@ -164,8 +159,7 @@ def _thumbnail(image: CheckedImage) -> torch.Tensor | UserError:
         pixels = image.split.read(image.file, image.size)
     except UserError as error:
         return error
-    step = max(1, min(pixels.shape[-2:]) // (32 * THUMBNAIL))  # 1000 samples per cell are enough
-    return adaptive_avg_pool2d(pixels[:, ::step, ::step].float(), THUMBNAIL).flatten()
+    return thumbnail(pixels)
 
 
 def _find_shared(
@@ -175,11 +169,11 @@ def _find_shared(
     for one, other in pairs:
         report.error(label, f"same file in {splits}", f"{one.label} = {other.label}", "AP would be too good; keep it in one of them")
     same = {id(other) for _, other in pairs}
-    rest = [(image, cells) for image, cells in val if id(image) not in same and cells.std() > 2 * ALIKE]  # blank ones are all alike
+    rest = [(image, cells) for image, cells in val if id(image) not in same and is_telling(cells)]
     of_train = torch.stack([cells for _, cells in train])
     for start in range(0, len(rest), 256):
         some = rest[start : start + 256]
-        distances, nearest = (torch.cdist(torch.stack([cells for _, cells in some]), of_train) / of_train.shape[1] ** 0.5).min(1)
+        distances, nearest = alike_distance(torch.stack([cells for _, cells in some]), of_train).min(1)
         for (image, _), distance, row in zip(some, distances.tolist(), nearest.tolist(), strict=True):
             if distance < ALIKE:
                 pair = f"{train[row][0].label} ~ {image.label}"
@@ -191,14 +185,9 @@ def _same_files(train: list[CheckedImage], val: list[CheckedImage]) -> list[tupl
     """Return pairs of files with the same bytes; only files of the same length are read."""
     lengths = {image.file: image.file.stat().st_size for image in (*train, *val)}
     shared = {lengths[image.file] for image in train} & {lengths[image.file] for image in val}
-    of_train = {_digest(image.file): image for image in train if lengths[image.file] in shared}
-    pairs = ((of_train.get(_digest(image.file)), image) for image in val if lengths[image.file] in shared)
+    of_train = {file_digest(image.file): image for image in train if lengths[image.file] in shared}
+    pairs = ((of_train.get(file_digest(image.file)), image) for image in val if lengths[image.file] in shared)
     return [(one, other) for one, other in pairs if one]
-
-
-def _digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _reason(error: UserError, path: Path) -> str:
