@@ -91,9 +91,11 @@ def write_onnx(model: DETR, file: Path, data: Data, precision: Literal["fp32", "
 
 
 def metadata(model: DETR, data: Data) -> dict[str, str]:
-    """Return what a program needs to use a model without raydetr: categories, image size and normalization, as text."""
+    """Return what a program needs to use a model without raydetr: categories, their score thresholds, image size and normalization,
+    as text."""
     return {
         "categories": json.dumps(model.categories),
+        "thresholds": json.dumps(model.thresholds),
         "val_size": str(data.val_size),
         "max_size": str(data.max_size),
         "mean": json.dumps(MEAN),

@@ -23,7 +23,8 @@ LARGEST_ID = 10_000  # category ids above it would make the head larger than the
 def write_official(model: DETR, file: Path) -> None:
     """Write a checkpoint for the official DETR (``torch.hub``'s models, ``main.py --resume``).
 
-    The official head has a row for every category id from 0 to the highest, then one for no-object; rows of ids that no category has
+    Score thresholds, where the checkpoint has any, are under ``thresholds`` by category id; the official code passes them over. Its
+    head has a row for every category id from 0 to the highest, then one for no-object; rows of ids that no category has
     never win.
 
     Args:
@@ -40,7 +41,8 @@ def write_official(model: DETR, file: Path) -> None:
         raise UserError(
             f"export --to official: category id {max(ids)} is above {LARGEST_ID}, the head has a row for each; renumber the categories"
         )
-    save_checkpoint(file, {"model": {**model.state_dict(), **_head_by_id(model, ids)}})
+    thresholds = {"thresholds": dict(zip(ids, model.thresholds, strict=True))} if model.thresholds else {}
+    save_checkpoint(file, {"model": {**model.state_dict(), **_head_by_id(model, ids)}, **thresholds})
 
 
 def read_official(file: Path, model: DETR) -> DETR:
@@ -86,7 +88,8 @@ def _safetensors() -> Any:
 def write_torchscript(model: DETR, file: Path, data: Data) -> None:
     """Write a TorchScript program: images float [B, 3, H, W] and padding mask bool [B, H, W] to logits and boxes.
 
-    Its extra files ``categories``, ``val_size``, ``max_size``, ``mean`` and ``std`` say how to prepare images and read the outputs.
+    Its extra files ``categories``, ``thresholds``, ``val_size``, ``max_size``, ``mean`` and ``std`` say how to prepare images and read
+    the outputs.
     """
     images, mask = torch.zeros(2, 3, *TRACED_SIZE), torch.zeros(2, *TRACED_SIZE, dtype=torch.bool)
     mask[1, :, TRACED_SIZE[1] // 2 :] = True

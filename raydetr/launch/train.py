@@ -67,6 +67,7 @@ RESUMABLE = {
     "data.exif",  # runs begun before this setting read images whose size does not tell as they are stored
     "data.max_megapixels",
     "run.max_failures",
+    "run.tracker",
     "run.wait_for_machines_min",
     "run.workers",
     "speed.device",

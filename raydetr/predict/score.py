@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,7 @@ class Detected(NamedTuple):
         unknown: Those of ``names`` that the data set does not have.
         notes: Lines for the user.
         dataset: What reads the images.
+        category_ids: The id in the data set of each of ``names``; None where it has no such category.
     """
 
     coco: dict[str, list[dict]]
@@ -47,6 +48,7 @@ class Detected(NamedTuple):
     unknown: list[str]
     notes: list[str]
     dataset: CocoImages
+    category_ids: Sequence[int | None] = ()
 
 
 def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val") -> dict[str, Any]:
@@ -90,7 +92,8 @@ def detect(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val
     unknown = [category["name"] for category, position in zip(model.categories, found, strict=True) if position is None]
     # COCO's unused ids, and classes without a name, are nobody's category: there is nothing to say about them.
     unknown = [name for name in unknown if name != "N/A" and not notes]
-    return Detected(dataset.coco, results, [each["name"] for each in model.categories], unknown, [*model.notes, *notes], dataset)
+    ids = [None if position is None else dataset.categories[position]["id"] for position in found]
+    return Detected(dataset.coco, results, [each["name"] for each in model.categories], unknown, [*model.notes, *notes], dataset, ids)
 
 
 def detect_with(

@@ -14,6 +14,7 @@ from raydetr.data.categories import match_categories
 from raydetr.errors import UserError
 from raydetr.model.backbone import RESNET_BLOCKS
 from raydetr.model.detr import DETR, build_model
+from raydetr.values import is_finite
 from raydetr.weights.checkpoint import read_checkpoint
 from raydetr.weights.official import (
     BODY,
@@ -42,8 +43,9 @@ def load(path: str | Path) -> DETR:
 
     Returns:
         The model. Besides ``settings`` it has ``categories`` (``[{"id", "name"}, ...]`` in label order), ``category_names`` (where their
-        names are from: ``"file"``, ``"coco"``, or ``"unknown"``, when they are called ``class 0``, ``class 1``, ...), and ``notes``, a list
-        of lines for the user about how the file was read.
+        names are from: ``"file"``, ``"coco"``, or ``"unknown"``, when they are called ``class 0``, ``class 1``, ...), ``thresholds`` (the
+        score threshold of each category in label order, or None; empty where none is stored), and ``notes``, a list of lines for the user
+        about how the file was read.
 
     Raises:
         UserError: The file cannot be read, or does not hold a complete DETR.
@@ -66,6 +68,7 @@ def load(path: str | Path) -> DETR:
     known = _known_categories(content, rows, path)
     model.category_names = "unknown" if known is None else "coco" if known in (COCO_CATEGORIES, COCO_CATEGORIES_IN_USE) else "file"
     model.categories = [dict(each) for each in known or [{"id": i, "name": f"class {i}"} for i in range(rows - 1)]]
+    model.thresholds = _known_thresholds(content, rows, path)
     model.notes = [f"{path}: {note}"] if note else []
     return model.eval()
 
@@ -119,6 +122,15 @@ def _count_and_list(what: str, names: list[str]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------- what a file tells
+
+
+def _known_thresholds(content: dict[str, Any], rows: int, path: Path) -> list[float | None]:
+    """Return the score thresholds of a file in label order, None for categories without one; nothing where it has none."""
+    entries = (content.get("thresholds") if "settings" in content else None) or []
+    scores = [each.get("score") if isinstance(each, dict) else each for each in entries] if isinstance(entries, list) else [-1.0]
+    if entries and (len(scores) != rows - 1 or not all(each is None or (is_finite(each) and 0 <= each <= 1) for each in scores)):
+        raise UserError(f"{path}: damaged: its thresholds are not a score from 0 to 1 for each of its {rows - 1} categories")
+    return scores
 
 
 def _is_backbone(state: dict[str, Tensor]) -> bool:

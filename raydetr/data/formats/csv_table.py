@@ -10,6 +10,7 @@ from raydetr.data.formats.labels import (
     Notes,
     Options,
     add_object,
+    find_files,
     find_image,
     number_of,
     open_image,
@@ -41,6 +42,14 @@ def is_csv_table(file: Path) -> bool:
     return all(_column(header, key) is not None for key in COLUMNS if key != "category")
 
 
+def check_header(file: Path, options: Options = Options()) -> None:  # noqa: B008  # immutable
+    """Raise UserError where the first line of a file does not name the columns of a table of boxes."""
+    header = _header(file)
+    missing = [COLUMNS[key][0] for key in COLUMNS if _column(header, key) is None and not (key == "category" and options.category)]
+    if missing:
+        raise UserError(f"{file}: its first line is no header with the columns {', '.join(missing)}; put such a line in front")
+
+
 def read_csv(src: Path, options: Options, notes: Notes) -> dict[str, list[LabeledImage]]:
     """Read the annotated images by split; a word of each file's name or folder says its split, see :func:`split_files`.
 
@@ -58,6 +67,9 @@ def read_csv(src: Path, options: Options, notes: Notes) -> dict[str, list[Labele
     Raises:
         UserError: Something cannot be read.
     """
+    tables = find_files(src, ".csv")
+    if tables and not any(map(is_csv_table, tables)):
+        check_header(tables[0], options)
     files = split_files(src, ".csv", is_csv_table, "CSV table of boxes (*.csv)", notes)
 
     def read(file: Path, finder: ImageFinder) -> list[LabeledImage]:
@@ -82,9 +94,7 @@ def _column(header: list[str], key: str) -> int | None:
 def _images(file: Path, finder: ImageFinder, options: Options, notes: Notes) -> list[LabeledImage]:
     header, lines = _header(file), read_text(file).splitlines()
     columns = {key: _column(header, key) for key in COLUMNS}
-    missing = [COLUMNS[key][0] for key, column in columns.items() if column is None and not (key == "category" and options.category)]
-    if missing:
-        raise UserError(f"{file}: its first line is no header with the columns {', '.join(missing)}; put such a line in front")
+    check_header(file, options)
     images: dict[str, LabeledImage] = {}
     for number, row in enumerate(csv.reader(lines[1:], delimiter=_delimiter(lines[0])), 2):
         if not any(cell.strip() for cell in row):

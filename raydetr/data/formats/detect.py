@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from raydetr.data.formats.coco import is_coco
 from raydetr.data.formats.createml import is_createml
-from raydetr.data.formats.csv_table import is_csv_table
+from raydetr.data.formats.csv_table import check_header, is_csv_table
 from raydetr.data.formats.files import list_files
 from raydetr.data.formats.labelme import is_labelme
 from raydetr.data.formats.labels import read_json, read_text
@@ -54,6 +54,8 @@ def detect_format(src: Path) -> Found:
     there = f"only files {', '.join(suffixes[:8])}" if suffixes else "no files"
     for name in [name for name in names if name.lower().endswith(".json")][:EXAMINED]:
         read_json(src if src.is_file() else src / name)  # a broken file has an error of its own
+    for name in [name for name in names if name.lower().endswith(".csv")][:1]:
+        check_header(src if src.is_file() else src / name)
     raise UserError(f"{src}: no known annotation format, {there}; choose one with --from")
 
 
