@@ -193,8 +193,10 @@ class TrackioTracker:
 
     def log_files(self, files: Sequence[Path]) -> None:
         """Keep files with the run."""
+        artifact = self._package.Artifact(self.run_id, type="model")
         for file in files:
-            self._package.save(str(file))
+            artifact.add_file(str(file))
+        self._run.log_artifact(artifact)
 
     def close(self, failed: bool) -> None:
         """End the run; trackio has no mark for a failure."""

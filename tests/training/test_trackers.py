@@ -9,7 +9,7 @@ from PIL import Image
 
 from raydetr.errors import UserError
 from raydetr.training import recorder
-from raydetr.training.trackers import _tag, open_tracker
+from raydetr.training.trackers import _tag
 from tests.training.runs import folder_of, interrupted, run, settings
 from tests.training.test_recorder import warnings_of
 
@@ -171,6 +171,14 @@ def test_wandb_without_a_login_is_one_line(coco_folder, tmp_path, monkeypatch):
 def test_trackio_keeps_a_run_on_this_computer(coco_folder, tmp_path, monkeypatch):
     package("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    config, ids = tracked_and_resumed(coco_folder(), "trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    _, ids = tracked_and_resumed(coco_folder(), "trackio")
     assert ids[0] == ids[1]
-    assert open_tracker  # placeholder
+    assert SQLiteStorage.get_runs("raydetr") == ids[:1]
+    assert SQLiteStorage.get_run_config("raydetr", ids[0])["optim.epochs"] == 2
+    logs = SQLiteStorage.get_logs("raydetr", ids[0])
+    assert [(row["step"], row["epoch"]) for row in logs if "val/AP" in row] == [(2, 1), (4, 2)]
+    assert set().union(*logs) >= TAGS | {"pictures/val_000.jpg"}
+    (artifact,) = SQLiteStorage.get_artifacts("raydetr")
+    assert artifact["name"] == ids[0]
