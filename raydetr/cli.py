@@ -223,7 +223,7 @@ def data_export(src: Path, dst: Path, target: str, copy: bool) -> None:
 
 
 @data.command("fetch", short_help="Download a data set to try.")
-@click.argument("name", type=click.Choice(["balloon"]))
+@click.argument("name", metavar="NAME", type=click.Choice(["balloon"]))
 @click.argument("out", required=False, metavar="[OUT]", type=click.Path(path_type=Path))
 def data_fetch(name: str, out: Path | None) -> None:
     """Download a data set, check it against its published hash, and convert it to a COCO folder OUT (default: its name).

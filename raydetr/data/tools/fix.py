@@ -227,7 +227,7 @@ def _mend_annotation(entry: dict, image: dict, where: str, notes: Notes) -> dict
         polygons = mended.get("segmentation")
         outlined = sum(shapes.from_polygon(_corners(each)).area for each in polygons) if _are_polygons(polygons) else 0
         mended["area"] = outlined if 0 < outlined <= 1.01 * inside.area + 1 else inside.area
-        if "area" in entry or inside is whole:
+        if inside is whole:
             notes.add("area computed from the outline or the box", where)
     return mended
 

@@ -19,6 +19,7 @@ from raydetr.data.images import read_image
 from raydetr.data.tools.folder import DataSet, Item, read_data_set
 from raydetr.errors import UserError
 from raydetr.files import atomic_write_text
+from raydetr.values import as_number, is_finite
 
 GRID = 24  # cells per side of the maps of positions
 MOST_MAPS, MOST_PAIRS, MOST_SAMPLED = 6, 16, 60  # categories with a map of their own, in the table of pairs, and with samples
@@ -31,21 +32,17 @@ ASPECT_NAMES = {-3: "1:8", -2: "1:4", -1: "1:2", 0: "1:1", 1: "2:1", 2: "4:1", 3
 
 
 class LabeledBox(NamedTuple):
-    """A box of a data set with its image."""
+    """A box of a data set with its image; its area, in square pixels, is the annotated one, that of an outline perhaps."""
 
     item: Item
     category: int
     xywh: tuple[float, float, float, float]
+    area: float
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of the image in pixels."""
         return self.item.entry["width"], self.item.entry["height"]
-
-    @property
-    def area(self) -> float:
-        """Square pixels."""
-        return self.xywh[2] * self.xywh[3]
 
 
 class Chart(NamedTuple):
@@ -115,7 +112,9 @@ def _boxes(items: Sequence[Item]) -> list[LabeledBox]:
             x, y, w, h = box_of(each) or (0.0, 0.0, 0.0, 0.0)
             left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
             if right > left and bottom > top and not each.get("iscrowd"):
-                found.append(LabeledBox(item, each["category_id"], (left, top, right - left, bottom - top)))
+                area = as_number(each.get("area"))
+                area = area if is_finite(area) and area > 0 else w * h
+                found.append(LabeledBox(item, each["category_id"], (left, top, right - left, bottom - top), area))
     return found
 
 
@@ -152,7 +151,7 @@ def _boxes_per_image(data: DataSet, boxes: dict[str, list[LabeledBox]]) -> Chart
 
 
 def _sizes(boxes: dict[str, list[LabeledBox]]) -> Chart:
-    shares = {split: [(box.area / (box.size[0] * box.size[1])) ** 0.5 for box in each] for split, each in boxes.items()}
+    shares = {split: [(box.xywh[2] * box.xywh[3] / (box.size[0] * box.size[1])) ** 0.5 for box in each] for split, each in boxes.items()}
     labels = [f"{100 * low:.0f}%" if bar % 4 == 0 else "" for bar, low in enumerate(SHARES[:-1])]
     titles = [f"{100 * low:.0f} to {100 * high:.0f} %" for low, high in itertools.pairwise(SHARES)]
     explanation = "Side of a square of the same area, as a share of the image's. Resizing for training does not change it."
@@ -211,7 +210,7 @@ def _pairs(data: DataSet, categories: list[int], names: dict[int, str]) -> dict[
 
 def _samples(boxes: list[LabeledBox]) -> list[tuple[str, str]]:
     """A few boxes from the smallest to the largest: the file's name, and the cut-out as a data URL."""
-    by_area = sorted(boxes, key=lambda box: box.area)
+    by_area = sorted(boxes, key=lambda box: box.xywh[2] * box.xywh[3])
     chosen = [by_area[round(position)] for position in np.linspace(0, len(by_area) - 1, min(SAMPLES, len(by_area)))]
     return [(box.item.name, _cut_out(box)) for box in chosen]
 

@@ -75,12 +75,13 @@ def test_positions_and_sizes_are_those_of_the_boxes(coco_folder, tmp_path):
     for part in ("train", "val"):
         file = root / "annotations" / f"custom_{part}.json"
         coco = json.loads(file.read_text())
-        coco["annotations"][0] |= {"bbox": [48, 0, 96, 32], "category_id": 7}  # the right half of the upper half, once clipped
+        coco["annotations"][0] |= {"bbox": [48, 0, 96, 32], "category_id": 7, "area": 900}  # the right upper quarter, once clipped
         file.write_text(json.dumps(coco))
     text = write_stats(root, tmp_path / "page.html").read_text()
     covered = re.findall(r'<path d="M(\d+) (\d+)h1v1h-1z" opacity="1.00"/>', text)
     assert {(int(x), int(y)) for x, y in covered} == {(x, y) for x in range(12, 24) for y in range(12)}
     assert "50 to 55 %: train 1, val 1" in text
+    assert "<td>train</td><td>1</td><td>0</td><td>0</td>" in text  # small by the annotated area, as evaluation counts it
     assert "1.2 to 1.7 times as wide as high: train 1, val 1" in text
 
 
