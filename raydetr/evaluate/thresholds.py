@@ -98,8 +98,10 @@ def choose_thresholds(evaluation: Evaluation, goal: Goal = Goal("f1"), seed: int
         if not len(mine) or not objects.sum():
             continue
         image, scores, hits = matches.image[mine], matches.score[mine], matches.matched[0, 0][mine]
-        score, (precision, recall, reached) = _choose(scores, hits, np.ones(len(mine)), objects.sum(), goal)
-        drawn = [_choose(scores, hits, row[image], row @ objects, goal)[0] for row in weights if row @ objects > 0 and row[image].any()]
+        score, (precision, recall, reached) = _choose(scores, hits, np.ones(len(mine)), float(objects.sum()), goal)
+        drawn = [
+            _choose(scores, hits, row[image], float(row @ objects), goal)[0] for row in weights if row @ objects > 0 and row[image].any()
+        ]
         tails = (1 - CONFIDENCE) / 2
         interval = np.quantile(drawn, [tails, 1 - tails]) if drawn else None
         limits = None if interval is None else (min(float(interval[0]), score), max(float(interval[1]), score))
@@ -122,7 +124,7 @@ def _choose(
         best = int(np.argmax(found[ends] / (detected[ends] + objects)))
     else:
         values = precision if goal.what == "precision" else recall
-        enough = np.flatnonzero(values >= goal.least - 1e-12)
+        enough = np.flatnonzero(values >= (goal.least or 0) - 1e-12)
         reached = len(enough) > 0
         # For a precision as many detections as possible, for a recall as few; the best there is where neither reaches it.
         best = int(np.argmax(values)) if not reached else int(enough[-1] if goal.what == "precision" else enough[0])

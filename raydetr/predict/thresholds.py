@@ -46,7 +46,7 @@ def store_thresholds(checkpoint: str | Path, goal: Goal, *layers: Mapping[str, A
     if not chosen:
         raise UserError(f"evaluate --thresholds: nothing to choose on: no category has an object and a detection in the {split} images")
     content = read_checkpoint(path)
-    content["thresholds"] = [_entry(chosen.get(category_id), goal) for category_id in detected.category_ids]
+    content["thresholds"] = [None if each is None else _entry(chosen.get(each), goal) for each in detected.category_ids]
     after = path.stat()
     if (after.st_mtime_ns, after.st_size) != (before.st_mtime_ns, before.st_size):
         raise UserError(f"evaluate --thresholds: {path} was replaced meanwhile; repeat the command when the training has ended")

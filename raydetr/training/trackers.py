@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from raydetr.errors import UserError
-from raydetr.files import atomic_write_text
+from raydetr.files import atomic_write_text, one_process
 from raydetr.text import one_line
 
 PROJECT = "raydetr"  # unless the tracker's environment variable names another
@@ -105,21 +105,24 @@ class MlflowTracker:
     """A run in MLflow. Without ``MLFLOW_TRACKING_URI`` it is kept in ``mlflow.db`` and ``mlflow-files`` beside the run folder."""
 
     def __init__(self, package: Any, name: str, folder: Path, settings: Mapping[str, Any], run_id: str | None):
-        uri, files = os.environ.get("MLFLOW_TRACKING_URI"), None
+        self._entities, uri, files = package.entities, os.environ.get("MLFLOW_TRACKING_URI"), None
         if not uri:
             uri, files = f"sqlite:///{folder.parent.absolute() / 'mlflow.db'}", (folder.parent.absolute() / "mlflow-files").as_uri()
-        self._entities, self._client = package.entities, package.MlflowClient(uri)
-        if run_id is None:
-            project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-            found = self._client.get_experiment_by_name(project)
-            experiment = found.experiment_id if found else self._client.create_experiment(project, files)
-            run_id = self._client.create_run(experiment, run_name=name).info.run_id
-            parameters = [self._entities.Param(key, str(value)[:LONGEST_PARAMETER]) for key, value in settings.items()]
-            for start in range(0, len(parameters), PARAMETERS_AT_A_TIME):
-                self._client.log_batch(run_id, params=parameters[start : start + PARAMETERS_AT_A_TIME])
-        else:
+        with one_process(folder.parent / ".mlflow.lock"):  # trials of a search start together, and one of them makes the tables
+            self._client = package.MlflowClient(uri)
+            self.run_id = run_id or self._new_run(name, files)
+        if run_id:
             self._client.update_run(run_id, status="RUNNING")
-        self.run_id: str = run_id
+            return
+        parameters = [self._entities.Param(key, str(value)[:LONGEST_PARAMETER]) for key, value in settings.items()]
+        for start in range(0, len(parameters), PARAMETERS_AT_A_TIME):
+            self._client.log_batch(self.run_id, params=parameters[start : start + PARAMETERS_AT_A_TIME])
+
+    def _new_run(self, name: str, files: str | None) -> str:
+        project = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        found = self._client.get_experiment_by_name(project)
+        experiment = found.experiment_id if found else self._client.create_experiment(project, files)
+        return self._client.create_run(experiment, run_name=name).info.run_id
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         """Record numbers by tag after so many optimizer steps."""

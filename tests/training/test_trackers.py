@@ -1,6 +1,6 @@
 """Trackers beside TensorBoard, each with its real package, offline; without the package the test is skipped."""
 
-import importlib
+import importlib.util
 import json
 import sys
 

@@ -1,7 +1,7 @@
 """Read annotations in a CSV table: one box per row, with a header that names the columns (TensorFlow's and Roboflow's form)."""
 
 import csv
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from raydetr.data.formats import shapes
 from raydetr.data.formats.files import ImageFinder
@@ -18,6 +18,7 @@ from raydetr.data.formats.labels import (
     read_text,
     split_files,
 )
+from raydetr.data.images import IMAGE_SUFFIXES
 from raydetr.errors import UserError
 from raydetr.values import is_finite, short, whole_number
 
@@ -42,7 +43,17 @@ def is_csv_table(file: Path) -> bool:
     return all(_column(header, key) is not None for key in COLUMNS if key != "category")
 
 
-def check_header(file: Path, options: Options = Options()) -> None:  # noqa: B008  # immutable
+def lacks_header(file: Path) -> bool:
+    """Return whether a file is a table of boxes whose first line is a row: an image file and four numbers, not the names of columns."""
+    try:
+        cells = [cell.strip() for cell in _header(file)]
+    except UserError:
+        return False
+    numbers = sum(is_finite(number_of(cell)) for cell in cells)
+    return numbers >= 4 and any(PurePosixPath(cell).suffix in IMAGE_SUFFIXES for cell in cells)
+
+
+def check_header(file: Path, options: Options) -> None:
     """Raise UserError where the first line of a file does not name the columns of a table of boxes."""
     header = _header(file)
     missing = [COLUMNS[key][0] for key in COLUMNS if _column(header, key) is None and not (key == "category" and options.category)]
@@ -68,8 +79,9 @@ def read_csv(src: Path, options: Options, notes: Notes) -> dict[str, list[Labele
         UserError: Something cannot be read.
     """
     tables = find_files(src, ".csv")
-    if tables and not any(map(is_csv_table, tables)):
-        check_header(tables[0], options)
+    bare = next(filter(lacks_header, tables), None)
+    if bare is not None and not any(map(is_csv_table, tables)):
+        check_header(bare, options)
     files = split_files(src, ".csv", is_csv_table, "CSV table of boxes (*.csv)", notes)
 
     def read(file: Path, finder: ImageFinder) -> list[LabeledImage]:
