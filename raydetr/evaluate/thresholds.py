@@ -99,9 +99,8 @@ def choose_thresholds(evaluation: Evaluation, goal: Goal = Goal("f1"), seed: int
             continue
         image, scores, hits = matches.image[mine], matches.score[mine], matches.matched[0, 0][mine]
         score, (precision, recall, reached) = _choose(scores, hits, np.ones(len(mine)), float(objects.sum()), goal)
-        drawn = [
-            _choose(scores, hits, row[image], float(row @ objects), goal)[0] for row in weights if row @ objects > 0 and row[image].any()
-        ]
+        counts = ((row[image], float(row @ objects)) for row in weights)
+        drawn = [_choose(scores, hits, row, there, goal)[0] for row, there in counts if there and row.any()]
         tails = (1 - CONFIDENCE) / 2
         interval = np.quantile(drawn, [tails, 1 - tails]) if drawn else None
         limits = None if interval is None else (min(float(interval[0]), score), max(float(interval[1]), score))
