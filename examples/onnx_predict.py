@@ -30,10 +30,12 @@ def prepare(image: Image.Image, about: dict[str, str]) -> np.ndarray:
     return normalized.transpose(2, 0, 1)[None].astype(np.float32)
 
 
-def detect(session: onnxruntime.InferenceSession, image: Image.Image, threshold: float) -> list[dict]:
-    """The detections in an RGB image with a score of ``threshold`` or more, best first."""
+def detect(session: onnxruntime.InferenceSession, image: Image.Image, threshold: float | None = None) -> list[dict]:
+    """The detections in an RGB image with a score of ``threshold`` or more (None: the model's own thresholds, else 0.7), best first."""
     about = session.get_modelmeta().custom_metadata_map
     categories = json.loads(about["categories"])
+    own = json.loads(about.get("thresholds", "[]")) or [None] * len(categories)
+    thresholds = [0.7 if each is None else each for each in own] if threshold is None else [threshold] * len(categories)
     images = prepare(image, about)
     mask = np.zeros((1, *images.shape[-2:]), bool)  # nothing is padded
     logits, boxes = session.run(["logits", "boxes"], {"images": images, "mask": mask})
@@ -43,7 +45,7 @@ def detect(session: onnxruntime.InferenceSession, image: Image.Image, threshold:
     width, height = image.size
     found = []
     for query in np.argsort(-scores, kind="stable"):
-        if scores[query] >= threshold:
+        if scores[query] >= thresholds[labels[query]]:
             cx, cy, w, h = boxes[0, query].astype(float)
             box = [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]
             category = categories[int(labels[query])]
@@ -56,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("images", nargs="+")
-    parser.add_argument("--threshold", type=float, default=0.7)
+    parser.add_argument("--threshold", type=float, help="lowest score (default: the thresholds stored in the model, else 0.7)")
     arguments = parser.parse_args()
     session = onnxruntime.InferenceSession(arguments.model, providers=onnxruntime.get_available_providers())
     for name in arguments.images:

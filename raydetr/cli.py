@@ -176,7 +176,7 @@ def train(resume: str | None, **options) -> None:
 
 @cli.group()
 def data() -> None:
-    """Convert, export and check data sets."""
+    """Convert, export, check, mend, divide, join and describe data sets."""
 
 
 @data.command("convert", short_help="Convert annotations to COCO.")
@@ -231,11 +231,79 @@ def data_export(src: Path, dst: Path, target: str, copy: bool) -> None:
     click.echo(export(src, dst, target, copy).text())
 
 
+@data.command("fetch", short_help="Download a data set to try.")
+@click.argument("name", metavar="NAME", type=click.Choice(["balloon"]))
+@click.argument("out", required=False, metavar="[OUT]", type=click.Path(path_type=Path))
+def data_fetch(name: str, out: Path | None) -> None:
+    """Download a data set, check it against its published hash, and convert it to a COCO folder OUT (default: its name).
+
+    `balloon` has 74 photographs of balloons (39 MB), from the release of Mask R-CNN that made it known.
+
+    Example: raydetr data fetch balloon
+    """
+    from raydetr.data.tools.fetch import fetch
+
+    click.echo(fetch(name, out or Path(name)).text())
+
+
+@data.command("split", short_help="Divide a data set into training, validation and test images.")
+@click.argument("src", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("out", required=False, metavar="[OUT]", type=click.Path(path_type=Path))
+@click.option("--val", type=float, default=0.2, show_default=True, help="Share of the validation images.")
+@click.option("--test", type=float, default=0.1, show_default=True, help="Share of the test images; 0: no test set.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the division.")
+@click.option("--copy", is_flag=True, help="Copy the images instead of linking to them.")
+def data_split(src: Path, out: Path | None, **options) -> None:
+    """Divide all images of the COCO folder DIR anew into training, validation and test images, in a new folder OUT (default: DIR-split).
+
+    Each part gets its share of the boxes of every category, and images that look alike stay in one part.
+
+    Example: raydetr data split photographs --val 0.2 --test 0.1
+    """
+    from raydetr.data.tools.split import split
+
+    click.echo(split(src, out or src.with_name(f"{src.resolve().name}-split"), **options).text())
+
+
+@data.command("merge", short_help="Put data sets together.")
+@click.argument("sources", nargs=-1, required=True, metavar="DIR DIR...", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--copy", is_flag=True, help="Copy the images instead of linking to them.")
+def data_merge(sources: tuple[Path, ...], out: Path, copy: bool) -> None:
+    """Put the images and annotations of two or more COCO folders together in a new folder OUT. Categories are joined by their names.
+
+    Example: raydetr data merge monday tuesday both-days
+    """
+    from raydetr.data.tools.merge import merge
+
+    click.echo(merge(sources, out, copy).text())
+
+
+@data.command("stats", short_help="Write a page that shows what is in a data set.")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The file to write (default: DIR-stats.html).")
+def data_stats(folder: Path, out: Path | None) -> None:
+    """Show in one HTML file what is in the COCO folder DIR: boxes for each image, their sizes, shapes and positions, and samples.
+
+    Example: raydetr data stats photographs
+    """
+    from raydetr.data.tools.stats import write_stats
+
+    click.echo(f"statistics written to {write_stats(folder, out or folder.with_name(f'{folder.resolve().name}-stats.html'))}")
+
+
 @data.command("check", cls=SettingsCommand, short_help="Report problems of a data set.")
 @click.argument("folder", required=False, metavar="DIR", type=click.Path())
 @click.option("--quick", is_flag=True, help="Skip the checks that decode every image.")
+@click.option(
+    "--fix",
+    "mended",
+    metavar="OUT",
+    type=click.Path(path_type=Path),
+    help="Write a copy to OUT with what can be mended safely, and check that copy.",
+)
 @settings_options("data", "model")
-def data_check(folder: str | None, quick: bool, **options) -> int:
+def data_check(folder: str | None, quick: bool, mended: Path | None, **options) -> int:
     """Report problems of the images and annotations in DIR.
 
     The exit code is 1 if training would fail or its metrics would be wrong.
@@ -243,7 +311,13 @@ def data_check(folder: str | None, quick: bool, **options) -> int:
     from raydetr.data.check.check import check
 
     settings = config.with_settings(config.Config(), config.parse_settings({"data.path": folder}), *given_settings(options))
-    report = check(settings.data, quick=quick, num_queries=settings.model.num_queries, test=True, masks=settings.model.masks)
+    checked = settings.data
+    if mended:
+        from raydetr.data.tools.fix import fix
+
+        click.echo(fix(checked, mended).text() + "\n")
+        checked = config.Data(path=str(mended), exif=checked.exif, max_megapixels=checked.max_megapixels)
+    report = check(checked, quick=quick, num_queries=settings.model.num_queries, test=True, masks=settings.model.masks)
     click.echo(report.text())
     return 0 if report.ok else 1
 
@@ -258,6 +332,14 @@ def data_check(folder: str | None, quick: bool, **options) -> int:
     "--against", metavar="OTHER", type=click.Path(), help="Compare with another checkpoint or results file (.json), image by image."
 )
 @click.option("--split", type=click.Choice(["val", "train", "test"]), default="val", show_default=True, help="The images to evaluate on.")
+@click.option("--thresholds", is_flag=True, help="Choose a score threshold for each category and store them in the checkpoint.")
+@click.option(
+    "--threshold-goal",
+    metavar="GOAL",
+    default="f1",
+    show_default=True,
+    help="What thresholds are chosen for: f1, precision=P or recall=R, such as precision=0.9.",
+)
 @tile_options
 @settings_options("data", "optim", "speed")
 def evaluate(
@@ -268,6 +350,8 @@ def evaluate(
     split: str,
     tiles: str | None,
     overlap: float | None,
+    thresholds: bool,
+    threshold_goal: str,
     **options,
 ) -> None:
     """Evaluate a checkpoint, or a results file, on labeled images: the COCO metrics with their 95 % intervals, in all and by category.
@@ -282,12 +366,19 @@ def evaluate(
     if bool(checkpoint) == bool(predictions):
         raise UserError("evaluate: give either a CHECKPOINT or --predictions FILE")
     tiling = parse_tiles(tiles, overlap)
-    if tiling and (predictions or against):
-        raise UserError(f"--tiles: cannot be given with {'--predictions' if predictions else '--against'}: tiles are of one checkpoint")
-    given = given_settings(options)
+    if tiling and (predictions or against or thresholds):
+        raise UserError(f"--tiles: cannot be given with {'--predictions' if predictions else '--against' if against else '--thresholds'}")
+    given, text = given_settings(options), ""
     source = checkpoint or predictions
     assert source is not None  # one of the two is given
-    if against:
+    if thresholds:
+        if predictions or against:
+            raise UserError("evaluate: --thresholds takes a CHECKPOINT, without --predictions and --against")
+        from raydetr.evaluate.thresholds import read_goal
+        from raydetr.predict.thresholds import store_thresholds
+
+        metrics, text = store_thresholds(source, read_goal(threshold_goal), *given, split=split)
+    elif against:
         from raydetr.predict.against import against_table, score_against
 
         metrics = score_against(source, against, *given, split=split)
@@ -300,6 +391,8 @@ def evaluate(
     else:
         metrics = score_checkpoint(source, *given, split=split)
     click.echo(against_table(metrics) if against else metrics_table(metrics))
+    if text:
+        click.echo(f"\n{text}")
     if json_file:
         write_metrics(metrics, json_file)
 
@@ -565,7 +658,11 @@ def status(search: str) -> None:
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for drawn images, predictions and index.html."
 )
-@click.option("--threshold", type=click.FloatRange(0, 1), default=0.7, show_default=True, help="Lowest score of the boxes to draw.")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    help="Lowest score of the boxes to draw (default: those that `evaluate --thresholds` stored in the checkpoint, else 0.7).",
+)
 @click.option("--compare", metavar="OTHER_CHECKPOINT", type=click.Path(), help="Also show the predictions of another checkpoint.")
 @click.option(
     "--annotations", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), help="COCO file with the true boxes to draw."

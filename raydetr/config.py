@@ -320,6 +320,11 @@ class Run:
     wait_for_machines_min: float = setting(0.0, "how long to wait for nodes that Ray's autoscaler starts (minutes)", low=0.0, high=10080.0)
     max_failures: int = setting(3, "how often lost workers are replaced before the run fails", low=0, high=1000)
     pictures: int = setting(8, "number of validation images shown in TensorBoard", low=0, high=100)
+    tracker: str = setting(
+        "none",
+        "where the run is tracked beside TensorBoard; each tracker's environment variables say where it keeps its data",
+        choices=["none", "mlflow", "wandb", "trackio"],
+    )
 
 
 @dataclasses.dataclass(slots=True)

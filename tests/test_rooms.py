@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"errors", "text", "values"},
     {"files"},
-    {"storage", "memory"},
+    {"storage", "memory", "downloads"},
     {"config", "tensorboard"},
     {"model", "loss", "data", "draw"},
     {"weights", "evaluate"},

@@ -44,7 +44,8 @@ class HuggingFaceModel(nn.Module):
 def write_huggingface(model: DETR, folder: Path, data: Data) -> None:
     """Write a model as a folder of transformers' DETR, with its image processor.
 
-    The labels keep their order (``id2label``); the original category ids are in ``config.json`` under ``category_ids``.
+    The labels keep their order (``id2label``); the original category ids are in ``config.json`` under ``category_ids``,
+    and the score thresholds, where the checkpoint has any, under ``score_thresholds``.
 
     Args:
         model: The model, in eval mode on the CPU.
@@ -107,6 +108,7 @@ def _config(transformers: Any, model: DETR) -> dict[str, Any]:
         "id2label": dict(enumerate(names)),
         "label2id": {name: label for label, name in enumerate(names)},
         "category_ids": [category["id"] for category in model.categories],
+        **({"score_thresholds": list(model.thresholds)} if model.thresholds else {}),
         "dtype": "float32",
     }
 

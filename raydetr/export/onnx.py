@@ -120,11 +120,12 @@ def metadata(model: DETR, data: Data) -> dict[str, str]:
         data: Settings of the image size.
 
     Returns:
-        As text: ``categories`` (JSON, in label order), ``val_size`` and ``max_size`` (pixels of the shorter and the longer side after
-        resizing), ``mean`` and ``std`` (JSON, of RGB values from 0 to 1).
+        As text: ``categories`` and ``thresholds`` (JSON, in label order), ``val_size`` and ``max_size`` (pixels of the shorter
+        and the longer side after resizing), ``mean`` and ``std`` (JSON, of RGB values from 0 to 1).
     """
     return {
         "categories": json.dumps(model.categories),
+        "thresholds": json.dumps(model.thresholds),
         "val_size": str(data.val_size),
         "max_size": str(data.max_size),
         "mean": json.dumps(MEAN),

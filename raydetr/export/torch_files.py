@@ -24,7 +24,8 @@ def write_official(model: DETR, file: Path) -> None:
     """Write a checkpoint for the official DETR (``torch.hub``'s models, ``main.py --resume``).
 
     The official head has a row for every category id from 0 to the highest, and one for no-object. The rows of ids that no category has get
-    a logit so low that they are never the best class.
+    a logit so low that they are never the best class. Score thresholds, if the checkpoint has any, are stored under ``thresholds`` by
+    category id; the official code ignores them.
 
     Args:
         model: The model, in eval mode on the CPU.
@@ -40,7 +41,8 @@ def write_official(model: DETR, file: Path) -> None:
         raise UserError(
             f"export --to official: category id {max(ids)} is above {LARGEST_ID}, the head has a row for each; renumber the categories"
         )
-    save_checkpoint(file, {"model": {**model.state_dict(), **_head_by_id(model, ids)}})
+    thresholds = {"thresholds": dict(zip(ids, model.thresholds, strict=True))} if model.thresholds else {}
+    save_checkpoint(file, {"model": {**model.state_dict(), **_head_by_id(model, ids)}, **thresholds})
 
 
 def read_official(file: Path, model: DETR) -> DETR:

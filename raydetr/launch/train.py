@@ -71,6 +71,7 @@ RESUMABLE = {
     "data.exif",  # runs from before this setting ignored EXIF orientation unless the annotated size demanded it
     "data.max_megapixels",
     "run.max_failures",
+    "run.tracker",
     "run.wait_for_machines_min",
     "run.workers",
     "speed.device",

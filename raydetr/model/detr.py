@@ -67,6 +67,8 @@ class DETR(nn.Module):
         settings: The arguments of :func:`build_model` that build this network again.
         categories: Categories in label order, ``[{"id", "name"}, ...]``; empty unless :func:`raydetr.load` set them.
         category_names: Where the names are from: ``"file"``, ``"coco"`` (inferred from the size of the head), or ``"unknown"``.
+        thresholds: Score threshold of each category, in label order, which ``raydetr evaluate --thresholds`` stored in the checkpoint; None
+            for a category without one, and empty if none is stored.
         notes: Lines for the user about how the checkpoint was read.
 
     Raises:
@@ -83,6 +85,7 @@ class DETR(nn.Module):
         self.settings: dict[str, Any] = {"num_classes": num_classes, **_without_weights(settings)}
         self.categories: list[dict[str, Any]] = []
         self.category_names = "unknown"
+        self.thresholds: list[float | None] = []
         self.notes: list[str] = []
         self.aux_loss = settings.aux_loss
         # The order of the modules is the official one, because the optimizer's state lists the parameters in it.

@@ -31,11 +31,11 @@ class AttentionWanted:
     """Which attention a prediction records.
 
     Attributes:
-        threshold: Lowest score of the detections whose attention is recorded; None for no detection.
+        thresholds: Lowest score of the detections whose attention is recorded, by label; None for no detection.
         points: Places in the images, in pixels, whose self-attention in the encoder is recorded.
     """
 
-    threshold: float | None
+    thresholds: Sequence[float] | None
     points: tuple[Place, ...] = ()
 
 
@@ -96,7 +96,13 @@ def check_points(points: Sequence[Place], size: tuple[int, int], name: str) -> N
 
 
 def image_attention(
-    record: AttentionRecord, wanted: AttentionWanted, row: int, queries: Sequence[int], scores: Sequence[float], size: tuple[int, int]
+    record: AttentionRecord,
+    wanted: AttentionWanted,
+    row: int,
+    queries: Sequence[int],
+    labels: Sequence[int],
+    scores: Sequence[float],
+    size: tuple[int, int],
 ) -> ImageAttention:
     """Return the attention in one image of the batch that a record is about.
 
@@ -105,10 +111,12 @@ def image_attention(
         wanted: Which attention.
         row: Position of the image in the batch, which has no padding.
         queries: Object queries in order of their scores, the highest first.
+        labels: Their labels.
         scores: Their scores.
         size: Width and height of the image, in pixels.
     """
-    kept = [] if wanted.threshold is None else [query for query, score in zip(queries, scores, strict=True) if score >= wanted.threshold]
+    each = zip(queries, labels, scores, strict=True)
+    kept = [] if wanted.thresholds is None else [query for query, label, score in each if score >= wanted.thresholds[label]]
     detections = record.decoder()[row, kept]
     places = [(x / size[0], y / size[1]) for x, y in wanted.points]
     points = record.encoder(places)[row] if places else detections[:0]

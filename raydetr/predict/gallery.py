@@ -51,7 +51,7 @@ class Card:
 
 
 def gallery_page(
-    models: dict[str, str], cards: Sequence[Card], threshold: float, colours: dict[str, Colour], left_out: Sequence[str] = ()
+    models: dict[str, str], cards: Sequence[Card], threshold: float | None, colours: dict[str, Colour], left_out: Sequence[str] = ()
 ) -> str:
     """Render the page: a legend of the categories that occur, and a card for each image with a column for each model.
 
@@ -60,7 +60,7 @@ def gallery_page(
     Args:
         models: Heading of each column and the model that it stands for.
         cards: The images.
-        threshold: Lowest score of a box that is drawn.
+        threshold: Lowest score of a box that is drawn; None where each category has its own.
         colours: Color of each category by its name.
         left_out: A line for each image that is not shown.
 
@@ -75,7 +75,7 @@ def gallery_page(
         models=models,
         headings=list(models),
         cards=cards,
-        threshold=f"{threshold:.2f}" if round(threshold, 2) == threshold else f"{threshold:g}",
+        threshold=_threshold_text(threshold),
         colours=colours,
         left_out=left_out,
         seen=[name for name, _ in seen],
@@ -85,6 +85,12 @@ def gallery_page(
         shade=SHADE,
         with_truth=any(card.true is not None for card in cards),
     )
+
+
+def _threshold_text(threshold: float | None) -> str:
+    if threshold is None:
+        return "the threshold of their category"
+    return f"{threshold:.2f}" if round(threshold, 2) == threshold else f"{threshold:g}"
 
 
 def page_environment() -> jinja2.Environment:

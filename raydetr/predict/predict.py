@@ -61,6 +61,7 @@ from raydetr.training.reporter import usable_cores
 from raydetr.training.run import loading_processes
 from raydetr.weights.fitting import load
 
+THRESHOLD = 0.7  # lowest score of a box to draw, where nothing else is said
 LETTERS = 1 / 70  # height of the letters as a fraction of the image's longest side
 THUMBNAIL_HEIGHT, THUMBNAIL_WIDTH, THUMBNAIL_LETTERS = 640, 1920, 22  # pixels; the page shows thumbnails of one height side by side
 OUTPUTS = ("index.html", "predictions.json", "images.json", "pictures", "thumbnails", "attention", "compare")
@@ -92,34 +93,46 @@ class ImagePrediction:
     attention: ImageAttention | None = None
     rles: list[RLE] | None = None
 
-    def masks(self, threshold: float) -> np.ndarray | None:
+    def masks(self, thresholds: Sequence[float]) -> np.ndarray | None:
         """Return the masks of the detections that :meth:`boxes` returns, bool [n, height, width]; None if the network has no masks.
 
         Args:
-            threshold: Lowest score of a detection that is kept.
+            thresholds: Lowest score of a detection that is kept, by label.
         """
         if self.rles is None:
             return None
         width, height = self.size
-        kept = [rle for rle, score in zip(self.rles, self.scores, strict=True) if score >= threshold]
+        each = zip(self.rles, self.labels, self.scores, strict=True)
+        kept = [rle for rle, label, score in each if score >= thresholds[label]]
         return decode_masks(kept, (height, width))
 
-    def boxes(self, categories: list[dict], threshold: float) -> list[Box]:
+    def labels_drawn(self, thresholds: Sequence[float]) -> list[int]:
+        """Return the labels of the detections that :meth:`boxes` returns.
+
+        Args:
+            thresholds: Lowest score of a box that is kept, by label.
+        """
+        return [label for label, score in zip(self.labels, self.scores, strict=True) if score >= thresholds[label]]
+
+    def boxes(self, categories: list[dict], thresholds: Sequence[float]) -> list[Box]:
         """Return the boxes to draw.
 
         Args:
             categories: Categories in label order, which name the boxes.
-            threshold: Lowest score of a box that is kept.
+            thresholds: Lowest score of a box that is kept, by label.
         """
         each = zip(self.xyxy, self.labels, self.scores, strict=True)
-        return [Box((x0, y0, x1, y1), categories[label]["name"], score) for (x0, y0, x1, y1), label, score in each if score >= threshold]
+        return [
+            Box((x0, y0, x1, y1), categories[label]["name"], score) for (x0, y0, x1, y1), label, score in each if score >= thresholds[label]
+        ]
 
 
 @dataclass
 class Predictions:
-    """What one checkpoint predicts: its categories in label order and, by image id, the predictions."""
+    """What one checkpoint predicts: its categories in label order with the lowest scores to draw and, by image id, the predictions."""
 
     categories: list[dict]
+    thresholds: list[float]
     by_image: dict[int, ImagePrediction]
 
 
@@ -131,7 +144,7 @@ class Summary:
         out: The output folder.
         images: Number of images that were read.
         boxes: Number of boxes drawn, by category name.
-        threshold: Lowest score of a box that is drawn.
+        threshold: Lowest score of a box that is drawn; None where each category has its own.
         left_out: A line about each image that cannot be read.
         warnings: Other lines for the user.
     """
@@ -139,7 +152,7 @@ class Summary:
     out: Path
     images: int
     boxes: Counter
-    threshold: float
+    threshold: float | None
     left_out: list[str]
     warnings: list[str]
 
@@ -150,7 +163,8 @@ class Summary:
         if self.left_out:
             more = f" (and {len(self.left_out) - 1} more, listed in index.html)" if len(self.left_out) > 1 else ""
             lines.append(f"warning: {_counted(len(self.left_out), 'image')} left out: {self.left_out[0]}{more}")
-        lines.append(f"{_counted(self.images, 'image')}, boxes with a score of {self.threshold:g} or more: {counts}")
+        which = "above the checkpoint's thresholds" if self.threshold is None else f"with a score of {self.threshold:g} or more"
+        lines.append(f"{_counted(self.images, 'image')}, boxes {which}: {counts}")
         lines.append(f"look at {self.out / 'index.html'}; every detection is in {self.out / 'predictions.json'}")
         return "\n".join(lines)
 
@@ -159,7 +173,7 @@ def predict(
     checkpoint: str | Path,
     sources: Sequence[str | Path],
     out: str | Path,
-    threshold: float = 0.7,
+    threshold: float | None = None,
     compare: str | Path | None = None,
     annotations: str | Path | None = None,
     batch_size: int = 4,
@@ -177,7 +191,8 @@ def predict(
         sources: Images and folders of images (searched with their subfolders), or one data set folder (with ``annotations/`` and
             ``val2017/``), which stands for its validation images with their true boxes.
         out: The output folder. Files of an earlier prediction in it are replaced.
-        threshold: Lowest score of a box that is drawn, from 0 to 1.
+        threshold: Lowest score of a box that is drawn, from 0 to 1. None: the thresholds that ``raydetr evaluate --thresholds`` stored
+            in the checkpoint, and 0.7 where there is none.
         compare: A checkpoint whose predictions are shown to the left, as "before".
         annotations: COCO file of some or all of the images. Its boxes are drawn, and image and category ids are its own (categories that
             it lacks get free ids). Without it, image ids count from 1 and category ids are those of the checkpoint's training set.
@@ -194,7 +209,7 @@ def predict(
         UserError: A source, a checkpoint, or the annotation file is missing or broken, no image can be read, a place is outside an image,
             or the output folder cannot be written or contains files of something else.
     """
-    if not 0 <= threshold <= 1:
+    if threshold is not None and not 0 <= threshold <= 1:
         raise UserError(f"threshold: {threshold} is out of bounds; it takes 0 to 1")
     if batch_size < 1:
         raise UserError(f"batch_size: {batch_size} is out of bounds; it takes 1 or more")
@@ -208,29 +223,39 @@ def predict(
     models = [load(path) for path in checkpoints]
     data = load_config(trained_with(checkpoint, models[-1])).data
     read = partial(read_image, exif=data.exif, max_megapixels=data.max_megapixels)
-    wanted = AttentionWanted(threshold if attention else None, tuple(attention_at)) if attention or attention_at else None
+    points = tuple(attention_at)
     columns, left_out = [], {}
     for path, title, model in zip(checkpoints, titles, models, strict=True):
         categories, notes = _categories_for(model, truth)
+        thresholds = _thresholds(model, threshold)
+        wanted = AttentionWanted(thresholds if attention else None, points) if attention or points else None
         by_image, unread = detect(model, path, inputs, read, batch_size, device, title, wanted, tiles)
         warnings += [*model.notes, *(f"{path}: {note}" for note in notes)]
         left_out |= unread
         inputs = [each for each in inputs if each.image_id not in unread]
         if not inputs:
             raise UserError(f"none of the images can be read; the first: {next(iter(left_out.values()))}")
-        columns.append(Predictions(categories, by_image))
+        columns.append(Predictions(categories, thresholds, by_image))
+    shown = columns[-1].thresholds[0] if len({each for column in columns for each in column.thresholds}) == 1 else None
     lines = list(left_out.values())
     try:
         _claim(out)
         for folder, column in zip(_folders(out, len(columns)), columns, strict=True):
             _write_results(folder, inputs, column)
-        cards = _draw_all(out, inputs, columns, style := _style(columns, threshold, truth), read, wanted)
+        cards = _draw_all(out, inputs, columns, style := _style(columns, truth), read, points)
         headings = dict(zip(["found"] if compare is None else ["before", "after"], titles, strict=True))
-        _write(out / "index.html", gallery_page(headings, cards, threshold, style.colours, lines))
+        _write(out / "index.html", gallery_page(headings, cards, shown, style.colours, lines))
     except OSError as error:
         raise UserError(f"{error.filename or out}: cannot be written ({error.strerror or error})") from None
     drawn = Counter(box.name for card in cards for box in card.columns[-1].boxes)
-    return Summary(out, len(cards), drawn, threshold, lines, warnings)
+    return Summary(out, len(cards), drawn, shown, lines, warnings)
+
+
+def _thresholds(model: DETR, threshold: float | None) -> list[float]:
+    """Return the lowest score to draw of each category: ``threshold``, else the checkpoint's own."""
+    if threshold is not None or not model.thresholds:
+        return [THRESHOLD if threshold is None else threshold] * len(model.categories)
+    return [THRESHOLD if each is None else each for each in model.thresholds]
 
 
 def _counted(number: int, noun: str) -> str:
@@ -356,7 +381,7 @@ def detect(
                     each = inputs[target["index"]]
                     if wanted and record:
                         check_points(wanted.points, prediction.size, each.name)
-                        ranked = prediction.queries, prediction.scores
+                        ranked = prediction.queries, prediction.labels, prediction.scores
                         prediction.attention = image_attention(record, wanted, row, *ranked, prediction.size)
                     views[each.image_id].append((prediction, target["view"]))
             by_image |= {image_id: _merged(parts) for image_id, parts in views.items()}
@@ -527,20 +552,18 @@ class Style:
     """How the images of one page are drawn.
 
     Attributes:
-        threshold: Lowest score of a box that is drawn.
         colours: Color of each category by its name.
         name_true: Label true boxes; with a single category the dashes say enough.
     """
 
-    threshold: float
     colours: dict[str, Colour]
     name_true: bool
 
 
-def _style(columns: Sequence[Predictions], threshold: float, truth: list[dict] | None) -> Style:
+def _style(columns: Sequence[Predictions], truth: list[dict] | None) -> Style:
     # The checkpoint's own categories come first: they get the hues that are furthest apart.
     categories = [each for column in reversed(columns) for each in column.categories] + (truth or [])
-    return Style(threshold, category_colours(each["name"] for each in categories), name_true=truth is not None and len(truth) > 1)
+    return Style(category_colours(each["name"] for each in categories), name_true=truth is not None and len(truth) > 1)
 
 
 def _draw_all(
@@ -549,7 +572,7 @@ def _draw_all(
     columns: Sequence[Predictions],
     style: Style,
     read: Reader,
-    wanted: AttentionWanted | None,
+    points: Sequence[tuple[float, float]],
 ) -> list[Card]:
     """Write every image and its thumbnail for each column, and return the page's cards."""
     for folder in _folders(out, len(columns)):
@@ -559,7 +582,7 @@ def _draw_all(
     pool = ThreadPoolExecutor(min(DRAWERS, os.cpu_count() or 1))
     try:
         with _progress("drawing", len(inputs)) as advance:
-            draw = partial(_draw, out=out, columns=columns, style=style, read=read, wanted=wanted)
+            draw = partial(_draw, out=out, columns=columns, style=style, read=read, points=points)
             for card in pool.map(draw, inputs, _stems(inputs)):
                 cards.append(card)
                 advance(1)
@@ -575,7 +598,7 @@ def _draw(
     columns: Sequence[Predictions],
     style: Style,
     read: Reader,
-    wanted: AttentionWanted | None,
+    points: Sequence[tuple[float, float]],
 ) -> Card:
     image = to_pil_image(read(each.path, each.size))
     scale = min(THUMBNAIL_HEIGHT / image.height, THUMBNAIL_WIDTH / image.width)
@@ -585,20 +608,20 @@ def _draw(
     true = with_masks(each.true or [], each.true_masks(image.size))
     for folder, column in zip(_folders(out, len(columns)), columns, strict=True):
         prediction = column.by_image[each.image_id]
-        boxes = prediction.boxes(column.categories, style.threshold)
+        boxes = prediction.boxes(column.categories, column.thresholds)
         large, thumbnail = folder / "pictures" / file, folder / "thumbnails" / file
-        shapes = with_masks(boxes, prediction.masks(style.threshold))
+        shapes = with_masks(boxes, prediction.masks(column.thresholds))
         draw_boxes(image, shapes, true, style.colours, LETTERS, style.name_true).save(large, quality=90)
         small_boxes, small_true = ([_scaled(box, scale) for box in some] for some in (shapes, true))
         letters = THUMBNAIL_LETTERS / max(small.size)
         draw_boxes(small, small_boxes, small_true, style.colours, letters, style.name_true).save(thumbnail, quality=85)
         shown, small_shown = (path.relative_to(out).as_posix() for path in (large, thumbnail))
         card.columns.append(Column(shown, small_shown, boxes, prediction.scores[0]))
-        if wanted and prediction.attention:
+        if prediction.attention:
             attended = boxes[: len(prediction.attention.detections)]
-            ids = [column.categories[label]["id"] for label in prediction.labels[: len(attended)]]
+            ids = [column.categories[label]["id"] for label in prediction.labels_drawn(column.thresholds)[: len(attended)]]
             place = folder / "attention" / stem, out, small, image.size
-            drawing = prediction.attention, attended, ids, wanted.points, style.colours, letters
+            drawing = prediction.attention, attended, ids, points, style.colours, letters
             card.columns[-1].attention = write_attention(*place, *drawing)
     return card
 

@@ -42,6 +42,7 @@ class Detected(NamedTuple):
         unknown: Those of ``names`` that the data set does not have.
         notes: Lines for the user.
         dataset: What reads the images.
+        category_ids: The id in the data set of each of ``names``; None where it has no such category.
     """
 
     coco: dict[str, list[dict]]
@@ -50,6 +51,7 @@ class Detected(NamedTuple):
     unknown: list[str]
     notes: list[str]
     dataset: CocoImages
+    category_ids: Sequence[int | None] = ()
 
 
 def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val") -> dict[str, Any]:
@@ -105,8 +107,9 @@ def detect(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val
     with kept_memory(device.type):
         results, found, notes = detect_with(model.to(device), model, dataset, config, device, str(checkpoint))
     unknown = unknown_names(model, found, notes)
+    ids = [None if position is None else dataset.categories[position]["id"] for position in found]
     notes = [*model.notes, *notes, *without, *divided]
-    return Detected(dataset.coco, results, [each["name"] for each in model.categories], unknown, notes, dataset)
+    return Detected(dataset.coco, results, [each["name"] for each in model.categories], unknown, notes, dataset, ids)
 
 
 def _images_of(config: settings.Config, split: str, masks: bool) -> tuple[CocoImages, list[str]]:

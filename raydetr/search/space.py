@@ -37,7 +37,7 @@ RANGES = ("uniform", "loguniform", "integer")
 KINDS = (*RANGES, "choice", "same_as")
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 # The search itself sets these for each of its trials.
-NOT_SEARCHED = ("run.name", "run.storage", "run.workers", "run.max_failures")
+NOT_SEARCHED = ("run.name", "run.storage", "run.workers", "run.max_failures", "run.tracker")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from raydetr.config import to_dict, write_yaml
+from raydetr.config import by_name, to_dict, write_yaml
 from raydetr.errors import UserError, is_disk_full
 from raydetr.storage import OWNER, become_owner, check_owner, push, remove_tokens, stamp
 from raydetr.training.engine import Detections
 from raydetr.training.resume import BEST, LAST
 from raydetr.training.run import Run
-from raydetr.training.tracking import Log, Pictures, Tracker, log_line
+from raydetr.training.trackers import ExternalTracker, open_tracker
+from raydetr.training.tracking import STEP_TAGS, Log, Pictures, Tracker, epoch_scalars, log_line
 from raydetr.weights.checkpoint import save_checkpoint
 
 PICTURE_SETS = 10  # in about so many epochs of a run validation images are drawn, besides the first and the last
@@ -35,13 +36,14 @@ class EpochResults:
 class Recorder:
     """Writes the run folder: config.yaml, log.txt, tb/, best.pth and last.pth. It is a context manager, which closes TensorBoard's file.
 
-    A checkpoint that cannot be written ends the run. If pictures, TensorBoard events or log.txt cannot be written, the user is warned.
+    A checkpoint that cannot be written ends the run. If pictures, TensorBoard events or log.txt cannot be written, the user is warned. The
+    same holds for a tracker of ``run.tracker`` that fails once the run has begun.
 
     Args:
         run: The run, before its first step.
 
     Raises:
-        UserError: The folder cannot be written, or a file in it is damaged.
+        UserError: The folder cannot be written, or a file in it is damaged, or the tracker of ``run.tracker`` cannot be opened.
     """
 
     def __init__(self, run: Run):
@@ -62,12 +64,17 @@ class Recorder:
         self._last = stamp(run.root, LAST)  # last.pth as this process found or left it
         self._owner = become_owner(run.root)
         self._pictures = Pictures(run.val_set, run.config.run.pictures)
+        self._external: ExternalTracker | None = None
+        if run.config.run.tracker != "none":
+            settings, name = by_name(run.config), str(run.config.run.name)
+            self._external = open_tracker(run.config.run.tracker, name, run.folder, settings)
 
     def __enter__(self) -> "Recorder":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._track(Tracker.close)
+        self._track_outside(lambda external: external.close(kind is not None))
 
     def record_step(self, numbers: dict[str, float]) -> None:
         """Write the numbers of a step to TensorBoard.
@@ -104,6 +111,8 @@ class Recorder:
             UserError: The object store cannot be reached.
         """
         self._track(Tracker.finish)
+        files = [self._run.folder / name for name in ("config.yaml", "log.txt", BEST)]
+        self._track_outside(lambda external: external.log_files([file for file in files if file.exists()]))
         push(self._run.root)
         remove_tokens(self._run.root, OWNER)
 
@@ -119,10 +128,18 @@ class Recorder:
             write(tracker)
             self._tracker = tracker  # not after a failure: the file may end with half an event, and the next epoch starts another
 
+    def _track_outside(self, write: Callable[[ExternalTracker], None]) -> None:
+        if self._external:
+            with self._run.best_effort(f"run.tracker {self._run.config.run.tracker}"):
+                write(self._external)
+
     def _write_logs(self, results: EpochResults) -> None:
         training, epoch = self._run.training, self._run.progress.epoch
         train, val, scores = results.train, results.val, results.scores
         self._track(lambda tracker: tracker.log_epoch(training.step, epoch, train, val, scores, results.curve))
+        numbers = {tag: train[name] for name, tag in STEP_TAGS.items() if tag.startswith(("lr/", "speed/")) and name in train}
+        numbers |= {tag: value for tag, value in epoch_scalars(epoch, train, val, scores).items() if value is not None}
+        self._track_outside(lambda external: external.log(training.step, numbers))
         trained = sum(parameter.numel() for parameter in training.detr.parameters() if parameter.requires_grad)
         with self._run.best_effort("log.txt"):
             self._log.append(log_line(epoch - 1, train, val, scores, training.criterion.weight_dict, trained))
@@ -134,6 +151,8 @@ class Recorder:
             with self._run.best_effort("pictures for TensorBoard"):
                 pictures = self._pictures.draw(results.detections)
                 self._track(lambda tracker: tracker.log_pictures(self._run.training.step, pictures))
+                if pictures:
+                    self._track_outside(lambda external: external.log_pictures(self._run.training.step, pictures))
 
     def _save(self, results: EpochResults) -> None:
         run, training, average = self._run, self._run.training, self._run.training.average

@@ -113,16 +113,7 @@ class Tracker:
                 :func:`raydetr.evaluate.coco.mask_metrics` under ``segm``.
             curve: Result of :func:`raydetr.evaluate.coco.precision_recall`.
         """
-        scalars = {"epoch": epoch}
-        scalars |= {f"train_epoch/{name}": train[name] for name in (*losses_in(train), "grad_norm")}
-        scalars |= {f"val/{name}": val[name] for name in losses_in(val)}
-        scalars |= {f"val/{name}": metrics[name] for name in METRICS}
-        scalars |= dict(zip(("val/AP_low", "val/AP_high"), metrics.get("AP_interval") or (None, None), strict=True))
-        scalars |= {f"val/AP/{category}": numbers["AP"] for category, numbers in metrics["per_category"].items()}
-        if "segm" in metrics:
-            scalars |= {f"val/segm/{name}": metrics["segm"][name] for name in METRICS}
-            scalars |= {f"val/segm/AP/{category}": numbers["AP"] for category, numbers in metrics["segm"]["per_category"].items()}
-        self.log_scalars(step, scalars)
+        self.log_scalars(step, epoch_scalars(epoch, train, val, metrics))
         hits, false, missed = (curve[name] for name in ("true_positives", "false_positives", "false_negatives"))
         counts = (hits, false, 0 * hits, missed)  # detection has no true negatives
         event = summary().pr_curve_raw("val/precision_recall", *counts, curve["precision"], curve["recall"], num_thresholds=len(hits))
@@ -169,6 +160,20 @@ class Tracker:
     def close(self) -> None:
         """Close the event file."""
         self._events.close()
+
+
+def epoch_scalars(epoch: int, train: dict[str, float], val: dict[str, float], metrics: dict[str, Any]) -> dict[str, float | None]:
+    """Return the numbers of an epoch by tag, None for an undefined one; the arguments are those of :meth:`Tracker.log_epoch`."""
+    scalars: dict[str, float | None] = {"epoch": epoch}
+    scalars |= {f"train_epoch/{name}": train[name] for name in (*losses_in(train), "grad_norm")}
+    scalars |= {f"val/{name}": val[name] for name in losses_in(val)}
+    scalars |= {f"val/{name}": metrics[name] for name in METRICS}
+    scalars |= dict(zip(("val/AP_low", "val/AP_high"), metrics.get("AP_interval") or (None, None), strict=True))
+    scalars |= {f"val/AP/{category}": numbers["AP"] for category, numbers in metrics["per_category"].items()}
+    if "segm" in metrics:
+        scalars |= {f"val/segm/{name}": metrics["segm"][name] for name in METRICS}
+        scalars |= {f"val/segm/AP/{category}": numbers["AP"] for category, numbers in metrics["segm"]["per_category"].items()}
+    return scalars
 
 
 def summary():

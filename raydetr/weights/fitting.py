@@ -14,6 +14,7 @@ from raydetr.data.categories import match_categories
 from raydetr.errors import UserError
 from raydetr.model.backbone import RESNET_BLOCKS
 from raydetr.model.detr import DETR, MASK_PARTS, build_model
+from raydetr.values import is_finite
 from raydetr.weights.checkpoint import read_checkpoint
 from raydetr.weights.official import (
     BODY,
@@ -43,8 +44,9 @@ def load(path: str | Path, masks: bool = True) -> DETR:
 
     Returns:
         The model. Besides ``settings`` it has ``categories`` (``[{"id", "name"}, ...]`` in label order), ``category_names`` (where their
-        names are from: ``"file"``, ``"coco"``, or ``"unknown"``, in which case they are called ``class 0``, ``class 1``, ...), and
-        ``notes``, a list of lines for the user about how the file was read.
+        names are from: ``"file"``, ``"coco"``, or ``"unknown"``, in which case they are called ``class 0``, ``class 1``, ...),
+        ``thresholds`` (the score threshold of each category in label order, or None; empty if none is stored), and ``notes``, a list of
+        lines for the user about how the file was read.
 
     Raises:
         UserError: The file cannot be read, or does not contain a complete DETR.
@@ -69,6 +71,7 @@ def load(path: str | Path, masks: bool = True) -> DETR:
     categories, coco = _known_categories(content, rows, path), (COCO_CATEGORIES, COCO_CATEGORIES_IN_USE, COCO_PANOPTIC_CATEGORIES)
     model.category_names = "unknown" if categories is None else "coco" if categories in coco else "file"
     model.categories = [dict(each) for each in categories or [{"id": i, "name": f"class {i}"} for i in range(rows - 1)]]
+    model.thresholds = _known_thresholds(content, rows, path)
     notes = [note, "its segmentation head is left out" if has_masks and not masks else None]
     model.notes = [f"{path}: {each}" for each in notes if each]
     return model.eval()
@@ -142,6 +145,15 @@ def _count_and_list(what: str, names: list[str]) -> str:
 
 
 # ------------------------------------------------------------------------------------- what is known about a file
+
+
+def _known_thresholds(content: dict[str, Any], rows: int, path: Path) -> list[float | None]:
+    """Return the score thresholds of a file in label order, None for categories without one; nothing where it has none."""
+    entries = (content.get("thresholds") if "settings" in content else None) or []
+    scores = [each.get("score") if isinstance(each, dict) else each for each in entries] if isinstance(entries, list) else [-1.0]
+    if entries and (len(scores) != rows - 1 or not all(each is None or (is_finite(each) and 0 <= each <= 1) for each in scores)):
+        raise UserError(f"{path}: damaged: its thresholds are not a score from 0 to 1 for each of its {rows - 1} categories")
+    return scores
 
 
 def _is_backbone(state: dict[str, Tensor]) -> bool:

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from raydetr import downloads
 from raydetr.errors import UserError
 from raydetr.weights import files
 
@@ -143,7 +144,7 @@ def test_cache_that_cannot_be_written_is_read(server, cache):
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (send(CONTENT[:-1]), "its name promises"),
+        (send(CONTENT[:-1]), "was promised"),
         (send(CONTENT[:1_500_000], length=len(CONTENT)), "ended after 1500000 of 3000000 bytes"),
         (lambda handler: handler.send_error(404), "404 Not Found"),
         (lambda handler: handler.send_error(503), "503 Service Unavailable"),
@@ -174,7 +175,7 @@ def test_no_network(cache):
 
 
 def test_silent_server(server, cache, monkeypatch):
-    monkeypatch.setattr(files, "TIMEOUT", 0.5)
+    monkeypatch.setattr(downloads, "TIMEOUT", 0.5)
     server.answers[f"/{NAME}"] = lambda handler: time.sleep(3)
     with pytest.raises(UserError, match="timed out"):
         files.download(f"{server.url}/{NAME}")

@@ -1,7 +1,7 @@
 """Read annotations in a CSV table: one box per row, with a header that names the columns (TensorFlow's and Roboflow's form)."""
 
 import csv
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from raydetr.data.formats import shapes
 from raydetr.data.formats.files import ImageFinder
@@ -10,6 +10,7 @@ from raydetr.data.formats.labels import (
     Notes,
     Options,
     add_object,
+    find_files,
     find_image,
     number_of,
     open_image,
@@ -17,6 +18,7 @@ from raydetr.data.formats.labels import (
     read_text,
     split_files,
 )
+from raydetr.data.images import IMAGE_SUFFIXES
 from raydetr.errors import UserError
 from raydetr.values import is_finite, short, whole_number
 
@@ -41,6 +43,24 @@ def is_csv_table(file: Path) -> bool:
     return all(_column(header, key) is not None for key in COLUMNS if key != "category")
 
 
+def lacks_header(file: Path) -> bool:
+    """Return whether a file is a table of boxes whose first line is a row: an image file and four numbers, not the names of columns."""
+    try:
+        cells = [cell.strip() for cell in _header(file)]
+    except UserError:
+        return False
+    numbers = sum(is_finite(number_of(cell)) for cell in cells)
+    return numbers >= 4 and any(PurePosixPath(cell).suffix in IMAGE_SUFFIXES for cell in cells)
+
+
+def check_header(file: Path, options: Options) -> None:
+    """Raise UserError where the first line of a file does not name the columns of a table of boxes."""
+    header = _header(file)
+    missing = [COLUMNS[key][0] for key in COLUMNS if _column(header, key) is None and not (key == "category" and options.category)]
+    if missing:
+        raise UserError(f"{file}: its first line is no header with the columns {', '.join(missing)}; put such a line in front")
+
+
 def read_csv(src: Path, options: Options, notes: Notes) -> dict[str, list[LabeledImage]]:
     """Read the annotated images by split; a word of each file's name or folder says its split, see :func:`split_files`.
 
@@ -58,6 +78,10 @@ def read_csv(src: Path, options: Options, notes: Notes) -> dict[str, list[Labele
     Raises:
         UserError: Something cannot be read.
     """
+    tables = find_files(src, ".csv")
+    bare = next(filter(lacks_header, tables), None)
+    if bare is not None and not any(map(is_csv_table, tables)):
+        check_header(bare, options)
     files = split_files(src, ".csv", is_csv_table, "CSV table of boxes (*.csv)", notes)
 
     def read(file: Path, finder: ImageFinder) -> list[LabeledImage]:
@@ -82,9 +106,7 @@ def _column(header: list[str], key: str) -> int | None:
 def _images(file: Path, finder: ImageFinder, options: Options, notes: Notes) -> list[LabeledImage]:
     header, lines = _header(file), read_text(file).splitlines()
     columns = {key: _column(header, key) for key in COLUMNS}
-    missing = [COLUMNS[key][0] for key, column in columns.items() if column is None and not (key == "category" and options.category)]
-    if missing:
-        raise UserError(f"{file}: its first line is no header with the columns {', '.join(missing)}; put such a line in front")
+    check_header(file, options)
     images: dict[str, LabeledImage] = {}
     for number, row in enumerate(csv.reader(lines[1:], delimiter=_delimiter(lines[0])), 2):
         if not any(cell.strip() for cell in row):

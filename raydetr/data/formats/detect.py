@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 from raydetr.data.formats.coco import is_coco
 from raydetr.data.formats.createml import is_createml
-from raydetr.data.formats.csv_table import is_csv_table
+from raydetr.data.formats.csv_table import check_header, is_csv_table, lacks_header
 from raydetr.data.formats.files import list_files
 from raydetr.data.formats.labelme import is_labelme
-from raydetr.data.formats.labels import read_json, read_text
+from raydetr.data.formats.labels import Options, read_json, read_text
 from raydetr.data.formats.labelstudio import is_labelstudio
 from raydetr.data.formats.via import is_via
 from raydetr.data.images import IMAGE_SUFFIXES
@@ -54,6 +54,9 @@ def detect_format(src: Path) -> Found:
     there = f"only files {', '.join(suffixes[:8])}" if suffixes else "no files"
     for name in [name for name in names if name.lower().endswith(".json")][:EXAMINED]:
         read_json(src if src.is_file() else src / name)  # a broken file has an error of its own
+    for file in [src if src.is_file() else src / name for name in names if name.lower().endswith(".csv")][:EXAMINED]:
+        if lacks_header(file):
+            check_header(file, Options())
     raise UserError(f"{src}: no known annotation format, {there}; choose one with --from")
 
 

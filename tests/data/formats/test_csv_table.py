@@ -1,5 +1,7 @@
 import pytest
+from PIL import Image
 
+from raydetr.data.formats.convert import convert
 from raydetr.data.formats.csv_table import read_csv
 from raydetr.data.formats.labels import Notes, Options
 from raydetr.errors import UserError
@@ -84,3 +86,11 @@ def test_broken_tables_are_told(write, text, complaint):
 def test_a_folder_without_a_table_is_told(write):
     with pytest.raises(UserError, match="no CSV table of boxes"):
         read(write({"a.jpg": None, "other.csv": "a,b\n1,2\n"}))
+
+
+@pytest.mark.parametrize("source", [None, "csv"])
+def test_a_folder_with_a_table_without_a_header_says_so(tmp_path, source):
+    Image.new("RGB", (96, 64)).save(tmp_path / "a.jpg")
+    (tmp_path / "labels.csv").write_text("a.jpg,1,1,20,20,cat\n")
+    with pytest.raises(UserError, match=r"labels\.csv: its first line is no header with the columns filename, class, xmin, ymin"):
+        convert(tmp_path, tmp_path / "out", source)
