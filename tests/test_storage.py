@@ -10,7 +10,7 @@ from raydetr import config, storage
 from raydetr.data.check.check import check
 from raydetr.data.coco import find_split
 from raydetr.errors import UserError
-from raydetr.search.report import report
+from raydetr.report.report import report
 from raydetr.storage import copy, fetch, fetched, join, push, working_folder
 
 pytest_plugins = "tests.stores"

@@ -26,14 +26,13 @@ from raydetr.launch.nodes import NO_MEMORY, is_node_failure
 from raydetr.launch.signals import Received
 from raydetr.launch.slots import Demands, Slots, slots_on
 from raydetr.launch.train import OUT_OF_MEMORY, RAY_FOLDER, TWICE
-from raydetr.search.study import Search
+from raydetr.search.study import TRIALS_FOLDER, Search
 from raydetr.search.trials import TrialsDisplay
 from raydetr.storage import LAST, OWNER, copy, fetch, is_uri, join, push, remove_tokens, working_folder
 from raydetr.text import count
 from raydetr.training.metrics import REPORTED, WHERE
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
 
-TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
 RESUME_STATE = ("optimizer", "lr_scheduler", "scaler", "ema", "random")  # what a checkpoint holds only to be resumed from
 TURNS = 4  # how often in a run a trial of population-based training may take over another's weights
 ROOM_INTERVAL_S = 1.0  # between two looks at the cluster for free slots

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from raydetr.config import by_name, read_config
 from raydetr.errors import UserError
-from raydetr.search.study import CONFIG_FILE, STATE_NAMES, STUDY_FILE, Search, compact, epochs_of, reported_metrics, top_trials
+from raydetr.search.study import CONFIG_FILE, STATE_NAMES, STUDY_FILE, Search, epochs_of, reported_metrics, top_trials
 from raydetr.storage import OWNER, fetched, file_sizes
-from raydetr.text import count
+from raydetr.text import compact, count
 from raydetr.training.metrics import METRICS
 
 LOG_FILE = "log.txt"

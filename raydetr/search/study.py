@@ -25,7 +25,6 @@ import numpy as np
 import optuna
 import yaml
 from optuna.exceptions import ExperimentalWarning
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -35,7 +34,7 @@ from raydetr.errors import UserError
 from raydetr.search.population import better_trial, check_population, moved
 from raydetr.search.space import Space, as_drawn, draw, read_space
 from raydetr.storage import PATIENCE_S, check_owner, fetched, push, stamp, working_folder
-from raydetr.text import count, shortlist
+from raydetr.text import compact, count, shortlist
 from raydetr.training.metrics import REPORTED, WHERE
 from raydetr.values import is_finite
 
@@ -50,6 +49,7 @@ TAKEN_OVER = "taken over"
 REDUCTION = 3  # ASHA promotes a third of the trials at a rung to the next rung, at three times as many epochs
 LOCK_SECONDS = 2  # a live writer holds the journal's lock for milliseconds
 SPACE_FILE, CONFIG_FILE, STUDY_FILE = "space.yaml", "config.yaml", "study.journal"
+TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
 STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 STATE_NAMES = {**{state: name for name, state in STATES.items()}, TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}
 
@@ -630,27 +630,6 @@ def _without_repeats(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [point for index, point in enumerate(points) if point not in points[:index]]
 
 
-def importances(study: optuna.Study) -> dict[str, float]:
-    """Return the importance of each drawn setting by PED-ANOVA, largest first.
-
-    The importance is the share of a setting in what distinguishes the better trials from the rest. The result is empty if nothing
-    can be said: there are fewer than four complete trials, or all have the same objective.
-    """
-    values = [trial.value for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
-    if len(values) < 4 or len(set(values)) == 1:
-        return {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about few trials; the report says so itself
-        evaluator = importance_evaluator(len(values))
-        found = get_param_importances(study, evaluator=evaluator)
-    return found if all(math.isfinite(each) for each in found.values()) else {}
-
-
-def importance_evaluator(complete: int) -> PedAnovaImportanceEvaluator:
-    """Return the evaluator for a number of complete trials. "Better" means the best tenth, but at least five trials or half of them."""
-    return PedAnovaImportanceEvaluator(target_quantile=min(0.5, max(0.1, 5 / max(complete, 1))))
-
-
 def best_config(search: Search) -> Config:
     """Return the complete settings of the best trial for a run of its own.
 
@@ -762,13 +741,3 @@ def _is_drawn(search: Search, trial: FrozenTrial) -> bool:
 
 def _short(name: str) -> str:
     return name.split(".")[1].removesuffix("_coef").removesuffix("_loss")
-
-
-def compact(value: Any) -> str:
-    """Return a value in few characters: ``0.05``, ``3.2e-4``, ``cosine``."""
-    if not isinstance(value, float):
-        return str(as_drawn(value))
-    if value == 0 or 0.01 <= abs(value) < 10000:
-        return f"{value:.3g}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"

@@ -351,14 +351,21 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         UserError: The file cannot be read, or a line of it is damaged.
     """
     lines, _ = _read_log(path)
-    return [_as_metrics(json.loads(text)) for _, text in lines]
+    history = []
+    for epoch, text in lines:
+        try:
+            history.append(_as_metrics(json.loads(text)))
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}: the line of epoch {epoch} is not one of a training log of raydetr") from None
+    return history
 
 
 def _as_metrics(line: Mapping[str, Any]) -> dict[str, Any]:
     numbers = {name: None if value < 0 else value for name, value in zip(METRICS, line["test_coco_eval_bbox"], strict=True)}
     for mine, theirs in (("train", "train"), ("val", "test")):
         numbers |= {f"{mine}_{name}": line[f"{theirs}_{name}"] for name in ("loss", "class_error")}
-        numbers[f"{mine}_cardinality_error"] = line[f"{theirs}_cardinality_error_unscaled"]
+        unscaled = [name for name in LOSSES if name not in ("loss", "class_error")]
+        numbers |= {f"{mine}_{name}": line[f"{theirs}_{name}_unscaled"] for name in unscaled}
     return {
         **numbers,
         "AP_low": line.get("test_AP_low"),

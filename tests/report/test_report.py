@@ -9,7 +9,7 @@ import pytest
 
 from raydetr.config import load_config
 from raydetr.errors import UserError
-from raydetr.search.report import report
+from raydetr.report.report import report
 from raydetr.search.space import read_space
 from raydetr.search.study import create_search
 from raydetr.training.metrics import REPORTED
