@@ -48,14 +48,13 @@ from raydetr.search.confirm import (
     sentence,
 )
 from raydetr.search.space import Space, read_space
-from raydetr.search.study import STUDY_FILE, Search, create_search, open_search
+from raydetr.search.study import PAIR, STUDY_FILE, Search, create_search, open_search
 from raydetr.storage import absolute, fetch, join, working_folder
 from raydetr.text import count, shortlist
 from raydetr.weights.checkpoint import read_checkpoint
 
 SCORES_FILE = "scores.json"  # in the confirmation's folder, by the number of the training
 LEAST_BUDGET = 6  # two candidates and the defaults with two seeds each
-PAIR = "confirms"  # the user attribute of a training: [trial of the search, seed]
 PLAN = "confirmation"  # the user attribute of the study: the Plan
 
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 SAMPLERS = ("tpe", "gp", "random", "cmaes")
 SCHEDULERS = ("asha", "median", "none", "pbt")
+PAIR = "confirms"  # the user attribute of a training of a confirmation: [trial of the confirmed search, seed]
 GIVEN_UP = "given up"  # the user attribute of a trial that the pruner stops
 # The user attribute for population-based training, a list of {"after": epoch, "from": trial, "settings": drawn}.
 TAKEN_OVER = "taken over"
@@ -325,12 +326,18 @@ class Search:
         return sorted(ended, key=lambda trial: (-(trial.value or 0.0), trial.number))
 
     def trial_name(self, number: int) -> str:
-        """Return a folder name that shows the drawn settings, such as ``003_lr=3e-4_eos=0.05``; trial 0 is ``000_default``."""
+        """Return a folder name that shows the drawn settings, such as ``003_lr=3e-4_eos=0.05``; trial 0 is ``000_default``.
+
+        In a confirmation it begins with the trial of the confirmed search and the seed: ``017_seed=2_lr=3e-4``.
+        """
         if number == 0:
             return "000_default"
-        drawn = self.frozen()[number].params
-        parts = (f"{_short(name)}={compact(drawn[name])}" for name in self.space.names if name in drawn)
-        return re.sub(r"[^\w=.+-]+", "-", "_".join([f"{number:03d}", *parts]))[:100]
+        trial = self.frozen()[number]
+        setting, *seeds = trial.user_attrs.get(PAIR, [number])
+        start = [f"{setting:03d}", *(f"seed={seed}" for seed in seeds)]
+        names = [name for name in self.space.names if name in trial.params and not (seeds and name == "run.seed")]
+        parts = (f"{_short(name)}={compact(trial.params[name])}" for name in names)
+        return re.sub(r"[^\w=.+-]+", "-", "_".join([*start, *parts]))[:100]
 
 
 def create_search(

@@ -1,14 +1,17 @@
 """Logs of a training run for people: TensorBoard events, and log.txt in the format of the official DETR.
 
-The step of all TensorBoard events is the number of optimizer steps taken so far, by which a resumed run hides events that an interrupted
-process wrote after its last checkpoint. Tags:
+The step of all TensorBoard events is the number of training images seen so far. It is the same after the same epoch, so that the curves of
+runs with different batch sizes or numbers of workers lie over one another. By it a resumed run hides events that an interrupted process
+wrote after its last checkpoint. Tags:
 
 - per step: ``train/loss`` (weighted sum), ``train/loss_ce``, ``train/loss_bbox``, ``train/loss_giou`` (unweighted),
   ``train/class_error``, ``train/cardinality_error``, ``train/grad_norm``, ``lr/transformer``, ``lr/backbone``,
   ``speed/images_per_second``;
 - per epoch: their means under ``train_epoch/``, the same losses and errors under ``val/``, ``val/AP`` and the other eleven COCO
-  numbers, ``val/AP/<category>``, ``epoch``, the curve ``val/precision_recall``, and in some epochs ``pictures/<file name>``;
-- once: the settings as text and as hparams, and the layout of the custom scalars.
+  numbers, ``val/AP/<category>``, ``best/AP`` (the highest so far), ``epoch``, the curve ``val/precision_recall``, and in some epochs
+  ``pictures/<file name>``;
+- once: the settings as text and as hparams, and the layout of the custom scalars;
+- at the end: ``errors`` as text, and ``errors/<file name>``, the images with the most errors.
 """
 
 import io
@@ -17,19 +20,20 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from raydetr.config import SETTINGS, Config, flatten, to_dict
+from raydetr.config import PATH_SETTINGS, SETTINGS, Config, flatten, preset_settings, to_dict
 from raydetr.data.coco import CocoImages
 from raydetr.data.images import image_path
 from raydetr.draw import Box, category_colours, draw_boxes
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, stats
+from raydetr.text import compact
 from raydetr.files import atomic_write
 from raydetr.training.engine import Detections
 from raydetr.training.metrics import LOSSES
@@ -40,7 +44,7 @@ STEP_TAGS = {
     "lr_backbone": "lr/backbone",
     "images_per_second": "speed/images_per_second",
 }
-HPARAM_METRICS = ("val/AP", "val/AP50", "val/AP75", "val/loss_ce", "val/loss_bbox", "val/loss_giou")
+HPARAM_METRICS = ("best/AP", "val/AP", "val/AP50", "val/AP75", "val/loss_ce", "val/loss_bbox", "val/loss_giou")
 
 PICTURE_SIDE = 640  # longest side of the images in TensorBoard (pixels)
 PICTURE_SCORE = 0.5  # lowest score of a box that is drawn
@@ -52,18 +56,18 @@ class Tracker:
     Args:
         folder: Folder of the event files; created if it does not exist.
         config: The settings of the run.
-        step: Number of optimizer steps that the run has taken. Events of later steps, by an earlier process, are hidden.
+        seen: Number of training images that the run has seen. Later events, by an earlier process, are hidden.
         searched: The settings that the HPARAMS page shows, by dotted name, with their domains: ``(low, high)`` or a list of values.
             Default: all settings.
     """
 
-    def __init__(self, folder: Path, config: Config, step: int = 0, searched: Mapping[str, tuple | list] | None = None):
+    def __init__(self, folder: Path, config: Config, seen: int = 0, searched: Mapping[str, tuple | list] | None = None):
         folder.mkdir(parents=True, exist_ok=True)
         before = list(folder.glob("*tfevents*"))
-        if not step:  # the run starts again after a first epoch that was interrupted
+        if not seen:  # the run starts again after a first epoch that was interrupted
             while before:
                 before.pop().unlink()
-        self._events = _Events(folder, step + 1 if before else None)
+        self._events = _Events(folder, seen + 1 if before else None)
         self._settings = {name: _plain(value) for name, value in flatten(to_dict(config)).items()}
         self._searched = searched
         if not before:
@@ -83,44 +87,79 @@ class Tracker:
         shown = {name: self._settings[name] for name in domains}
         discrete = {name: [_plain(value) for value in domain] for name, domain in domains.items() if isinstance(domain, list)}
         experiment, start, end = summary().hparams(shown, dict.fromkeys(HPARAM_METRICS, 0.0), discrete)
-        _set_intervals(experiment, {name: domain for name, domain in domains.items() if isinstance(domain, tuple)})
+        changed = self._changed() if self._searched is None else self._searched
+        _complete_hparams(experiment, start, domains, changed, "" if self._searched is None else self._group())
         return experiment, start, end
 
-    def log_step(self, numbers: dict[str, float]) -> None:
-        """Write the numbers of a step, as :func:`raydetr.training.engine.train_one_epoch` shows them."""
-        self._scalars(int(numbers["step"]), {tag: numbers[name] for name, tag in STEP_TAGS.items()})
+    def _changed(self) -> list[str]:
+        """Return the settings of a plain run that are not the defaults of its network, without those that name folders."""
+        defaults = {name: _plain(value) for name, value in preset_settings(str(self._settings["model.preset"])).items()}
+        named = (*PATH_SETTINGS, "run.name")
+        return [name for name, value in self._settings.items() if value != defaults[name] and name not in named]
+
+    def _group(self) -> str:
+        """Return the name of a trial on the HPARAMS page, which shows its beginning only: ``003 lr=2.7e-4``.
+
+        Trials that differ in nothing but their seed have the same name: TensorBoard shows the means of such a group.
+        """
+        number = str(self._settings["run.name"]).partition("_")[0]
+        drawn = [name for name in self._searched or () if name != "run.seed"]
+        values = [f"{name.split('.')[1]}={compact(self._settings[name])}" for name in drawn]
+        return " ".join([number, *(values if number.strip("0") else ["defaults"])])
+
+    def log_step(self, seen: int, numbers: dict[str, float]) -> None:
+        """Write the numbers of a step.
+
+        Args:
+            seen: Number of training images seen so far.
+            numbers: As :func:`raydetr.training.engine.train_one_epoch` shows them.
+        """
+        self._scalars(seen, {tag: numbers[name] for name, tag in STEP_TAGS.items()})
 
     def log_epoch(
-        self, step: int, epoch: int, train: dict[str, float], val: dict[str, float], metrics: dict[str, Any], curve: dict
+        self,
+        seen: int,
+        epoch: int,
+        train: dict[str, float],
+        val: dict[str, float],
+        metrics: dict[str, Any],
+        curve: dict,
+        best: float | None,
     ) -> None:
         """Write the numbers of an epoch.
 
         Args:
-            step: Number of optimizer steps taken so far.
+            seen: Number of training images seen so far.
             epoch: Number of the epoch, from 1.
             train: Means over the epoch, of :func:`raydetr.training.engine.train_one_epoch`.
             val: Losses, of :func:`raydetr.training.engine.evaluate`.
             metrics: Of :func:`raydetr.evaluate.coco.summarize`.
             curve: Of :func:`raydetr.evaluate.coco.precision_recall`.
+            best: The highest AP so far; None if it is unknown.
         """
-        scalars = {"epoch": epoch}
+        scalars: dict[str, float | None] = {"epoch": epoch, "best/AP": best}
         scalars |= {f"train_epoch/{name}": train[name] for name in (*LOSSES, "grad_norm")}
         scalars |= {f"val/{name}": val[name] for name in LOSSES}
         scalars |= {f"val/{name}": metrics[name] for name in METRICS}
         scalars |= dict(zip(("val/AP_low", "val/AP_high"), metrics.get("AP_interval") or (None, None), strict=True))
         scalars |= {f"val/AP/{category}": numbers["AP"] for category, numbers in metrics["per_category"].items()}
-        self._scalars(step, scalars)
+        self._scalars(seen, scalars)
         hits, false, missed = (curve[name] for name in ("true_positives", "false_positives", "false_negatives"))
         counts = (hits, false, 0 * hits, missed)  # detection has no true negatives
         event = summary().pr_curve_raw("val/precision_recall", *counts, curve["precision"], curve["recall"], num_thresholds=len(hits))
-        self._events.add(event, step)
+        self._events.add(event, seen)
 
-    def log_pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
+    def log_text(self, seen: int, tag: str, markdown: str) -> None:
+        """Write a text in Markdown after so many training images."""
+        self._events.add(summary().text(tag, markdown), seen)
+
+    def log_pictures(self, seen: int, pictures: dict[str, Image.Image], group: str = "pictures") -> None:
         """Write images to TensorBoard as JPEG.
 
         Args:
-            step: Number of optimizer steps taken so far.
-            pictures: Images by file name, which becomes the end of the tag ``pictures/NAME``.
+            seen: Number of training images seen so far.
+            pictures: Images by file name, which becomes the end of the tag ``GROUP/NAME``.
+            group: The beginning of the tag.
         """
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]  # protobuf defines it at run time
 
@@ -129,14 +168,14 @@ class Tracker:
             encoded = io.BytesIO()
             picture.save(encoded, "JPEG", quality=90, subsampling=0)  # coloured lines stay sharp
             image = Summary.Image(height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encoded.getvalue())
-            self._events.add(Summary(value=[Summary.Value(tag=f"pictures/{name}", image=image)]), step)
+            self._events.add(Summary(value=[Summary.Value(tag=f"{group}/{name}", image=image)]), seen)
 
-    def _scalars(self, step: int, scalars: dict[str, float | None]) -> None:
+    def _scalars(self, seen: int, scalars: dict[str, float | None]) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]  # protobuf defines it at run time
 
         # One event for all: one for each would take a tenth of a small model's step.
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items() if value is not None]
-        self._events.add(Summary(value=values), step)
+        self._events.add(Summary(value=values), seen)
 
     def flush(self) -> None:
         """Write everything so far to the disk."""
@@ -204,20 +243,33 @@ def _plain(value: Any) -> str | int | float:
     return value if isinstance(value, (int, float, str)) else "null"
 
 
-def _set_intervals(experiment, intervals: Mapping[str, tuple[float, float]]) -> None:
-    """Add to an experiment's summary the intervals that torch has no argument for."""
+def _complete_hparams(experiment, start, domains: Mapping[str, Any], first: Iterable[str], group: str) -> None:
+    """Add to the summaries of hparams what torch has no argument for.
+
+    Args:
+        experiment: The summary that describes the hparams.
+        start: The summary of the run's own values.
+        domains: The domain of each hparam; ``(low, high)`` is an interval.
+        first: The hparams that TensorBoard shows before the others.
+        group: The name of the run's group; empty: the run's own name.
+    """
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]  # protobuf defines it at run time
 
-    plugin = experiment.value[0].metadata.plugin_data
-    content = HParamsPluginData.FromString(plugin.content)
+    first = set(first)
+    described, own = (summary.value[0].metadata.plugin_data for summary in (experiment, start))
+    content = HParamsPluginData.FromString(described.content)
     for info in content.experiment.hparam_infos:
-        if info.name in intervals:
-            info.domain_interval.min_value, info.domain_interval.max_value = intervals[info.name]
-    plugin.content = content.SerializeToString()
+        info.differs = info.name in first
+        if isinstance(domain := domains[info.name], tuple):
+            info.domain_interval.min_value, info.domain_interval.max_value = domain
+    described.content = content.SerializeToString()
+    content = HParamsPluginData.FromString(own.content)
+    content.session_start_info.group_name = group
+    own.content = content.SerializeToString()
 
 
 def custom_scalars() -> dict[str, dict[str, list]]:
-    """Return the layout of TensorBoard's custom scalars: charts of AP, and of losses. Tags are regular expressions there."""
+    """Return the layout of TensorBoard's custom scalars: charts of AP, and of each loss. Tags are regular expressions there."""
 
     def together(*tags: str) -> list:
         return ["Multiline", [f"^{tag}$" for tag in tags]]
@@ -230,7 +282,9 @@ def custom_scalars() -> dict[str, dict[str, list]]:
             "AP by category": together("val/AP/.*"),
             "AR": together("val/AR1", "val/AR10", "val/AR100"),
         },
-        "losses": {name: together(f"train/{name}", f"train_epoch/{name}", f"val/{name}") for name in LOSSES},
+        # Not both in one chart: with several runs nobody could tell the curves apart.
+        "validation": {name: together(f"val/{name}") for name in LOSSES},
+        "training": {name: together(f"train_epoch/{name}") for name in LOSSES},
     }
 
 
@@ -244,17 +298,23 @@ class Pictures:
 
     def __init__(self, dataset: CocoImages, number: int):
         images = dataset.coco["images"]
-        number = min(number, len(images))
-        self._images = [images[index * len(images) // number] for index in range(number)]
+        self.number = min(number, len(images))
+        self._shown = [images[index * len(images) // self.number]["id"] for index in range(self.number)]
+        self._images = {image["id"]: image for image in images}
         self._dataset = dataset
         self._names = {category["id"]: category["name"] for category in dataset.categories}
         self._resized: dict[int, tuple[Image.Image, float]] = {}  # by image id: the image, and its size relative to the original
 
-    def draw(self, detections: Detections) -> dict[str, Image.Image]:
-        """Return the images, by file name, with true boxes and the detections whose score is ``PICTURE_SCORE`` or more."""
+    def draw(self, detections: Detections, image_ids: Collection[int] | None = None) -> dict[str, Image.Image]:
+        """Return images, by file name, with true boxes and the detections whose score is ``PICTURE_SCORE`` or more.
+
+        Args:
+            detections: The detections in the validation set.
+            image_ids: Which images to draw; None: those that are spread over the set.
+        """
         labels = [category["id"] for category in self._dataset.categories]
         drawn = {}
-        for image in self._images:
+        for image in (self._images[image_id] for image_id in (self._shown if image_ids is None else image_ids)):
             picture, scale = self._picture(image)
             true = [each for each in self._dataset.coco["annotations"] if each["image_id"] == image["id"] and not each["iscrowd"]]
             row = detections.image_ids.searchsorted(image["id"])
