@@ -117,8 +117,8 @@ def search_sentences(search: Search, path: str) -> tuple[str, list[str]]:
         return f"No trial beats the default settings (trial 0): {reached}, and so do they.", []
     ranked = len(search.ranked())
     lead = (
-        f"Not confirmed: a gain is not shown yet. {reached[0].upper()}{reached[1:]} and the default settings {points(default.value)}, but "
-        f"these {gain(best.value, default.value)} {metric} are the luckiest of {count(ranked, 'trial')}."
+        f"Not confirmed: {reached} and the default settings {points(default.value)}, but the best of {count(ranked, 'trial')} owes part of "
+        f"these {gain(best.value, default.value)} {metric} to luck, so no gain is shown yet."
     )
     return lead, [
         "Expect less on other images and with another seed. What is left of the difference, several trainings of both settings with new "
