@@ -373,5 +373,5 @@ def test_processes_that_start_together_fetch_once(store, coco_folder):
 
 def test_a_report_of_nothing_is_one_line(store):
     put(f"{store.uri}/search", notes="nothing")
-    with pytest.raises(UserError, match="holds no search"):
+    with pytest.raises(UserError, match=r"holds neither a run nor a search \(config.yaml is missing\)"):
         report([f"{store.uri}/search"])
