@@ -602,18 +602,23 @@ def check_submitted(command: Sequence[str]) -> None:
             )
 
 
-@cli.command(short_help="Write the report of a search.")
-@click.argument("searches", nargs=-1, required=True, type=click.Path(), metavar="SEARCH...")
+@cli.command(short_help="Write the report of a run or a search.")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(), metavar="RUN_OR_SEARCH...")
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="The file to write (default: report.html, in SEARCH or, for several searches, in the current folder).",
+    help="The file to write (default: report.html, in RUN_OR_SEARCH or, for several, in the current folder).",
 )
-def report(searches: tuple[str, ...], out: Path | None) -> None:
-    """Write charts and tables of a search, or of several side by side, to one HTML file."""
-    from raydetr.search.report import report
+@click.option("--data", metavar="FOLDER", help="Where the data set is now (default: where it was at the training).")
+@click.option("--errors/--no-errors", default=True, show_default=True, help="Whether to show the errors of the best weights.")
+def report(paths: tuple[str, ...], out: Path | None, data: str | None, errors: bool) -> None:
+    """Write what a run or a search found, or several side by side, to one HTML file: curves, what they say, errors, charts, costs.
 
-    click.echo(f"report written to {report(searches, out)}")
+    Example: raydetr report runs/first runs/second --out compared.html
+    """
+    from raydetr.report.report import report
+
+    click.echo(f"report written to {report(paths, out, data={'data.path': data} if data else None, errors=errors)}")
 
 
 @cli.command(short_help="List runs and searches.")

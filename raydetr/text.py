@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Iterable
+from typing import Any
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:
@@ -38,6 +39,20 @@ def one_line(text: object, longest: int = 300) -> str:
     """
     line = " ".join(str(text).split())
     return line if len(line) <= longest else f"... {line[-longest:]}"
+
+
+def compact(value: Any) -> str:
+    """Return a setting or another value in few characters: ``0.05``, ``3.2e-4``, ``cosine``; a list as ``480, 512``."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if not isinstance(value, float):
+        return str(value)
+    if value == 0 or 0.01 <= abs(value) < 1000:
+        return f"{value:.3g}"
+    if 1000 <= abs(value) < 100_000:
+        return f"{value:.0f}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 def fold_name(name: str) -> str:

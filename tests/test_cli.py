@@ -8,7 +8,7 @@ from raydetr.cli import cli, main, setting_name
 from raydetr.config import SETTINGS
 
 COMMANDS = ["data convert", "data check", *(name for name in cli.commands if name != "data")]
-HEAVY = ("torch", "ray", "optuna", "pandas", "plotly", "tensorboard", "pyarrow", "PIL")
+HEAVY = ("torch", "ray", "optuna", "pandas", "tensorboard", "pyarrow", "PIL")
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

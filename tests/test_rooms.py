@@ -16,7 +16,7 @@ FLOORS = [
     {"weights", "evaluate"},
     {"training"},
     {"predict", "search"},
-    {"launch", "export"},
+    {"launch", "export", "report"},
     {"demo"},
     {"cli"},
 ]

@@ -10,7 +10,7 @@ from raydetr import config, storage
 from raydetr.data.check.check import check
 from raydetr.data.coco import find_split
 from raydetr.errors import UserError
-from raydetr.search.report import report
+from raydetr.report.report import report
 from raydetr.storage import copy, fetch, fetched, join, push, working_folder
 
 pytest_plugins = "tests.stores"
@@ -375,5 +375,5 @@ def test_processes_that_start_together_fetch_once(store, coco_folder):
 
 def test_a_report_of_nothing_is_one_line(store):
     put(f"{store.uri}/search", notes="nothing")
-    with pytest.raises(UserError, match="holds no search"):
+    with pytest.raises(UserError, match=r"holds neither a run nor a search \(config.yaml is missing\)"):
         report([f"{store.uri}/search"])

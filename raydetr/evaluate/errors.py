@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from raydetr.evaluate.coco import Evaluation, category_names
-from raydetr.evaluate.intervals import overall, weighted_metrics
+from raydetr.evaluate.coco import Evaluation, category_names, summarize
+from raydetr.evaluate.intervals import overall, weighted_metrics, with_intervals
 from raydetr.evaluate.matches import coco_eval
+from raydetr.text import count
 
 KINDS = {
     "Cls": "classification",
@@ -30,6 +31,15 @@ KINDS = {
     "Bkg": "background",
     "Miss": "missed",
 }
+MEANINGS = {
+    "classification": "right box, wrong category",
+    "localization": "right category, loose box",
+    "both": "wrong category, loose box",
+    "duplicate": "found before",
+    "background": "nothing is there",
+    "missed": "not found",
+}
+SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
 CROWDED = (1, 2, 4, 8, 16)  # the smallest number of objects per image in each group of images
 SURE = 0.5  # lowest score of a detection that counts, by default
 
@@ -125,12 +135,12 @@ def calibration(evaluation: Evaluation, bins: int = 10) -> dict[str, Any]:
     return {"error": found["ece"], "bins": rows}
 
 
-def worst_images(evaluation: Evaluation, count: int = 12, min_score: float = SURE) -> list[dict[str, Any]]:
+def worst_images(evaluation: Evaluation, most: int = 12, min_score: float = SURE) -> list[dict[str, Any]]:
     """Return the images with the most errors, the worst first. Images without an error are left out.
 
     Args:
         evaluation: The result of :func:`raydetr.evaluate.coco.run_coco_eval`.
-        count: Number of images to return at most.
+        most: Number of images to return at most.
         min_score: Lowest score of a detection that counts.
 
     Returns:
@@ -144,7 +154,7 @@ def worst_images(evaluation: Evaluation, count: int = 12, min_score: float = SUR
     false = np.bincount(matches.image[sure & ~matches.matched[0, 0] & ~matches.ignored[0, 0]], minlength=images)
     missed = matches.objects[0].sum(1) - hits
     order = np.lexsort((np.arange(images), -(false + missed)))
-    numbers = [(evaluation.image_ids[image], int(hits[image]), int(false[image]), int(missed[image])) for image in order[:count]]
+    numbers = [(evaluation.image_ids[image], int(hits[image]), int(false[image]), int(missed[image])) for image in order[:most]]
     return [dict(zip(("image_id", "hits", "false", "missed"), each, strict=True)) for each in numbers if each[2] + each[3]]
 
 
@@ -235,3 +245,68 @@ def _via_region(suspect: dict[str, Any], names: Mapping[Any, str]) -> dict:
     x, y, width, height = suspect["bbox"]
     attributes = {"name": names[suspect["category_id"]], "suspect": suspect["kind"], "score": f"{suspect['score']:.2f}"}
     return {"shape_attributes": {"name": "rect", "x": x, "y": y, "width": width, "height": height}, "region_attributes": attributes}
+
+
+def error_numbers(evaluation: Evaluation, coco: dict) -> dict[str, Any]:
+    """Return everything that this module finds, as JSON can hold it.
+
+    Args:
+        evaluation: The evaluation of the detections.
+        coco: Its data set.
+    """
+    categories = coco["categories"]
+    names, counts = confusion(evaluation, categories)
+    return {
+        "metrics": with_intervals(summarize(evaluation, categories), evaluation, categories),
+        "lost_AP50": lost_ap(evaluation),
+        "confusion": {"categories": names, "counts": counts.tolist(), "min_score": SURE},
+        "precision_at_recall": {
+            name: None if curve is None else [round(float(each), 6) for each in curve]
+            for name, curve in category_curves(evaluation, categories).items()
+        },
+        "AP_by_objects": ap_by_objects(evaluation),
+        "calibration": calibration(evaluation),
+        "worst_images": worst_images(evaluation),
+        "suspects": suspected_labels(evaluation, coco),
+    }
+
+
+def first_sentence(numbers: Mapping[str, Any]) -> str:
+    """Return the AP with its interval, and which kind of error costs most."""
+    metrics = numbers["metrics"]
+    images = count(numbers["images"], f"{SPLIT_NAMES[numbers['split']]} image")
+    if metrics["AP"] is None:
+        return f"The {images} hold no object to find."
+    interval = metrics["AP_interval"]
+    known = "" if interval is None else f" (95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+    kind, worst = max(numbers["lost_AP50"].items(), key=lambda each: each[1]["AP"])
+    if worst["AP"] > 0:
+        most = f"; {kind} errors cost most, {100 * worst['AP']:.1f} of AP50"
+    else:  # everything is found, or nothing is
+        most = "" if metrics["AP50"] else "; no object is found"
+    return f"AP {100 * metrics['AP']:.1f}{known} on {images}{most}."
+
+
+def errors_markdown(numbers: Mapping[str, Any], file_names: Mapping[Any, str]) -> str:
+    """Return the errors as a page in Markdown, for TensorBoard.
+
+    Args:
+        numbers: Those of :func:`error_numbers` with ``images`` and ``split``.
+        file_names: The name of each image's file by its id.
+    """
+    lines = [first_sentence(numbers), "", "| error | how often | AP50 lost | meaning |", "|---|---|---|---|"]
+    lost = sorted(numbers["lost_AP50"].items(), key=lambda each: -each[1]["AP"])
+    lines += [f"| {kind} | {each['count']} | {100 * each['AP']:.1f} | {MEANINGS[kind]} |" for kind, each in lost]
+    if numbers["worst_images"]:
+        lines += ["", f"Images with the most errors, at a score of {SURE} or more:", ""]
+        lines += ["| image | found | missed | false |", "|---|---|---|---|"]
+        worst = numbers["worst_images"]
+        lines += [f"| {_cell(file_names[each['image_id']])} | {each['hits']} | {each['missed']} | {each['false']} |" for each in worst]
+    if numbers["suspects"]:
+        lines += ["", f"{count(len(numbers['suspects']), 'label')} may be wrong or missing; raydetr errors shows them."]
+    return "\n".join(lines)
+
+
+def _cell(name: str) -> str:
+    """Return a file name for a table of Markdown, which a bar in it would break."""
+    return name.replace("|", "\\|")

@@ -53,14 +53,13 @@ from raydetr.search.confirm import (
     sentence,
 )
 from raydetr.search.space import Space, read_space
-from raydetr.search.study import AS_A_RUN, STUDY_FILE, Search, create_search, open_search
+from raydetr.search.study import AS_A_RUN, CONFIRMED, STUDY_FILE, Search, create_search, open_search
 from raydetr.storage import absolute, fetch, join, working_folder
 from raydetr.text import count, shortlist
 from raydetr.weights.checkpoint import read_checkpoint
 
 SCORES_FILE = "scores.json"  # in the confirmation's folder; its keys are the numbers of the trainings
 LEAST_BUDGET = 6  # two candidates and the defaults with two seeds each
-TRAINING = "confirms"  # the user attribute of a training: [trial of the search, seed, fold]
 PLAN = "confirmation"  # the user attribute of the study: the Plan
 
 
@@ -302,7 +301,7 @@ def _train_and_score(confirmation: Search, search: Search, plan: Plan, split: st
         for (setting, seed), fold in itertools.product(wanted, plan.parts):
             if (setting, seed, fold) not in known:
                 point = _point(search, confirmation, setting, seed, fold)
-                confirmation.study.enqueue_trial(point, user_attrs={TRAINING: [setting, seed, fold], "origin": "given point"})
+                confirmation.study.enqueue_trial(point, user_attrs={CONFIRMED: [setting, seed, fold], "origin": "given point"})
         confirmation.extend(len(confirmation.frozen()))
         if not all(trial.state.is_finished() for trial in confirmation.frozen()):
             images = images or share_images(base)
@@ -313,7 +312,7 @@ def _train_and_score(confirmation: Search, search: Search, plan: Plan, split: st
 
 def _training(trial: FrozenTrial, plan: Plan) -> tuple[int, int, int | None]:
     """Return which trial of the search, with which seed and fold, a training repeats; the first one is the defaults' own."""
-    setting, seed, *fold = trial.user_attrs.get(TRAINING, (DEFAULTS, plan.seeds[0], plan.parts[0]))
+    setting, seed, *fold = trial.user_attrs.get(CONFIRMED, (DEFAULTS, plan.seeds[0], plan.parts[0]))
     return setting, seed, fold[0] if fold else None
 
 

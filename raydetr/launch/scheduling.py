@@ -29,14 +29,13 @@ from raydetr.launch.nodes import NO_MEMORY, is_node_failure
 from raydetr.launch.signals import Received
 from raydetr.launch.slots import Demands, Slots, slots_on
 from raydetr.launch.train import OUT_OF_MEMORY, RAY_FOLDER, TWICE
-from raydetr.search.study import Search
+from raydetr.search.study import TRIALS_FOLDER, Search
 from raydetr.search.trials import TrialsDisplay
 from raydetr.storage import LAST, OWNER, copy, fetch, is_uri, join, push, remove_tokens, working_folder
 from raydetr.text import count
 from raydetr.training.metrics import REPORTED, WHERE
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
 
-TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
 RESUME_STATE = ("optimizer", "lr_scheduler", "scaler", "ema", "trained", "random")  # entries of a checkpoint that only resuming needs
 TURNS = 4  # parts of a run in population-based training; after each, a trial may take over another's weights
 ROOM_INTERVAL_S = 1.0  # between two counts of the cluster's free slots

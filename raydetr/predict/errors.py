@@ -19,29 +19,16 @@ from PIL import Image
 
 from raydetr.draw import Box, category_colours, draw_boxes
 from raydetr.errors import UserError
-from raydetr.evaluate.coco import Evaluation, category_names, run_coco_eval, summarize
-from raydetr.evaluate.errors import (
-    SURE,
-    ap_by_objects,
-    calibration,
-    category_curves,
-    confusion,
-    lost_ap,
-    suspected_labels,
-    suspects_as_coco,
-    suspects_as_via,
-    worst_images,
-)
-from raydetr.evaluate.intervals import with_intervals
+from raydetr.evaluate.coco import category_names, run_coco_eval
+from raydetr.evaluate.errors import MEANINGS, SPLIT_NAMES, SURE, error_numbers, first_sentence, suspects_as_coco, suspects_as_via
 from raydetr.files import atomic_write_text
 from raydetr.predict.gallery import GENERATOR, page_environment
 from raydetr.predict.score import Detected, detections_of
 from raydetr.text import count
 
 MOST_CATEGORIES = 12  # shown of the confusion matrix and of the curves; the rest is in errors.json
-MOST_SUSPECTS = 24  # drawn; all of them are in the files
-IMAGE_SIDE, SUSPECT_SIDE, LETTERS = 560, 280, 13  # pixels
-SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
+MOST_IMAGES, MOST_SUSPECTS = 12, 24  # drawn; all of them are in the files
+IMAGE_SIDE, LETTERS = 560, 13  # pixels
 
 
 def explain_errors(source: str | Path, out: str | Path, *layers: Mapping[str, Any], split: str = "val") -> str:
@@ -82,46 +69,6 @@ def explain_errors(source: str | Path, out: str | Path, *layers: Mapping[str, An
     return "\n".join([*(f"{note[0].upper()}{note[1:]}." for note in detected.notes), *lines])
 
 
-def error_numbers(evaluation: Evaluation, coco: dict) -> dict[str, Any]:
-    """Return everything that :mod:`raydetr.evaluate.errors` finds, as JSON can hold it.
-
-    Args:
-        evaluation: The evaluation of the detections.
-        coco: Its data set.
-    """
-    categories = coco["categories"]
-    names, counts = confusion(evaluation, categories)
-    return {
-        "metrics": with_intervals(summarize(evaluation, categories), evaluation, categories),
-        "lost_AP50": lost_ap(evaluation),
-        "confusion": {"categories": names, "counts": counts.tolist(), "min_score": SURE},
-        "precision_at_recall": {
-            name: None if curve is None else [round(float(each), 6) for each in curve]
-            for name, curve in category_curves(evaluation, categories).items()
-        },
-        "AP_by_objects": ap_by_objects(evaluation),
-        "calibration": calibration(evaluation),
-        "worst_images": worst_images(evaluation),
-        "suspects": suspected_labels(evaluation, coco),
-    }
-
-
-def first_sentence(numbers: Mapping[str, Any]) -> str:
-    """Return the AP with its interval, and which kind of error costs most."""
-    metrics = numbers["metrics"]
-    images = f"{numbers['images']} {SPLIT_NAMES[numbers['split']]} image{'' if numbers['images'] == 1 else 's'}"
-    if metrics["AP"] is None:
-        return f"The {images} hold no object to find."
-    interval = metrics["AP_interval"]
-    known = "" if interval is None else f" (95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
-    kind, worst = max(numbers["lost_AP50"].items(), key=lambda each: each[1]["AP"])
-    if worst["AP"] > 0:
-        most = f"; {kind} errors cost most, {100 * worst['AP']:.1f} of AP50"
-    else:  # everything is found, or nothing is
-        most = "" if metrics["AP50"] else "; no object is found"
-    return f"AP {100 * metrics['AP']:.1f}{known} on {images}{most}."
-
-
 def _write_json(file: Path, content: Any) -> None:
     atomic_write_text(file, json.dumps(content, indent=1) + "\n")
 
@@ -137,35 +84,59 @@ def errors_page(numbers: Mapping[str, Any], detected: Detected, headline: str) -
         detected: The data set and the detections.
         headline: The first sentence.
     """
-    painter = Painter(detected)
+    template = page_environment().get_template("errors.html")
+    return template.render(
+        generator=GENERATOR,
+        checkpoint=numbers["checkpoint"],
+        split=SPLIT_NAMES[numbers["split"]],
+        notes=numbers["notes"],
+        headline=headline,
+        errors=errors_content(numbers, detected, files="suspects_coco.json and suspects_via.json hold them for a labeling tool."),
+    )
+
+
+def errors_content(
+    numbers: Mapping[str, Any],
+    detected: Detected,
+    files: str,
+    most_images: int = MOST_IMAGES,
+    most_suspects: int = MOST_SUSPECTS,
+    image_side: int = IMAGE_SIDE,
+) -> dict[str, Any]:
+    """Return what the template ``errors_sections.html`` shows.
+
+    Args:
+        numbers: Those of :func:`raydetr.evaluate.errors.error_numbers`.
+        detected: The data set and the detections.
+        files: A sentence that says where the suspected labels can be had.
+        most_images: The number of images to draw.
+        most_suspects: The number of suspected labels to draw.
+        image_side: Longest side of a drawn image in pixels; a suspected label gets half of it.
+    """
+    painter = Painter(detected, image_side)
     shown, matrix = _most_confused(**{name: numbers["confusion"][name] for name in ("categories", "counts")})
     per_category = numbers["metrics"]["per_category"]
     known = [name for name, each in per_category.items() if each["AP"] is not None]
     known.sort(key=lambda name: per_category[name]["AP"])
     names = category_names(detected.coco["categories"])
-    return (
-        page_environment()
-        .get_template("errors.html")
-        .render(
-            generator=GENERATOR,
-            numbers=numbers,
-            headline=headline,
-            split=SPLIT_NAMES[numbers["split"]],
-            metrics=numbers["metrics"],
-            largest=max(each["AP"] for each in numbers["lost_AP50"].values()) or 1.0,
-            confused=shown,
-            matrix=matrix,
-            curves={name: numbers["precision_at_recall"][name] for name in known[:MOST_CATEGORIES]},
-            categories_left_out=max(0, len(known) - MOST_CATEGORIES),
-            worst=[each | painter.draw_image(each["image_id"]) for each in numbers["worst_images"]],
-            suspects=[
-                suspect | painter.draw_suspect(suspect) | {"name": names[suspect["category_id"]]}
-                for suspect in numbers["suspects"][:MOST_SUSPECTS]
-            ],
-            names=names,
-            sure=SURE,
-        )
-    )
+    return {
+        "numbers": numbers,
+        "metrics": numbers["metrics"],
+        "meanings": MEANINGS,
+        "largest": max(each["AP"] for each in numbers["lost_AP50"].values()) or 1.0,
+        "confused": shown,
+        "matrix": matrix,
+        "curves": {name: numbers["precision_at_recall"][name] for name in known[:MOST_CATEGORIES]},
+        "categories_left_out": max(0, len(known) - MOST_CATEGORIES),
+        "worst": [each | painter.draw_image(each["image_id"]) for each in numbers["worst_images"][:most_images]],
+        "suspects": [
+            suspect | painter.draw_suspect(suspect) | {"name": names[suspect["category_id"]]}
+            for suspect in numbers["suspects"][:most_suspects]
+        ],
+        "files": files,
+        "names": names,
+        "sure": SURE,
+    }
 
 
 def _most_confused(categories: Sequence[str], counts: Sequence[Sequence[int]]) -> tuple[list[str], list[list[int]]]:
@@ -182,9 +153,11 @@ class Painter:
 
     Args:
         detected: The data set and the detections; those with a score below ``SURE`` are not drawn.
+        side: Longest side of a drawn image in pixels; a suspected label gets half of it.
     """
 
-    def __init__(self, detected: Detected):
+    def __init__(self, detected: Detected, side: int = IMAGE_SIDE):
+        self._side = side
         self._dataset = detected.dataset
         self._names = category_names(detected.coco["categories"])
         self._colours = category_colours(self._names.values())
@@ -201,7 +174,7 @@ class Painter:
     def draw_image(self, image_id: Any) -> dict[str, Any]:
         """Return ``file_name``, ``picture`` (a data URI), ``width`` and ``height`` of an image with all its boxes."""
         picture = self._read(image_id)
-        scale = min(1.0, IMAGE_SIDE / max(picture.size))
+        scale = min(1.0, self._side / max(picture.size))
         small = picture.resize([max(1, round(side * scale)) for side in picture.size])
         found = [self._box(each, scale) for each in self._found.get(image_id, ())]
         true = [self._box(each, scale) for each in self._true.get(image_id, ())]
@@ -215,7 +188,7 @@ class Painter:
         left, top = max(0, round(x - margin)), max(0, round(y - margin))
         right, bottom = min(picture.width, round(x + width + margin)), min(picture.height, round(y + height + margin))
         part = picture.crop((left, top, max(left + 1, right), max(top + 1, bottom)))
-        scale = SUSPECT_SIDE / max(part.size)
+        scale = self._side / 2 / max(part.size)
         part = part.resize([max(1, round(side * scale)) for side in part.size])
         box = self._box({**suspect, "bbox": [x - left, y - top, width, height]}, scale)
         return self._shown(suspect["image_id"], draw_boxes(part, [box], [], self._colours, LETTERS / max(part.size), False))

@@ -93,9 +93,9 @@ def _threshold_text(threshold: float | None) -> str:
     return f"{threshold:.2f}" if round(threshold, 2) == threshold else f"{threshold:g}"
 
 
-def page_environment() -> jinja2.Environment:
-    """Return what renders the pages of this package; all text is escaped."""
-    loader = jinja2.PackageLoader("raydetr.predict", "")
+def page_environment(*packages: str) -> jinja2.Environment:
+    """Return what renders the pages of this package, and those of ``packages`` that share its templates; all text is escaped."""
+    loader = jinja2.ChoiceLoader([jinja2.PackageLoader(package, "") for package in ("raydetr.predict", *packages)])
     return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
 
 

@@ -1,6 +1,7 @@
 """What there is and how it goes: the runs and searches below a folder or in an object store, and the status of a search."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -12,12 +13,14 @@ from rich.table import Table
 
 from raydetr.config import by_name, read_config
 from raydetr.errors import UserError
-from raydetr.search.study import CONFIG_FILE, STATE_NAMES, STUDY_FILE, Search, compact, epochs_of, reported_metrics, top_trials
+from raydetr.search.confirm import VERDICT_FILE, read_verdict
+from raydetr.search.study import CONFIG_FILE, STATE_NAMES, STUDY_FILE, TRIALS_FOLDER, Search, epochs_of, top_trials
 from raydetr.storage import OWNER, fetched, file_sizes
-from raydetr.text import count
+from raydetr.text import compact, count, shortlist
 from raydetr.training.metrics import METRICS
 
 LOG_FILE = "log.txt"
+MOST_SETTINGS = 5  # of those that differ, in a row of the table; the JSON has all of them
 SORTED_BY = {"name": False, "kind": False, "state": False, "epochs": True, "best": True, "when": True, "size": True}  # True: largest first
 
 
@@ -38,12 +41,12 @@ def list_runs(storage: str) -> list[dict[str, Any]]:
     sizes = file_sizes(storage)
     folders = [str(PurePosixPath(name).parent) for name in sizes if PurePosixPath(name).name == CONFIG_FILE]
     searches = {folder for folder in folders if f"{folder}/{STUDY_FILE}".removeprefix("./") in sizes}
-    for pattern in (f"*{CONFIG_FILE}", f"*{LOG_FILE}", f"*{STUDY_FILE}", "*space.yaml"):
+    for pattern in (f"*{CONFIG_FILE}", f"*{LOG_FILE}", f"*{STUDY_FILE}", "*space.yaml", f"*{VERDICT_FILE}"):
         local = fetched(storage, only=pattern)
     rows, values = [], []
     for folder in sorted(folders):
-        if folder not in searches and any(str(parent) in searches for parent in PurePosixPath(folder).parents):
-            continue  # a trial
+        if any(str(parent) in searches for parent in PurePosixPath(folder).parents if str(parent) != folder):
+            continue  # a trial, or the confirmation of a search
         prefix = "" if folder == "." else f"{folder}/"
         row = {"name": folder if prefix else local.resolve().name, "size": sum(sizes[name] for name in sizes if name.startswith(prefix))}
         try:
@@ -60,16 +63,8 @@ def list_runs(storage: str) -> list[dict[str, Any]]:
 
 def _run_row(folder: Path, settings: Mapping[str, Any], owned: bool) -> dict[str, Any]:
     log = folder / LOG_FILE
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    scores = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-            interval = [entry["test_AP_low"], entry["test_AP_high"]] if "test_AP_low" in entry else None
-            scores.append((entry["test_coco_eval_bbox"][list(METRICS).index("AP")], interval))
-        except (ValueError, LookupError, TypeError, AttributeError):  # the last line of a run that is being written, or a damaged one
-            continue
-    best, interval = max(scores, key=lambda score: score[0], default=(None, None))
+    lines = _lines_of(log)
+    best, interval = _best_of(lines)
     state = "unfinished" if owned else "finished" if lines else "empty"
     changed = log if lines else folder / CONFIG_FILE
     return {
@@ -82,26 +77,45 @@ def _run_row(folder: Path, settings: Mapping[str, Any], owned: bool) -> dict[str
     }
 
 
+def _lines_of(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines() if log.is_file() else []
+
+
+def _best_of(lines: Sequence[str]) -> tuple[float | None, list[float] | None]:
+    """Return the highest AP in the lines of a log.txt, and its interval; None where the log has none."""
+    scores = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            interval = [entry["test_AP_low"], entry["test_AP_high"]] if "test_AP_low" in entry else None
+            ap = entry["test_coco_eval_bbox"][list(METRICS).index("AP")]
+            scores += [(ap, interval)] if ap >= 0 else []  # -1: there is no object to find
+        except (ValueError, LookupError, TypeError, AttributeError):  # the last line of a run that is being written, or a damaged one
+            continue
+    return max(scores, key=lambda score: score[0], default=(None, None))
+
+
 def _search_row(folder: Path) -> dict[str, Any]:
     search = Search(folder)
     trials, best = search.frozen(), search.best()
     ended = sum(trial.state.is_finished() for trial in trials)
+    state = "finished" if ended >= search.trials else f"unfinished, {ended} of {search.trials} trials"
     return {
         "kind": "search",
-        "state": "finished" if ended >= search.trials else f"unfinished, {ended} of {search.trials} trials",
+        "state": f"{state}, confirmed" if read_verdict(folder) else state,
         "epochs": sum(epochs_of(trial) for trial in trials),
         "best": best.value if best else None,
-        "interval": _interval_of(best, search.metric),
+        "interval": _interval_of(search, best) if best else None,
         "when": _time_of(folder / STUDY_FILE),
     }
 
 
-def _interval_of(best: FrozenTrial | None, metric: str) -> list[float] | None:
-    """Return the interval of the AP that is the objective of the best trial; None where that is not the AP of its last epoch."""
-    kept = reported_metrics(best) if best else {}
-    if metric != "AP" or kept.get("AP") != getattr(best, "value", None) or not {"AP_low", "AP_high"} <= kept.keys():
+def _interval_of(search: Search, best: FrozenTrial) -> list[float] | None:
+    """Return the interval of the AP that is the objective of the best trial; None for another objective, or if it is unknown."""
+    if search.metric != "AP":
         return None
-    return [kept["AP_low"], kept["AP_high"]]
+    ap, interval = _best_of(_lines_of(search.folder / TRIALS_FOLDER / search.trial_name(best.number) / LOG_FILE))
+    return interval if ap is not None and math.isclose(ap, best.value or 0.0, abs_tol=1e-9) else None
 
 
 def search_status(path: str) -> str:
@@ -163,7 +177,7 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         best = "-" if row["best"] is None else f"{row['best']:.4f}"
         best += f" ({row['interval'][0]:.2f} to {row['interval'][1]:.2f})" if row["interval"] else ""
-        settings = " ".join(f"{name}={compact(value)}" for name, value in row["settings"].items())
+        settings = shortlist((f"{name}={compact(value)}" for name, value in row["settings"].items()), MOST_SETTINGS)
         cells = (row["name"], row["kind"], row["state"], "-" if row["epochs"] is None else str(row["epochs"]), best, row["when"] or "-")
         table.add_row(*cells, f"{row['size'] / 1e6:.1f}", settings)
     console = Console(width=2000, color_system=None, markup=False)

@@ -25,7 +25,6 @@ import numpy as np
 import optuna
 import yaml
 from optuna.exceptions import ExperimentalWarning
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -35,7 +34,7 @@ from raydetr.errors import UserError
 from raydetr.search.population import better_trial, check_population, moved
 from raydetr.search.space import Space, as_drawn, draw, read_space
 from raydetr.storage import PATIENCE_S, check_owner, fetched, push, stamp, working_folder
-from raydetr.text import count, shortlist
+from raydetr.text import compact, count, shortlist
 from raydetr.training.metrics import REPORTED, WHERE
 from raydetr.values import is_finite
 
@@ -44,12 +43,14 @@ if TYPE_CHECKING:
 
 SAMPLERS = ("tpe", "gp", "random", "cmaes")
 SCHEDULERS = ("asha", "median", "none", "pbt")
+CONFIRMED = "confirms"  # the user attribute of a training of a confirmation: [trial of the confirmed search, seed, fold or None]
 GIVEN_UP = "given up"  # the user attribute of a trial that the pruner stops
 # The user attribute for population-based training, a list of {"after": epoch, "from": trial, "settings": drawn}.
 TAKEN_OVER = "taken over"
 REDUCTION = 3  # ASHA promotes a third of the trials at a rung to the next rung, at three times as many epochs
 LOCK_SECONDS = 2  # a live writer holds the journal's lock for milliseconds
 SPACE_FILE, CONFIG_FILE, STUDY_FILE = "space.yaml", "config.yaml", "study.journal"
+TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
 STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 STATE_NAMES = {**{state: name for name, state in STATES.items()}, TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}
 
@@ -325,12 +326,19 @@ class Search:
         return sorted(ended, key=lambda trial: (-(trial.value or 0.0), trial.number))
 
     def trial_name(self, number: int) -> str:
-        """Return a folder name that shows the drawn settings, such as ``003_lr=3e-4_eos=0.05``; trial 0 is ``000_default``."""
+        """Return a folder name that shows the drawn settings, such as ``003_lr=3e-4_eos=0.05``; trial 0 is ``000_default``.
+
+        In a confirmation it begins with the trial of the confirmed search and the seed: ``017_seed=2_lr=3e-4``.
+        """
         if number == 0:
             return "000_default"
-        drawn = self.frozen()[number].params
-        parts = (f"{_short(name)}={compact(drawn[name])}" for name in self.space.names if name in drawn)
-        return re.sub(r"[^\w=.+-]+", "-", "_".join([f"{number:03d}", *parts]))[:100]
+        trial = self.frozen()[number]
+        setting, *seed_and_fold = trial.user_attrs.get(CONFIRMED, [number])
+        told = zip(("seed", "fold"), seed_and_fold, strict=False)
+        start = [f"{setting:03d}", *(f"{what}={value}" for what, value in told if value is not None)]
+        names = [name for name in self.space.names if name in trial.params and not (seed_and_fold and name == "run.seed")]
+        parts = (f"{_short(name)}={compact(trial.params[name])}" for name in names)
+        return re.sub(r"[^\w=.+-]+", "-", "_".join([*start, *parts]))[:100]
 
 
 def create_search(
@@ -630,27 +638,6 @@ def _without_repeats(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [point for index, point in enumerate(points) if point not in points[:index]]
 
 
-def importances(study: optuna.Study) -> dict[str, float]:
-    """Return the importance of each drawn setting by PED-ANOVA, largest first.
-
-    The importance is the share of a setting in what distinguishes the better trials from the rest. The result is empty if nothing
-    can be said: there are fewer than four complete trials, or all have the same objective.
-    """
-    values = [trial.value for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))]
-    if len(values) < 4 or len(set(values)) == 1:
-        return {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about few trials; the report says so itself
-        evaluator = importance_evaluator(len(values))
-        found = get_param_importances(study, evaluator=evaluator)
-    return found if all(math.isfinite(each) for each in found.values()) else {}
-
-
-def importance_evaluator(complete: int) -> PedAnovaImportanceEvaluator:
-    """Return the evaluator for a number of complete trials. "Better" means the best tenth, but at least five trials or half of them."""
-    return PedAnovaImportanceEvaluator(target_quantile=min(0.5, max(0.1, 5 / max(complete, 1))))
-
-
 # What a run of a trial's settings leaves out: it would collide with the search of its name, and train on other images.
 AS_A_RUN = {"run.name": None, "data.folds": None, "data.reshuffle": False}
 
@@ -765,13 +752,3 @@ def _is_drawn(search: Search, trial: FrozenTrial) -> bool:
 
 def _short(name: str) -> str:
     return name.split(".")[1].removesuffix("_coef").removesuffix("_loss")
-
-
-def compact(value: Any) -> str:
-    """Return a value in few characters: ``0.05``, ``3.2e-4``, ``cosine``."""
-    if not isinstance(value, float):
-        return str(as_drawn(value))
-    if value == 0 or 0.01 <= abs(value) < 10000:
-        return f"{value:.3g}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"

@@ -72,11 +72,11 @@ def finish_folds(config: Config, root: str) -> None:
     lines = [mean_line(same_epoch) for same_epoch in zip(*logs, strict=False)]  # a fold may have stopped earlier than others
     atomic_write_text(folder / "log.txt", "".join(f"{json.dumps(line, allow_nan=False)}\n" for line in lines))
     last = read_checkpoint(working_folder(join(root, fold_name(1))) / LAST)
-    _write_events(config, folder, lines, (last["step"] or last["epoch"]) // last["epoch"])
+    _write_events(config, folder, lines, images=len(last["data"]["train"]["image_ids"]))
     push(root)
 
 
-def _write_events(config: Config, folder: Path, lines: Sequence[Mapping[str, Any]], steps_per_epoch: int) -> None:
+def _write_events(config: Config, folder: Path, lines: Sequence[Mapping[str, Any]], images: int) -> None:
     shutil.rmtree(folder / "tb", ignore_errors=True)  # of a shorter run
     tracker = Tracker(folder / "tb", config)
     for line in lines:
@@ -85,7 +85,7 @@ def _write_events(config: Config, folder: Path, lines: Sequence[Mapping[str, Any
         for name in LOSSES:
             key = name if f"train_{name}_unscaled" not in line else f"{name}_unscaled"
             scalars |= {f"{tag}/{name}": line.get(f"{split}_{key}") for tag, split in (("train_epoch", "train"), ("val", "test"))}
-        tracker.log_scalars((line["epoch"] + 1) * steps_per_epoch, {"epoch": line["epoch"] + 1, **scalars})
+        tracker.log_scalars((line["epoch"] + 1) * images, {"epoch": line["epoch"] + 1, **scalars})
     tracker.finish()
     tracker.close()
 

@@ -9,6 +9,8 @@ import numpy as np
 
 from raydetr.config import by_name, to_dict, write_yaml
 from raydetr.errors import UserError, is_disk_full
+from raydetr.evaluate.coco import run_coco_eval
+from raydetr.evaluate.errors import error_numbers, errors_markdown
 from raydetr.storage import OWNER, become_owner, check_owner, push, remove_tokens, stamp
 from raydetr.training.engine import Detections
 from raydetr.training.resume import BEST, LAST
@@ -68,6 +70,8 @@ class Recorder:
         if run.config.run.tracker != "none":
             settings, name = by_name(run.config), str(run.config.run.name)
             self._external = open_tracker(run.config.run.tracker, name, run.folder, settings)
+        self._epoch_began = run.training.step  # the optimizer step before the first one of the epoch
+        self._kept: tuple[int, bool, Detections] | None = None  # an epoch, whether it is the best so far, and its detections
 
     def __enter__(self) -> "Recorder":
         return self
@@ -82,7 +86,15 @@ class Recorder:
         Args:
             numbers: What :func:`raydetr.training.engine.train_one_epoch` calls ``show`` with.
         """
-        self._track(lambda tracker: tracker.log_step(numbers))
+        seen = self._seen((numbers["step"] - self._epoch_began) / self._run.steps_per_epoch)
+        self._track(lambda tracker: tracker.log_step(seen, numbers))
+
+    def _seen(self, part: float = 0.0) -> int:
+        """Return how many training images the run has seen after its finished epochs and a part of the next one.
+
+        After the same epoch it is the same for every batch size and number of workers, also where these pad or drop an image.
+        """
+        return math.floor(len(self._run.train_set) * (self._run.progress.epoch + part) + 0.5)
 
     def record_epoch(self, results: EpochResults) -> None:
         """Write the results of an epoch (``last.pth`` after all other files), and push them to the object store.
@@ -97,6 +109,9 @@ class Recorder:
         self._write_logs(results)
         self._draw(results)
         self._track(Tracker.flush)
+        self._epoch_began = self._run.training.step
+        if results.best or not (self._kept and self._kept[1]):
+            self._kept = self._run.progress.epoch, results.best, results.detections
         self._save(results)
         push(self._run.root)
         self._last = stamp(self._run.root, LAST)
@@ -105,11 +120,13 @@ class Recorder:
                 self._tracker = self._open_tracker()
 
     def finish(self) -> None:
-        """Mark the run as finished, and push it a last time.
+        """Write the errors of the best epoch, mark the run as finished, and push it a last time.
 
         Raises:
             UserError: The object store cannot be reached.
         """
+        with self._run.best_effort("the errors for TensorBoard"):
+            self._write_errors()
         self._track(Tracker.finish)
         files = [self._run.folder / name for name in ("config.yaml", "log.txt", BEST)]
         self._track_outside(lambda external: external.log_files([file for file in files if file.exists()]))
@@ -118,7 +135,7 @@ class Recorder:
 
     def _open_tracker(self) -> Tracker:
         run = self._run
-        return Tracker(run.folder / "tb", run.config, run.training.step, run.reporter.searched)
+        return Tracker(run.folder / "tb", run.config, self._seen(), run.reporter.searched)
 
     def _track(self, write: Callable[[Tracker], None]) -> None:
         if not self._tracker:
@@ -136,10 +153,11 @@ class Recorder:
     def _write_logs(self, results: EpochResults) -> None:
         training, epoch = self._run.training, self._run.progress.epoch
         train, val, scores = results.train, results.val, results.scores
-        self._track(lambda tracker: tracker.log_epoch(training.step, epoch, train, val, scores, results.curve))
+        best, seen = self._run.progress.best_AP, self._seen()
+        self._track(lambda tracker: tracker.log_epoch(seen, epoch, train, val, scores, results.curve, best))
         numbers = {tag: train[name] for name, tag in STEP_TAGS.items() if tag.startswith(("lr/", "speed/")) and name in train}
-        numbers |= {tag: value for tag, value in epoch_scalars(epoch, train, val, scores).items() if value is not None}
-        self._track_outside(lambda external: external.log(training.step, numbers))
+        numbers |= {tag: value for tag, value in epoch_scalars(epoch, train, val, scores, best).items() if value is not None}
+        self._track_outside(lambda external: external.log(seen, numbers))
         trained = sum(parameter.numel() for parameter in training.detr.parameters() if parameter.requires_grad)
         with self._run.best_effort("log.txt"):
             self._log.append(log_line(epoch - 1, train, val, scores, training.criterion.weight_dict, trained))
@@ -150,9 +168,28 @@ class Recorder:
         if epoch % math.ceil(epochs / sets) == 0 or epoch in (1, epochs):
             with self._run.best_effort("pictures for TensorBoard"):
                 pictures = self._pictures.draw(results.detections)
-                self._track(lambda tracker: tracker.log_pictures(self._run.training.step, pictures))
+                self._track(lambda tracker: tracker.log_pictures(self._seen(), pictures))
                 if pictures:
-                    self._track_outside(lambda external: external.log_pictures(self._run.training.step, pictures))
+                    self._track_outside(lambda external: external.log_pictures(self._seen(), pictures))
+
+    def _write_errors(self) -> None:
+        """Write why objects are missed: as text, and for a run that is no trial the images with the most errors.
+
+        They are those of the best epoch, or of the last one if this process resumed the run after its best epoch.
+        """
+        if not self._kept or not self._tracker:
+            return
+        epoch, best, detections = self._kept
+        dataset, seen = self._run.val_set, self._seen()
+        evaluation = run_coco_eval(dataset.coco, detections.results(dataset.categories))
+        numbers = {"split": "val", "images": len(dataset), **error_numbers(evaluation, dataset.coco)}
+        names = {image["id"]: image["file_name"] for image in dataset.coco["images"]}
+        text = f"Epoch {epoch}, the {'best' if best else 'last'} one. {errors_markdown(numbers, names)}"
+        self._track(lambda tracker: tracker.log_text(seen, "errors", text))
+        if self._run.reporter.searched is None:
+            worst = [each["image_id"] for each in numbers["worst_images"][: self._pictures.number]]
+            pictures = self._pictures.draw(detections, worst)
+            self._track(lambda tracker: tracker.log_pictures(seen, pictures, "errors"))
 
     def _save(self, results: EpochResults) -> None:
         run, training, average = self._run, self._run.training, self._run.training.average

@@ -1,16 +1,19 @@
 """Logs of a training run for people: TensorBoard events, and log.txt in the format of the official DETR.
 
-The step of all TensorBoard events is the number of optimizer steps taken so far, by which a resumed run hides events that an interrupted
-process wrote after its last checkpoint. Tags:
+The step of all TensorBoard events is the number of training images seen so far. It is the same after the same epoch, so that the curves of
+runs with different batch sizes or numbers of workers lie over one another. By it a resumed run hides events that an interrupted process
+wrote after its last checkpoint. Tags:
 
 - per step: ``train/loss`` (weighted sum), ``train/loss_ce``, ``train/loss_bbox``, ``train/loss_giou`` (unweighted),
   ``train/class_error``, ``train/cardinality_error``, ``train/grad_norm``, ``lr/transformer``, ``lr/backbone``,
   ``speed/images_per_second``;
 - per epoch: their means under ``train_epoch/``, the same losses and errors under ``val/``, ``val/AP`` and the other eleven COCO
-  numbers, ``val/AP/<category>``, ``epoch``, the curve ``val/precision_recall``, and in some epochs ``pictures/<file name>``;
+  numbers, ``val/AP/<category>``, ``best/AP`` (the highest so far), ``epoch``, the curve ``val/precision_recall``, and in some epochs
+  ``pictures/<file name>``;
 - with masks, also ``loss_mask`` and ``loss_dice``, and per epoch ``val/segm/AP`` and the other eleven COCO numbers of masks, and
   ``val/segm/AP/<category>``;
-- once: the settings as text and as hparams, and the layout of the custom scalars.
+- once: the settings as text and as hparams, and the layout of the custom scalars;
+- at the end: ``errors`` as text, and ``errors/<file name>``, the images with the most errors.
 """
 
 import io
@@ -19,20 +22,21 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from raydetr.config import SETTINGS, Config, flatten, to_dict
+from raydetr.config import PATH_SETTINGS, SETTINGS, Config, flatten, preset_settings, to_dict
 from raydetr.data.coco import CocoImages
 from raydetr.data.masks import decode_masks
 from raydetr.draw import Box, category_colours, draw_boxes
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, stats
 from raydetr.files import atomic_write
+from raydetr.text import compact
 from raydetr.training.engine import Detections
 from raydetr.training.metrics import LOSSES, MASK_LOSSES, losses_in
 
@@ -42,7 +46,7 @@ STEP_TAGS = {
     "lr_backbone": "lr/backbone",
     "images_per_second": "speed/images_per_second",
 }
-HPARAM_METRICS = ("val/AP", "val/AP50", "val/AP75", "val/loss_ce", "val/loss_bbox", "val/loss_giou")
+HPARAM_METRICS = ("best/AP", "val/AP", "val/AP50", "val/AP75", "val/loss_ce", "val/loss_bbox", "val/loss_giou")
 MASK_HPARAM_METRICS = ("val/segm/AP", "val/segm/AP50", "val/segm/AP75", "val/loss_mask", "val/loss_dice")  # as well, with model.masks
 
 PICTURE_SIDE = 640  # longest side of the images in TensorBoard (pixels)
@@ -55,18 +59,18 @@ class Tracker:
     Args:
         folder: Folder of the event files; created if it does not exist.
         config: The settings of the run.
-        step: Number of optimizer steps that the run has taken. Events of later steps, by an earlier process, are hidden.
+        seen: Number of training images that the run has seen. Later events, by an earlier process, are hidden.
         searched: The settings that the HPARAMS page shows, by dotted name, with their domains: ``(low, high)`` or a list of values.
             Default: all settings.
     """
 
-    def __init__(self, folder: Path, config: Config, step: int = 0, searched: Mapping[str, tuple | list] | None = None):
+    def __init__(self, folder: Path, config: Config, seen: int = 0, searched: Mapping[str, tuple | list] | None = None):
         folder.mkdir(parents=True, exist_ok=True)
         before = list(folder.glob("*tfevents*"))
-        if not step:  # the run starts again after a first epoch that was interrupted
+        if not seen:  # the run starts again after a first epoch that was interrupted
             while before:
                 before.pop().unlink()
-        self._events = _Events(folder, step + 1 if before else None)
+        self._events = _Events(folder, seen + 1 if before else None)
         self._settings = {name: _plain(value) for name, value in flatten(to_dict(config)).items()}
         self._searched = searched
         self._masks = config.model.masks
@@ -88,43 +92,74 @@ class Tracker:
         discrete = {name: [_plain(value) for value in domain] for name, domain in domains.items() if isinstance(domain, list)}
         metrics = (*HPARAM_METRICS, *(MASK_HPARAM_METRICS if self._masks else ()))
         experiment, start, end = summary().hparams(shown, dict.fromkeys(metrics, 0.0), discrete)
-        _set_intervals(experiment, {name: domain for name, domain in domains.items() if isinstance(domain, tuple)})
+        changed = self._changed() if self._searched is None else self._searched
+        _complete_hparams(experiment, start, domains, changed, "" if self._searched is None else self._group())
         return experiment, start, end
 
-    def log_step(self, numbers: dict[str, float]) -> None:
+    def _changed(self) -> list[str]:
+        """Return the settings of a plain run that are not the defaults of its network, without those that name folders."""
+        defaults = {name: _plain(value) for name, value in preset_settings(str(self._settings["model.preset"])).items()}
+        named = (*PATH_SETTINGS, "run.name")
+        return [name for name, value in self._settings.items() if value != defaults[name] and name not in named]
+
+    def _group(self) -> str:
+        """Return the name of a trial on the HPARAMS page, which shows its beginning only: ``003 lr=2.7e-4``.
+
+        Trials that differ in nothing but their seed have the same name: TensorBoard shows the means of such a group.
+        """
+        number = str(self._settings["run.name"]).partition("_")[0]
+        drawn = [name for name in self._searched or () if name != "run.seed"]
+        values = [f"{name.split('.')[1]}={compact(self._settings[name])}" for name in drawn]
+        return " ".join([number, *(values if number.strip("0") else ["defaults"])])
+
+    def log_step(self, seen: int, numbers: dict[str, float]) -> None:
         """Write the numbers of an optimizer step.
 
         Args:
+            seen: Number of training images seen so far.
             numbers: What :func:`raydetr.training.engine.train_one_epoch` calls ``show`` with.
         """
-        self.log_scalars(int(numbers["step"]), {tag: numbers[name] for name, tag in STEP_TAGS.items() if name in numbers})
+        self.log_scalars(seen, {tag: numbers[name] for name, tag in STEP_TAGS.items() if name in numbers})
 
     def log_epoch(
-        self, step: int, epoch: int, train: dict[str, float], val: dict[str, float], metrics: dict[str, Any], curve: dict
+        self,
+        seen: int,
+        epoch: int,
+        train: dict[str, float],
+        val: dict[str, float],
+        metrics: dict[str, Any],
+        curve: dict,
+        best: float | None,
     ) -> None:
         """Write the numbers of an epoch.
 
         Args:
-            step: Number of optimizer steps taken so far.
+            seen: Number of training images seen so far.
             epoch: Number of the epoch, from 1.
             train: Means over the epoch, from :func:`raydetr.training.engine.train_one_epoch`.
             val: Losses, from :func:`raydetr.training.engine.evaluate`.
             metrics: Result of :func:`raydetr.evaluate.coco.summarize`; with masks, also that of
                 :func:`raydetr.evaluate.coco.mask_metrics` under ``segm``.
             curve: Result of :func:`raydetr.evaluate.coco.precision_recall`.
+            best: The highest AP so far; None if it is unknown.
         """
-        self.log_scalars(step, epoch_scalars(epoch, train, val, metrics))
+        self.log_scalars(seen, epoch_scalars(epoch, train, val, metrics, best))
         hits, false, missed = (curve[name] for name in ("true_positives", "false_positives", "false_negatives"))
         counts = (hits, false, 0 * hits, missed)  # detection has no true negatives
         event = summary().pr_curve_raw("val/precision_recall", *counts, curve["precision"], curve["recall"], num_thresholds=len(hits))
-        self._events.add(event, step)
+        self._events.add(event, seen)
 
-    def log_pictures(self, step: int, pictures: dict[str, Image.Image]) -> None:
+    def log_text(self, seen: int, tag: str, markdown: str) -> None:
+        """Write a text in Markdown after so many training images."""
+        self._events.add(summary().text(tag, markdown), seen)
+
+    def log_pictures(self, seen: int, pictures: dict[str, Image.Image], group: str = "pictures") -> None:
         """Write images to TensorBoard as JPEG.
 
         Args:
-            step: Number of optimizer steps taken so far.
-            pictures: Images by file name, which becomes the end of the tag ``pictures/NAME``.
+            seen: Number of training images seen so far.
+            pictures: Images by file name, which becomes the end of the tag ``GROUP/NAME``.
+            group: The beginning of the tag.
         """
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]  # protobuf defines it at run time
 
@@ -133,20 +168,20 @@ class Tracker:
             encoded = io.BytesIO()
             picture.save(encoded, "JPEG", quality=90, subsampling=0)  # coloured lines stay sharp
             image = Summary.Image(height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encoded.getvalue())
-            self._events.add(Summary(value=[Summary.Value(tag=f"pictures/{name}", image=image)]), step)
+            self._events.add(Summary(value=[Summary.Value(tag=f"{group}/{name}", image=image)]), seen)
 
-    def log_scalars(self, step: int, scalars: Mapping[str, float | None]) -> None:
+    def log_scalars(self, seen: int, scalars: Mapping[str, float | None]) -> None:
         """Write numbers by tag; None is left out.
 
         Args:
-            step: Number of optimizer steps taken so far.
+            seen: Number of training images seen so far.
             scalars: The numbers.
         """
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]  # protobuf defines it at run time
 
         # One event for all: one for each would take a tenth of a small model's step.
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items() if value is not None]
-        self._events.add(Summary(value=values), step)
+        self._events.add(Summary(value=values), seen)
 
     def flush(self) -> None:
         """Write everything so far to the disk."""
@@ -162,9 +197,11 @@ class Tracker:
         self._events.close()
 
 
-def epoch_scalars(epoch: int, train: dict[str, float], val: dict[str, float], metrics: dict[str, Any]) -> dict[str, float | None]:
+def epoch_scalars(
+    epoch: int, train: dict[str, float], val: dict[str, float], metrics: dict[str, Any], best: float | None
+) -> dict[str, float | None]:
     """Return the numbers of an epoch by tag, None for an undefined one; the arguments are those of :meth:`Tracker.log_epoch`."""
-    scalars: dict[str, float | None] = {"epoch": epoch}
+    scalars: dict[str, float | None] = {"epoch": epoch, "best/AP": best}
     scalars |= {f"train_epoch/{name}": train[name] for name in (*losses_in(train), "grad_norm")}
     scalars |= {f"val/{name}": val[name] for name in losses_in(val)}
     scalars |= {f"val/{name}": metrics[name] for name in METRICS}
@@ -229,20 +266,33 @@ def _plain(value: Any) -> str | int | float:
     return value if isinstance(value, (int, float, str)) else "null"
 
 
-def _set_intervals(experiment, intervals: Mapping[str, tuple[float, float]]) -> None:
-    """Add to an experiment's summary the intervals that torch has no argument for."""
+def _complete_hparams(experiment, start, domains: Mapping[str, Any], first: Iterable[str], group: str) -> None:
+    """Add to the summaries of hparams what torch has no argument for.
+
+    Args:
+        experiment: The summary that describes the hparams.
+        start: The summary of the run's own values.
+        domains: The domain of each hparam; ``(low, high)`` is an interval.
+        first: The hparams that TensorBoard shows before the others.
+        group: The name of the run's group; empty: the run's own name.
+    """
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]  # protobuf defines it at run time
 
-    plugin = experiment.value[0].metadata.plugin_data
-    content = HParamsPluginData.FromString(plugin.content)
+    first = set(first)
+    described, own = (summary.value[0].metadata.plugin_data for summary in (experiment, start))
+    content = HParamsPluginData.FromString(described.content)
     for info in content.experiment.hparam_infos:
-        if info.name in intervals:
-            info.domain_interval.min_value, info.domain_interval.max_value = intervals[info.name]
-    plugin.content = content.SerializeToString()
+        info.differs = info.name in first
+        if isinstance(domain := domains[info.name], tuple):
+            info.domain_interval.min_value, info.domain_interval.max_value = domain
+    described.content = content.SerializeToString()
+    content = HParamsPluginData.FromString(own.content)
+    content.session_start_info.group_name = group
+    own.content = content.SerializeToString()
 
 
 def custom_scalars(masks: bool = False) -> dict[str, dict[str, list]]:
-    """Return the layout of TensorBoard's custom scalars: charts of AP, and of losses. Tags are regular expressions there."""
+    """Return the layout of TensorBoard's custom scalars: charts of AP, and of each loss. Tags are regular expressions there."""
     losses = (*LOSSES, *(MASK_LOSSES if masks else ()))
 
     def together(*tags: str) -> list:
@@ -257,7 +307,9 @@ def custom_scalars(masks: bool = False) -> dict[str, dict[str, list]]:
             "AR": together("val/AR1", "val/AR10", "val/AR100"),
             **({"AP of masks by IoU": together("val/segm/AP", "val/segm/AP50", "val/segm/AP75")} if masks else {}),
         },
-        "losses": {name: together(f"train/{name}", f"train_epoch/{name}", f"val/{name}") for name in losses},
+        # Not both in one chart: with several runs nobody could tell the curves apart.
+        "validation": {name: together(f"val/{name}") for name in losses},
+        "training": {name: together(f"train_epoch/{name}") for name in losses},
     }
 
 
@@ -271,24 +323,26 @@ class Pictures:
 
     def __init__(self, dataset: CocoImages, number: int):
         images = dataset.coco["images"]
-        number = min(number, len(images))
-        self._images = [images[index * len(images) // number] for index in range(number)]
+        self.number = min(number, len(images))
+        self._shown = [images[index * len(images) // self.number]["id"] for index in range(self.number)]
+        self._images = {image["id"]: image for image in images}
         self._dataset = dataset
         self._names = {category["id"]: category["name"] for category in dataset.categories}
         self._resized: dict[int, tuple[Image.Image, float]] = {}  # by image id: the image, and its size relative to the original
 
-    def draw(self, detections: Detections) -> dict[str, Image.Image]:
+    def draw(self, detections: Detections, image_ids: Collection[int] | None = None) -> dict[str, Image.Image]:
         """Draw the true boxes and the detections on the images.
 
         Args:
             detections: The detections on the validation set. Those with a score of at least ``PICTURE_SCORE`` are drawn.
+            image_ids: Which images to draw; None for those that are spread over the set.
 
         Returns:
             The drawn images by file name.
         """
         labels = [category["id"] for category in self._dataset.categories]
         drawn = {}
-        for image in self._images:
+        for image in (self._images[image_id] for image_id in (self._shown if image_ids is None else image_ids)):
             picture, scale = self._picture(image)
             true = [each for each in self._dataset.coco["annotations"] if each["image_id"] == image["id"] and not each["iscrowd"]]
             row = detections.image_ids.searchsorted(image["id"])
@@ -402,7 +456,14 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: The file cannot be read, or a line of it is damaged.
     """
-    return [_as_metrics(line) for line in read_log(path)]
+    lines, _ = _read_log(path)
+    history = []
+    for epoch, text in lines:
+        try:
+            history.append(_as_metrics(json.loads(text)))
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}: the line of epoch {epoch} is not one of a training log of raydetr") from None
+    return history
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -418,7 +479,8 @@ def _as_metrics(line: Mapping[str, Any]) -> dict[str, Any]:
     numbers = {name: None if value < 0 else value for name, value in zip(METRICS, line["test_coco_eval_bbox"], strict=True)}
     for mine, theirs in (("train", "train"), ("val", "test")):
         numbers |= {f"{mine}_{name}": line[f"{theirs}_{name}"] for name in ("loss", "class_error")}
-        numbers[f"{mine}_cardinality_error"] = line[f"{theirs}_cardinality_error_unscaled"]
+        unscaled = [name for name in LOSSES if name not in ("loss", "class_error")]
+        numbers |= {f"{mine}_{name}": line[f"{theirs}_{name}_unscaled"] for name in unscaled}
     return {
         **numbers,
         "AP_low": line.get("test_AP_low"),

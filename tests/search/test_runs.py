@@ -90,6 +90,23 @@ def test_the_status_before_any_trial_ended(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[1:] == ["no trial has a value of AP yet"]
 
 
+def test_a_confirmed_search_is_one_row_with_the_interval_of_its_best_trial(storage):
+    folder = storage / "search"
+    create_search(folder / "confirm", read_space("loss"), load_config(), trials=1)
+    (folder / "verdict.json").write_text(json.dumps({"sentence": "", "caveat": "", "chosen": 0, "judged_on": "test"}))
+    line = {"test_coco_eval_bbox": [0.75], "test_AP_low": 0.5, "test_AP_high": 0.9}
+    (folder / "trials" / "000_default" / "log.txt").write_text(json.dumps(line) + "\n")
+    rows = {row["name"]: row for row in list_runs(str(storage))}
+    assert list(rows) == ["deep/second", "first", "search"]
+    assert rows["search"]["state"] == "unfinished, 1 of 2 trials, confirmed"
+    assert rows["search"]["interval"] == [0.5, 0.9]
+
+
+def test_an_undefined_ap_is_no_best(storage):
+    (storage / "first" / "log.txt").write_text('{"test_coco_eval_bbox": [-1]}\n')
+    assert {row["name"]: row["best"] for row in list_runs(str(storage))}["first"] is None
+
+
 def test_runs_in_an_object_store_are_listed(storage, store):
     store.upload(storage, store.uri)
     here, there = list_runs(str(storage)), list_runs(store.uri)

@@ -26,7 +26,6 @@ from raydetr.search.study import (
     Search,
     best_points,
     create_search,
-    importances,
     open_search,
     read_points,
     read_study,
@@ -694,19 +693,6 @@ def test_the_best_points_of_an_earlier_search_that_fit_are_taken(make):
 
 
 # What comes of it
-
-
-def test_importances_name_the_setting_that_matters(make):
-    found = importances(run(make(trials=40, sampler="random")).study)
-    assert next(iter(found)) == "optim.lr"
-    assert found["optim.lr"] > 0.5
-    assert sum(found.values()) == pytest.approx(1)
-
-
-def test_importances_are_empty_where_nothing_can_be_told(make):
-    assert importances(make().study) == {}
-    assert importances(run(make(name="few", trials=3)).study) == {}
-    assert importances(run(make(name="flat", trials=10), lambda settings: 0.0).study) == {}
 
 
 def test_best_yaml_holds_the_complete_settings_of_the_best_trial(make):

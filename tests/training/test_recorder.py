@@ -47,7 +47,7 @@ def test_a_drawer_that_fails_ends_no_training(coco_folder, monkeypatch):
     assert warnings_of(watcher) == [
         "warning: pictures for TensorBoard: y1 must be greater than or equal to y0; left out, the training continues"
     ]
-    assert steps_of(config, "epoch") == [2, 4, 6]
+    assert steps_of(config, "epoch") == [4, 8, 12]
 
 
 @pytest.mark.parametrize("method", ["log_step", "log_epoch", "log_pictures", "flush", "finish", "close"])
@@ -65,19 +65,19 @@ def test_events_that_cannot_be_written_end_no_training(coco_folder, monkeypatch,
 def test_events_continue_in_the_epoch_after_a_failure(coco_folder, monkeypatch):
     log_step, failed = Tracker.log_step, []
 
-    def fail_once(tracker, numbers):
+    def fail_once(tracker, seen, numbers):
         if numbers["step"] == 3:
             tracker._events._writer.write(b"")  # a file that ends with something else than an event
             failed.append(True)
             raise OSError(errno.EIO, "Input/output error")
-        log_step(tracker, numbers)
+        log_step(tracker, seen, numbers)
 
     monkeypatch.setattr(Tracker, "log_step", fail_once)
     config = settings(coco_folder(), "run")
     run(config)
     assert failed == [True]
-    assert steps_of(config, "train/loss") == [1, 2, 5, 6]
-    assert steps_of(config, "epoch") == [2, 6]
+    assert steps_of(config, "train/loss") == [2, 4, 10, 12]
+    assert steps_of(config, "epoch") == [4, 12]
 
 
 def test_a_log_that_cannot_be_written_ends_no_training_and_is_completed_later(coco_folder):

@@ -11,7 +11,7 @@ from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util import tensor_util
 
-from raydetr.config import SETTINGS, load_config
+from raydetr.config import PATH_SETTINGS, SETTINGS, load_config, preset_settings
 from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.masks import encode_masks
 from raydetr.data.transforms import val_transforms
@@ -39,7 +39,7 @@ PER_STEP = {
 PER_EPOCH = {
     *("val/loss", "val/loss_ce", "val/loss_bbox", "val/loss_giou", "val/class_error", "val/cardinality_error"),
     *("val/AP", "val/AP50", "val/AP75", "val/AP_small", "val/AR1", "val/AR10", "val/AR100", "val/AR_small"),
-    *("val/AP_low", "val/AP_high", "val/AP/square", "val/AP/oblong", "epoch"),
+    *("val/AP_low", "val/AP_high", "val/AP/square", "val/AP/oblong", "epoch", "best/AP"),
     *(f"train_epoch/{name}" for name in (*LOSSES, "grad_norm")),
 }
 
@@ -90,16 +90,55 @@ def finished(module_coco_folder):
 def test_every_tag_is_there_and_no_other(finished):
     _, events, _ = finished
     assert set(events.Tags()["scalars"]) == PER_STEP | PER_EPOCH
-    assert {tag.split("/")[0] for tag in events.Tags()["images"]} == {"pictures"}
+    assert {tag.split("/")[0] for tag in events.Tags()["images"]} == {"pictures", "errors"}
 
 
-def test_x_is_the_step(finished):
+def test_x_is_the_number_of_images_seen(finished):
     _, events, _ = finished
     for tag in PER_STEP:
-        assert [step for step, _ in points(events, tag)] == [1, 2, 3, 4, 5, 6], tag
+        assert [step for step, _ in points(events, tag)] == [2, 4, 6, 8, 10, 12], tag
     for tag in PER_EPOCH:
-        assert [step for step, _ in points(events, tag)] == [2, 4, 6], tag
-    assert points(events, "epoch") == [(2, 1), (4, 2), (6, 3)]
+        assert [step for step, _ in points(events, tag)] == [4, 8, 12], tag
+    assert points(events, "epoch") == [(4, 1), (8, 2), (12, 3)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"), [({"optim__batch_size": 1}, [1, 2, 3, 4]), ({"optim__batch_size": 3}, [4]), ({"optim__accumulate": 2}, [4])]
+)
+def test_x_is_the_same_after_the_same_epoch_whatever_the_batch_size(finished, changes, steps):
+    whole, _, _ = finished
+    config = settings(whole.data.path, f"other-{next(iter(changes.values()))}", optim__epochs=1, **changes)
+    fit(config, LocalReporter())
+    events = events_of(config)
+    assert [step for step, _ in points(events, "train/loss")] == steps
+    assert {step for tag in PER_EPOCH for step, _ in points(events, tag)} == {4}
+
+
+def test_the_best_ap_so_far_is_a_curve_of_its_own(finished):
+    _, events, metrics = finished
+    assert [value for _, value in points(events, "best/AP")] == pytest.approx([each["best_AP"] for each in metrics])
+
+
+def test_the_errors_are_there_at_the_end(finished):
+    _, events, metrics = finished
+    (event,) = events.Tensors("errors/text_summary")
+    (text,) = tensor_util.make_ndarray(event.tensor_proto)
+    assert event.step == 12
+    assert text.decode().startswith(f"Epoch {metrics[-1]['best_epoch']}, the best one. AP ")
+    assert "| missed | " in text.decode()
+    assert {tag.removeprefix("errors/") for tag in events.Tags()["images"] if tag.startswith("errors/")} <= {
+        f"val_00{number}.jpg" for number in range(3)
+    }
+
+
+def test_trials_write_the_text_of_their_errors_and_no_images(coco_folder):
+    config = settings(coco_folder(), "003_lr=1e-3", optim__epochs=1)
+    reporter = LocalReporter()
+    reporter.searched = {"optim.lr": (1e-5, 1e-2)}
+    fit(config, reporter)
+    tags = events_of(config).Tags()
+    assert "errors/text_summary" in tags["tensors"]
+    assert not [tag for tag in tags["images"] if tag.startswith("errors/")]
 
 
 def test_values_are_those_of_the_run(finished):
@@ -133,9 +172,42 @@ def test_hparams_have_every_setting_and_the_metrics(finished):
     assert values["model.pre_norm"].string_value == "false"
     assert values["data.train_images"].string_value == "null"
     metrics = {info.name.tag for info in experiment.experiment.metric_infos}
-    assert metrics == {"val/AP", "val/AP50", "val/AP75", "val/loss_ce", "val/loss_bbox", "val/loss_giou"}
+    assert metrics == {"best/AP", "val/AP", "val/AP50", "val/AP75", "val/loss_ce", "val/loss_bbox", "val/loss_giou"}
     assert metrics <= set(events.Tags()["scalars"])  # in the very run folder, so the page lists the run once
     assert content[hparams_metadata.SESSION_END_INFO_TAG].session_end_info.status
+
+
+def test_the_settings_that_were_changed_come_first_on_the_hparams_page(finished):
+    """TensorBoard shows those that it is told differ before the others, and five of them at first."""
+    _, events, _ = finished
+    (experiment, _), _ = hparams_of(events)
+    first = {info.name for info in experiment.experiment.hparam_infos if info.differs}
+    defaults = preset_settings("detr_tiny")
+    assert first == {name for name, value in TINY.items() if value != defaults[name]}
+    assert first.isdisjoint(PATH_SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("003_lr=2.7e-4_eos=0.05", {"optim.lr": 2.7e-4, "loss.eos_coef": 0.05}, "003 lr=2.7e-4 eos_coef=0.05"),
+        ("000_default", {}, "000 defaults"),
+        ("017_seed=2_lr=3e-4", {"optim.lr": 3e-4, "run.seed": 2}, "017 lr=3e-4 eos_coef=0.1"),
+        ("017_seed=3_lr=3e-4", {"optim.lr": 3e-4, "run.seed": 3}, "017 lr=3e-4 eos_coef=0.1"),  # the same: its mean is shown
+        ("000_seed=3_lr=1e-4", {"run.seed": 3}, "000 defaults"),
+    ],
+)
+def test_trials_have_short_names_and_the_seeds_of_one_setting_the_same(tmp_path, name, changes, expected):
+    searched = {"run.seed": [1, 2, 3], "optim.lr": (1e-5, 1e-3), "loss.eos_coef": (0.02, 0.5)}
+    Tracker(tmp_path, load_config({"run.name": name, **changes}), searched=searched).close()
+    (_, start), _ = hparams_of(read(tmp_path))
+    assert start.session_start_info.group_name == expected
+
+
+def test_a_plain_run_is_no_group(finished):
+    _, events, _ = finished
+    (_, start), _ = hparams_of(events)
+    assert start.session_start_info.group_name == ""
 
 
 def test_settings_are_there_as_text(finished):
@@ -149,7 +221,7 @@ def test_settings_are_there_as_text(finished):
 def test_the_curve(finished):
     _, events, _ = finished
     curves = events.Tensors("val/precision_recall")
-    assert [curve.step for curve in curves] == [2, 4, 6]
+    assert [curve.step for curve in curves] == [4, 8, 12]
     data = tensor_util.make_ndarray(curves[-1].tensor_proto)
     assert data.shape == (6, 101)
     true_positives, false_positives, _, false_negatives, precision, recall = data
@@ -161,27 +233,30 @@ def test_the_curve(finished):
 
 def test_pictures_are_of_the_validation_set(finished):
     _, events, _ = finished
-    assert set(events.Tags()["images"]) == {"pictures/val_000.jpg", "pictures/val_001.jpg"}
+    tags = {tag for tag in events.Tags()["images"] if not tag.startswith("errors/")}
+    assert tags == {"pictures/val_000.jpg", "pictures/val_001.jpg"}
     drawn = events.Images("pictures/val_000.jpg")
-    assert [image.step for image in drawn] == [2, 4, 6]
+    assert [image.step for image in drawn] == [4, 8, 12]
     assert Image.open(io.BytesIO(drawn[0].encoded_image_string)).size == (96, 64)
 
 
 def test_custom_scalars_name_tags_that_are_there(finished):
     _, events, _ = finished
     layout = custom_scalars()
-    assert set(layout) == {"AP", "losses"}
+    assert list(layout) == ["AP", "validation", "training"]
     tags = events.Tags()["scalars"]
     by_chart = {
-        name: [tag for tag in tags if any(re.fullmatch(each, tag) for each in chart[1])]
-        for charts in layout.values()
+        f"{group} {name}" if group != "AP" else name: [tag for tag in tags if any(re.fullmatch(each, tag) for each in chart[1])]
+        for group, charts in layout.items()
         for name, chart in charts.items()
     }
     assert layout["AP"]["AP with 95 % interval"] == ["Margin", ["val/AP", "val/AP_low", "val/AP_high"]]  # the value within its interval
     assert set(by_chart["AP with 95 % interval"]) == {"val/AP", "val/AP_low", "val/AP_high"}
     assert set(by_chart["AP by IoU"]) == {"val/AP", "val/AP50", "val/AP75"}
     assert set(by_chart["AP by category"]) == {"val/AP/square", "val/AP/oblong"}
-    assert set(by_chart["loss_ce"]) == {"train/loss_ce", "train_epoch/loss_ce", "val/loss_ce"}
+    assert by_chart["validation loss_ce"] == ["val/loss_ce"]
+    assert by_chart["training loss_ce"] == ["train_epoch/loss_ce"]
+    assert next(iter(layout["AP"])) == "AP with 95 % interval"
     assert all(by_chart.values())
     assert "custom_scalars__config__" in events.Tags()["tensors"]
 
@@ -215,7 +290,7 @@ def test_a_run_is_on_the_hparams_page_while_it_runs(coco_folder):
 
 
 def test_a_folder_whose_events_were_lost_is_described_again(tmp_path):
-    tracker = Tracker(tmp_path, load_config({}), step=10)
+    tracker = Tracker(tmp_path, load_config({}), seen=10)
     tracker.close()
     assert hparams_of(read(tmp_path))[0]
     assert "settings/text_summary" in read(tmp_path).Tags()["tensors"]
