@@ -332,7 +332,12 @@ def errors(checkpoint: str, out: Path, split: str, **options) -> None:
 @click.option("--metric", default="AP", show_default=True, help="The COCO metric to maximize.")
 @click.option("--time-budget", metavar="TIME", help="Stop after this time, such as 90s, 30m or 2h.")
 @click.option("--points", metavar="FILE", help="YAML or JSON list of points to try first.")
-@click.option("--warm-start", metavar="SEARCH", help="Folder of an earlier search; its best settings are tried first.")
+@click.option(
+    "--warm-start",
+    metavar="SEARCH",
+    multiple=True,
+    help="Folder of an earlier search: its best settings are tried first, and draws begin near them. Can be given several times.",
+)
 @click.option("--resume", metavar="SEARCH", help="Resume the search in this folder.")
 @click.option("--confirm", is_flag=True, help="Confirm the result at the end, as `raydetr confirm` does.")
 @settings_options("model", "loss", "matcher", "data", "optim", "speed", "run")

@@ -18,7 +18,7 @@ from raydetr.launch.signals import Interrupted
 from raydetr.launch.slots import Demands
 from raydetr.launch.tune import summary
 from raydetr.search.space import Space, read_space
-from raydetr.search.study import Search, best_config, best_points, read_points, trials_frame
+from raydetr.search.study import Search, best_config, read_points, trials_frame, warm_start_from
 
 if TYPE_CHECKING:
     import pandas
@@ -75,7 +75,7 @@ def tune_command(
     metric: str,
     time_budget: str | None,
     points: str | None,
-    warm_start: str | None,
+    warm_start: Sequence[str],
     resume: str | None,
     confirm: bool = False,
 ) -> str:
@@ -100,6 +100,8 @@ def tune_command(
     if metric not in METRICS:
         raise UserError(f"--metric: {metric!r} is not one of {', '.join(METRICS)}")
     config = settings.load_config(*layers)
+    first = read_points(points, known, config) if points else []
+    earlier, prior = warm_start_from(warm_start, known, config)
     with printing_summary():
         search = launcher.tune(
             config,
@@ -109,7 +111,8 @@ def tune_command(
             metric=metric,
             sampler=sampler,
             scheduler=scheduler,
-            points=first_points(known, config, points, warm_start),
+            points=[*first, *earlier],
+            prior=prior,
             time_budget_s=budget,
         )
     return _summary_and_verdict(search, confirm, demands)
@@ -151,12 +154,6 @@ def printing_summary() -> Iterator[None]:
         if error.search:
             print(summary(error.search), flush=True)
         raise
-
-
-def first_points(space: Space, config: settings.Config, points: str | None, warm_start: str | None) -> list[dict[str, Any]]:
-    """Return the settings to try after trial 0: those written by hand, then the best of an earlier search."""
-    written = read_points(points, space, config) if points else []
-    return written + (best_points(warm_start, space, config) if warm_start else [])
 
 
 def seconds(text: str | None) -> float | None:

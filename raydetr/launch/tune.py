@@ -57,6 +57,7 @@ def tune(
     scheduler: str = "asha",
     seed: int | None = None,
     points: Sequence[Mapping[str, Any]] = (),
+    prior: Sequence[Mapping[str, Any]] = (),
     time_budget_s: float | None = None,
 ) -> Search:
     """Search ``space`` around ``config``.
@@ -74,6 +75,7 @@ def tune(
         scheduler: What stops trials early: ``"asha"``, ``"median"``, ``"none"`` or ``"pbt"``.
         seed: Seed of the draws; None: ``run.seed``, which is that of everything else.
         points: Settings to try after trial 0, by dotted name.
+        prior: Settings that are believed to be good: the sampler ``"gp"`` begins near them.
         time_budget_s: Stop after so many seconds.
 
     Returns:
@@ -99,7 +101,17 @@ def tune(
             images = share_images(config)
         refresh_working_copy(root)
         search = create_search(
-            root, space, config, trials=trials, metric=metric, sampler=sampler, pruner=scheduler, grace=grace, seed=seed, points=points
+            root,
+            space,
+            config,
+            trials=trials,
+            metric=metric,
+            sampler=sampler,
+            pruner=scheduler,
+            grace=grace,
+            seed=seed,
+            points=points,
+            prior=prior,
         )
         with driving(search.folder), pushing(search):
             return run_trials(search, demands, slots, images, time_budget_s)
