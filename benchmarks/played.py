@@ -14,11 +14,13 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from benchmarks.measure import table
-from benchmarks.surfaces import EPOCHS, KINDS, Surface
+from benchmarks.surfaces import EPOCH_SD, EPOCHS, KINDS, SEED_SD, Surface
+from raydetr.search.population import better_trial, moved
 from raydetr.search.study import make_pruner, make_sampler
 
 GRACE = 2
 PACE_SD = 0.03  # by which the speeds of trials differ
+TURNS = 4  # of a search by population-based training
 RANDOM_TRIALS = {1: 20, 2: 20, 8: 32, 32: 128, 128: 512}  # of random search, by the number of trials at a time; others get twice as many
 
 
@@ -73,6 +75,7 @@ ARMS = {
     "Optuna GP, asha": Arm(_optuna_gp, _product_pruner("asha")),
     "tpe, Ray ASHA": Arm(_product_sampler("tpe"), lambda _: RayAsha()),
 }
+POPULATION = "population-based training"
 
 
 @dataclass
@@ -144,12 +147,42 @@ def play(surface: Surface, arm: Arm, trials: int, concurrent: int, epochs: float
             trial.report(value, epoch)
         if epoch == EPOCHS:
             study.tell(trial, None if diverged else value, TrialState.FAIL if diverged else TrialState.COMPLETE)
-        elif not diverged and number and trial.should_prune():
+        elif not diverged and trial.should_prune() and number:  # trial 0 is never stopped, and the others are compared with it
             study.tell(trial, state=TrialState.PRUNED)
         else:
             heapq.heappush(queue, (now + pace[number], number, epoch + 1, trial, curve))
             continue
         start(now)
+    return played
+
+
+def play_population(surface: Surface, trials: int) -> Played:
+    """Play population-based training by raydetr's own rule, which is that of Ray's PBT, with four turns as in a search.
+
+    A trial that takes over another's weights has its progress and its luck, and its new settings show at once. Trial 0 has the default
+    settings and keeps its weights.
+    """
+    played, random = Played(), np.random.default_rng([surface.seed, 3])
+    starts = [optuna.create_study(sampler=make_sampler("random", [surface.seed, number], trials, surface.space)).ask() for number in range(trials)]
+    drawn = [surface.space.drawn({**surface.base, **surface.space.suggest(trial, surface.base)}) for trial in starts]
+    drawn[0] = surface.space.drawn(surface.base)
+    progress, luck, best = np.zeros(trials), random.normal(0, SEED_SD, trials), np.zeros(trials)
+    for epoch in range(EPOCHS):
+        for number in range(trials):
+            if number and epoch and epoch % math.ceil(EPOCHS / TURNS) == 0:
+                others = set(range(trials)) - {number}
+                other = better_trial(dict(enumerate(best)), number, others, random)
+                if other is not None:
+                    drawn[number] = moved(surface.space, drawn[other], random)
+                    progress[number], luck[number], best[number] = progress[other], luck[other], best[other]
+            point = np.clip(surface.point({**surface.base, **drawn[number]}), 0, 1)
+            share = surface.progress(point)
+            before = share[epoch - 1] if epoch else 0.0
+            progress[number] += (1 - progress[number]) * max(0.0, (share[epoch] - before) / max(1 - before, 1e-9))
+            value = progress[number] * (surface.on_validation(point) + luck[number]) + EPOCH_SD * random.standard_normal()
+            best[number] = max(best[number], value)
+            played.reports.append((number, float(best[number])))
+    played.true = [surface.true(np.clip(surface.point({**surface.base, **settings}), 0, 1)) for settings in drawn]
     return played
 
 
@@ -170,7 +203,10 @@ def measure_played(surfaces: Sequence[str], concurrent: Sequence[int], arms: Seq
                 random = play(surface, ARMS["random, none"], trials, at_a_time)
                 target, budget = max(value for number, value in random.reports if number), EPOCHS * (trials - 1)
                 for name in arms:
-                    played = play(surface, ARMS[name], 2 * trials, at_a_time, budget)
+                    if name == POPULATION:  # stops no trial, so that it has as many as random search
+                        played = play_population(surface, trials)
+                    else:
+                        played = play(surface, ARMS[name], 2 * trials, at_a_time, budget)
                     shares[name].append(played.epochs_until(target) / budget)
                     ends[name].append(100 * played.gain())
                     quarters[name].append(100 * played.gain(budget / 4))

@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.measure import RAY, first_line, machine, table
-from benchmarks.played import ARMS, RANDOM_TRIALS, measure_played
+from benchmarks.played import ARMS, POPULATION, RANDOM_TRIALS, measure_played
 from benchmarks.surfaces import KINDS
 from raydetr.config import Config, load_config, to_dict
 from raydetr.data.formats.convert import convert
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--played", action="store_true", help="reach: on response surfaces whose truth is known, instead of training")
     parser.add_argument("--surfaces", nargs="+", choices=list(KINDS), default=list(KINDS), help="of reach --played")
     parser.add_argument("--concurrent", nargs="+", type=int, choices=list(RANDOM_TRIALS), default=[1, 8], help="trials at a time, played")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), help="samplers and schedulers of reach --played")
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, POPULATION], default=[*ARMS, POPULATION], help="samplers and schedulers of reach --played")
     parser.add_argument("--first", type=int, default=0, help="the first seed of reach --played (default 0)")
     parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, its numbers mean nothing")
     chosen = parser.parse_args()

@@ -18,6 +18,7 @@ from raydetr.search.space import Space, read_space
 
 EPOCHS = 27
 SEED_SD, EPOCH_SD, VAL_SD = 0.02, 0.01, 0.01  # in AP: between seeds, between epochs of a run, between settings on the validation images
+DROP = 2 / 3  # of the epochs, after which the learning rate drops
 SPREAD = 0.12  # AP that a random setting loses against the best, on average
 
 RATES = {"optim.lr": {"loguniform": [2e-5, 5e-4]}, "optim.lr_backbone": {"loguniform": [1e-6, 5e-5]}}
@@ -117,19 +118,25 @@ class Surface:
         frequency, phase, height = self.waves
         return self.true(point) + VAL_SD * math.sqrt(2 / 32) * float(height @ np.cos(frequency @ point + phase))
 
+    def progress(self, point: np.ndarray, pace: float = 0.0) -> np.ndarray:
+        """Share [epochs] of its AP at the end that a training with the settings at ``point`` has after each epoch."""
+        epochs, speed = np.arange(1, EPOCHS + 1), point[0] - self.best[0]
+        slow = EPOCHS * 0.16 * math.exp(-1.6 * speed + pace)
+        before_drop = np.where(epochs > DROP * EPOCHS, 1, 1 - 0.1 * math.exp(1.2 * speed))
+        progress = (1 - np.exp(-((epochs / slow) ** 0.9))) * before_drop
+        return np.minimum(progress / progress[-1], 1)
+
     def curve(self, point: np.ndarray, number: int) -> np.ndarray:
         """AP [epochs] of trial ``number`` with the settings at ``point``; NaN after it diverged."""
-        random, epochs = np.random.default_rng([self.seed, number, 5]), np.arange(1, EPOCHS + 1)
-        speed = point[0] - self.best[0]
-        slow = EPOCHS * 0.16 * math.exp(-1.6 * speed + random.normal(0, 0.1))
-        dropped = epochs > 0.667 * EPOCHS
-        progress = (1 - np.exp(-((epochs / slow) ** 0.9))) * np.where(dropped, 1, 1 - 0.1 * math.exp(1.2 * speed))
-        progress = np.minimum(progress / progress[-1], 1)
+        random = np.random.default_rng([self.seed, number, 5])
+        progress = self.progress(point, random.normal(0, 0.1))
         final = self.on_validation(point) + random.normal(0, SEED_SD)
         wobble, noise = random.standard_normal(), np.empty(EPOCHS)
         for epoch, fresh in enumerate(random.standard_normal(EPOCHS)):
             noise[epoch] = wobble = 0.6 * wobble + 0.8 * fresh
-        curve = progress * final + EPOCH_SD * np.where(dropped, 0.5, 1) * noise * np.minimum(1, progress + 0.2)
+        noise *= EPOCH_SD * np.minimum(1, progress + 0.2)
+        noise[round(DROP * EPOCHS) :] *= 0.5  # after the rate has dropped
+        curve = progress * final + noise
         if point[0] > self.diverges and random.random() < 0.5:
             curve[random.integers(1, EPOCHS // 3) :] = np.nan
         return np.clip(curve, 0, 1)
