@@ -61,7 +61,9 @@ class Surface:
 
 def play_search(surface: Surface, trials: int, seed: int) -> list[tuple[float, np.ndarray]]:
     """AP and settings of the complete trials, trial 0 first, then from the best to the worst."""
-    study = optuna.create_study(direction="maximize", sampler=make_sampler("tpe", seed, trials, Space(())), pruner=make_pruner("asha", GRACE, trials))
+    study = optuna.create_study(
+        direction="maximize", sampler=make_sampler("tpe", seed, trials, Space(())), pruner=make_pruner("asha", GRACE, trials)
+    )
     names = [f"x{number}" for number in range(SETTINGS)]
     study.enqueue_trial(dict.fromkeys(names, 0.5))
 

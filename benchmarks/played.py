@@ -51,8 +51,11 @@ class RayAsha(optuna.pruners.BasePruner):
         return self.scheduler.on_trial_result(None, as_ray_has_it, result) != TrialScheduler.CONTINUE
 
 
-def _product_sampler(name: str) -> Callable:
-    return lambda surface, seed, trials: make_sampler(name, seed, trials, surface.space)
+def _product_sampler(name: str, prior: Callable[[Surface], np.ndarray] | None = None) -> Callable:
+    def make(surface: Surface, seed: Sequence[int], trials: int) -> optuna.samplers.BaseSampler:
+        return make_sampler(name, seed, trials, surface.space, [surface.settings(prior(surface))] if prior else [])
+
+    return make
 
 
 def _optuna_gp(surface: Surface, seed: Sequence[int], trials: int) -> optuna.samplers.BaseSampler:
@@ -68,6 +71,9 @@ ARMS = {
     "tpe, asha": Arm(_product_sampler("tpe"), _product_pruner("asha")),
     "gp, asha": Arm(_product_sampler("gp"), _product_pruner("asha")),
     "gp, evidence": Arm(_product_sampler("gp"), _product_pruner("evidence")),
+    "gp, evidence; prior at the best": Arm(_product_sampler("gp", lambda surface: surface.best), _product_pruner("evidence")),
+    "gp, evidence; prior at the defaults": Arm(_product_sampler("gp", lambda surface: surface.default), _product_pruner("evidence")),
+    "gp, evidence; wrong prior": Arm(_product_sampler("gp", lambda surface: (surface.best + 0.5) % 1), _product_pruner("evidence")),
     "tpe, evidence": Arm(_product_sampler("tpe"), _product_pruner("evidence")),
     "cmaes, asha": Arm(_product_sampler("cmaes"), _product_pruner("asha")),
     "tpe, Optuna Hyperband": Arm(_product_sampler("tpe"), lambda _: optuna.pruners.HyperbandPruner(GRACE, EPOCHS)),
@@ -163,7 +169,9 @@ def play_population(surface: Surface, trials: int) -> Played:
     settings and keeps its weights.
     """
     played, random = Played(), np.random.default_rng([surface.seed, 3])
-    starts = [optuna.create_study(sampler=make_sampler("random", [surface.seed, number], trials, surface.space)).ask() for number in range(trials)]
+    starts = [
+        optuna.create_study(sampler=make_sampler("random", [surface.seed, number], trials, surface.space)).ask() for number in range(trials)
+    ]
     drawn = [surface.space.drawn({**surface.base, **surface.space.suggest(trial, surface.base)}) for trial in starts]
     drawn[0] = surface.space.drawn(surface.base)
     progress, luck, best = np.zeros(trials), random.normal(0, SEED_SD, trials), np.zeros(trials)

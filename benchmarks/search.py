@@ -49,7 +49,7 @@ REACH_SPACE = {
     "optim.lr_backbone": {"loguniform": [1e-5, 1e-2]},
     "loss.giou_loss_coef": {"loguniform": [0.25, 8.0]},
 }
-SAMPLER, SCHEDULER = "gp", "asha"  # the defaults of a search
+SAMPLER, SCHEDULER = "gp", "evidence"  # the defaults of a search
 REACH_TARGET = 0.25  # of random search's epochs
 
 
@@ -212,7 +212,7 @@ class Reached(Hopeless):
 
 
 def measure_reach(folder: Path, trials: int, epochs: int, repeats: int) -> None:
-    """Print the share of random search's epochs after which the default search has its AP; it gets twice the trials, most of them short."""
+    """Print the share of random search's epochs after which the default search has its AP; it has twice the trials, most of them short."""
     launcher.Hopeless = Reached
     shares = []
     for seed in range(repeats):
@@ -221,10 +221,8 @@ def measure_reach(folder: Path, trials: int, epochs: int, repeats: int) -> None:
         found = train_arm(folder, SAMPLER, SCHEDULER, 2 * trials, epochs, seed)
         budget, used = (sum(map(epochs_of, arm[1:])) for arm in (random, found))
         shares.append(used / budget if Reached.has(found) else math.inf)
-        print(
-            f"seed {seed}: AP {Reached.target:.3f} of random search in {budget} epochs; of {SAMPLER} + {SCHEDULER} in {used}, {shares[-1]:.2f}",
-            flush=True,
-        )
+        reached = f"AP {Reached.target:.3f} of random search in {budget} epochs; of {SAMPLER} + {SCHEDULER} in {used}, {shares[-1]:.2f}"
+        print(f"seed {seed}: {reached}", flush=True)
         Reached.target = math.inf
     middle, low, high = statistics.median(shares), min(shares), max(shares)
     print(f"\nshare of random search's epochs: {middle:.2f} ({low:.2f} to {high:.2f}); target {REACH_TARGET}")
@@ -247,7 +245,9 @@ def main() -> None:
     parser.add_argument("--played", action="store_true", help="reach: on response surfaces whose truth is known, instead of training")
     parser.add_argument("--surfaces", nargs="+", choices=list(KINDS), default=list(KINDS), help="of reach --played")
     parser.add_argument("--concurrent", nargs="+", type=int, choices=list(RANDOM_TRIALS), default=[1, 8], help="trials at a time, played")
-    parser.add_argument("--arms", nargs="+", choices=[*ARMS, POPULATION], default=[*ARMS, POPULATION], help="samplers and schedulers of reach --played")
+    parser.add_argument(
+        "--arms", nargs="+", choices=[*ARMS, POPULATION], default=[*ARMS, POPULATION], help="samplers and schedulers of reach --played"
+    )
     parser.add_argument("--first", type=int, default=0, help="the first seed of reach --played (default 0)")
     parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, its numbers mean nothing")
     chosen = parser.parse_args()

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from raydetr.config import flatten, load_config, to_dict
-from raydetr.search.encoding import to_unit
-from raydetr.search.space import Space, read_space
+from raydetr.search.encoding import from_unit, to_unit
+from raydetr.search.space import read_space
 
 EPOCHS = 27
 SEED_SD, EPOCH_SD, VAL_SD = 0.02, 0.01, 0.01  # in AP: between seeds, between epochs of a run, between settings on the validation images
@@ -100,6 +100,10 @@ class Surface:
     def point(self, settings: Mapping[str, Any]) -> np.ndarray:
         """Settings as positions between 0 and 1 within their ranges."""
         return np.array([to_unit(distribution, settings[name]) for name, distribution in self.distributions.items()])
+
+    def settings(self, point: np.ndarray) -> dict[str, Any]:
+        """The drawn settings at a point."""
+        return {name: from_unit(each, float(place)) for (name, each), place in zip(self.distributions.items(), point, strict=True)}
 
     def _lost(self, point: np.ndarray) -> float:
         away = np.sqrt(self.weight) * (point - self.best)

@@ -55,9 +55,7 @@ class Cube:
     def __init__(self, space: Space) -> None:
         self.distributions = {name: each for name, each in space.distributions.items() if not each.single()}
         self.conditions = {name: space.dimensions[name].when for name in self.distributions}
-        self.widths = [
-            len(each.choices) if isinstance(each, CategoricalDistribution) else 1 for each in self.distributions.values()
-        ]
+        self.widths = [len(each.choices) if isinstance(each, CategoricalDistribution) else 1 for each in self.distributions.values()]
         self.is_choice = np.array([isinstance(each, CategoricalDistribution) for each in self.distributions.values()], bool)
         self.owner = np.repeat(np.arange(len(self.widths)), self.widths)
 

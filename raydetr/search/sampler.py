@@ -5,7 +5,6 @@ what other trials gained from there on, and with more noise the earlier that rep
 expects of it, so that draws at the same time spread. The next settings are the candidate with the largest expected improvement.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -44,7 +44,7 @@ from raydetr.values import is_finite
 if TYPE_CHECKING:
     import pandas
 
-SAMPLERS = ("tpe", "gp", "random", "cmaes")
+SAMPLERS = ("gp", "tpe", "random", "cmaes")
 SCHEDULERS = ("evidence", "asha", "median", "none", "pbt")
 GIVEN_UP = "given up"  # the user attribute of a trial that the pruner stops
 # The user attribute for population-based training, a list of {"after": epoch, "from": trial, "settings": drawn}.

@@ -150,7 +150,10 @@ def test_a_tie_to_a_setting_that_was_not_drawn_takes_the_base_value(write):
         ("optim.batch_size: {choice: 2}", "choice takes a list of values"),
         ("optim.batch_size: {choice: [2, 4, 2]}", "the choice 2 stands twice"),
         ("optim.batch_size: [2, 4]", "{choice: [2, 4]}"),
-        ("optim.lr: {loguniform: [1e-5, 1e-3], around: 2e-3}", "draws cannot begin around 0.002, which is not in {loguniform: [1.0e-05, 0.001]}"),
+        (
+            "optim.lr: {loguniform: [1e-5, 1e-3], around: 2e-3}",
+            "draws cannot begin around 0.002, which is not in {loguniform: [1.0e-05, 0.001]}",
+        ),
         ("optim.lr: {loguniform: [1e-5, 1e-3], around: there}", "'there' is not a number"),
         ("optim.batch_size: {choice: [2, 4], around: 8}", "draws cannot begin around 8"),
         ("matcher.set_cost_bbox: {same_as: loss.bbox_loss_coef, around: default}", "around goes with ranges and choice only"),
