@@ -122,7 +122,7 @@ def play(surface: Surface, arm: Arm, trials: int, concurrent: int, epochs: float
         concurrent: How many run at a time; an epoch takes each of them about as long.
         epochs: The search ends after so many epochs of drawn trials.
     """
-    study = optuna.create_study(direction="maximize", pruner=arm.pruner(trials))
+    study = optuna.create_study(study_name="played", direction="maximize", pruner=arm.pruner(trials))  # Hyperband hashes the name
     study.enqueue_trial(surface.space.drawn(surface.base))
     played, queue, used = Played(), [], 0
     random = np.random.default_rng([surface.seed, 9])

@@ -12,7 +12,7 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from raydetr.search.curves import curve_table, final_values
 from raydetr.search.encoding import Cube
@@ -105,6 +105,9 @@ def observations(trials: Sequence[FrozenTrial], cube: Cube) -> tuple[np.ndarray,
         return cube.positions([]), np.zeros(0), np.zeros(0)
     failed = [each for each in trials if each.state == TrialState.FAIL]
     values, left = final_values(curve_table(reported))
+    for index, each in enumerate(reported):
+        if each.state == TrialState.COMPLETE and each.value is not None:  # also where the number of epochs is searched
+            values[index], left[index] = each.value, 0.0
     noise = 1 + UNFINISHED_NOISE * left
     if len(values) > MODELED:
         order = np.argsort(-values, kind="stable")
@@ -126,4 +129,5 @@ def log_expected_improvement(gain: np.ndarray, sd: np.ndarray) -> np.ndarray:
         sd: Their standard deviations.
     """
     score = np.maximum(gain / sd, -30)  # below, the density underflows
-    return np.log(sd) + np.log(np.maximum(score * norm.cdf(score) + norm.pdf(score), 1e-300))
+    density = np.exp(-0.5 * score**2) / np.sqrt(2 * np.pi)
+    return np.log(sd) + np.log(np.maximum(score * ndtr(score) + density, 1e-300))

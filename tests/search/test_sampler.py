@@ -119,21 +119,24 @@ def test_of_many_trials_the_best_and_a_sample_are_modeled(monkeypatch):
     study = search(near, 30, state=TrialState.COMPLETE)
     _, values, noise = observations(study.trials, Cube(SPACE))
     assert len(values) == 10
-    assert sorted(values)[-5:] == pytest.approx(sorted(near(trial.params) * 0.75 for trial in study.trials)[-5:])
+    assert sorted(values)[-5:] == pytest.approx(sorted(near(trial.params) for trial in study.trials)[-5:])
     assert (noise == 1).all()
 
 
 def test_a_failed_trial_counts_as_the_worst_and_a_stopped_one_is_uncertain():
     study = optuna.create_study(direction="maximize")
-    for reports in ([0.1, 0.3, 0.5, 0.7], [0.2], []):
+    for reports in ([0.1, 0.3, 0.5, 0.7], [0.2], [0.6, 0.75], []):
         trial = study.ask({"optim.lr": SPACE.distributions["optim.lr"], "loss.eos_coef": SPACE.distributions["loss.eos_coef"]})
         for epoch, value in enumerate(reports, 1):
             trial.report(value, epoch)
-        study.tell(trial, state=TrialState.PRUNED if reports else TrialState.FAIL)
+        if len(reports) == 2:
+            study.tell(trial, 0.75)  # it had fewer epochs
+        else:
+            study.tell(trial, state=TrialState.PRUNED if reports else TrialState.FAIL)
     points, values, noise = observations(study.trials, Cube(SPACE))
-    assert points.shape == (3, 2)
-    assert values == pytest.approx([0.7, 0.8, 0.7])
-    assert noise == pytest.approx([1, 1 + sampler.UNFINISHED_NOISE * 0.75, 1])
+    assert points.shape == (4, 2)
+    assert values == pytest.approx([0.7125, 0.775, 0.75, 0.7125])  # mean gains: 0.175, 0.2, 0.2; the lower tail is cut
+    assert noise == pytest.approx([1, 1 + sampler.UNFINISHED_NOISE * 0.75, 1, 1])
 
 
 def test_expected_improvement_is_the_mean_of_what_is_above():
