@@ -7,6 +7,7 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import optuna
@@ -36,8 +37,8 @@ class RayAsha(optuna.pruners.BasePruner):
     """Ray Tune's own ASHA."""
 
     def __init__(self) -> None:
-        limits = {"max_t": EPOCHS, "grace_period": GRACE, "reduction_factor": 3}
-        self.scheduler = AsyncHyperBandScheduler(time_attr="epoch", metric="AP", mode="max", **limits)
+        # It reads a trial's id and its result, and nothing else of Ray Tune.
+        self.scheduler: Any = AsyncHyperBandScheduler("epoch", "AP", "max", max_t=EPOCHS, grace_period=GRACE, reduction_factor=3)
         self.known: set[int] = set()
 
     def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:

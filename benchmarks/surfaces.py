@@ -115,7 +115,7 @@ class Surface:
         lost, edge = self.scale * self._lost(point), 0.1
         room = self.top - edge
         ap = self.top - lost if lost < edge else room * math.exp(-(lost - edge) / room)
-        return max(0.0, 0.15 * ap if point[0] > self.diverges else ap)
+        return float(max(0.0, 0.15 * ap if point[0] > self.diverges else ap))
 
     def on_validation(self, point: np.ndarray) -> float:
         """AP at the last epoch on the validation images, over all seeds."""

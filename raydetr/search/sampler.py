@@ -1,8 +1,8 @@
 """A sampler that learns from every trial of a search: complete, stopped and running ones.
 
 A Gaussian process models the objective at the last epoch. A trial that has not reached it enters with its last report, carried forward by
-what other trials gained from there on, and with more noise the earlier that report is. A trial without a report enters with what the model
-expects of it, so that draws at the same time spread. The next settings are the candidate with the largest expected improvement.
+what other trials gained from there on, and with more noise the earlier that report is. A running trial also enters with what the model
+expects of it, as if that were known already, so that draws at the same time spread. The next settings are the candidate with the largest expected improvement.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,8 +64,8 @@ class CurveSampler(optuna.samplers.BaseSampler):
             return self.cube.values(self._around(start, PRIOR_SD if near else None, 1)[0])
         model = GaussianProcess(self.cube.coordinates(points), values, noise, self.cube.owner)
         expected = model.predict_mean(model.points)
-        silent = [each.params for each in others if each.state == TrialState.RUNNING and not each.intermediate_values]
-        model = model.believing(self.cube.coordinates(self.cube.positions(silent)), BELIEVED_NOISE)
+        running = [each.params for each in others if each.state == TrialState.RUNNING]
+        model = model.believing(self.cube.coordinates(self.cube.positions(running)), BELIEVED_NOISE)
         best = points[expected.argmax()]
         candidates = np.vstack([self._around(best, sd, count) for sd, count in CANDIDATES.items()])
         mean, sd = model.predict(self.cube.coordinates(candidates))

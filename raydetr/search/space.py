@@ -147,11 +147,13 @@ class Space:
         values = {}
         for name, distribution in self.distributions.items():
             around = self.dimensions[name].around
-            value = as_drawn(base[name] if around == DEFAULT else around)
-            if around is None or (isinstance(distribution, CategoricalDistribution) and value not in distribution.choices):
+            if around is None:
                 continue
-            inside = isinstance(distribution, CategoricalDistribution) or distribution.low <= value <= distribution.high
-            values[name] = value if inside else min(max(value, distribution.low), distribution.high)
+            value = as_drawn(base[name] if around == DEFAULT else around)
+            if not isinstance(distribution, CategoricalDistribution):
+                values[name] = min(max(value, distribution.low), distribution.high)
+            elif value in distribution.choices:
+                values[name] = value
         return values
 
     def check_point(self, point: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
