@@ -1,9 +1,7 @@
-"""Successive halving that waits for evidence where many trials start at the same time."""
+"""Successive halving that asks again as evidence comes in, for searches in which many trials start at the same time."""
 
 import optuna
 from optuna.trial import FrozenTrial
-
-REDUCTION = 3
 
 
 class EvidencePruner(optuna.pruners.BasePruner):
@@ -18,7 +16,7 @@ class EvidencePruner(optuna.pruners.BasePruner):
         reduction: One of so many trials passes a rung, and each rung is at so many times the epochs of the one before.
     """
 
-    def __init__(self, grace: int, reduction: int = REDUCTION) -> None:
+    def __init__(self, grace: int, reduction: int) -> None:
         self.grace, self.reduction = grace, reduction
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
@@ -30,11 +28,14 @@ class EvidencePruner(optuna.pruners.BasePruner):
         while rung * self.reduction <= reached:
             rung *= self.reduction
         own = _value_at(trial, rung)
-        values = sorted(_value_at(each, rung) for each in study.get_trials(deepcopy=False) if (each.last_step or 0) >= rung)
-        return own < values[-max(1, len(values) // self.reduction)]
+        values = sorted(value for each in study.get_trials(deepcopy=False) if (value := _value_at(each, rung)) is not None)
+        return own is not None and own < values[-max(1, len(values) // self.reduction)]
 
 
-def _value_at(trial: FrozenTrial, epoch: int) -> float:
-    """The objective after an epoch, or after the last one before it that has a report."""
+def _value_at(trial: FrozenTrial, epoch: int) -> float | None:
+    """The objective after an epoch, or after the last one before it that has a report; None if the trial has not come so far."""
     known = trial.intermediate_values
-    return known[epoch] if epoch in known else max((value for step, value in known.items() if step <= epoch), default=float("-inf"))
+    if epoch in known:
+        return known[epoch]
+    before = [value for step, value in known.items() if step < epoch]
+    return max(before) if before and len(before) < len(known) else None

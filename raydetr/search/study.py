@@ -51,7 +51,7 @@ GIVEN_UP = "given up"  # the user attribute of a trial that the pruner stops
 TAKEN_OVER = "taken over"
 FIRST_POINTS, PRIOR_POINTS = 3, 5  # of an earlier search: those that are tried first, and those that the draws begin near
 MODEL_STARTUP = 6  # random draws before the model of the sampler gp
-REDUCTION = 3  # ASHA promotes a third of the trials at a rung to the next rung, at three times as many epochs
+REDUCTION = 3  # asha and evidence promote a third of the trials at a rung to the next rung, at three times as many epochs
 LOCK_SECONDS = 2  # a live writer holds the journal's lock for milliseconds
 SPACE_FILE, CONFIG_FILE, STUDY_FILE = "space.yaml", "config.yaml", "study.journal"
 STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
@@ -575,7 +575,7 @@ def make_pruner(name: str, grace: int, trials: int) -> optuna.pruners.BasePruner
     if name == "asha":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=grace, reduction_factor=REDUCTION)
     if name == "evidence":
-        return EvidencePruner(grace)
+        return EvidencePruner(grace, REDUCTION)
     if name == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=min(5, max(1, trials // 4)), n_warmup_steps=grace)
     return optuna.pruners.NopPruner()
