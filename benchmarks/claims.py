@@ -17,6 +17,7 @@ from benchmarks.measure import first_line, table
 from raydetr.evaluate.intervals import grouped, jackknife_interval, left_out_metrics, overall, weighted_metrics
 from raydetr.evaluate.matches import AREAS, IOUS, Matches
 from raydetr.search.confirm import DEFAULTS, Runs, candidate_count, estimate_gain, judge, multiplier, next_round
+from raydetr.search.space import Space
 from raydetr.search.study import make_pruner, make_sampler
 
 SURFACES = {  # standard deviation of the distance from the defaults to the best settings, and the mean AP that a random setting loses
@@ -60,7 +61,9 @@ class Surface:
 
 def play_search(surface: Surface, trials: int, seed: int) -> list[tuple[float, np.ndarray]]:
     """AP and settings of the complete trials, trial 0 first, then from the best to the worst."""
-    study = optuna.create_study(direction="maximize", sampler=make_sampler("tpe", seed, trials), pruner=make_pruner("asha", GRACE, trials))
+    study = optuna.create_study(
+        direction="maximize", sampler=make_sampler("tpe", seed, trials, Space(())), pruner=make_pruner("asha", GRACE, trials)
+    )
     names = [f"x{number}" for number in range(SETTINGS)]
     study.enqueue_trial(dict.fromkeys(names, 0.5))
 

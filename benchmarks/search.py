@@ -3,8 +3,9 @@
 ``start``: from the moment that a trial's settings are asked for to its first training step, in a reused process and through an inner
 TorchTrainer of two workers. ``controller``: CPU time of the searching process per report, over trials that do not train but follow a
 response surface. ``overhead``: what of an epoch of the demo goes into event files and into the report, where a trial waits for the
-search, and what the search takes beside it. ``reach``: epochs that TPE with ASHA trains until it has the AP that random search without
-early stopping ends at, as a share of random search's epochs, with real trainings on generated balloons.
+search, and what the search takes beside it. ``reach``: epochs that a search trains until it has the AP that random search without early
+stopping ends at, as a share of random search's epochs, with real trainings on generated balloons; ``reach --played``: the same on response
+surfaces, with many trials at a time and with published peers, and the true gain of the chosen settings.
 """
 
 import argparse
@@ -27,17 +28,18 @@ from optuna.trial import FrozenTrial
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.measure import RAY, first_line, machine, table
+from benchmarks.played import ARMS, POPULATION, RANDOM_TRIALS, measure_played
+from benchmarks.surfaces import KINDS
 from raydetr.config import Config, load_config, to_dict
 from raydetr.data.formats.convert import convert
 from raydetr.demo import balloons
 from raydetr.launch import trial as launched
 from raydetr.launch import tune as launcher
-from raydetr.launch.scheduling import Hopeless, grace_epochs, trial_folder
+from raydetr.launch.scheduling import Hopeless, trial_folder
 from raydetr.launch.session import DRIVER
 from raydetr.launch.slots import Demands
 from raydetr.launch.tune import tune
-from raydetr.search.space import read_space
-from raydetr.search.study import Search, create_search, epochs_of
+from raydetr.search.study import Search, epochs_of
 from raydetr.training import tracking
 
 SURFACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "loss.eos_coef": {"loguniform": [0.01, 1.0]}}
@@ -47,6 +49,7 @@ REACH_SPACE = {
     "optim.lr_backbone": {"loguniform": [1e-5, 1e-2]},
     "loss.giou_loss_coef": {"loguniform": [0.25, 8.0]},
 }
+SAMPLER, SCHEDULER = "gp", "evidence"  # the defaults of a search
 REACH_TARGET = 0.25  # of random search's epochs
 
 
@@ -208,50 +211,21 @@ class Reached(Hopeless):
         return any(value >= cls.target for each in trials[1:] for value in each.intermediate_values.values())
 
 
-def measure_reach(folder: Path, trials: int, epochs: int, repeats: int, run_arm: Callable) -> None:
-    """Print the share of random search's epochs after which TPE with ASHA has its AP; that gets twice the trials, for ASHA ends most.
-
-    ``run_arm`` is :func:`train_arm` or :func:`play_arm`.
-    """
+def measure_reach(folder: Path, trials: int, epochs: int, repeats: int) -> None:
+    """Print the share of random search's epochs after which the default search has its AP; it has twice the trials, most of them short."""
     launcher.Hopeless = Reached
     shares = []
     for seed in range(repeats):
-        random = run_arm(folder, "random", "none", trials, epochs, seed)
+        random = train_arm(folder, "random", "none", trials, epochs, seed)
         Reached.target = max(each.value for each in random[1:] if each.value is not None)
-        found = run_arm(folder, "tpe", "asha", 2 * trials, epochs, seed)
+        found = train_arm(folder, SAMPLER, SCHEDULER, 2 * trials, epochs, seed)
         budget, used = (sum(map(epochs_of, arm[1:])) for arm in (random, found))
         shares.append(used / budget if Reached.has(found) else math.inf)
-        print(
-            f"seed {seed}: AP {Reached.target:.3f} of random search in {budget} epochs; of TPE + ASHA in {used}, {shares[-1]:.2f}",
-            flush=True,
-        )
+        reached = f"AP {Reached.target:.3f} of random search in {budget} epochs; of {SAMPLER} + {SCHEDULER} in {used}, {shares[-1]:.2f}"
+        print(f"seed {seed}: {reached}", flush=True)
         Reached.target = math.inf
     middle, low, high = statistics.median(shares), min(shares), max(shares)
     print(f"\nshare of random search's epochs: {middle:.2f} ({low:.2f} to {high:.2f}); target {REACH_TARGET}")
-
-
-def play_arm(folder: Path, sampler: str, scheduler: str, trials: int, epochs: int, seed: int) -> list[FrozenTrial]:
-    """Run a search on the response surface, one trial after the other, and return its trials."""
-    config = load_config({"optim.epochs": epochs})
-    options = {"trials": trials, "sampler": sampler, "pruner": scheduler, "grace": grace_epochs(config.optim), "seed": seed}
-    search = create_search(folder / f"{sampler}-{seed}", read_space(SURFACE), config, **options)
-    while not Reached.has(search.frozen()) and (asked := search.ask()):
-        play_trial(search, asked[0], epochs)
-    return search.frozen()
-
-
-def play_trial(search: Search, number: int, epochs: int) -> None:
-    """Report the values of the response surface until the search stops the trial."""
-    settings, best = to_dict(search.config(number)), 0.0
-    for epoch in range(1, epochs + 1):
-        best = max(best, surface_ap(settings, epoch))
-        search.report(number, epoch, best)
-        if search.should_stop(number):
-            search.tell(number, "pruned")
-            return
-        if Reached.has(search.frozen()):
-            return
-    search.tell(number, "complete", best)
 
 
 def train_arm(folder: Path, sampler: str, scheduler: str, trials: int, epochs: int, seed: int) -> list[FrozenTrial]:
@@ -267,13 +241,22 @@ def main() -> None:
     parser.add_argument("what", choices=["start", "controller", "overhead", "reach"])
     parser.add_argument("--trials", type=int, help="default: 4 (start, overhead), 500 (controller), 20 (reach)")
     parser.add_argument("--epochs", type=int, default=9, help="of each trial of overhead and reach (default 9)")
-    parser.add_argument("--repeats", type=int, default=3, help="seeds of reach (default 3)")
-    parser.add_argument("--played", action="store_true", help="reach: on the response surface of controller instead of training")
+    parser.add_argument("--repeats", type=int, help="seeds of reach (default 3; with --played 40)")
+    parser.add_argument("--played", action="store_true", help="reach: on response surfaces whose truth is known, instead of training")
+    parser.add_argument("--surfaces", nargs="+", choices=list(KINDS), default=list(KINDS), help="of reach --played")
+    parser.add_argument("--concurrent", nargs="+", type=int, choices=list(RANDOM_TRIALS), default=[1, 8], help="trials at a time, played")
+    parser.add_argument(
+        "--arms", nargs="+", choices=[*ARMS, POPULATION], default=[*ARMS, POPULATION], help="samplers and schedulers of reach --played"
+    )
+    parser.add_argument("--first", type=int, default=0, help="the first seed of reach --played (default 0)")
     parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, its numbers mean nothing")
     chosen = parser.parse_args()
     print(machine(), "\n")
-    if not chosen.played:
-        ray.init(address="local", num_cpus=2, include_dashboard=chosen.what == "start", resources={DRIVER: 4}, **RAY)
+    if chosen.played:
+        seeds = range(chosen.first, chosen.first + (1 if chosen.quick else chosen.repeats or 40))
+        print(measure_played(chosen.surfaces[:1] if chosen.quick else chosen.surfaces, chosen.concurrent, chosen.arms, seeds))
+        return
+    ray.init(address="local", num_cpus=2, include_dashboard=chosen.what == "start", resources={DRIVER: 4}, **RAY)
     with tempfile.TemporaryDirectory() as temporary:
         folder, quick = Path(temporary), chosen.quick
         if chosen.what == "start":
@@ -283,11 +266,7 @@ def main() -> None:
         elif chosen.what == "overhead":
             measure_overhead(folder, *((1, 3, 4, 2) if quick else (chosen.trials or 4, chosen.epochs)))
         else:
-            measure_reach(
-                folder,
-                *((2, 2, 1) if quick else (chosen.trials or 20, chosen.epochs, chosen.repeats)),
-                play_arm if chosen.played else train_arm,
-            )
+            measure_reach(folder, *((2, 2, 1) if quick else (chosen.trials or 20, chosen.epochs, chosen.repeats or 3)))
     ray.shutdown()
 
 

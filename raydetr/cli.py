@@ -444,15 +444,20 @@ def errors(checkpoint: str, out: Path, split: str, **options) -> None:
 @click.option("--max-epochs", metavar="E", help="Number of epochs of a trial that is not stopped early; the same as --optim.epochs.")
 @click.option(
     "--scheduler",
-    default="asha",
+    default="evidence",
     show_default=True,
-    help="How trials are stopped early (asha, median, none), or pbt for population-based training.",
+    help="How trials are stopped early (evidence, asha, median, none), or pbt for population-based training.",
 )
-@click.option("--sampler", default="tpe", show_default=True, help="How settings are drawn: tpe, gp, random or cmaes.")
+@click.option("--sampler", default="gp", show_default=True, help="How settings are drawn: gp, tpe, random or cmaes.")
 @click.option("--metric", default="AP", show_default=True, help="The COCO metric to maximize; with masks also segm_AP, ....")
 @click.option("--time-budget", metavar="TIME", help="Stop after this time, such as 90s, 30m or 2h.")
 @click.option("--points", metavar="FILE", help="YAML or JSON list of points to try first.")
-@click.option("--warm-start", metavar="SEARCH", help="Folder of an earlier search; its best settings are tried first.")
+@click.option(
+    "--warm-start",
+    metavar="SEARCH",
+    multiple=True,
+    help="Folder of an earlier search: its best settings are tried first, and draws begin near them. Can be given several times.",
+)
 @click.option("--resume", metavar="SEARCH", help="Resume the search in this folder.")
 @click.option("--confirm", is_flag=True, help="Confirm the result at the end, as `raydetr confirm` does.")
 @settings_options("model", "loss", "matcher", "data", "optim", "speed", "run")

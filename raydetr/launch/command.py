@@ -17,7 +17,7 @@ from raydetr.launch.signals import Interrupted
 from raydetr.launch.slots import Demands
 from raydetr.launch.tune import summary
 from raydetr.search.space import Space, read_space
-from raydetr.search.study import Search, best_config, best_points, read_points, trials_frame
+from raydetr.search.study import Search, best_config, read_points, trials_frame, warm_start_from
 from raydetr.training.metrics import MASK_METRICS, METRICS
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def tune_command(
     metric: str,
     time_budget: str | None,
     points: str | None,
-    warm_start: str | None,
+    warm_start: Sequence[str],
     resume: str | None,
     confirm: bool = False,
 ) -> str:
@@ -120,6 +120,8 @@ def tune_command(
     config = settings.load_config(*layers)
     if metric in MASK_METRICS and not config.model.masks:
         raise UserError(f"--metric {metric}: without model.masks there is no AP of masks; set --model.masks true")
+    first = read_points(points, known, config) if points else []
+    earlier, prior = warm_start_from(warm_start, known, config)
     with printing_summary():
         search = launcher.tune(
             config,
@@ -129,7 +131,8 @@ def tune_command(
             metric=metric,
             sampler=sampler,
             scheduler=scheduler,
-            points=first_points(known, config, points, warm_start),
+            points=[*first, *earlier],
+            prior=prior,
             time_budget_s=budget,
         )
     return _summary_and_verdict(search, confirm, demands)
@@ -180,25 +183,6 @@ def printing_summary() -> Iterator[None]:
         if error.search:
             print(summary(error.search), flush=True)
         raise
-
-
-def first_points(space: Space, config: settings.Config, points: str | None, warm_start: str | None) -> list[dict[str, Any]]:
-    """Return the settings to try after trial 0: those of a file, then the best of an earlier search.
-
-    Args:
-        space: The search space, which the points must fit.
-        config: The base settings of the search.
-        points: File of settings to try, or None.
-        warm_start: Path or URI of the earlier search, or None.
-
-    Returns:
-        Points for :func:`raydetr.launch.tune.tune`: settings by dotted name.
-
-    Raises:
-        UserError: The file or the earlier search cannot be read, or a point of the file is not in ``space``.
-    """
-    written = read_points(points, space, config) if points else []
-    return written + (best_points(warm_start, space, config) if warm_start else [])
 
 
 def seconds(text: str | None) -> float | None:

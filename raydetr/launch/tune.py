@@ -53,10 +53,11 @@ def tune(
     trials: int = 32,
     demands: Demands = ONE_WORKER_EACH,
     metric: str = "AP",
-    sampler: str = "tpe",
-    scheduler: str = "asha",
+    sampler: str = "gp",
+    scheduler: str = "evidence",
     seed: int | None = None,
     points: Sequence[Mapping[str, Any]] = (),
+    prior: Sequence[Mapping[str, Any]] = (),
     time_budget_s: float | None = None,
 ) -> Search:
     """Search ``space`` around ``config``.
@@ -70,10 +71,11 @@ def tune(
         trials: Number of trials in all, trial 0 included.
         demands: What each trial requests from the cluster.
         metric: The COCO metric to maximize.
-        sampler: How settings are drawn: ``"tpe"``, ``"gp"``, ``"random"`` or ``"cmaes"``.
-        scheduler: What stops trials early: ``"asha"``, ``"median"``, ``"none"`` or ``"pbt"``.
+        sampler: How settings are drawn: ``"gp"``, ``"tpe"``, ``"random"`` or ``"cmaes"``.
+        scheduler: What stops trials early: ``"evidence"``, ``"asha"``, ``"median"``, ``"none"`` or ``"pbt"``.
         seed: Seed of the draws; None: ``run.seed``, which is the seed of everything else.
         points: Settings to try after trial 0, by dotted name.
+        prior: Settings that are believed to be good; the sampler ``"gp"`` begins to draw near them.
         time_budget_s: Time in seconds after which the search stops; None: no limit.
 
     Returns:
@@ -102,7 +104,17 @@ def tune(
             images = share_images(config)
         refresh_working_copy(root)
         search = create_search(
-            root, space, config, trials=trials, metric=metric, sampler=sampler, pruner=scheduler, grace=grace, seed=seed, points=points
+            root,
+            space,
+            config,
+            trials=trials,
+            metric=metric,
+            sampler=sampler,
+            pruner=scheduler,
+            grace=grace,
+            seed=seed,
+            points=points,
+            prior=prior,
         )
         with driving(search.folder), pushing(search):
             return run_trials(search, demands, slots, images, time_budget_s)

@@ -1,4 +1,4 @@
-"""Hyperparameter search: search spaces, the Optuna study, population-based training, importances, and lists of runs.
+"""Hyperparameter search: search spaces, the Optuna study, samplers, early stopping, populations, importances, and lists of runs.
 
 Imports neither torch nor ray. ``launch`` runs the trials of a search, and the command line shows its results.
 """

@@ -8,6 +8,7 @@ A space file is a YAML mapping from dotted names of the settings tree to one of
     model.dec_layers: {integer: [2, 6]}                     # an integer, including both ends; takes a step as well
     optim.batch_size: {choice: [2, 4]}                      # one of a list
     optim.lr_drop: {uniform: [0.4, 0.9], when: {optim.schedule: step}}   # drawn only if another setting has this value
+    optim.weight_decay: {loguniform: [1e-5, 0.1], around: default}   # draws begin near the default, or near a value that is given
     matcher.set_cost_bbox: {same_as: loss.bbox_loss_coef}   # the value of another setting
     loss.cls_loss_coef: 1                                   # a fixed value
 
@@ -35,6 +36,7 @@ from raydetr.files import atomic_write_text
 
 RANGES = ("uniform", "loguniform", "integer")
 KINDS = (*RANGES, "choice", "same_as")
+DEFAULT = "default"  # in ``around``: the base value
 Distribution = CategoricalDistribution | FloatDistribution | IntDistribution
 # The search itself sets these for each of its trials.
 NOT_SEARCHED = ("run.name", "run.storage", "run.workers", "run.max_failures", "run.tracker")
@@ -49,6 +51,7 @@ class Dimension:
     of: Any  # range: [low, high]; choice: its values; same_as: the name of the other setting; fixed: the value
     step: float | int | None = None
     when: Mapping[str, list] = dataclasses.field(default_factory=dict)
+    around: Any = None  # the value that draws begin near, or "default"; None: anywhere
 
     @property
     def distribution(self) -> Distribution | None:
@@ -66,7 +69,8 @@ class Dimension:
         if self.kind == "fixed":
             return self.of
         step = {} if self.step is None else {"step": self.step}
-        return {self.kind: self.of, **step, **({"when": dict(self.when)} if self.when else {})}
+        around = {} if self.around is None else {"around": self.around}
+        return {self.kind: self.of, **step, **({"when": dict(self.when)} if self.when else {}), **around}
 
 
 class Space:
@@ -134,6 +138,23 @@ class Space:
             if _holds(self.dimensions[name].when, known) and _can_hold(distribution, value):
                 kept[name] = value
         return kept
+
+    def expected(self, base: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values near which draws begin, of the settings that say ``around``, as Optuna records them.
+
+        A default outside of a range stands for the nearest end of it. One that is not among the choices is left out.
+        """
+        values = {}
+        for name, distribution in self.distributions.items():
+            around = self.dimensions[name].around
+            if around is None:
+                continue
+            value = as_drawn(base[name] if around == DEFAULT else around)
+            if not isinstance(distribution, CategoricalDistribution):
+                values[name] = min(max(value, distribution.low), distribution.high)
+            elif value in distribution.choices:
+                values[name] = value
+        return values
 
     def check_point(self, point: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Check a point to try.
@@ -339,7 +360,7 @@ def _dimension(setting: Setting, plain: Any) -> Dimension:
         if isinstance(plain, list) and not setting.is_list:
             raise UserError(f"{name}: a list alone is not valid here; to draw from it write {{choice: {_shown(plain)}}}")
         return Dimension(name, "fixed", setting.parse(plain))
-    kinds = [key for key in plain if key not in ("step", "when")]
+    kinds = [key for key in plain if key not in ("step", "when", "around")]
     for kind in kinds:
         if kind not in KINDS:
             near = difflib.get_close_matches(str(kind), KINDS, 1)
@@ -352,11 +373,26 @@ def _dimension(setting: Setting, plain: Any) -> Dimension:
         raise UserError(f"{name}: a step goes with uniform and integer only, not with {kind}")
     when = _conditions(name, plain.get("when", {}))
     if kind == "same_as":
+        if "around" in plain:
+            raise UserError(f"{name}: around goes with ranges and choice only, not with same_as")
         return Dimension(name, kind, find_setting(str(plain[kind])).name, when=when)
     if kind == "choice":
-        return Dimension(name, kind, _choices(setting, plain[kind]), when=when)
+        return _with_around(setting, Dimension(name, kind, _choices(setting, plain[kind]), when=when), plain)
     low, high = _range(setting, kind, plain[kind])
-    return Dimension(name, kind, [low, high], _step(name, kind, low, high, plain["step"]) if "step" in plain else None, when)
+    step = _step(name, kind, low, high, plain["step"]) if "step" in plain else None
+    return _with_around(setting, Dimension(name, kind, [low, high], step, when), plain)
+
+
+def _with_around(setting: Setting, each: Dimension, plain: Mapping[str, Any]) -> Dimension:
+    if "around" not in plain:
+        return each
+    around = plain["around"]
+    if around != DEFAULT:
+        around, distribution = setting.parse(around), each.distribution
+        assert distribution is not None
+        if not _contains(distribution, as_drawn(around)):
+            raise UserError(f"{each.name}: draws cannot begin around {_shown(around)}, which is not in {_shown(each.plain())}")
+    return dataclasses.replace(each, around=around)
 
 
 def _range(setting: Setting, kind: str, given: Any) -> tuple:

@@ -26,12 +26,14 @@ import optuna
 import yaml
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from raydetr.config import PATH_SETTINGS, Config, by_name, read_config, read_yaml_nodes, with_settings, write_yaml, yaml_value
 from raydetr.errors import UserError
+from raydetr.search.halving import EvidencePruner
+from raydetr.search.journal import StudyJournal
 from raydetr.search.population import better_trial, check_population, moved
+from raydetr.search.sampler import CurveSampler
 from raydetr.search.space import Space, as_drawn, draw, read_space
 from raydetr.storage import PATIENCE_S, check_owner, fetched, push, stamp, working_folder
 from raydetr.text import compact, count, shortlist
@@ -41,13 +43,15 @@ from raydetr.values import is_finite
 if TYPE_CHECKING:
     import pandas
 
-SAMPLERS = ("tpe", "gp", "random", "cmaes")
-SCHEDULERS = ("asha", "median", "none", "pbt")
+SAMPLERS = ("gp", "tpe", "random", "cmaes")
+SCHEDULERS = ("evidence", "asha", "median", "none", "pbt")
 CONFIRMED = "confirms"  # the user attribute of a training of a confirmation: [trial of the confirmed search, seed, fold or None]
 GIVEN_UP = "given up"  # the user attribute of a trial that the pruner stops
 # The user attribute for population-based training, a list of {"after": epoch, "from": trial, "settings": drawn}.
 TAKEN_OVER = "taken over"
-REDUCTION = 3  # ASHA promotes a third of the trials at a rung to the next rung, at three times as many epochs
+FIRST_POINTS, PRIOR_POINTS = 3, 5  # of an earlier search: those that are tried first, and those that the draws begin near
+MODEL_STARTUP = 6  # random draws before the model of the sampler gp
+REDUCTION = 3  # asha and evidence promote a third of the trials at a rung to the next rung, at three times as many epochs
 LOCK_SECONDS = 2  # a live writer holds the journal's lock for milliseconds
 SPACE_FILE, CONFIG_FILE, STUDY_FILE = "space.yaml", "config.yaml", "study.journal"
 TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
@@ -157,7 +161,8 @@ class Search:
         # A new sampler for every draw depends on the seed, the number of the draw and the study alone. An interrupted search
         # therefore draws the same settings as an undisturbed one.
         turn = [self._again[0], 1] if self._again else [handed_out, 0]
-        self.study.sampler = make_sampler(self._plan["sampler"], [self._plan["seed"], *turn], self.trials)
+        seed = [self._plan["seed"], *turn]
+        self.study.sampler = make_sampler(self._plan["sampler"], seed, self.trials, self.space, self._plan.get("prior", ()))
         trial = optuna.Trial(self.study, trials[self._again.pop(0)]._trial_id) if self._again else self.study.ask()
         if key:
             trial.set_user_attr("key", key)
@@ -248,11 +253,10 @@ class Search:
             return False
         if GIVEN_UP in trial.user_attrs:
             return True
-        self.study.pruner = make_pruner(self._plan["pruner"], self._plan["grace"], self.trials)
-        live = optuna.Trial(self.study, trial._trial_id)
-        if not live.should_prune() or number == 0 or epochs_of(trial) >= self.config(number).optim.epochs:
+        pruner = make_pruner(self._plan["pruner"], self._plan["grace"], self.trials)
+        if not pruner.prune(self.study, trial) or number == 0 or epochs_of(trial) >= self.config(number).optim.epochs:
             return False
-        live.set_user_attr(GIVEN_UP, True)  # a pruner decides at a rung only once
+        optuna.Trial(self.study, trial._trial_id).set_user_attr(GIVEN_UP, True)  # a pruner decides at a rung only once
         return True
 
     def tell(
@@ -353,6 +357,7 @@ def create_search(
     grace: int = 1,
     seed: int = 0,
     points: Sequence[Mapping[str, Any]] = (),
+    prior: Sequence[Mapping[str, Any]] = (),
 ) -> Search:
     """Make a new search: trial 0 with the settings of ``config``, then ``points``, then drawn trials.
 
@@ -367,6 +372,8 @@ def create_search(
         grace: The first epoch after which a trial may be stopped.
         seed: The seed of the draws.
         points: Settings to try after trial 0, as :meth:`Space.check_point` takes them.
+        prior: Settings that are believed to be good, in the same form: the sampler ``gp`` begins near them, and near the values that the
+            space says (``around``).
 
     Raises:
         UserError: There is a search already, the folder cannot be written, a name is unknown, a point is not in the space, or there
@@ -376,6 +383,7 @@ def create_search(
     base = by_name(config)
     check_request(space, trials, sampler, pruner, grace)
     points = _without_repeats([space.check_point(point, base) for point in points])
+    prior = [*(space.check_point(point, base) for point in prior), *([expected] if (expected := space.expected(base)) else [])]
     if len(points) >= trials:
         raise UserError(f"{len(points)} points to start from and trial 0 need {len(points) + 1} trials; {trials} were requested")
     with _readable(folder):
@@ -395,7 +403,7 @@ def create_search(
     for point in points:
         study.enqueue_trial(point, user_attrs={"origin": "given point"})
     # Set last: a search without it was interrupted while it was made.
-    plan = {"metric": metric, "trials": trials, "sampler": sampler, "seed": seed, "pruner": pruner, "grace": grace}
+    plan = {"metric": metric, "trials": trials, "sampler": sampler, "seed": seed, "pruner": pruner, "grace": grace, "prior": prior}
     kept = {name: value for name, value in base.items() if name not in PATH_SETTINGS and not name.startswith(("run.", "speed."))}
     study.set_user_attr("search", {**plan, "space": space.to_dict(), "base": kept})
     return Search(path)
@@ -415,7 +423,7 @@ def check_request(space: Space, trials: int, sampler: str, pruner: str, grace: i
         UserError: There is no trial, a name is unknown, or the scheduler cannot search the space.
     """
     _check_count(trials)
-    make_sampler(sampler, 0, trials)
+    make_sampler(sampler, 0, trials, space)
     make_pruner(pruner, grace, trials)
     if pruner == "pbt":
         check_population(space)
@@ -494,7 +502,7 @@ def _damage(path: Path) -> str:
 
 def _storage(folder: Path) -> JournalStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
+    return JournalStorage(StudyJournal(folder / STUDY_FILE))
 
 
 def _mend(path: Path) -> None:
@@ -524,13 +532,17 @@ def _check_count(trials: int) -> None:
         raise UserError(f"--trials {trials}: a search needs at least one trial, which has the default settings")
 
 
-def make_sampler(name: str, seed: int | Sequence[int], trials: int) -> optuna.samplers.BaseSampler:
+def make_sampler(
+    name: str, seed: int | Sequence[int], trials: int, space: Space, prior: Sequence[Mapping[str, Any]] = ()
+) -> optuna.samplers.BaseSampler:
     """Return a seeded Optuna sampler for a search of so many trials.
 
     Args:
         name: One of ``SAMPLERS``.
         seed: One or several numbers that seed it.
         trials: The number of trials of the search.
+        space: The search space.
+        prior: Drawn settings that are believed to be good; only ``gp`` uses them.
 
     Raises:
         UserError: The name is unknown, or a package is missing.
@@ -546,7 +558,7 @@ def make_sampler(name: str, seed: int | Sequence[int], trials: int) -> optuna.sa
             # Grouping models conditional settings apart from the others.
             return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True)
         if name == "gp":
-            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup, warn_independent_sampling=False)
+            return CurveSampler(seed, space, min(startup, MODEL_STARTUP), prior)
         if name == "cmaes":
             return optuna.samplers.CmaEsSampler(seed=seed, consider_pruned_trials=True, warn_independent_sampling=False)
         return optuna.samplers.RandomSampler(seed=seed)
@@ -570,6 +582,8 @@ def make_pruner(name: str, grace: int, trials: int) -> optuna.pruners.BasePruner
         raise UserError(f"a grace of {grace} epochs: a trial runs for at least one epoch")
     if name == "asha":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=grace, reduction_factor=REDUCTION)
+    if name == "evidence":
+        return EvidencePruner(grace, REDUCTION)
     if name == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=min(5, max(1, trials // 4)), n_warmup_steps=grace)
     return optuna.pruners.NopPruner()
@@ -632,6 +646,31 @@ def best_points(folder: str | Path, space: Space, config: Config, count: int = 3
         if point and space.contains(point, by_name(config)):
             points = _without_repeats([*points, point])
     return points[:count]
+
+
+def warm_start_from(folders: Sequence[str | Path], space: Space, config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return what earlier searches, also of other data sets, say about a new one.
+
+    Args:
+        folders: Paths or URIs of the earlier searches.
+        space: The new search space.
+        config: The base settings of the new search.
+
+    Returns:
+        The points to try first, the best three of a single search and the best one of each of several; and the prior of the draws, the
+        best five of each.
+
+    Raises:
+        UserError: There is no search in a folder, or no trial of it has settings within the new space.
+    """
+    points, prior = [], []
+    for folder in folders:
+        best = best_points(folder, space, config, PRIOR_POINTS)
+        if not best:
+            raise UserError(f"--warm-start {folder}: no ended trial of it has settings within the new search space")
+        points += best[: max(1, FIRST_POINTS // len(folders))]
+        prior += best
+    return _without_repeats(points), prior
 
 
 def _without_repeats(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -150,6 +150,13 @@ def test_a_tie_to_a_setting_that_was_not_drawn_takes_the_base_value(write):
         ("optim.batch_size: {choice: 2}", "choice takes a list of values"),
         ("optim.batch_size: {choice: [2, 4, 2]}", "the choice 2 stands twice"),
         ("optim.batch_size: [2, 4]", "{choice: [2, 4]}"),
+        (
+            "optim.lr: {loguniform: [1e-5, 1e-3], around: 2e-3}",
+            "draws cannot begin around 0.002, which is not in {loguniform: [1.0e-05, 0.001]}",
+        ),
+        ("optim.lr: {loguniform: [1e-5, 1e-3], around: there}", "'there' is not a number"),
+        ("optim.batch_size: {choice: [2, 4], around: 8}", "draws cannot begin around 8"),
+        ("matcher.set_cost_bbox: {same_as: loss.bbox_loss_coef, around: default}", "around goes with ranges and choice only"),
         ("optim.batch_size: 0", "0 is out of bounds"),
         ("optim.batch_size: many", "'many' is not a whole number"),
         (
@@ -221,6 +228,22 @@ def test_a_written_space_is_the_same_space(write, tmp_path):
     assert space.differences(again) == []
     assert draws(again, 5) == draws(space, 5)
     assert read_space(yaml.safe_load((tmp_path / "again.yaml").read_text())).to_dict() == space.to_dict()
+
+
+def test_draws_begin_around_the_default_or_a_value():
+    space = read_space(
+        {
+            "optim.lr": {"loguniform": [2e-4, 1e-2], "around": "default"},  # the default, 1e-4, is below
+            "loss.eos_coef": {"uniform": [0, 0.5], "around": 0.25},
+            "optim.schedule": {"choice": ["step", "cosine"], "around": "default"},
+            "optim.batch_size": {"choice": [8, 16], "around": "default"},  # the default is not among them
+            "loss.giou_loss_coef": {"uniform": [1, 5]},
+        }
+    )
+    assert space.expected(space.ground()) == {"optim.lr": 2e-4, "loss.eos_coef": 0.25, "optim.schedule": "step"}
+    assert read_space(space.to_dict()).to_dict() == space.to_dict()
+    changed = read_space({**space.to_dict(), "loss.eos_coef": {"uniform": [0, 0.5]}})
+    assert space.differences(changed) == ["loss.eos_coef was {uniform: [0.0, 0.5], around: 0.25}, is {uniform: [0.0, 0.5]}"]
 
 
 def test_differences_are_told_setting_by_setting():

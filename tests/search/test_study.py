@@ -31,6 +31,7 @@ from raydetr.search.study import (
     read_study,
     top_trials,
     trials_frame,
+    warm_start_from,
     write_best,
     write_trials,
 )
@@ -131,7 +132,7 @@ def test_the_same_key_gets_the_same_trial(make):
     assert len(search.frozen()) == 3
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes"])
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random", "cmaes"])
 def test_a_reopened_search_draws_on_as_if_it_had_not_been_interrupted(make, sampler):
     if sampler == "cmaes":
         pytest.importorskip("cmaes")
@@ -473,7 +474,7 @@ def test_a_search_killed_again_and_again_ends_with_every_trial_once(make):
     [
         ({"trials": 0}, "--trials 0: a search needs at least one trial"),
         ({"sampler": "tpee"}, "unknown sampler 'tpee'; did you mean 'tpe'?"),
-        ({"sampler": "grid"}, "unknown sampler 'grid'; there are tpe, gp, random, cmaes"),
+        ({"sampler": "grid"}, "unknown sampler 'grid'; there are gp, tpe, random, cmaes"),
         ({"pruner": "ascha"}, "unknown scheduler 'ascha'; did you mean 'asha'?"),
         ({"pruner": "asha", "grace": 0}, "a grace of 0 epochs"),
         ({"points": [{"optim.lr": 2e-4}, {"optim.lr": 3e-4}], "trials": 2}, "2 points to start from and trial 0 need 3 trials; 2 were"),
@@ -690,6 +691,35 @@ def test_the_best_points_of_an_earlier_search_that_fit_are_taken(make):
     search = make(narrow.to_dict(), points=points)
     search.ask()
     assert search.ask()[1]["optim.lr"] == fitting[0]
+
+
+def test_several_earlier_searches_give_first_points_and_a_prior(make):
+    earlier = [run(make(name=name, trials=8, seed=seed, sampler="random")) for seed, name in enumerate(("one", "two"))]
+    space = read_space(SPACE)
+    points, prior = warm_start_from([search.folder for search in earlier], space, load_config())
+    assert points == [best_points(search.folder, space, load_config(), 1)[0] for search in earlier]
+    assert prior == [point for search in earlier for point in best_points(search.folder, space, load_config(), 5)]
+    assert len(warm_start_from([earlier[0].folder], space, load_config())[0]) == 3
+    search = make(name="new", points=points, prior=prior, sampler="gp", trials=30)
+    for _ in range(3):
+        search.ask()
+    drawn = [search.ask()[1]["optim.lr"] for _ in range(16)]  # nothing is reported: drawn from the prior, or anywhere
+    believed = [math.log10(point["optim.lr"]) for point in prior]
+    near = [min(abs(math.log10(rate) - each) for each in believed) < 0.4 for rate in drawn]
+    assert sum(near) >= 10
+    assert Search(search.folder).study.user_attrs["search"]["prior"] == prior  # a resumed search has it as well
+
+
+def test_an_earlier_search_without_anything_in_the_new_space_is_refused(make):
+    earlier = run(make(name="earlier"))
+    space = read_space({"optim.lr": {"loguniform": [1e-2, 1e-1]}})
+    with pytest.raises(UserError, match=r"--warm-start .*earlier: no ended trial of it has settings within the new search space"):
+        warm_start_from([earlier.folder], space, load_config())
+
+
+def test_a_space_can_say_where_draws_begin(make):
+    search = make({"optim.lr": {"loguniform": [1e-5, 1e-3], "around": "default"}, "loss.eos_coef": {"uniform": [0, 1]}})
+    assert search.study.user_attrs["search"]["prior"] == [{"optim.lr": 1e-4}]
 
 
 # What comes of it

@@ -1,0 +1,240 @@
+"""Play searches on response surfaces, many trials at a time, with raydetr's own samplers and schedulers and with published peers."""
+
+import heapq
+import math
+import statistics
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.trial import TrialState
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+
+from benchmarks.measure import table
+from benchmarks.surfaces import EPOCH_SD, EPOCHS, KINDS, SEED_SD, Surface
+from raydetr.search.population import better_trial, moved
+from raydetr.search.study import make_pruner, make_sampler
+
+GRACE = 2
+PACE_SD = 0.03  # by which the speeds of trials differ
+TURNS = 4  # of a search by population-based training
+RANDOM_TRIALS = {1: 20, 2: 20, 8: 32, 32: 128, 128: 512}  # of random search, by the number of trials at a time; others get twice as many
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How settings are drawn, and trials stopped."""
+
+    sampler: Callable[[Surface, Sequence[int], int], optuna.samplers.BaseSampler]  # of a surface, a seed and a number of trials
+    pruner: Callable[[int], optuna.pruners.BasePruner]  # of a number of trials
+
+
+class RayAsha(optuna.pruners.BasePruner):
+    """Ray Tune's own ASHA."""
+
+    def __init__(self) -> None:
+        # It reads a trial's id and its result, and nothing else of Ray Tune.
+        self.scheduler: Any = AsyncHyperBandScheduler("epoch", "AP", "max", max_t=EPOCHS, grace_period=GRACE, reduction_factor=3)
+        self.known: set[int] = set()
+
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        """Return whether to stop a trial."""
+        as_ray_has_it = types.SimpleNamespace(trial_id=str(trial.number))
+        if trial.number not in self.known:
+            self.known.add(trial.number)
+            self.scheduler.on_trial_add(None, as_ray_has_it)
+        epoch = trial.last_step or 0
+        result = {"epoch": epoch, "AP": trial.intermediate_values[epoch]}
+        return self.scheduler.on_trial_result(None, as_ray_has_it, result) != TrialScheduler.CONTINUE
+
+
+def _product_sampler(name: str, prior: Callable[[Surface], np.ndarray] | None = None) -> Callable:
+    def make(surface: Surface, seed: Sequence[int], trials: int) -> optuna.samplers.BaseSampler:
+        return make_sampler(name, seed, trials, surface.space, [surface.settings(prior(surface))] if prior else [])
+
+    return make
+
+
+def _optuna_gp(surface: Surface, seed: Sequence[int], trials: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.GPSampler(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]), warn_independent_sampling=False)
+
+
+def _product_pruner(name: str) -> Callable:
+    return lambda trials: make_pruner(name, GRACE, trials)
+
+
+ARMS = {
+    "random, none": Arm(_product_sampler("random"), _product_pruner("none")),
+    "tpe, asha": Arm(_product_sampler("tpe"), _product_pruner("asha")),
+    "gp, asha": Arm(_product_sampler("gp"), _product_pruner("asha")),
+    "gp, evidence": Arm(_product_sampler("gp"), _product_pruner("evidence")),
+    "gp, evidence; prior at the best": Arm(_product_sampler("gp", lambda surface: surface.best), _product_pruner("evidence")),
+    "gp, evidence; prior at the defaults": Arm(_product_sampler("gp", lambda surface: surface.default), _product_pruner("evidence")),
+    "gp, evidence; wrong prior": Arm(_product_sampler("gp", lambda surface: (surface.best + 0.5) % 1), _product_pruner("evidence")),
+    "tpe, evidence": Arm(_product_sampler("tpe"), _product_pruner("evidence")),
+    "cmaes, asha": Arm(_product_sampler("cmaes"), _product_pruner("asha")),
+    "tpe, Optuna Hyperband": Arm(_product_sampler("tpe"), lambda _: optuna.pruners.HyperbandPruner(GRACE, EPOCHS)),
+    "tpe, Optuna Wilcoxon": Arm(_product_sampler("tpe"), lambda _: optuna.pruners.WilcoxonPruner()),
+    "Optuna GP, asha": Arm(_optuna_gp, _product_pruner("asha")),
+    "tpe, Ray ASHA": Arm(_product_sampler("tpe"), lambda _: RayAsha()),
+}
+POPULATION = "population-based training"
+
+
+@dataclass
+class Played:
+    """A search that was played: what it reported in this order, and the true AP of its trials."""
+
+    true: list[float] = field(default_factory=list)
+    reports: list[tuple[int, float]] = field(default_factory=list)  # trial, its best AP so far; one for each epoch
+
+    def epochs_until(self, target: float) -> float:
+        """Return the epochs of drawn trials until one has an AP of ``target``; infinity if none has."""
+        epochs = 0
+        for number, value in self.reports:
+            epochs += number > 0
+            if number and value >= target:
+                return epochs
+        return math.inf
+
+    def gain(self, epochs: float = math.inf) -> float:
+        """Return the true AP of the best trial after so many epochs, less that of trial 0."""
+        used, best, chosen = 0, -math.inf, 0
+        for number, value in self.reports:
+            used += number > 0
+            if used > epochs:
+                break
+            if value > best:
+                best, chosen = value, number
+        return self.true[chosen] - self.true[0]
+
+
+def play(surface: Surface, arm: Arm, trials: int, concurrent: int, epochs: float = math.inf) -> Played:
+    """Play a search.
+
+    Args:
+        surface: What stands for the trainings.
+        arm: How settings are drawn and trials are stopped.
+        trials: The number of trials, including trial 0.
+        concurrent: How many run at a time; an epoch takes each of them about as long.
+        epochs: The search ends after so many epochs of drawn trials.
+    """
+    study = optuna.create_study(study_name="played", direction="maximize", pruner=arm.pruner(trials))  # Hyperband hashes the name
+    study.enqueue_trial(surface.space.drawn(surface.base))
+    played, queue, used = Played(), [], 0
+    random = np.random.default_rng([surface.seed, 9])
+    pace = np.exp(random.normal(0, PACE_SD, trials))
+
+    def start(now: float) -> None:
+        number = len(played.true)
+        if number == trials:
+            return
+        study.sampler = arm.sampler(surface, [surface.seed, number, 0], trials)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trial = study.ask()
+            settings = surface.space.suggest(trial, surface.base)
+        point = np.clip(surface.point({**surface.base, **settings}), 0, 1)
+        played.true.append(surface.true(point))
+        curve = np.fmax.accumulate(surface.curve(point, number))
+        heapq.heappush(queue, (now + pace[number], number, 1, trial, curve))
+
+    for _ in range(concurrent):
+        start(0.0)
+    while queue and used < epochs:
+        now, number, epoch, trial, curve = heapq.heappop(queue)
+        value, used = float(curve[epoch - 1]), used + (number > 0)
+        diverged = math.isnan(value)
+        played.reports.append((number, -math.inf if diverged else value))
+        if not diverged:
+            trial.report(value, epoch)
+        if epoch == EPOCHS:
+            study.tell(trial, None if diverged else value, TrialState.FAIL if diverged else TrialState.COMPLETE)
+        elif not diverged and trial.should_prune() and number:  # trial 0 is never stopped, and the others are compared with it
+            study.tell(trial, state=TrialState.PRUNED)
+        else:
+            heapq.heappush(queue, (now + pace[number], number, epoch + 1, trial, curve))
+            continue
+        start(now)
+    return played
+
+
+def play_population(surface: Surface, trials: int) -> Played:
+    """Play population-based training by raydetr's own rule, which is that of Ray's PBT, with four turns as in a search.
+
+    A trial that takes over another's weights has its progress and its luck, and its new settings show at once. Trial 0 has the default
+    settings and keeps its weights.
+    """
+    played, random = Played(), np.random.default_rng([surface.seed, 3])
+    starts = [
+        optuna.create_study(sampler=make_sampler("random", [surface.seed, number], trials, surface.space)).ask() for number in range(trials)
+    ]
+    drawn = [surface.space.drawn({**surface.base, **surface.space.suggest(trial, surface.base)}) for trial in starts]
+    drawn[0] = surface.space.drawn(surface.base)
+    progress, luck, best = np.zeros(trials), random.normal(0, SEED_SD, trials), np.zeros(trials)
+    for epoch in range(EPOCHS):
+        for number in range(trials):
+            if number and epoch and epoch % math.ceil(EPOCHS / TURNS) == 0:
+                others = set(range(trials)) - {number}
+                other = better_trial(dict(enumerate(best)), number, others, random)
+                if other is not None:
+                    drawn[number] = moved(surface.space, drawn[other], random)
+                    progress[number], luck[number], best[number] = progress[other], luck[other], best[other]
+            point = np.clip(surface.point({**surface.base, **drawn[number]}), 0, 1)
+            share = surface.progress(point)
+            before = share[epoch - 1] if epoch else 0.0
+            progress[number] += (1 - progress[number]) * max(0.0, (share[epoch] - before) / max(1 - before, 1e-9))
+            value = progress[number] * (surface.on_validation(point) + luck[number]) + EPOCH_SD * random.standard_normal()
+            best[number] = max(best[number], value)
+            played.reports.append((number, float(best[number])))
+    played.true = [surface.true(np.clip(surface.point({**surface.base, **settings}), 0, 1)) for settings in drawn]
+    return played
+
+
+def measure_played(surfaces: Sequence[str], concurrent: Sequence[int], arms: Sequence[str], seeds: Sequence[int]) -> str:
+    """Return the table of what searches reach.
+
+    Random search without early stopping sets the target, the highest AP that it saw, and the budget of epochs. Every arm gets twice its
+    trials and the same budget.
+    """
+    rows = []
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    for at_a_time in concurrent:
+        trials = RANDOM_TRIALS[at_a_time]
+        for kind in surfaces:
+            shares, ends, quarters = ({name: [] for name in arms} for _ in range(3))
+            for seed in seeds:
+                surface = Surface(kind, seed)
+                random = play(surface, ARMS["random, none"], trials, at_a_time)
+                target, budget = max(value for number, value in random.reports if number), EPOCHS * (trials - 1)
+                for name in arms:
+                    if name == POPULATION:  # stops no trial, so that it has as many as random search
+                        played = play_population(surface, trials)
+                    else:
+                        played = play(surface, ARMS[name], 2 * trials, at_a_time, budget)
+                    shares[name].append(played.epochs_until(target) / budget)
+                    ends[name].append(100 * played.gain())
+                    quarters[name].append(100 * played.gain(budget / 4))
+            rows += [
+                [
+                    f"{kind} ({KINDS[kind].about})",
+                    at_a_time,
+                    name,
+                    f"{statistics.median(shares[name]):.2f}".replace("inf", "-"),
+                    f"{100 * np.isinf(shares[name]).mean():.0f} %",
+                    f"{_mean(ends[name])}",
+                    f"{_mean(quarters[name])}",
+                ]
+                for name in arms
+            ]
+    heading = ["surface", "at a time", "sampler, scheduler", "share of random search's epochs", "never", "true gain, AP", "at a quarter"]
+    return table(rows, heading)
+
+
+def _mean(values: Sequence[float]) -> str:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{statistics.mean(values):+.1f} +- {error:.1f}"

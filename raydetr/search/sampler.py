@@ -1,0 +1,134 @@
+"""A sampler that learns from every trial of a search: complete, stopped and running ones.
+
+A Gaussian process models the objective at the last epoch. A trial that has not reached it enters with its last report, carried forward by
+what other trials gained from there on, and with more noise the earlier that report is. A running trial also enters with what the model
+expects of it, as if that were known already, so that draws at the same time spread. The next settings are the candidate with the largest
+expected improvement.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FrozenTrial, TrialState
+from scipy.special import ndtr
+
+from raydetr.search.curves import curve_table, final_values
+from raydetr.search.encoding import Cube
+from raydetr.search.gaussian import GaussianProcess
+from raydetr.search.space import Space
+
+CANDIDATES = {None: 200, 0.1: 150, 0.03: 50}  # how many are drawn around the best point, by standard deviation; None: everywhere
+OTHER_CHOICE = 0.1  # the probability that a candidate near the best point has another choice of a setting
+MODELED = 300  # the model has at most so many trials, the best ones and a sample of the others
+UNFINISHED_NOISE = 4.0  # what a trial that has all epochs left has in noise, relative to a complete one
+BELIEVED_NOISE = 0.1
+TAIL = 1.5  # an objective counts as no lower than so many times the distance of the best from the median, below the median
+PRIOR_SD, PRIOR_SHARE = 0.2, 0.5  # the width of a prior, in parts of a range; the share of the first draws that come from it
+PRIOR_WEIGHT = 5.0  # trials after which the model counts as much as the prior
+
+
+class CurveSampler(optuna.samplers.BaseSampler):
+    """Optuna sampler that draws the settings of a trial from a model of all trials with a report.
+
+    Args:
+        seed: Seed of the draws. Together with the trials of the study it decides the next one.
+        space: The search space.
+        startup: The number of trials with a report that the model needs; before, settings are drawn at random.
+        prior: Settings that are believed to be good, by dotted name. The first draws are often near them, and the model prefers
+            candidates near them, less so the more trials there are (Hvarfner et al. 2022, arXiv:2204.11051).
+    """
+
+    def __init__(self, seed: int, space: Space, startup: int, prior: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.cube, self.startup = Cube(space), startup
+        self.random = np.random.default_rng(seed)
+        self.independent = optuna.samplers.RandomSampler(seed=seed)
+        self.prior = self.cube.positions(prior)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Return the distributions of the settings that are drawn together."""
+        return dict(self.cube.distributions)
+
+    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
+        """Return a random value for a setting that is not drawn together with the others."""
+        return self.independent.sample_independent(study, trial, param_name, param_distribution)
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        """Return the settings of the next trial."""
+        others = [each for each in study.get_trials(deepcopy=False) if each.number != trial.number and each.params]
+        points, values, noise = observations(others, self.cube)
+        if len(points) <= self.startup:
+            near = len(self.prior) and self.random.random() < PRIOR_SHARE
+            start = self.prior[self.random.integers(len(self.prior))] if near else None
+            return self.cube.values(self._around(start, PRIOR_SD if near else None, 1)[0])
+        model = GaussianProcess(self.cube.coordinates(points), values, noise, self.cube.owner)
+        expected = model.predict_mean(model.points)
+        running = [each.params for each in others if each.state == TrialState.RUNNING]
+        model = model.believing(self.cube.coordinates(self.cube.positions(running)), BELIEVED_NOISE)
+        best = points[expected.argmax()]
+        candidates = np.vstack([self._around(best, sd, count) for sd, count in CANDIDATES.items()])
+        mean, sd = model.predict(self.cube.coordinates(candidates))
+        merit = log_expected_improvement(mean - expected.max(), sd)
+        if len(self.prior):
+            merit += PRIOR_WEIGHT / len(points) * self._log_prior(candidates)
+        return self.cube.values(candidates[merit.argmax()])
+
+    def _around(self, point: np.ndarray | None, sd: float | None, count: int) -> np.ndarray:
+        """Draw ``count`` positions near ``point``, or everywhere if there is none or ``sd`` is None."""
+        drawn = self.random.uniform(size=(count, len(self.cube.distributions)))
+        if point is None or sd is None:
+            return self.cube.snap(drawn)
+        kept = np.where(self.random.uniform(size=drawn.shape) < OTHER_CHOICE, drawn, point)
+        moved = np.clip(point + self.random.normal(0, sd, drawn.shape), 0, 1)
+        near = np.where(self.cube.is_choice, kept, moved)
+        return self.cube.snap(np.where(np.isnan(near), drawn, near))
+
+    def _log_prior(self, positions: np.ndarray) -> np.ndarray:
+        """Log density [n] of a mixture of normal distributions around the points of the prior, and of a uniform distribution."""
+        apart = np.nan_to_num(positions[:, None] - self.prior[None])
+        apart = np.where(self.cube.is_choice, PRIOR_SD * (np.abs(apart) > 0), apart)
+        near = np.exp(-0.5 * (apart / PRIOR_SD) ** 2).prod(2).mean(1)
+        return np.log(0.01 + near)
+
+
+def observations(trials: Sequence[FrozenTrial], cube: Cube) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what the trials of a search say about the objective at the last epoch.
+
+    Trials that failed count as the worst one. Of many trials, the best ones and a sample of the others are returned.
+
+    Returns:
+        Positions [n, settings], values [n], and the variance of their noise [n] relative to that of a complete trial.
+    """
+    reported = [each for each in trials if each.intermediate_values and each.state != TrialState.FAIL]
+    if not reported:
+        return cube.positions([]), np.zeros(0), np.zeros(0)
+    failed = [each for each in trials if each.state == TrialState.FAIL]
+    values, left = final_values(curve_table(reported))
+    for index, each in enumerate(reported):
+        if each.state == TrialState.COMPLETE and each.value is not None:  # also where the number of epochs is searched
+            values[index], left[index] = each.value, 0.0
+    noise = 1 + UNFINISHED_NOISE * left
+    if len(values) > MODELED:
+        order = np.argsort(-values, kind="stable")
+        rest = np.linspace(MODELED // 2, len(order) - 1, MODELED - MODELED // 2).round().astype(int)
+        kept = np.sort(np.concatenate([order[: MODELED // 2], order[rest]]))
+        reported, values, noise = [reported[index] for index in kept], values[kept], noise[kept]
+    middle = np.median(values)
+    values = np.maximum(values, middle - TAIL * (values.max() - middle))
+    values = np.concatenate([values, np.full(len(failed), values.min())])
+    noise = np.concatenate([noise, np.ones(len(failed))])
+    return cube.positions([each.params for each in [*reported, *failed]]), values, noise
+
+
+def log_expected_improvement(gain: np.ndarray, sd: np.ndarray) -> np.ndarray:
+    """Return the logarithm of the expected improvement of normally distributed values.
+
+    Args:
+        gain: Their means, less the value to improve on.
+        sd: Their standard deviations.
+    """
+    score = np.maximum(gain / sd, -30)  # below, the density underflows
+    density = np.exp(-0.5 * score**2) / np.sqrt(2 * np.pi)
+    return np.log(sd) + np.log(np.maximum(score * ndtr(score) + density, 1e-300))

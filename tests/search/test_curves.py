@@ -1,0 +1,25 @@
+import numpy as np
+import optuna
+import pytest
+
+from raydetr.search.curves import curve_table, final_values
+
+NAN = float("nan")
+
+
+def test_reports_become_a_row_for_each_trial():
+    study = optuna.create_study()
+    for reports in ({1: 0.1, 2: 0.2, 4: 0.4}, {1: 0.3}, {}):
+        trial = study.ask()
+        for epoch, value in reports.items():
+            trial.report(value, epoch)
+    table = curve_table(study.trials)
+    assert table == pytest.approx(np.array([[0.1, 0.2, NAN, 0.4], [0.3, NAN, NAN, NAN], [NAN] * 4]), nan_ok=True)
+    assert curve_table([]).shape == (0, 0)
+
+
+def test_a_stopped_trial_gains_what_the_others_gained_from_there_on():
+    values, left = final_values(np.array([[0.1, 0.3, 0.5, 0.6], [0.1, 0.2, 0.4, NAN], [0.2, NAN, NAN, NAN], [0.0, NAN, 0.3, NAN]]))
+    # Mean gains: 0.15 (two trials), 0.2 (two trials), 0.1.
+    assert values == pytest.approx([0.6, 0.5, 0.65, 0.4])
+    assert left == pytest.approx([0, 0.25, 0.75, 0.25])

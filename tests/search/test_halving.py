@@ -1,0 +1,57 @@
+import optuna
+import pytest
+
+from raydetr.search.halving import EvidencePruner
+
+
+def study_of(*curves):
+    """A study whose running trials have these reports from epoch 1 on."""
+    study = optuna.create_study(direction="maximize")
+    for curve in curves:
+        trial = study.ask()
+        for epoch, value in enumerate(curve, 1):
+            trial.report(value, epoch)
+    return study
+
+
+def stopped(study):
+    pruner = EvidencePruner(grace=2, reduction=3)
+    return [pruner.prune(study, trial) for trial in study.get_trials()]
+
+
+def test_the_best_third_of_a_rung_goes_on():
+    assert stopped(study_of(*([value, value] for value in (0.1, 0.6, 0.3, 0.5, 0.2, 0.4)))) == [True, False, True, False, True, True]
+
+
+def test_nothing_is_stopped_before_the_grace():
+    assert stopped(study_of([0.1], [0.9], [0.8], [0.7])) == [False] * 4
+
+
+def test_a_trial_that_passed_alone_is_stopped_when_others_overtake_it():
+    assert stopped(study_of([0.1, 0.2, 0.3])) == [False]
+    assert stopped(study_of([0.1, 0.2, 0.3], [0.2, 0.3], [0.2, 0.4])) == [True, True, False]
+
+
+def test_trials_are_compared_at_the_last_rung_that_they_have_reached():
+    """A trial at the second rung, epoch 6, does not lose against what others had at the first."""
+    late = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    assert stopped(study_of(late, [0.4, 0.5], [0.4, 0.6], [0.4, 0.7]))[0] is False
+    assert stopped(study_of(late, [0.5] * 5 + [0.7], [0.5] * 5 + [0.8]))[0] is True
+
+
+def test_a_gap_in_the_reports_counts_as_the_value_before(monkeypatch):
+    study = study_of([0.5])
+    trial = study.ask()
+    trial.report(0.4, 1)
+    trial.report(0.9, 3)
+    assert stopped(study) == [False, False]
+    for value in (0.45, 0.42):
+        other = study.ask()
+        other.report(value, 1)
+        other.report(value, 2)
+    assert stopped(study)[1] is True  # 0.4 at epoch 2
+
+
+@pytest.mark.parametrize("reports", [0, 1])
+def test_a_trial_without_enough_reports_goes_on(reports):
+    assert stopped(study_of([0.1] * reports)) == [False]

@@ -1,0 +1,147 @@
+import math
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import TrialState
+from scipy.stats import norm
+
+from raydetr.search import sampler
+from raydetr.search.encoding import Cube
+from raydetr.search.sampler import CurveSampler, log_expected_improvement, observations
+from raydetr.search.space import read_space
+
+SPACE = read_space({"optim.lr": {"loguniform": [1e-5, 1e-3]}, "loss.eos_coef": {"uniform": [0, 1]}})
+CHOICES = read_space(
+    {
+        "optim.schedule": {"choice": ["step", "cosine"]},
+        "optim.lr_drop": {"uniform": [0.4, 0.9], "when": {"optim.schedule": "step"}},
+        "model.dec_layers": {"integer": [2, 6]},
+    }
+)
+
+
+def place(params) -> float:
+    """The position of the learning rate within its range."""
+    return (math.log10(params["optim.lr"]) + 5) / 2
+
+
+def draw(study, seed, space=SPACE, prior=(), startup=6):
+    study.sampler = CurveSampler(seed, space, startup, prior)
+    trial = study.ask()
+    space.suggest(trial)
+    return trial
+
+
+def search(height, count, space=SPACE, state=TrialState.PRUNED, epochs=2, **options):
+    """A study of trials, one after the other, whose objective grows to ``height`` of their settings, and that end after some epochs."""
+    study = optuna.create_study(direction="maximize")
+    for number in range(count):
+        trial = draw(study, number, space, **options)
+        for epoch in range(1, epochs + 1):
+            trial.report(height(trial.params) * (1 - 0.5**epoch), epoch)
+        study.tell(trial, height(trial.params) if state == TrialState.COMPLETE else None, state)
+    return study
+
+
+def near(params) -> float:
+    """An objective with its top at a rate of 2e-4; nothing else matters."""
+    return 0.5 - (place(params) - 0.65) ** 2
+
+
+def test_stopped_trials_are_learned_from():
+    """None of the trials is complete, and the later ones are near the top."""
+    study = search(near, 20)
+    assert {trial.state for trial in study.trials} == {TrialState.PRUNED}
+    first, last = (np.mean([abs(place(trial.params) - 0.65) for trial in some]) for some in (study.trials[:6], study.trials[12:]))
+    assert last < 0.5 * first
+    assert last < 0.1
+
+
+def test_draws_at_the_same_time_spread():
+    study = search(near, 10)
+    drawn = [draw(study, 100).params for _ in range(8)]  # the same seed every time: only the running trials differ
+    assert len({round(place(params), 2) for params in drawn} | {round(params["loss.eos_coef"], 2) for params in drawn}) >= 8
+
+
+def test_the_seed_and_the_trials_decide_a_draw():
+    study = search(near, 10)
+    params = [draw(study, seed).params for seed in (5, 5, 6)]
+    fresh = draw(search(near, 10), 5).params
+    assert fresh == params[0]
+    assert params[1] != params[0]  # the first draw is running now
+    assert params[2] != params[1]
+
+
+def test_the_corner_where_trials_fail_is_avoided():
+    study = optuna.create_study(direction="maximize")
+    for number in range(24):
+        trial = draw(study, number)
+        if place(trial.params) > 0.5:
+            study.tell(trial, state=TrialState.FAIL)
+        else:
+            trial.report(near(trial.params), 1)  # rises towards the corner
+            study.tell(trial, near(trial.params))
+    failed = [trial.state == TrialState.FAIL for trial in study.trials]
+    assert sum(failed[12:]) <= 5
+
+
+def test_choices_conditions_and_whole_numbers_are_learned():
+    def height(params):
+        drop = params.get("optim.lr_drop", 0.0)
+        return 0.4 - (drop - 0.8) ** 2 - 0.02 * (params["model.dec_layers"] - 3) ** 2
+
+    study = search(height, 30, CHOICES)
+    last = [trial.params for trial in study.trials[-8:]]
+    assert all(("optim.lr_drop" in params) == (params["optim.schedule"] == "step") for params in last)
+    assert sum(params["optim.schedule"] == "step" for params in last) >= 6
+    assert sum(params["model.dec_layers"] in (2, 3, 4) for params in last) >= 6
+
+
+def test_a_prior_is_where_the_first_draws_are():
+    prior = [{"optim.lr": 1e-5 * 10**1.3, "loss.eos_coef": 0.5}]
+    with_prior, without = (
+        [abs(place(trial.params) - 0.65) for seed in range(40) for trial in [draw(optuna.create_study(), seed, prior=some)]]
+        for some in (prior, ())
+    )
+    assert np.mean(with_prior) < 0.8 * np.mean(without)
+    assert max(with_prior) > 0.4  # some draws are anywhere
+
+
+def test_a_wrong_prior_is_forgotten():
+    study = search(near, 40, prior=[{"optim.lr": 1.2e-5, "loss.eos_coef": 0.5}])
+    last = [abs(place(trial.params) - 0.65) for trial in study.trials[-10:]]
+    assert np.mean(last) < 0.12
+
+
+def test_of_many_trials_the_best_and_a_sample_are_modeled(monkeypatch):
+    monkeypatch.setattr(sampler, "MODELED", 10)
+    study = search(near, 30, state=TrialState.COMPLETE)
+    _, values, noise = observations(study.trials, Cube(SPACE))
+    assert len(values) == 10
+    assert sorted(values)[-5:] == pytest.approx(sorted(near(trial.params) for trial in study.trials)[-5:])
+    assert (noise == 1).all()
+
+
+def test_a_failed_trial_counts_as_the_worst_and_a_stopped_one_is_uncertain():
+    study = optuna.create_study(direction="maximize")
+    for reports in ([0.1, 0.3, 0.5, 0.7], [0.2], [0.6, 0.75], []):
+        trial = study.ask({"optim.lr": SPACE.distributions["optim.lr"], "loss.eos_coef": SPACE.distributions["loss.eos_coef"]})
+        for epoch, value in enumerate(reports, 1):
+            trial.report(value, epoch)
+        if len(reports) == 2:
+            study.tell(trial, 0.75)  # it had fewer epochs
+        else:
+            study.tell(trial, state=TrialState.PRUNED if reports else TrialState.FAIL)
+    points, values, noise = observations(study.trials, Cube(SPACE))
+    assert points.shape == (4, 2)
+    assert values == pytest.approx([0.7125, 0.775, 0.75, 0.7125])  # mean gains: 0.175, 0.2, 0.2; the lower tail is cut
+    assert noise == pytest.approx([1, 1 + sampler.UNFINISHED_NOISE * 0.75, 1, 1])
+
+
+def test_expected_improvement_is_the_mean_of_what_is_above():
+    values = np.random.default_rng(0).normal(0.1, 0.5, 10**6)
+    assert math.exp(log_expected_improvement(np.array([0.1]), np.array([0.5]))[0]) == pytest.approx(np.maximum(values, 0).mean(), rel=0.01)
+    far = log_expected_improvement(np.array([-5.0, -4.0]), np.array([0.5, 0.5]))
+    assert far[0] < far[1]
+    assert far[1] == pytest.approx(math.log(0.5 * (norm.pdf(8) - 8 * norm.cdf(-8))))
