@@ -61,7 +61,7 @@ def pycocotools_eval(objects: AnnotatedBoxes, detections: DetectedBoxes, images:
         columns |= {"id": np.arange(len(boxes.image)) + 1, "image_id": boxes.image + 1, "category_id": boxes.category + 1}
         columns |= {"bbox": boxes.xywh, "area": boxes.area}
         rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-        made = COCO()
+        made: Any = COCO()
         made.dataset = {
             "images": [{"id": number} for number in range(1, images + 1)],
             "categories": [{"id": number} for number in range(1, categories + 1)],

@@ -505,7 +505,8 @@ def _full(shape: tuple[int, ...], value: float, dtype: torch.dtype, share: bool)
         return torch.full(shape, value, dtype=dtype)
     # As torch's own default_collate does it.
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape).fill_(value)
+    full: Any = torch.empty(0, dtype=dtype)  # whose type hints lack a storage without a type
+    return full.set_(storage, 0, shape).fill_(value)
 
 
 def _rounded_up(side: int, multiple: int) -> int:

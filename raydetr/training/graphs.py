@@ -65,7 +65,8 @@ class GraphedNetwork:
         has_mode = "capture_error_mode" in inspect.signature(make).parameters
         options: dict[str, Any] = {"capture_error_mode": "thread_local"} if has_mode else {}
         inputs = (images.clone(), mask.clone())  # which become the graph's own
-        self._recorded[shape] = make(_Network(self.network), inputs, allow_unused_input=True, pool=self._pool, **options)
+        recorded: Any = make(_Network(self.network), inputs, allow_unused_input=True, pool=self._pool, **options)
+        self._recorded[shape] = recorded
 
 
 class _Network(nn.Module):
