@@ -600,8 +600,9 @@ def _full(shape: tuple[int, ...], value: float, dtype: torch.dtype, share: bool)
     if not share:
         return torch.full(shape, value, dtype=dtype)
     # As torch's own default_collate does it.
-    storage, empty = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize), torch.empty(0, dtype=dtype)
-    return empty.set_(storage, 0, shape).fill_(value)  # pyright: ignore[reportCallIssue]
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    full: Any = torch.empty(0, dtype=dtype)  # whose type hints lack a storage without a type
+    return full.set_(storage, 0, shape).fill_(value)
 
 
 def _rounded_up(side: int, multiple: int) -> int:

@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 
-from benchmarks import gpu
+from benchmarks import gpu, step
+from raydetr.model.detr import build_model
 from tests.recorded_graphs import record_with_stand_in
 
 # Packages that a machine with a GPU may lack.
@@ -59,9 +60,10 @@ def test_all_sections_that_need_no_gpu_run(in_this_process, monkeypatch, tmp_pat
 
 @pytest.mark.slow
 def test_sections_for_a_gpu_do_not_rot(in_this_process, monkeypatch, tmp_path):
-    """They run on the CPU, with stand-ins for what only CUDA has and for the compiler, which takes minutes."""
-    small = functools.partial(transformers.DetrConfig, encoder_layers=1, decoder_layers=1)
-    monkeypatch.setattr(transformers, "DetrConfig", small)
+    """They run on the CPU on small networks, with stand-ins for what only CUDA has and for the compiler, which takes minutes."""
+    for name, small in (("DetrConfig", {"encoder_layers": 1, "decoder_layers": 1}), ("ResNetConfig", {"depths": [1, 1, 1, 1]})):
+        monkeypatch.setattr(transformers, name, functools.partial(getattr(transformers, name), **small))
+    monkeypatch.setattr(step, "build_model", lambda _preset, classes: build_model("detr_tiny", classes, dec_layers=6))
     compiled, modes = [], []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append(type(module).__name__))
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
@@ -82,7 +84,7 @@ def test_sections_for_a_gpu_do_not_rot(in_this_process, monkeypatch, tmp_path):
     assert modes == ["warn", "default"]
     assert numbers["waits beside the matching's"] == "none"
     assert numbers["message"] == "none: the memory sufficed"
-    assert {"DetrModel", "Bottleneck", "EncoderLayer", "DecoderLayer"} <= set(compiled)
+    assert {"DetrModel", "TinyBlock", "EncoderLayer", "DecoderLayer"} <= set(compiled)
     assert recorder.replayed
     for name in ("peer step, compiled", "variant graphs", "variant cudnn.benchmark", "variant compiled"):
         assert numbers[f"{name}, batch 1, ms"] > 0

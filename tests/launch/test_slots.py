@@ -35,7 +35,7 @@ def test_gpus_are_shared_and_more_than_a_machine_has_are_refused(monkeypatch, co
     assert find_slots(known, Demands(workers=2), 32).concurrent == 1
     asking = settings(known.data.path, **{"optim.batch_size": "auto:8"})
     assert find_slots(asking, Demands(gpus=1), 32).concurrent == 3
-    with pytest.raises(UserError, match=r"optim\.batch_size auto:8: .* --gpus-per-trial 1"):
+    with pytest.raises(UserError, match=r"optim\.batch_size auto:8: .*--gpus-per-trial 1"):
         find_slots(asking, Demands(gpus=0.5), 32)
     with pytest.raises(UserError, match=r"--gpus-per-trial 4: no machine has more than 2 GPUs"):
         find_slots(known, Demands(gpus=4), 32)

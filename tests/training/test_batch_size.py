@@ -23,7 +23,7 @@ class Memory:
     """Stands for the memory of a GPU: a step on more than ``most`` images raises what PyTorch raises."""
 
     def __init__(self, most, error=None, step=lambda training, batches: None):
-        self.most, self.step, self.batches = most, step, []
+        self.most, self.step, self.batches, self.released = most, step, [], []
         self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     @property
@@ -40,6 +40,7 @@ class Memory:
 def limit_memory(monkeypatch, *arguments, **options):
     memory = Memory(*arguments, **options)
     monkeypatch.setattr(batch_size, "take_step", memory.take_step)
+    monkeypatch.setattr(batch_size, "release_gpu_memory", lambda: memory.released.append(len(memory.batches)))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: None)
     return memory
@@ -74,6 +75,7 @@ def test_the_largest_part_of_the_step_that_fits_is_taken(monkeypatch, folder, as
     found, (note,) = chosen(folder, optim__batch_size=asked, optim__accumulate=accumulate)
     assert found == expected
     assert memory.tried == tried
+    assert memory.released == list(range(1, len(tried) + 1)), "the memory of one does not fail the next"
     assert note.startswith(f"optim.batch_size {asked}: {expected[0]} image")
 
 

@@ -37,7 +37,7 @@ def training_of(graphed=False, accumulate=1, dtype=torch.float32):
     return Training(model, criterion, optimizer, scheduler, scaler, None, torch.device("cpu"), dtype, accumulate, 0.1, graphs=graphs)
 
 
-def batch_of(number, shape=(2, 48, 64), padded=True):
+def batch_of(number, shape=(2, 32, 48), padded=True):
     generator = torch.Generator().manual_seed(number)
     images, height, width = shape
     mask = torch.zeros(shape, dtype=torch.bool) if padded else None
@@ -47,19 +47,18 @@ def batch_of(number, shape=(2, 48, 64), padded=True):
     return torch.randn(images, 3, height, width, generator=generator), mask, [target] * images
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("accumulate", "dtype"), [(1, torch.bfloat16), (2, torch.float32)])
 def test_a_graphed_training_is_the_plain_one(recorder, accumulate, dtype):
     """Also where two batches of a step have the same shape: the second replay overwrites the gradients of the first."""
     plain, graphed = training_of(accumulate=accumulate, dtype=dtype), training_of(True, accumulate, dtype)
-    for number in range(8):
+    for number in range(6):
         batches = [batch_of(10 * number + part) for part in range(accumulate)]
         expected, found = take_step(plain, batches), take_step(graphed, batches)
         torch.testing.assert_close(found.losses, expected.losses, rtol=1e-4, atol=1e-5)
     for (name, weight), expected in zip(graphed.model.named_parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
     assert len(recorder.recorded) == 1
-    assert len(recorder.replayed) == 8 * accumulate - SEEN_BEFORE_RECORDING + 1
+    assert len(recorder.replayed) == 6 * accumulate - SEEN_BEFORE_RECORDING + 1
 
 
 def shapes_of(widths):

@@ -49,9 +49,9 @@ def test_the_cores_of_a_machine_are_shared_by_its_workers(monkeypatch):
 def test_a_run_loads_with_that_many_processes(monkeypatch, coco_folder):
     config = settings(coco_folder(), "run", data__num_workers=None)
     images = module._data_sets(config, SimpleNamespace(world_size=1, images=None), torch.device("cpu"), None)
-    here = SimpleNamespace(rank=0, world_size=1, cores=3)
+    here = SimpleNamespace(rank=0, world_size=1, cores=1)
     monkeypatch.setattr(module, "pad_to", lambda config, device: 1)
-    for device, expected in (("cpu", 2), ("cuda", 3)):
+    for device, expected in (("cpu", 2), ("cuda", 1)):
         loaders = module._loaders(config, here, torch.device(device), *images)
         assert [loader.num_workers for loader in loaders] == [expected] * 2
 
