@@ -65,13 +65,13 @@ def recorded_attention(model: DETR) -> Iterator[AttentionRecord]:
         for name, layer in layers.items():
             handle = layer.register_forward_pre_hook(lambda module, inputs, name=name: record._keep(name, module, inputs))
             stack.callback(handle.remove)
-        handle = model.input_proj.register_forward_hook(lambda _module, _inputs, projected: record._keep_cells(projected))
+        handle = model.input_proj.register_forward_hook(lambda _module, _inputs, output: record._keep_cells(cast(Tensor, output)))
         stack.callback(handle.remove)
         yield record
 
 
 @torch.no_grad()
-def attention(model: nn.Module, images: Tensor, mask: Tensor | None = None, points: Sequence[tuple[float, float]] = ()) -> dict[str, Any]:
+def attention(model: DETR, images: Tensor, mask: Tensor | None = None, points: Sequence[tuple[float, float]] = ()) -> dict[str, Any]:
     """Return what a model predicts and what it looks at, as the DETR paper shows it (Carion et al. 2020, figures 3 and 6).
 
     The model keeps its mode: call ``model.eval()`` first, or the drop-out of training is in the numbers. Resize a map to the size of the
