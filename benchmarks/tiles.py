@@ -73,7 +73,7 @@ def write(folder: Path, images: int, sizes: tuple[float, float], seed: int = 0) 
 def main() -> None:
     """Measure and print the table."""
     parser = options(__doc__, repeats=60)
-    parser.add_argument("--large", action="store_true", help="draw things of the sizes of the training")
+    parser.add_argument("--large", action="store_true", help="draw larger things")
     chosen = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:

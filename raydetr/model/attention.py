@@ -65,7 +65,7 @@ def recorded_attention(model: DETR) -> Iterator[AttentionRecord]:
         for name, layer in layers.items():
             handle = layer.register_forward_pre_hook(lambda module, inputs, name=name: record._keep(name, module, inputs))
             stack.callback(handle.remove)
-        handle = model.input_proj.register_forward_hook(lambda _module, _inputs, projected: record._keep_cells(cast(Tensor, projected)))
+        handle = model.input_proj.register_forward_hook(lambda _module, _inputs, output: record._keep_cells(cast(Tensor, output)))
         stack.callback(handle.remove)
         yield record
 

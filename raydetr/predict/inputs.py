@@ -45,9 +45,9 @@ class InputImage:
         """
         if not any(self.true_rles):
             return None
-        fits = [rle is not None and tuple(rle["size"]) == (size[1], size[0]) for rle in self.true_rles]
-        height_width = (size[1], size[0])
-        return [decode_masks([rle], height_width)[0] if rle and fit else None for rle, fit in zip(self.true_rles, fits, strict=True)]
+        width, height = size
+        fitting = [rle if rle and rle["size"] == [height, width] else None for rle in self.true_rles]
+        return [decode_masks([rle], (height, width))[0] if rle else None for rle in fitting]
 
 
 def find_images(

@@ -425,10 +425,10 @@ def _merged(views: Sequence[tuple[ImagePrediction, View]]) -> ImagePrediction:
         moved = (boxes_xyxy + torch.tensor(view[:2] * 2)).tolist()
         rows = zip(is_whole(boxes_xyxy, view, size).tolist(), moved, prediction.labels, prediction.scores, prediction.queries, strict=True)
         every += [(xyxy, label, score, query, number, row) for row, (whole, xyxy, label, score, query) in enumerate(rows) if whole]
-    boxes_xyxy, labels, scores = (torch.tensor(column) for column in list(zip(*every, strict=True))[:3])
-    kept = [every[index] for index in merge_boxes(boxes_xyxy, scores, labels).tolist()]
-    xyxy, of_class, score, query = ([row[column] for row in kept] for column in range(4))
-    merged = ImagePrediction(size, xyxy, of_class, score, query)
+    found = [torch.tensor([row[column] for row in every]) for column in range(3)]
+    kept = [every[index] for index in merge_boxes(*found).tolist()]
+    xyxy, labels, scores, queries = ([row[column] for row in kept] for column in range(4))
+    merged = ImagePrediction(size, xyxy, labels, scores, queries)
     if views[0][0].rles is not None:
         merged.rles = [_placed(cast(list, views[number][0].rles)[row], views[number][1], size) for *_, number, row in kept]
     return merged

@@ -95,12 +95,12 @@ def is_whole(boxes_xyxy: Tensor, view: View, size: tuple[int, int]) -> Tensor:
     return (boxes_xyxy[:, :2] > low).all(1) & (boxes_xyxy[:, 2:] < high).all(1)
 
 
-def merge_boxes(boxes_xyxy: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+def merge_boxes(boxes_xyxy: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
     """Return which boxes of all views are kept, the highest score first: int64 [m].
 
     Args:
         boxes_xyxy: Float [n, 4] in pixels of the image.
-        scores: Float [n].
         labels: Int64 [n].
+        scores: Float [n].
     """
     return batched_nms(boxes_xyxy, scores, labels, SAME_OBJECT)

@@ -91,7 +91,7 @@ def test_boxes_that_a_tile_cuts_are_told_from_those_at_the_edge_of_the_image():
 
 def test_of_boxes_of_one_object_and_category_the_surest_is_kept():
     boxes = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [0, 0, 10, 10], [50, 50, 60, 60]])
-    kept = merge_boxes(boxes, torch.tensor([0.6, 0.9, 0.7, 0.1]), torch.tensor([1, 1, 2, 1]))
+    kept = merge_boxes(boxes, torch.tensor([1, 1, 2, 1]), torch.tensor([0.6, 0.9, 0.7, 0.1]))
     assert kept.tolist() == [1, 2, 3]
 
 
