@@ -6,8 +6,8 @@ An RLE here is the compressed one that pycocotools reads and JSON holds: ``{"siz
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import hotcoco.mask
 import numpy as np
+from hotcoco import mask as coco_mask
 
 from raydetr.errors import UserError
 from raydetr.values import is_finite, is_number, short, whole_number
@@ -17,7 +17,7 @@ RLE = dict[str, Any]
 
 def encode_masks(masks: np.ndarray) -> list[RLE]:
     """Return the RLE of each mask, bool [n, height, width]."""
-    return [_as_text(hotcoco.mask.encode(mask)) for mask in masks]
+    return [_as_text(coco_mask.encode(mask)) for mask in masks]
 
 
 def decode_masks(rles: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> np.ndarray:
@@ -32,28 +32,28 @@ def decode_masks(rles: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> np
     """
     masks = np.zeros((len(rles), *size), bool)
     for mask, rle in zip(masks, rles, strict=True):
-        mask[:] = hotcoco.mask.decode(dict(rle))
+        mask[:] = coco_mask.decode(dict(rle))
     return masks
 
 
 def mask_area(rle: Mapping[str, Any]) -> int:
     """Return the number of pixels of a mask."""
-    return int(hotcoco.mask.area(dict(rle)))
+    return int(coco_mask.area(dict(rle)))
 
 
 def mask_box(rle: Mapping[str, Any]) -> list[float]:
     """Return the box around a mask, xywh in pixels; all zeros if the mask is empty."""
-    return [float(value) for value in hotcoco.mask.to_bbox(dict(rle))]
+    return [float(value) for value in coco_mask.to_bbox(dict(rle))]
 
 
 def box_mask(box_xywh: Sequence[float], size: tuple[int, int]) -> RLE:
     """Return the mask of a box, xywh in pixels, in an image of this height and width."""
-    return _as_text(hotcoco.mask.fr_py_objects([list(box_xywh)], *size)[0])
+    return _as_text(coco_mask.fr_py_objects([list(box_xywh)], *size)[0])
 
 
 def no_mask(size: tuple[int, int]) -> RLE:
     """Return a mask without a pixel, in an image of this height and width."""
-    return _as_text(hotcoco.mask.fr_py_objects({"size": list(size), "counts": [size[0] * size[1]]}, *size))
+    return _as_text(coco_mask.fr_py_objects({"size": list(size), "counts": [size[0] * size[1]]}, *size))
 
 
 def read_segmentation(value: Any, size: tuple[int, int]) -> RLE | None:
@@ -95,7 +95,7 @@ def polygons_of(value: Any) -> list[list[float]]:
 
 def _read_polygons(value: Any, size: tuple[int, int]) -> RLE | None:
     outlines = [polygon for polygon in polygons_of(value) if len(polygon) >= 6]
-    return _as_text(hotcoco.mask.merge(hotcoco.mask.fr_py_objects(outlines, *size))) if outlines else None
+    return _as_text(coco_mask.merge(coco_mask.fr_py_objects(outlines, *size))) if outlines else None
 
 
 def _read_rle(value: Mapping[str, Any], size: tuple[int, int]) -> RLE:
@@ -113,7 +113,7 @@ def _read_rle(value: Mapping[str, Any], size: tuple[int, int]) -> RLE:
     numbers = [whole_number(run) for run in counts]
     if any(run is None or run < 0 for run in numbers) or sum(run or 0 for run in numbers) != size[0] * size[1]:
         raise UserError(f"segmentation: the counts of an RLE are damaged: they do not add up to {size[1]} x {size[0]} pixels")
-    return _as_text(hotcoco.mask.fr_py_objects({"size": list(size), "counts": numbers}, *size))
+    return _as_text(coco_mask.fr_py_objects({"size": list(size), "counts": numbers}, *size))
 
 
 def _runs(text: str) -> list[int]:

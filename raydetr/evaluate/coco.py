@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import hotcoco
-import hotcoco.mask
 import numpy as np
 
+from raydetr.data.masks import box_mask
 from raydetr.errors import UserError
 from raydetr.evaluate.matches import AREAS, IOUS, AnnotatedBoxes, Boxes, DetectedBoxes, Matches, coco_eval, match
 from raydetr.memory import without_collections
@@ -199,7 +199,7 @@ def mask_metrics(coco: dict, results: list[dict]) -> dict[str, Any]:
                 "category_id": category[each["category_id"]],
                 "bbox": each["bbox"],
                 "area": each["area"],
-                "segmentation": each["segmentation"] or hotcoco.mask.fr_py_objects([each["bbox"]], *sizes[each["image_id"]])[0],
+                "segmentation": each["segmentation"] or box_mask(each["bbox"], sizes[each["image_id"]]),
                 "iscrowd": int(each["iscrowd"] or each["segmentation"] is None),
             }
             for number, each in enumerate(coco["annotations"], 1)

@@ -299,14 +299,15 @@ def detect(
         for batches, broken in loader:
             unread |= {inputs[target["index"]].image_id: target["error"] for target in broken}
             for images, mask, targets in batches:
-                images, mask = (None if each is None else each.to(target_device, non_blocking=True) for each in (images, mask))
+                images = images.to(target_device, non_blocking=True)
+                mask = None if mask is None else mask.to(target_device, non_blocking=True)
                 sizes = torch.stack([target["orig_size"] for target in targets])
                 outputs, rles = _outputs_and_masks(model, images, mask, sizes)
                 detections = postprocess(outputs, sizes.to(target_device, non_blocking=True))
                 on_host = {name: torch.stack([each[name] for each in detections]).cpu() for name in ("scores", "labels", "boxes")}
                 for row, target in enumerate(targets):
                     found = {name: values[row] for name, values in on_host.items()}
-                    prediction = _prediction(found, target["orig_size"], checkpoint, rles and rles[row])
+                    prediction = _prediction(found, target["orig_size"], checkpoint, rles[row] if rles else None)
                     by_image[inputs[target["index"]].image_id] = prediction
                 advance(len(targets))
             advance(len(broken))
