@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from hotcoco import mask as coco_mask
+from hotcoco import mask as coco_mask  # pyright: ignore[reportMissingModuleSource]  # it is compiled
 
 from raydetr.errors import UserError
 from raydetr.values import is_finite, is_number, short, whole_number
