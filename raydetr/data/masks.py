@@ -16,7 +16,7 @@ RLE = dict[str, Any]
 
 def _rle_functions() -> Any:
     """Return hotcoco's functions, which are imported for the first mask: boxes alone do not need them."""
-    import hotcoco.mask
+    import hotcoco.mask  # pyright: ignore[reportMissingModuleSource]  # it is compiled
 
     return hotcoco.mask
 

@@ -78,7 +78,7 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: i
         after = _fine_tune(config, coco, out / "gallery")
         result = {"before": before["AP"], "after": after["AP"]}
         if masks:
-            result |= {"segm_before": _untrained_mask_ap(config, coco, out), "segm_after": after["segm"]["AP"]}
+            result |= {"segm_before": untrained_mask_ap(config, coco, out), "segm_after": after["segm"]["AP"]}
         if trials:
             result |= _search(coco, runs, trials, seed)
     result["seconds"] = time.monotonic() - start
@@ -86,8 +86,14 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: i
     return result
 
 
-def _untrained_mask_ap(config: Config, coco: Path, out: Path) -> float:
-    """Return the AP of masks before the training: from the bundled boxes and a segmentation head with random weights."""
+def untrained_mask_ap(config: Config, coco: Path, out: Path) -> float:
+    """Return the AP of masks before the training: from the bundled boxes and a segmentation head with random weights.
+
+    Args:
+        config: The settings of the training.
+        coco: The data set.
+        out: The folder of the demo, which gets the checkpoint ``untrained.pth``.
+    """
     import torch
 
     from raydetr.model.detr import build_model

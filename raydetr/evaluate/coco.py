@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from raydetr.data.masks import box_mask
 from raydetr.errors import UserError
 from raydetr.evaluate.matches import AREAS, IOUS, AnnotatedBoxes, Boxes, DetectedBoxes, Matches, coco_eval, match
 from raydetr.memory import without_collections
@@ -204,7 +205,7 @@ def mask_metrics(coco: dict, results: list[dict]) -> dict[str, Any]:
                 "category_id": category[each["category_id"]],
                 "bbox": each["bbox"],
                 "area": each["area"],
-                "segmentation": each["segmentation"] or hotcoco.mask.fr_py_objects([each["bbox"]], *sizes[each["image_id"]])[0],
+                "segmentation": each["segmentation"] or box_mask(each["bbox"], sizes[each["image_id"]]),
                 "iscrowd": int(each["iscrowd"] or each["segmentation"] is None),
             }
             for number, each in enumerate(coco["annotations"], 1)
@@ -220,6 +221,8 @@ def mask_metrics(coco: dict, results: list[dict]) -> dict[str, Any]:
         for each in results
         if each["category_id"] in category and each.get("segmentation")
     ]
+    import hotcoco
+
     with without_collections():
         dataset = hotcoco.COCO(truth)
         numbers = hotcoco.COCOeval(dataset, dataset.load_res(found), "segm")

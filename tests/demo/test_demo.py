@@ -3,7 +3,10 @@ import os
 
 import pytest
 
-from raydetr.demo.demo import demo
+from raydetr.config import load_config
+from raydetr.demo.demo import demo, untrained_mask_ap
+from raydetr.weights.fitting import load
+from tests.helpers import add_outlines
 
 pytestmark = pytest.mark.slow
 
@@ -28,3 +31,12 @@ def test_the_demo_fine_tunes_the_bundled_model_to_half_and_more_and_finds_better
     assert (out / "runs" / "search" / "report.html").stat().st_size > 100_000
     alone = "PYTEST_XDIST_WORKER" not in os.environ
     assert result["seconds"] < (360 if alone else 720)  # six minutes of two cores; beside other tests it has one of them
+
+
+def test_the_masks_of_the_bundled_network_are_scored_before_they_are_trained(coco_folder, tmp_path):
+    folder = add_outlines(coco_folder(train=1, val=2, categories=[{"id": 1, "name": "balloon"}]))
+    config = load_config({"model.preset": "detr_tiny", "model.masks": True})
+    assert untrained_mask_ap(config, folder, tmp_path) < 0.1
+    model = load(tmp_path / "untrained.pth")
+    assert model.settings["masks"]
+    assert [each["name"] for each in model.categories] == ["balloon"]
