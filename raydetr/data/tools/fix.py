@@ -64,7 +64,7 @@ def fix(data: Data | str | Path, out: str | Path, copy: bool = False) -> FixSumm
     if grave:
         raise UserError(f"data check --fix: nothing is mended: {grave[0]}")
     notes = Notes()
-    names = [name for name in SPLITS if name != "test" or has_split(data, "test")]
+    names = [name for name in SPLITS if has_split(data, name)]
     with new_folder(out) as partial:
         for name in names:
             content, files = _mend(find_split(data, name), name, notes)

@@ -167,6 +167,15 @@ def test_the_test_set_is_mended_as_well(coco_folder, tmp_path):
     assert content(tmp_path / "out", "test") == content(root, "test")
 
 
+def test_training_images_alone_are_mended_and_the_missing_set_is_reported(coco_folder, tmp_path, capsys):
+    root = coco_folder()
+    shutil.rmtree(root / "val2017")
+    (root / "annotations" / "custom_val.json").unlink()
+    assert main(["data", "check", str(root), "--quick", "--fix", str(tmp_path / "out")]) == 1
+    assert "no val annotations" in " ".join(capsys.readouterr().out.split())
+    assert content(tmp_path / "out") == content(root)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
