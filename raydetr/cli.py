@@ -453,9 +453,7 @@ def check_submitted(command: Sequence[str]) -> None:
     help="The file to write (default: report.html, in RUN_OR_SEARCH or, for several, in the current folder).",
 )
 @click.option("--data", metavar="FOLDER", help="Where the data set is now (default: where it was at the training).")
-@click.option(
-    "--errors/--no-errors", default=True, show_default=True, help="Whether to show the errors of the best weights."
-)
+@click.option("--errors/--no-errors", default=True, show_default=True, help="Whether to show the errors of the best weights.")
 def report(paths: tuple[str, ...], out: Path | None, data: str | None, errors: bool) -> None:
     """Write what a run or a search found, or several side by side, to one HTML file: curves, what they say, errors, charts, costs.
 

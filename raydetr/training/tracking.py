@@ -33,8 +33,8 @@ from raydetr.data.images import image_path
 from raydetr.draw import Box, category_colours, draw_boxes
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, stats
-from raydetr.text import compact
 from raydetr.files import atomic_write
+from raydetr.text import compact
 from raydetr.training.engine import Detections
 from raydetr.training.metrics import LOSSES
 

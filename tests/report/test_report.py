@@ -35,7 +35,9 @@ def test_a_run_is_told_with_its_curves_diagnosis_errors_and_settings(runs):
     path = report([runs[0]])
     assert path == runs[0] / "report.html"
     page = page_of(path)
-    assert re.match(r"AP \d+\.\d( \(95 % interval .*\))? on 6 validation images, in epoch [12] of 2\.", page.words[page.words.index("AP ") :])
+    assert re.match(
+        r"AP \d+\.\d( \(95 % interval .*\))? on 6 validation images, in epoch [12] of 2\.", page.words[page.words.index("AP ") :]
+    )
     assert page.headings[0] == "Run first"
     curves = ["AP", "loss", "loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error"]
     assert page.charts[:7] == [f"{name} after every epoch" for name in curves]
@@ -95,7 +97,11 @@ def test_the_report_needs_no_network_and_no_script(make):
 
 def test_a_report_of_32_trials_is_small_enough_to_send(make):
     random = iter(range(1, 1000))
-    ends = [0.4, *((0.1 + 0.4 * (next(random) * 37 % 31) / 31) for _ in range(15)), *(("pruned", 0.2 + number / 99) for number in range(16))]
+    ends = [
+        0.4,
+        *((0.1 + 0.4 * (next(random) * 37 % 31) / 31) for _ in range(15)),
+        *(("pruned", 0.2 + number / 99) for number in range(16)),
+    ]
     path = report([make(ends=ends, metrics=dict.fromkeys(REPORTED, 0.123456)).folder])
     assert path.stat().st_size < 300_000  # 1.5 MB with images
     assert len(page_of(path).table("trial")) == 33

@@ -101,7 +101,9 @@ def test_x_is_the_number_of_images_seen(finished):
     assert points(events, "epoch") == [(4, 1), (8, 2), (12, 3)]
 
 
-@pytest.mark.parametrize(("changes", "steps"), [({"optim__batch_size": 1}, [1, 2, 3, 4]), ({"optim__batch_size": 3}, [4]), ({"optim__accumulate": 2}, [4])])
+@pytest.mark.parametrize(
+    ("changes", "steps"), [({"optim__batch_size": 1}, [1, 2, 3, 4]), ({"optim__batch_size": 3}, [4]), ({"optim__accumulate": 2}, [4])]
+)
 def test_x_is_the_same_after_the_same_epoch_whatever_the_batch_size(finished, changes, steps):
     whole, _, _ = finished
     config = settings(whole.data.path, f"other-{next(iter(changes.values()))}", optim__epochs=1, **changes)
