@@ -191,7 +191,10 @@ def run_cards(run: RunRecord) -> list[dict[str, Any]]:
         return []
     said = card("What the curves say", words=diagnosis(run) or [ALL_GOOD])
     legend = [("s0", "training"), ("s1", "validation")]
-    explanation = "Losses are unweighted, except the total, which training minimizes."
+    explanation = (
+        "AP is the thick line with its 95 % interval, AP50 the thin one, AP75 the dotted one. Losses are unweighted, except the total, "
+        "which training minimizes."
+    )
     curves = [chart("AP", _ap_chart(run)), *(chart(*each) for each in _loss_charts(run))]
     return [said, card("Curves", explanation, charts=curves, legend=legend)]
 

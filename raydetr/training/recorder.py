@@ -186,10 +186,11 @@ class Recorder:
         names = {image["id"]: image["file_name"] for image in dataset.coco["images"]}
         text = f"Epoch {epoch}, the {'best' if best else 'last'} one. {errors_markdown(numbers, names)}"
         self._track(lambda tracker: tracker.log_text(seen, "errors", text))
-        if self._run.reporter.searched is None:
-            worst = [each["image_id"] for each in numbers["worst_images"][: self._pictures.number]]
-            pictures = self._pictures.draw(detections, worst)
-            self._track(lambda tracker: tracker.log_pictures(seen, pictures, "errors"))
+        worst = [each["image_id"] for each in numbers["worst_images"][: self._pictures.number]]
+        if worst and self._run.reporter.searched is None:
+            with self._run.best_effort("pictures for TensorBoard"):
+                pictures = self._pictures.draw(detections, worst)
+                self._track(lambda tracker: tracker.log_pictures(seen, pictures, "errors"))
 
     def _save(self, results: EpochResults) -> None:
         run, training, average = self._run, self._run.training, self._run.training.average

@@ -50,7 +50,7 @@ def test_a_chart_is_valid_within_its_frame_and_escapes_text():
     assert root.get("aria-label") == "<name>"
     assert root.get("viewBox") == f"0 0 {WIDTH} {HEIGHT}"
     (line,) = [each for each in root if each.get("class") == "line s1"]
-    assert line.get("d") == "M44 194L338 12"
+    assert line.attrib["d"] == "M44 194L338 12"
     assert line[0].text == "<title>"
     numbers = [float(value) for each in root for name in ("cx", "x") if (value := each.get(name))]
     assert all(0 <= number <= WIDTH for number in numbers)
@@ -60,7 +60,7 @@ def test_parallel_coordinates_lead_lines_without_a_value_below_the_axis():
     axes = [Axis("lr", 1e-5, 1e-3, log=True), Axis("drop", 0, 1), Axis("AP", 0, 100)]
     root = ElementTree.fromstring(parallel("trials", axes, [([1e-4, None, 50.0], "best", "trial 1")]))
     (line,) = [each for each in root if each.get("class") == "line best"]
-    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", line.get("d"))]
+    heights = [float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", line.attrib["d"])]
     assert heights[0] == heights[2]  # the middle of a logarithmic axis and of a linear one
     assert heights[1] > 250  # below the axis
 
@@ -68,8 +68,8 @@ def test_parallel_coordinates_lead_lines_without_a_value_below_the_axis():
 def test_bars_show_their_interval():
     root = ElementTree.fromstring(bars("importance", [("optim.lr", 0.5, 0.25, 0.75)], "share"))
     (whisker,) = [each for each in root if each.get("class") == "whisker"]
-    low, high = map(float, re.fullmatch(r"M([\d.]+) [\d.]+H([\d.]+)", whisker.get("d")).groups())
+    low, high = map(float, re.fullmatch(r"M([\d.]+) [\d.]+H([\d.]+)", whisker.attrib["d"]).groups())
     (bar,) = [each for each in root if each.get("class") == "bar trial"]
-    middle = float(bar.get("x")) + float(bar.get("width"))
+    middle = float(bar.attrib["x"]) + float(bar.attrib["width"])
     assert middle == pytest.approx((low + high) / 2, abs=0.2)
     assert "0.50 (95 % interval 0.25 to 0.75)" in "".join(root.itertext())

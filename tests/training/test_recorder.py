@@ -180,7 +180,12 @@ def test_the_validation_loss_decides_between_epochs_of_equal_ap(coco_folder, mon
 def test_images_are_drawn_in_many_epochs_of_a_run_and_in_the_first_and_last_of_a_trial(coco_folder, monkeypatch, searched, drawn):
     watcher = Watcher()
     watcher.searched, epochs = searched, []
-    monkeypatch.setattr(Pictures, "draw", lambda *_: epochs.append(1 + len(watcher.of_kind("epoch"))) or [])
+
+    def draw(self, detections, worst=None):
+        epochs.extend([] if worst else [1 + len(watcher.of_kind("epoch"))])
+        return {}
+
+    monkeypatch.setattr(Pictures, "draw", draw)
     fit(settings(coco_folder(), "run", run__pictures=1, optim__epochs=4), watcher)
     assert epochs == drawn
 
