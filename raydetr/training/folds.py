@@ -119,7 +119,7 @@ def mean_metrics(folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def fold_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean of a metric over the folds, by Student's t; None for fewer than two.
+    """Return the 95 % interval of the mean over the folds of a metric from 0 to 1, by Student's t; None for fewer than two folds.
 
     Models of different folds are trained on much the same images, so that the interval is a little too narrow (Bengio and Grandvalet,
     "No unbiased estimator of the variance of k-fold cross-validation", 2004).
@@ -128,7 +128,7 @@ def fold_interval(values: Sequence[float]) -> tuple[float, float] | None:
         return None
     half = float(student_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * np.std(values, ddof=1)) / math.sqrt(len(values))
     mean = float(np.mean(values))
-    return mean - half, mean + half
+    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def folds_sentence(means: Mapping[str, Any], config: Config, root: str) -> str:

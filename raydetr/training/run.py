@@ -194,7 +194,8 @@ def step_messages(optim: Optim, workers: int) -> list[str]:
     lines, images = [], images_per_step(optim, workers)
     if optim.batch_total:
         split = f"{images // workers} in {count(batches_per_step(optim, workers), 'batch', 'batches')}"
-        lines.append(f"optim.batch_total: each step takes {images} images, {split} on each of {count(workers, 'worker')}")
+        where = f"{'each of ' if workers > 1 else ''}{count(workers, 'worker')}"
+        lines.append(f"optim.batch_total: each step takes {images} images, {split} on {where}")
     if optim.scale_lr != "none":
         scaled = scaled_rates(optim, images)
         lines.append(

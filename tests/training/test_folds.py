@@ -111,7 +111,9 @@ def test_more_folds_than_images_of_a_category_end_before_the_training(coco_folde
 
 def test_means_leave_out_what_is_undefined():
     assert fold_interval([0.5]) is None
-    assert fold_interval([0.4, 0.6]) == pytest.approx((0.5 - 12.7062 * 0.1, 0.5 + 12.7062 * 0.1), rel=1e-4)
+    half = 4.302653 * 0.1 / 3**0.5  # Student's t of two degrees of freedom
+    assert fold_interval([0.4, 0.5, 0.6]) == pytest.approx((0.5 - half, 0.5 + half), rel=1e-5)
+    assert fold_interval([0.4, 0.6]) == (0, 1)
     means = mean_metrics([{"AP": 0.4, "AP75": None, "epoch": 2, "seconds": 1.0}, {"AP": 0.6, "AP75": 0.2, "epoch": 3, "seconds": 2.0}])
     assert (means["AP"], means["AP75"], means["epoch"], means["seconds"]) == (pytest.approx(0.5), 0.2, 3, 3.0)
     lines = [{"epoch": 0, "n_parameters": 9, "x": value, "test_coco_eval_bbox": [ap, -1]} for value, ap in ((1.0, 0.2), (3.0, -1))]
