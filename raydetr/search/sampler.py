@@ -2,7 +2,8 @@
 
 A Gaussian process models the objective at the last epoch. A trial that has not reached it enters with its last report, carried forward by
 what other trials gained from there on, and with more noise the earlier that report is. A running trial also enters with what the model
-expects of it, as if that were known already, so that draws at the same time spread. The next settings are the candidate with the largest expected improvement.
+expects of it, as if that were known already, so that draws at the same time spread. The next settings are the candidate with the largest
+expected improvement.
 """
 
 from collections.abc import Mapping, Sequence
