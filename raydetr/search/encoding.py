@@ -34,7 +34,7 @@ def from_unit(distribution: Distribution, position: float) -> Any:
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[min(int(position * len(distribution.choices)), len(distribution.choices) - 1)]
     low, high = distribution.low, distribution.high
-    value = low ** (1 - position) * high**position if distribution.log else low + position * (high - low)
+    value = low * (high / low) ** position if distribution.log else low + position * (high - low)
     if distribution.step:
         value = low + round((value - low) / distribution.step) * distribution.step
     return type(low)(min(max(value, low), high))
