@@ -5,7 +5,7 @@ from benchmarks import padding
 
 def test_padding_is_counted():
     class Sized(list):
-        epoch, transforms = 0, None
+        epoch, transforms, rles = 0, None, None
         files = property(lambda self: [("", size) for size in self])
 
         def set_epoch(self, epoch):

@@ -24,7 +24,7 @@ from raydetr.launch.train import ray_session, resume_config, train
 from raydetr.launch.tune import pushing, refresh_working_copy, resume, summary, tune
 from raydetr.predict.predict import predict
 from raydetr.predict.score import score_checkpoint
-from raydetr.search.report import report
+from raydetr.report.report import report
 from raydetr.search.space import read_space
 from raydetr.search.study import Search, create_search, open_search
 from raydetr.storage import become_owner, fetched

@@ -570,11 +570,11 @@ def test_masks_are_in_the_results_as_pycocotools_reads_them(checkpoint, photos, 
     by_image, _ = detect(model, path, [one, other], read_image, 2, "cpu", "it")
     prediction = by_image[one.image_id]
     threshold = sorted(prediction.scores)[-4]
-    masks = prediction.masks(threshold)
+    masks = prediction.masks([threshold] * len(CATEGORIES))
     assert masks.dtype == bool
     assert masks.shape == (4, 64, 96)
-    assert len(prediction.boxes(CATEGORIES, threshold)) == 4
-    assert prediction.masks(1.1).shape == (0, 64, 96)
+    assert len(prediction.boxes(CATEGORIES, [threshold] * len(CATEGORIES))) == 4
+    assert prediction.masks([1.1] * len(CATEGORIES)).shape == (0, 64, 96)
     # They are those of the network's outputs, in the order of the scores.
     image = val_transforms(load_config({"model.preset": "detr_tiny"}).data)(tv_tensors.Image(read_image(one.path)))[None]
     with torch.inference_mode():
@@ -596,4 +596,4 @@ def test_without_masks_there_are_none(checkpoint, photos, tmp_path):
     (one,), *_ = find_images([photos("a.jpg")], None, tmp_path / "seen")
     path = checkpoint()
     by_image, _ = detect(load(path), path, [one], read_image, 1, "cpu", "it")
-    assert by_image[one.image_id].masks(0) is None
+    assert by_image[one.image_id].masks([0.0]) is None

@@ -69,7 +69,7 @@ def test_tensorboard_has_the_mean_at_the_epochs_of_the_folds(finished):
         return [(event.step, event.value) for event in events.Scalars(tag)]
 
     mean, folds = scalars(folder_of(config), "val/AP"), [scalars(fold_of(config, fold), "val/AP") for fold in (1, 2)]
-    assert [step for step, _ in mean] == [step for step, _ in folds[0]] == [2, 4]
+    assert [step for step, _ in mean] == [step for step, _ in folds[0]] == [4, 8]
     assert mean[-1][1] == pytest.approx(metrics["AP"])
     for tag in ("val/AP_low", "val/AP_high", "val/loss", "val/loss_giou", "train_epoch/loss", "train_epoch/class_error", "epoch"):
         assert len(scalars(folder_of(config), tag)) == 2, tag

@@ -50,7 +50,7 @@ def test_a_run_gives_its_tracker_numbers_images_and_files(coco_folder, recording
     run(config)
     assert [call[0] for call in tracker.calls] == ["log", "log_pictures", "log", "log_pictures", "log_files", "close"]
     steps = [call[1] for call in tracker.calls if call[0] == "log"]
-    assert steps == [2, 4]
+    assert steps == [4, 8]  # images seen
     numbers = tracker.calls[2][2]
     assert numbers.keys() >= TAGS
     assert numbers["epoch"] == 2

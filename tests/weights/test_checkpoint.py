@@ -22,7 +22,7 @@ import torch
 from raydetr.config import load_config
 from raydetr.errors import UserError
 from raydetr.model.detr import build_model
-from raydetr.weights import checkpoint, files
+from raydetr.weights import checkpoint
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
 from raydetr.weights.fitting import load, load_weights
 from tests.weights.states import categories, own_content, saved
@@ -231,7 +231,7 @@ def test_disk_that_ends_while_saving_costs_nothing(tmp_path):
 
 def test_ctrl_c_while_saving_stays_ctrl_c_and_costs_nothing(tmp_path, monkeypatch):
     """Wherever between the first byte and the last it comes."""
-    path, content, whole = tmp_path / "last.pth", {"model": {"a": torch.randn(70_000), "b": torch.ones(3)}}, files.atomic_write
+    path, content, whole = tmp_path / "last.pth", {"model": {"a": torch.randn(70_000), "b": torch.ones(3)}}, checkpoint.atomic_write
     save_checkpoint(path, {"epoch": 1})
 
     @contextlib.contextmanager

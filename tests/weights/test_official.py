@@ -71,7 +71,7 @@ def test_coco_is_chosen_by_backbone_and_dilation(server, monkeypatch):
     }
     for preset, name in names.items():
         (server.folder / name).write_bytes(b"stand-in")
-        with pytest.raises(UserError, match=f"{name}: not downloaded .*promises {name[-12:-4]}"):
+        with pytest.raises(UserError, match=f"{name}: not downloaded .*{name[-12:-4]} was promised"):
             load_weights(build_model(preset, 1, num_queries=7), "coco", categories("balloon"))
 
 
@@ -86,7 +86,7 @@ def test_panoptic_weights_are_chosen_by_backbone_and_dilation(server, monkeypatc
     for preset, name in names.items():
         (server.folder / name).write_bytes(b"stand-in")
         assert official.source_of("coco-panoptic", settings[preset]) == server.url + name
-        with pytest.raises(UserError, match=f"{name}: not downloaded .*promises {name[-12:-4]}"):
+        with pytest.raises(UserError, match=f"{name}: not downloaded .*{name[-12:-4]} was promised"):
             official.located(server.url + name)
     with pytest.raises(UserError, match=r"no coco-panoptic weights for resnet101 with model\.dilation; use coco"):
         official.source_of("coco-panoptic", settings["detr_resnet101"] | {"dilation": True})
