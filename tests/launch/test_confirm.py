@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -86,6 +87,27 @@ def test_folds_judge_where_there_is_no_test_set(coco_folder, tmp_path):
     assert space.dimensions["data.fold"].of == [1, 2, 3, 4]
     (Path(search.base_config.data.path) / "test2017").mkdir()
     assert judged_on(search, make_plan(search, 3, 2, None)) == "test"
+
+
+def test_each_setting_and_seed_is_trained_once_in_each_fold(coco_folder, tmp_path):
+    search = finished_search(tmp_path, coco_folder(train=6), [0.3, 0.5], **{"data.folds": 2})
+    plan = make_plan(search, 1, 2, None)
+    place = str(search.folder / "confirm")
+    for _ in range(2):  # as a resumed confirmation opens it
+        confirmation, opened = confirmer._open(search, place, plan)
+        assert opened == plan
+    for (setting, seed), fold in itertools.product(plan.next_trainings({}), plan.parts):
+        if (setting, seed, fold) != (0, 1, 1):
+            point = confirmer._point(search, confirmation, setting, seed, fold)
+            confirmation.study.enqueue_trial(point, user_attrs={confirmer.TRAINING: [setting, seed, fold]})
+    confirmation.extend(len(confirmation.frozen()))
+    trained = [confirmation.complete(confirmation.ask(str(number))[1]) for number in range(8)]
+    assert confirmation.ask("9") is None
+    assert {(each.optim.lr, each.run.seed, each.data.fold, each.data.folds) for each in trained} == {
+        (search.config(number).optim.lr, seed, fold, 2) for number in (0, 1) for seed in (1, 2) for fold in (1, 2)
+    }
+    assert sorted(map(len, confirmer._pairs(confirmation, plan).values())) == [2] * 4
+    assert confirmer._read_scores(confirmation, plan) == {}
 
 
 def test_few_images_of_a_category_are_refused_before_a_training(coco_folder, tmp_path):
@@ -204,36 +226,6 @@ def test_tune_confirms_at_its_end_on_request(coco_folder, tmp_path, monkeypatch,
     last = capsys.readouterr().out.splitlines()[-3:]
     assert last[:2] == [content["sentence"], content["caveat"]]
     assert "now hold settings 1, trained with 5 seeds" in last[2]
-
-
-@pytest.mark.slow
-def test_a_search_is_confirmed_in_its_folds(module_coco_folder, tmp_path):
-    data = module_coco_folder(train=6, val=2, folder="folds")
-    search = finished_search(tmp_path, data, [0.3, 0.5], **{"data.folds": 2})
-    train, val = load_sets(search.base_config.data)
-    known = {"train": data_fingerprint(train.coco), "val": data_fingerprint(val.coco)}
-    for number in (0, 1):
-        trial_folder(search, number).mkdir(parents=True)
-        save_checkpoint(trial_folder(search, number) / "best.pth", {"model": {"trial": torch.tensor(number)}, "data": known})
-    ray.init(address="local", num_cpus=2, include_dashboard=True, resources={DRIVER: 4}, logging_level="error", log_to_driver=False)
-    try:
-        content = confirm(search.folder, top=1, seeds=2, demands=Demands(concurrent=2))
-    finally:
-        ray.shutdown()
-    assert (content["judged_on"], content["images"], content["seeds"]) == ("folds", 6, 2)
-    assert "6 held-out images" in content["sentence"]
-    assert content["caveat"].startswith("Judged in the folds that the search did not use")
-    confirmation = Search(search.folder / "confirm")
-    trained = [confirmation.config(number) for number in range(8)]
-    assert {(each.optim.lr, each.run.seed, each.data.fold) for each in trained} == {
-        (search.config(number).optim.lr, seed, fold) for number in (0, 1) for seed in (1, 2) for fold in (1, 2)
-    }
-    for number, each in enumerate(trained):
-        ids = read_checkpoint(trial_folder(confirmation, number) / "last.pth")["data"]["val"]["image_ids"].tolist()
-        assert ids == load_sets(each.data)[1].image_ids
-    assert len(json.loads((confirmation.folder / "scores.json").read_text())) == 4
-    assert read_checkpoint(search.folder / "best.pth")["model"]["trial"] == content["chosen"], "the search's own, trained on all images"
-    assert config.load_config(config.read_yaml(search.folder / "best.yaml")).data.folds is None
 
 
 @pytest.mark.slow
