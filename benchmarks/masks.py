@@ -71,7 +71,7 @@ def main() -> None:
     chosen = parser.parse_args()
     device = choose_device(Speed())
     dtype = choose_dtype(Speed(), device)
-    size, preset = ((1, 64, 96), "detr_tiny") if chosen.quick else ((1, 480, 640), "detr_resnet50")
+    size, preset = ((1, 64, 96), "detr_tiny") if chosen.quick else ((1, 240, 320), "detr_resnet50")
     if chosen.serve:
         with kept_memory(device.type):
             serve(step(chosen.serve, size, device, dtype, preset), device.type == "cuda")
