@@ -105,14 +105,15 @@ def find_errors(checkpoint: str, settings: Mapping[str, Any], data: Mapping[str,
     Args:
         checkpoint: Path or URI.
         settings: Those it was trained with, which say where the data set is.
-        data: Settings that the user gave, which win over these.
+        data: Settings that say where the data set is now; empty: where it was.
 
     Returns:
         The errors, or a sentence that says why they are unknown.
     """
-    known = {name: settings[name] for name in PATH_SETTINGS if name.startswith("data.") and settings[name] and "test" not in name}
+    names = [name for name in PATH_SETTINGS if name.startswith("data.") and settings[name]]
+    where = data or {name: settings[name] for name in names}
     try:
-        detected = detections_of(fetched(checkpoint), known, data)
+        detected = detections_of(fetched(checkpoint), where)
         evaluation = run_coco_eval(detected.coco, detected.results)
         numbers = error_numbers(evaluation, detected.coco)
     except (UserError, OSError) as error:

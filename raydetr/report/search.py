@@ -53,7 +53,7 @@ def search_part(search: Search, path: str, errors: RunErrors | str | None, run: 
     if failed:
         cards.append(card("Failed trials", table=table(["trial", "reason"], failed, left=(1,))))
     if run is not None:
-        cards += [each | {"heading": f"{each['heading']} of trial {shown_trial(search)}"} for each in _of_best(run)]
+        cards += [each | {"heading": f"{each['heading']} of trial {shown_trial(search)}"} for each in run_cards(run)]
     cards += [all_trials_card(search), _settings_card(search)]
     return {
         "title": f"Search {split(path)[1]}",
@@ -62,11 +62,6 @@ def search_part(search: Search, path: str, errors: RunErrors | str | None, run: 
         "cards": cards,
         "errors": None if errors is None or search.best() is None else shown_errors(errors, best_checkpoint(search, path)),
     }
-
-
-def _of_best(run: RunRecord) -> list[dict[str, Any]]:
-    said, *curves = run_cards(run) or [card("What the curves say")]
-    return [said | {"heading": "What the curves say"}, *(each | {"heading": "Curves"} for each in curves)]
 
 
 def shown_trial(search: Search) -> int:
