@@ -229,6 +229,36 @@ def test_tune_confirms_at_its_end_on_request(coco_folder, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
+def test_a_search_is_confirmed_in_its_folds(module_coco_folder, tmp_path):
+    data = module_coco_folder(train=6, val=2, folder="folds")
+    search = finished_search(tmp_path, data, [0.3, 0.5], **{"data.folds": 2})
+    train, val = load_sets(search.base_config.data)
+    known = {"train": data_fingerprint(train.coco), "val": data_fingerprint(val.coco)}
+    for number in (0, 1):
+        trial_folder(search, number).mkdir(parents=True)
+        save_checkpoint(trial_folder(search, number) / "best.pth", {"model": {"trial": torch.tensor(number)}, "data": known})
+    ray.init(address="local", num_cpus=2, include_dashboard=True, resources={DRIVER: 4}, logging_level="error", log_to_driver=False)
+    try:
+        content = confirm(search.folder, top=1, seeds=2, demands=Demands(concurrent=2))
+    finally:
+        ray.shutdown()
+    assert (content["judged_on"], content["images"], content["seeds"]) == ("folds", 6, 2)
+    assert "6 held-out images" in content["sentence"]
+    assert content["caveat"].startswith("Judged in the folds that the search did not use")
+    confirmation = Search(search.folder / "confirm")
+    trained = [confirmation.config(number) for number in range(8)]
+    assert {(each.optim.lr, each.run.seed, each.data.fold) for each in trained} == {
+        (search.config(number).optim.lr, seed, fold) for number in (0, 1) for seed in (1, 2) for fold in (1, 2)
+    }
+    for number, each in enumerate(trained):
+        ids = read_checkpoint(trial_folder(confirmation, number) / "last.pth")["data"]["val"]["image_ids"].tolist()
+        assert ids == load_sets(each.data)[1].image_ids
+    assert len(json.loads((confirmation.folder / "scores.json").read_text())) == 4
+    assert read_checkpoint(search.folder / "best.pth")["model"]["trial"] == content["chosen"], "the search's own, trained on all images"
+    assert config.load_config(config.read_yaml(search.folder / "best.yaml")).data.folds is None
+
+
+@pytest.mark.slow
 def test_a_search_is_confirmed_on_its_test_set_and_no_training_runs_twice(module_coco_folder, tmp_path_factory, monkeypatch):
     data, storage = module_coco_folder(val=2), tmp_path_factory.mktemp("confirmed")
     ray.init(address="local", num_cpus=2, include_dashboard=True, resources={DRIVER: 4}, logging_level="error", log_to_driver=False)
