@@ -7,6 +7,8 @@ from ray.air._internal.device_manager.nvidia_gpu import CUDATorchDeviceManager
 
 from raydetr.launch import reporter
 from raydetr.launch.reporter import TrainReporter
+from raydetr.launch.train import torch_config
+from raydetr.storage import PATIENCE_S
 
 
 @pytest.mark.parametrize("local_rank", [0, 2, 10, 11])
@@ -24,3 +26,8 @@ def test_the_device_of_a_worker_is_the_one_that_ray_made_current(monkeypatch, lo
     assert os.environ["CUDA_VISIBLE_DEVICES"].split(",")[given] == str(local_rank)
     monkeypatch.setattr(reporter.torch.cuda, "is_available", lambda: False)
     assert TrainReporter(mailbox=None).local_rank == local_rank
+
+
+def test_workers_wait_longer_than_rank_0_evaluates_and_saves():
+    """A store that does not answer is retried for ``PATIENCE_S``, twice in an epoch; COCO's validation set is evaluated in seconds."""
+    assert torch_config().timeout_s > 2 * PATIENCE_S + 600
