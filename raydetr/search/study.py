@@ -340,7 +340,8 @@ class Search:
         setting, *seed_and_fold = trial.user_attrs.get(CONFIRMED, [number])
         told = zip(("seed", "fold"), seed_and_fold, strict=False)
         start = [f"{setting:03d}", *(f"{what}={value}" for what, value in told if value is not None)]
-        names = [name for name in self.space.names if name in trial.params and not (seed_and_fold and name == "run.seed")]
+        told_already = ("run.seed", "data.fold") if seed_and_fold else ()
+        names = [name for name in self.space.names if name in trial.params and name not in told_already]
         parts = (f"{_short(name)}={compact(trial.params[name])}" for name in names)
         return re.sub(r"[^\w=.+-]+", "-", "_".join([*start, *parts]))[:100]
 
@@ -678,7 +679,7 @@ def _without_repeats(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 # What a run of a trial's settings leaves out: it would collide with the search of its name, and train on other images.
-AS_A_RUN = {"run.name": None, "data.folds": None, "data.reshuffle": False}
+AS_A_RUN = {"run.name": None, "data.folds": None, "data.fold": None, "data.reshuffle": False}
 
 
 def best_config(search: Search) -> Config:
