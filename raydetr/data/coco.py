@@ -274,7 +274,9 @@ def _clean_annotations(
             cleaned.append(_clean_annotation(entry, images, categories))
             if masks:
                 image = images[cleaned[-1]["image_id"]]
-                cleaned[-1]["segmentation"] = read_segmentation(entry.get("segmentation"), (image["height"], image["width"]))
+                size = (image["height"], image["width"])
+                # Only an image that is missing has no size.
+                cleaned[-1]["segmentation"] = None if None in size else read_segmentation(entry.get("segmentation"), size)
         except UserError as error:
             which = f"id {short(entry['id'])}" if "id" in entry else f"number {number} (without id)"
             raise UserError(f"{path}: annotation {which}: {error}") from None

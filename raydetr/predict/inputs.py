@@ -51,7 +51,7 @@ class InputImage:
 
 
 def find_images(
-    sources: Sequence[str | Path], annotations: str | Path | None, out: Path
+    sources: Sequence[str | Path], annotations: str | Path | None, out: Path, masks: bool = False
 ) -> tuple[list[InputImage], list[dict[str, Any]] | None, list[str]]:
     """Find the images of a prediction.
 
@@ -59,6 +59,7 @@ def find_images(
         sources: Images and folders of images, or one data set folder.
         annotations: COCO file of some or all of the images, or None.
         out: The output folder; what an earlier prediction wrote into it is left out.
+        masks: Whether to read the true masks too.
 
     Returns:
         The images, the categories of the annotations (None without annotations), and warnings.
@@ -73,7 +74,7 @@ def find_images(
     if data_sets:
         split = find_split(Data(path=str(data_sets[0]), val_annotations=str(annotations) if annotations else None), "val")
         # What is missing or cannot be read is left out and counted later.
-        coco, warnings = load_coco(split.annotations, split.images, split.exif, split.max_megapixels, must_exist=False)
+        coco, warnings = load_coco(split.annotations, split.images, split.exif, split.max_megapixels, must_exist=False, masks=masks)
         files = [image_path(split.images, image["file_name"]) for image in coco["images"]]
         return _annotated(files, [image["file_name"] for image in coco["images"]], coco["images"], coco), coco["categories"], warnings
     files = list(dict.fromkeys(_files_of(paths, out)))
@@ -82,7 +83,7 @@ def find_images(
     names = _names(files)
     if annotations is None:
         return [InputImage(file, name, number) for number, (file, name) in enumerate(zip(files, names, strict=True), 1)], None, []
-    coco, warnings = load_coco(annotations)
+    coco, warnings = load_coco(annotations, masks=masks)
     images = _images_of(files, coco["images"], annotations)
     unknown = images.count(None)
     if unknown == len(files):

@@ -216,11 +216,11 @@ def predict(
     if tiles and (attention or attention_at):
         raise UserError("--attention: is that of one forward pass, which an image in --tiles does not have; give one of the two")
     out = Path(out).expanduser()
-    inputs, truth, warnings = find_images(sources, annotations, out)
-    _check_free(out)
     checkpoints = [checkpoint] if compare is None else [compare, checkpoint]
-    titles = _titles(checkpoints)
     models = [load(path) for path in checkpoints]
+    inputs, truth, warnings = find_images(sources, annotations, out, masks=any(model.settings["masks"] for model in models))
+    _check_free(out)
+    titles = _titles(checkpoints)
     data = load_config(trained_with(checkpoint, models[-1])).data
     read = partial(read_image, exif=data.exif, max_megapixels=data.max_megapixels)
     points = tuple(attention_at)

@@ -597,3 +597,19 @@ def test_without_masks_there_are_none(checkpoint, photos, tmp_path):
     path = checkpoint()
     by_image, _ = detect(load(path), path, [one], read_image, 1, "cpu", "it")
     assert by_image[one.image_id].masks([0.0]) is None
+
+
+def test_true_masks_are_read_where_a_model_has_masks(coco_folder, tmp_path):
+    folder = coco_folder(val=1, boxes=2)
+    file = folder / "annotations" / "custom_val.json"
+    content = json.loads(file.read_text())
+    x, y, width, height = content["annotations"][0]["bbox"]
+    content["annotations"][0]["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+    file.write_text(json.dumps(content))
+    (without,), *_ = find_images([folder], None, tmp_path / "seen")
+    assert without.true_masks((96, 64)) is None
+    (one,), *_ = find_images([folder], None, tmp_path / "seen", masks=True)
+    mask, none = one.true_masks((96, 64))
+    assert none is None
+    assert mask.sum() == width * height
+    assert mask[y : y + height, x : x + width].all()
