@@ -230,6 +230,7 @@ def test_trials_that_share_cards_are_packed_or_spread(add_machine, photographs, 
 
     def run_trial(assigned, images):  # where it runs, and no training
         time.sleep(5)  # until all have begun
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ",".join(map(str, ray.get_gpu_ids()))  # its own half of a card, and no other
         ray.tune.report({**with_node({"epoch": 1, "AP": 0.5}), "finished": True})
 
     monkeypatch.setattr(launcher, "run_trial", run_trial)
