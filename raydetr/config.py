@@ -598,6 +598,8 @@ def _check_together(config: Config) -> None:
         raise UserError(f"data.crop_min: {data.crop_min} is larger than data.crop_max ({data.crop_max})")
     if config.speed.graphs and config.speed.compile == "on":
         raise UserError("speed.graphs: goes with speed.compile off or auto")
+    if config.speed.graphs and model.masks:
+        raise UserError("speed.graphs: does not go with model.masks, whose work differs from batch to batch; turn one of them off")
     if config.speed.graphs and isinstance(config.optim.batch_size, str):
         raise UserError(f"optim.batch_size {config.optim.batch_size}: cannot tell what speed.graphs takes of the memory; give a number")
     if not any((config.matcher.set_cost_class, config.matcher.set_cost_bbox, config.matcher.set_cost_giou)):

@@ -325,8 +325,6 @@ def _graphed(model: DETR, device: torch.device, world_size: int) -> GraphedNetwo
         raise UserError("speed.graphs: a CPU has no CUDA graphs; leave it off there")
     if world_size > 1:
         raise UserError("speed.graphs: works with one worker only; leave it off, or give --workers 1")
-    if model.settings["masks"]:
-        raise UserError("speed.graphs: does not work with model.masks; turn one of them off")
     return GraphedNetwork(model)
 
 

@@ -102,6 +102,8 @@ def test_the_workers_that_there_are_count(data):
 def test_accumulate_follows_from_the_total():
     with pytest.raises(UserError, match=r"optim\.accumulate: follows from optim\.batch_total"):
         load_config({"optim.batch_total": 16, "optim.accumulate": 2})
+    with pytest.raises(UserError, match=r"optim\.batch_size auto:8: give a number with optim\.batch_total"):
+        load_config({"optim.batch_total": 8, "optim.batch_size": "auto:8"})
     assert load_config({"optim.batch_total": 12, "run.workers": "1:4"}).optim.batch_total == 12
 
 

@@ -135,7 +135,7 @@ def test_graphs_are_for_one_worker_with_a_gpu(coco_folder, monkeypatch):
     assert module._training(load_config({"speed.graphs": False}), 1, training_of().model, CLASSES, 1, None).graphs is None
 
 
-@pytest.mark.parametrize("other", [{"speed.compile": "on"}, {"optim.batch_size": "auto:8"}])
+@pytest.mark.parametrize("other", [{"speed.compile": "on"}, {"optim.batch_size": "auto:8"}, {"model.masks": True}])
 def test_what_graphs_do_not_go_with_is_refused(other):
     with pytest.raises(UserError, match=r"speed\.graphs"):
         load_config({"speed.graphs": True, **other})
