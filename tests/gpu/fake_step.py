@@ -109,7 +109,7 @@ def run(
             outputs = engine._forward(model, images, mask, target, precision)
             kernels[part] = operators.kernels.total()
             operators.kernels.clear()
-        losses = engine._losses(criterion, outputs, on_device, normalizers)
+        losses = engine._losses(criterion, outputs, on_device, normalizers, None)
         kernels["losses"] = operators.kernels.total()
         operators.kernels.clear()
         losses["loss"].backward()
