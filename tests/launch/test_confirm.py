@@ -99,7 +99,7 @@ def test_each_setting_and_seed_is_trained_once_in_each_fold(coco_folder, tmp_pat
     for (setting, seed), fold in itertools.product(plan.next_trainings({}), plan.parts):
         if (setting, seed, fold) != (0, 1, 1):
             point = confirmer._point(search, confirmation, setting, seed, fold)
-            confirmation.study.enqueue_trial(point, user_attrs={confirmer.TRAINING: [setting, seed, fold]})
+            confirmation.study.enqueue_trial(point, user_attrs={confirmer.CONFIRMED: [setting, seed, fold]})
     confirmation.extend(len(confirmation.frozen()))
     trained = [confirmation.complete(confirmation.ask(str(number))[1]) for number in range(8)]
     assert confirmation.ask("9") is None
