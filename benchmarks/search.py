@@ -49,7 +49,7 @@ REACH_SPACE = {
     "optim.lr_backbone": {"loguniform": [1e-5, 1e-2]},
     "loss.giou_loss_coef": {"loguniform": [0.25, 8.0]},
 }
-SAMPLER, SCHEDULER = "gp", "evidence"  # the defaults of a search
+SAMPLER, SCHEDULER = "tpe", "asha"  # the defaults of a search
 REACH_TARGET = 0.25  # of random search's epochs
 
 

@@ -444,11 +444,11 @@ def errors(checkpoint: str, out: Path, split: str, **options) -> None:
 @click.option("--max-epochs", metavar="E", help="Number of epochs of a trial that is not stopped early; the same as --optim.epochs.")
 @click.option(
     "--scheduler",
-    default="evidence",
+    default="asha",
     show_default=True,
-    help="How trials are stopped early (evidence, asha, median, none), or pbt for population-based training.",
+    help="How trials are stopped early (asha, evidence, median, none), or pbt for population-based training.",
 )
-@click.option("--sampler", default="gp", show_default=True, help="How settings are drawn: gp, tpe, random or cmaes.")
+@click.option("--sampler", default="tpe", show_default=True, help="How settings are drawn: tpe, gp, random or cmaes.")
 @click.option("--metric", default="AP", show_default=True, help="The COCO metric to maximize; with masks also segm_AP, ....")
 @click.option("--time-budget", metavar="TIME", help="Stop after this time, such as 90s, 30m or 2h.")
 @click.option("--points", metavar="FILE", help="YAML or JSON list of points to try first.")

@@ -53,8 +53,8 @@ def tune(
     trials: int = 32,
     demands: Demands = ONE_WORKER_EACH,
     metric: str = "AP",
-    sampler: str = "gp",
-    scheduler: str = "evidence",
+    sampler: str = "tpe",
+    scheduler: str = "asha",
     seed: int | None = None,
     points: Sequence[Mapping[str, Any]] = (),
     prior: Sequence[Mapping[str, Any]] = (),
@@ -71,8 +71,8 @@ def tune(
         trials: Number of trials in all, trial 0 included.
         demands: What each trial requests from the cluster.
         metric: The COCO metric to maximize.
-        sampler: How settings are drawn: ``"gp"``, ``"tpe"``, ``"random"`` or ``"cmaes"``.
-        scheduler: What stops trials early: ``"evidence"``, ``"asha"``, ``"median"``, ``"none"`` or ``"pbt"``.
+        sampler: How settings are drawn: ``"tpe"``, ``"gp"``, ``"random"`` or ``"cmaes"``.
+        scheduler: What stops trials early: ``"asha"``, ``"evidence"``, ``"median"``, ``"none"`` or ``"pbt"``.
         seed: Seed of the draws; None: ``run.seed``, which is the seed of everything else.
         points: Settings to try after trial 0, by dotted name.
         prior: Settings that are believed to be good; the sampler ``"gp"`` begins to draw near them.

@@ -43,8 +43,8 @@ from raydetr.values import is_finite
 if TYPE_CHECKING:
     import pandas
 
-SAMPLERS = ("gp", "tpe", "random", "cmaes")
-SCHEDULERS = ("evidence", "asha", "median", "none", "pbt")
+SAMPLERS = ("tpe", "gp", "random", "cmaes")
+SCHEDULERS = ("asha", "evidence", "median", "none", "pbt")
 CONFIRMED = "confirms"  # the user attribute of a training of a confirmation: [trial of the confirmed search, seed, fold or None]
 GIVEN_UP = "given up"  # the user attribute of a trial that the pruner stops
 # The user attribute for population-based training, a list of {"after": epoch, "from": trial, "settings": drawn}.
