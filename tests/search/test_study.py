@@ -474,7 +474,7 @@ def test_a_search_killed_again_and_again_ends_with_every_trial_once(make):
     [
         ({"trials": 0}, "--trials 0: a search needs at least one trial"),
         ({"sampler": "tpee"}, "unknown sampler 'tpee'; did you mean 'tpe'?"),
-        ({"sampler": "grid"}, "unknown sampler 'grid'; there are gp, tpe, random, cmaes"),
+        ({"sampler": "grid"}, "unknown sampler 'grid'; there are tpe, gp, random, cmaes"),
         ({"pruner": "ascha"}, "unknown scheduler 'ascha'; did you mean 'asha'?"),
         ({"pruner": "asha", "grace": 0}, "a grace of 0 epochs"),
         ({"points": [{"optim.lr": 2e-4}, {"optim.lr": 3e-4}], "trials": 2}, "2 points to start from and trial 0 need 3 trials; 2 were"),
