@@ -243,7 +243,7 @@ def _tiles(search: Search) -> list[tuple[str, str]]:
         ("epochs trained", str(sum(epochs_of(trial) for trial in trials))),
         ("from first start to last end", _span(trials)),
         ("settings drawn", str(len(search.space.distributions))),
-        ("validation images", "drawn anew for each trial" if search.base.get("data.reshuffle") else "the same for all trials"),
+        *([("validation images", "drawn anew for each trial")] if search.base.get("data.reshuffle") else []),
     ]
 
 
