@@ -62,7 +62,7 @@ class Cube:
             [min(max(to_unit(each, point[name]), 0.0), 1.0) if name in point else math.nan for name, each in self.distributions.items()]
             for point in points
         ]
-        return np.array(rows).reshape(-1, len(self.distributions))
+        return np.array(rows, dtype=float).reshape(len(rows), len(self.distributions))
 
     def snap(self, positions: np.ndarray) -> np.ndarray:
         """Return the nearest positions [n, settings] that can be drawn: on the steps of a range, NaN where a condition does not hold."""

@@ -57,6 +57,8 @@ class CurveSampler(optuna.samplers.BaseSampler):
 
     def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
         """Return the settings of the next trial."""
+        if not self.cube.distributions:
+            return {}
         others = [each for each in study.get_trials(deepcopy=False) if each.number != trial.number and each.params]
         points, values, noise = observations(others, self.cube)
         if len(points) <= self.startup:

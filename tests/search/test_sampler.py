@@ -145,3 +145,8 @@ def test_expected_improvement_is_the_mean_of_what_is_above():
     far = log_expected_improvement(np.array([-5.0, -4.0]), np.array([0.5, 0.5]))
     assert far[0] < far[1]
     assert far[1] == pytest.approx(math.log(0.5 * (norm.pdf(8) - 8 * norm.cdf(-8))))
+
+
+def test_a_space_without_a_choice_is_drawn():
+    study = search(lambda params: 0.5, 4, space=read_space({"model.dilation": {"choice": [True]}}), startup=2)
+    assert [trial.params for trial in study.trials] == [{"model.dilation": True}] * 4
