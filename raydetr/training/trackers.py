@@ -35,11 +35,11 @@ class ExternalTracker(Protocol):
         """What names the run in the tracker."""
         ...
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Record numbers by tag after so many optimizer steps."""
+    def log(self, seen: int, numbers: Mapping[str, float]) -> None:
+        """Record numbers by tag after so many training images."""
 
-    def log_pictures(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
-        """Record images by file name after so many optimizer steps."""
+    def log_pictures(self, seen: int, pictures: Mapping[str, Image.Image]) -> None:
+        """Record images by file name after so many training images."""
 
     def log_files(self, files: Sequence[Path]) -> None:
         """Keep files with the run."""
@@ -124,15 +124,15 @@ class MlflowTracker:
         experiment = found.experiment_id if found else self._client.create_experiment(project, files)
         return self._client.create_run(experiment, run_name=name).info.run_id
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Record numbers by tag after so many optimizer steps."""
+    def log(self, seen: int, numbers: Mapping[str, float]) -> None:
+        """Record numbers by tag after so many training images."""
         now = int(time.time() * 1000)
-        self._client.log_batch(self.run_id, [self._entities.Metric(_tag(key), float(value), now, step) for key, value in numbers.items()])
+        self._client.log_batch(self.run_id, [self._entities.Metric(_tag(key), float(value), now, seen) for key, value in numbers.items()])
 
-    def log_pictures(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
-        """Record images by file name after so many optimizer steps."""
+    def log_pictures(self, seen: int, pictures: Mapping[str, Image.Image]) -> None:
+        """Record images by file name after so many training images."""
         for name, picture in pictures.items():
-            self._client.log_image(self.run_id, picture, artifact_file=f"pictures/{step:08}-{_tag(name).replace('/', '_')}.png")
+            self._client.log_image(self.run_id, picture, artifact_file=f"pictures/{seen:08}-{_tag(name).replace('/', '_')}.png")
 
     def log_files(self, files: Sequence[Path]) -> None:
         """Keep files with the run."""
@@ -156,14 +156,14 @@ class WandbTracker:
         self._run.define_metric("*", step_metric="step")  # its own steps cannot go back, as those of an interrupted epoch do
         self.run_id: str = self._run.id
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Record numbers by tag after so many optimizer steps."""
-        self._run.log({"step": step, **numbers})
+    def log(self, seen: int, numbers: Mapping[str, float]) -> None:
+        """Record numbers by tag after so many training images."""
+        self._run.log({"step": seen, **numbers})
 
-    def log_pictures(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
-        """Record images by file name after so many optimizer steps."""
+    def log_pictures(self, seen: int, pictures: Mapping[str, Image.Image]) -> None:
+        """Record images by file name after so many training images."""
         images = {f"pictures/{_tag(name)}": self._package.Image(picture) for name, picture in pictures.items()}
-        self._run.log({"step": step, **images})
+        self._run.log({"step": seen, **images})
 
     def log_files(self, files: Sequence[Path]) -> None:
         """Keep files with the run."""
@@ -186,13 +186,13 @@ class TrackioTracker:
         self.run_id: str = run_id or f"{name}-{os.urandom(3).hex()}"  # a name is what trackio resumes by
         self._run = package.init(project=project, name=self.run_id, config=dict(settings), resume="allow", embed=False)
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Record numbers by tag after so many optimizer steps."""
-        self._run.log(dict(numbers), step=step)
+    def log(self, seen: int, numbers: Mapping[str, float]) -> None:
+        """Record numbers by tag after so many training images."""
+        self._run.log(dict(numbers), step=seen)
 
-    def log_pictures(self, step: int, pictures: Mapping[str, Image.Image]) -> None:
-        """Record images by file name after so many optimizer steps."""
-        self._run.log({f"pictures/{_tag(name)}": self._package.Image(picture) for name, picture in pictures.items()}, step=step)
+    def log_pictures(self, seen: int, pictures: Mapping[str, Image.Image]) -> None:
+        """Record images by file name after so many training images."""
+        self._run.log({f"pictures/{_tag(name)}": self._package.Image(picture) for name, picture in pictures.items()}, step=seen)
 
     def log_files(self, files: Sequence[Path]) -> None:
         """Keep files with the run."""

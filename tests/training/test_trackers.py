@@ -124,9 +124,9 @@ def test_mlflow_keeps_a_resumed_run_as_one(coco_folder, monkeypatch):
     assert (found.info.status, found.info.run_name) == ("FINISHED", "run")
     assert found.data.params["optim.epochs"] == "2"
     assert found.data.metrics.keys() >= TAGS
-    assert [each.step for each in client.get_metric_history(ids[0], "val/AP")] == [2, 4]
+    assert [each.step for each in client.get_metric_history(ids[0], "val/AP")] == [4, 8]
     names = {each.path for path in ("", "pictures") for each in client.list_artifacts(ids[0], path)}
-    assert names >= {"best.pth", "log.txt", "config.yaml", "pictures/00000002-val_000.jpg.png"}
+    assert names >= {"best.pth", "log.txt", "config.yaml", "pictures/00000004-val_000.jpg.png"}
 
 
 def wandb_records(file):
@@ -164,7 +164,7 @@ def test_wandb_keeps_an_offline_run(coco_folder, monkeypatch):
             rows += [json.loads(row["step"])] if "val/AP" in row else []
             if record.run.run_id:
                 assert {item.key for item in record.run.config.update} >= {"optim.lr", "run.tracker"} or record.run.resumed
-    assert rows == [2, 4]
+    assert rows == [4, 8]
     assert keys >= TAGS
     assert any(key.startswith("pictures/val_000.jpg") for key in keys)
 
@@ -192,7 +192,7 @@ def test_trackio_keeps_a_run_on_this_computer(coco_folder, tmp_path, monkeypatch
     assert SQLiteStorage.get_runs("raydetr") == ids[:1]
     assert SQLiteStorage.get_run_config("raydetr", ids[0])["optim.epochs"] == 2
     logs = SQLiteStorage.get_logs("raydetr", ids[0])
-    assert [(row["step"], row["epoch"]) for row in logs if "val/AP" in row] == [(2, 1), (4, 2)]
+    assert [(row["step"], row["epoch"]) for row in logs if "val/AP" in row] == [(4, 1), (8, 2)]
     assert set().union(*logs) >= TAGS | {"pictures/val_000.jpg"}
     (artifact,) = SQLiteStorage.get_artifacts("raydetr")
     assert artifact["name"] == ids[0]
