@@ -400,10 +400,10 @@ def fit_with_retries(trainer: TorchTrainer, mailbox: Any, config: settings.Confi
             if user_error(mailbox) or not (on_node or lost_another_node(lost_before)):
                 raise failure_of(error, mailbox, config) from error
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+            ray_private.release_reserved()
             controllers_lost += not is_node_failure(error)
             if controllers_lost > config.run.max_failures:
                 raise failed(f"{reason_of(error)} ({_retries(config)})", "Ray Train's controller", config) from error
-            ray_private.release_reserved()
         else:
             if last is None:
                 raise user_error(mailbox) or UserError(f"the run ended without metrics; {how_to_resume(config)}")
