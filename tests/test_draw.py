@@ -12,6 +12,16 @@ from raydetr.draw import Box, category_colours, draw_boxes, with_masks
 GREY = (90, 90, 90)
 
 
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    """Fonts are looked for anew: some tests take the installed ones away."""
+    for remembered in (draw._fonts, draw._writable):
+        remembered.cache_clear()
+    yield
+    for remembered in (draw._fonts, draw._writable):
+        remembered.cache_clear()
+
+
 def _picture(size=(300, 200)):
     return Image.new("RGB", size, GREY)
 
@@ -109,8 +119,6 @@ def test_any_box_can_be_drawn_on_an_image_of_any_size():
 )
 def test_a_name_is_written_on_one_line_without_what_cannot_be_written(monkeypatch, name, written):
     monkeypatch.setattr(draw, "FONTS", ())
-    for remembered in (draw._fonts, draw._writable):  # from tests with other fonts
-        remembered.cache_clear()
     label = lambda name: draw_boxes(_picture(), [Box((10, 60, 60, 90), name, 0.5)], [], {name: (0, 255, 0)}, 1 / 23, name_true=False)  # noqa: E731
     assert not _changed(label(name), label(written)).any()
     assert written in ("", name) or _changed(label(name), label("")).any()
