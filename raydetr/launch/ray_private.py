@@ -62,10 +62,10 @@ TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # launch/signals.py has the handlers
-    # A trial that is stopped ends its loading processes first. After Ray Tune's 2 s, the process of the trial would be thrown away, and the
-    # trial that was to use it next counted as lost.
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",
 }
+# How long a trial that was stopped may take to end before the next one starts in its process. It ends its loading processes first, which
+# takes longer than Ray Tune's 2 s on a busy machine; its process would then be thrown away, and the next trial counted as lost.
+STOP_TIMEOUT, STOP_TIMEOUT_S = "TUNE_FUNCTION_THREAD_TIMEOUT_S", "60"
 PENDING_TRIALS = "TUNE_MAX_PENDING_TRIALS_PG"
 TRAIN_POLL_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 TRAIN_START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"

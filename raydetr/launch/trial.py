@@ -15,6 +15,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from raydetr import config as settings
 from raydetr.data.cache import DecodedImages
 from raydetr.errors import DiskFull, UserError
+from raydetr.launch import ray_private
 from raydetr.launch.mailbox import Mailbox
 from raydetr.launch.reporter import assigned_cores
 from raydetr.launch.slots import Slots
@@ -88,6 +89,7 @@ def run_trial(assigned: Mapping[str, Any], images: Sequence[ray.ObjectRef] = ())
             or None.
         images: A reference to the decoded images, if they are shared.
     """
+    os.environ.setdefault(ray_private.STOP_TIMEOUT, ray_private.STOP_TIMEOUT_S)
     with without_collections():
         from raydetr.training.fit import fit
 
