@@ -24,23 +24,26 @@ class GaussianProcess:
         values: Values [n].
         noise: The variance [n] of the noise of each value, relative to the other values.
         owner: The index of the setting [coordinates] that each coordinate belongs to; a setting has one length scale.
+        start: A process of similar points, from whose length scales and noise the search starts; it then takes one round.
     """
 
-    def __init__(self, points: np.ndarray, values: np.ndarray, noise: np.ndarray, owner: np.ndarray) -> None:
+    def __init__(
+        self, points: np.ndarray, values: np.ndarray, noise: np.ndarray, owner: np.ndarray, start: "GaussianProcess | None" = None
+    ) -> None:
         self.points, self.relative_noise, self.owner = points, noise, owner
         self.mean, self.scale = float(values.mean()), float(values.std()) or 1.0
         self.values = (values - self.mean) / self.scale
-        self.lengths, self.noise = self._fit()
+        self.lengths, self.noise = self._fit(start)
         self._factorize()
 
-    def _fit(self) -> tuple[np.ndarray, float]:
+    def _fit(self, start: "GaussianProcess | None") -> tuple[np.ndarray, float]:
         some = np.linspace(0, len(self.points) - 1, min(len(self.points), FIT_POINTS)).round().astype(int)
         values, relative = self.values[some], self.relative_noise[some]
         apart = squared_distances(self.points[some], self.owner)
-        lengths, noise = np.full(len(apart), USUAL_LENGTH), USUAL_NOISE
+        lengths, noise = (start.lengths, start.noise) if start else (np.full(len(apart), USUAL_LENGTH), USUAL_NOISE)
         squares = np.tensordot(lengths**-2.0, apart, 1)
         best = _log_posterior(squares, values, relative, lengths, noise)
-        for _ in range(ROUNDS):
+        for _ in range(1 if start else ROUNDS):
             for index, each in enumerate(apart):
                 rest = squares - each / lengths[index] ** 2
                 for length in LENGTHS:

@@ -17,16 +17,14 @@ from typing import Any
 import numpy as np
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
-from scipy.linalg import cho_factor, cho_solve
 
+from raydetr.search.gaussian import GaussianProcess
 from raydetr.search.space import Distribution, as_drawn
 from raydetr.search.study import Search, epochs_of
 
 RESAMPLES = 60  # bootstrap samples, and as many shuffles
 LEAST_TRIALS, LEAST_PER_SETTING = 8, 3  # below them nothing is said
 POINTS, STEPS = 64, 9  # of the space that an effect is averaged over, and of the effect
-LENGTHS = (0.2, 0.4, 0.8, 1.6, 4.0)  # of the model, in widths of the search space
-NOISES = (0.03, 0.1, 0.25, 0.5, 1.0)  # variance, as a share of that of the objective
 EARLY_NOISE = 3.0  # how much more noise a trial has that was stopped at once
 BOUNDS = (-0.2, 1.2)  # of the position of a default that lies outside the search space
 
@@ -67,13 +65,14 @@ def importances(search: Search, seed: int = 0) -> tuple[list[Importance], str]:
         why = "all trials have the same objective" if trials >= least else f"{trials} trials have a value, and {least} are needed"
         return [], f"Nothing can be said about importances: {why}."
     random = np.random.default_rng(seed)
-    model = _Model(points, values, noise)
+    owner = np.arange(len(names))  # a coordinate for each setting
+    model = GaussianProcess(points, values, noise, owner)
     effects, sampled, shuffled = _effects(model), [], []
     for _ in range(RESAMPLES):
         chosen = random.integers(trials, size=trials)
-        sampled.append(_effects(_Model(points[chosen], values[chosen], noise[chosen], start=model)))
+        sampled.append(_effects(GaussianProcess(points[chosen], values[chosen], noise[chosen], owner, model)))
         order = random.permutation(trials)
-        shuffled.append(_effects(_Model(points, values[order], noise[order], start=model)).max())
+        shuffled.append(_effects(GaussianProcess(points, values[order], noise[order], owner, model)).max())
     shares, threshold = _shares(np.array(sampled)), float(np.quantile(shuffled, 0.95))
     low, high = np.quantile(shares, (0.025, 0.975), axis=0)
     share = _shares(effects[None])[0]
@@ -159,58 +158,7 @@ def position(distribution: Distribution, value: Any) -> float:
     return min(max((scale(value) - low) / ((high - low) or 1.0), BOUNDS[0]), BOUNDS[1])
 
 
-class _Model:
-    """A Gaussian process with a Matérn kernel (5/2) and a length for each setting, which are chosen one after the other.
-
-    Args:
-        points: Positions [N, settings].
-        values: Objectives [N].
-        noise: How much noise each objective has, relative to the others.
-        start: A model whose lengths to begin with; it saves time.
-    """
-
-    def __init__(self, points: np.ndarray, values: np.ndarray, noise: np.ndarray, start: "_Model | None" = None):
-        self._points, self._noise, self.spread = points, noise, float(values.std()) or 1.0
-        self._values = (values - values.mean()) / self.spread
-        self._squared = (points[:, None] - points[None]) ** 2  # [N, N, settings]
-        self.lengths = start.lengths.copy() if start else np.full(points.shape[1], 0.8)
-        self.variance = start.variance if start else 0.25
-        best = self._likelihood(self.lengths, self.variance)
-        for _ in range(1 if start else 2):
-            for index in range(len(self.lengths)):
-                for length in LENGTHS:
-                    lengths = self.lengths.copy()
-                    lengths[index] = length
-                    if (found := self._likelihood(lengths, self.variance)) > best:
-                        best, self.lengths = found, lengths
-            for variance in NOISES:
-                if (found := self._likelihood(self.lengths, variance)) > best:
-                    best, self.variance = found, variance
-        self._weights = cho_solve(self._factor(self.lengths, self.variance), self._values)
-
-    def _factor(self, lengths: np.ndarray, variance: float) -> tuple[np.ndarray, bool]:
-        covariance = _kernel(self._squared @ lengths**-2.0)
-        covariance[np.diag_indices_from(covariance)] += variance * self._noise + 1e-8
-        return cho_factor(covariance, lower=True, overwrite_a=True, check_finite=False)
-
-    def _likelihood(self, lengths: np.ndarray, variance: float) -> float:
-        """Return the logarithm of the likelihood, with a prior that prefers middling lengths and little noise."""
-        factor = self._factor(lengths, variance)
-        fit = -0.5 * self._values @ cho_solve(factor, self._values, check_finite=False) - np.log(np.diag(factor[0])).sum()
-        return fit - 0.5 * (np.log(lengths / 0.7) ** 2).sum() - 0.5 * math.log(variance / 0.2) ** 2
-
-    def mean(self, points: np.ndarray) -> np.ndarray:
-        """Return the modeled objective [M] at points [M, settings], less its mean."""
-        squared = (points[:, None] - self._points[None]) ** 2
-        return _kernel(squared @ self.lengths**-2.0) @ self._weights * self.spread
-
-
-def _kernel(squared: np.ndarray) -> np.ndarray:
-    distance = np.sqrt(5 * squared)
-    return (1 + distance + distance**2 / 3) * np.exp(-distance)
-
-
-def _effects(model: _Model) -> np.ndarray:
+def _effects(model: GaussianProcess) -> np.ndarray:
     """Return the variance of each setting's main effect over its range, [settings]."""
     settings = len(model.lengths)
     points = np.random.default_rng(0).random((POINTS, settings))
@@ -219,5 +167,5 @@ def _effects(model: _Model) -> np.ndarray:
     for index in range(settings):
         moved = np.repeat(points[None], STEPS, 0)  # [steps, points, settings]
         moved[:, :, index] = grid[:, None]
-        variances.append(model.mean(moved.reshape(-1, settings)).reshape(STEPS, POINTS).mean(1).var())
+        variances.append(model.predict_mean(moved.reshape(-1, settings)).reshape(STEPS, POINTS).mean(1).var())
     return np.array(variances)
