@@ -231,7 +231,7 @@ def read_predictions(predictions: str | Path, data: settings.Data, split: str = 
     dataset = CocoImages(find_split(data, split), val_transforms(data), masks=with_masks)
     try:
         check_results(dataset.coco, results)
-        if with_masks:
+        if dataset.has_masks:  # otherwise only boxes are scored, whatever else the results hold
             results = _with_rles(dataset.coco, results)
     except UserError as error:
         raise UserError(f"{predictions}: {str(error).removeprefix('results: ')}") from None

@@ -24,6 +24,7 @@ from raydetr.evaluate.diagnosis import diagnose
 from raydetr.evaluate.intervals import with_intervals
 from raydetr.memory import kept_memory
 from raydetr.storage import fetch, join, working_folder
+from raydetr.text import count
 from raydetr.training.console import Display, warn
 from raydetr.training.engine import Detections, choose_device, evaluate, gathered, train_one_epoch
 from raydetr.training.failures import BestEffort, failures_explained
@@ -206,7 +207,7 @@ def _metrics(progress: Progress, train: dict[str, float], val: dict[str, float],
 def _how_to_lengthen(run: Run) -> str:
     epochs, optim = run.progress.epoch, run.config.optim
     if epochs >= optim.epochs:
-        return f"{run.root} is finished: all {epochs} epochs are done; a larger --epochs trains on"
+        return f"{run.root} is finished after {count(epochs, 'epoch')}; a larger --epochs trains on"
     return (
         f"{run.root} is finished: AP has not risen for {run.progress.stale} epochs (optim.patience {optim.patience}); "
         "a larger --optim.patience, or 0, trains on"

@@ -40,7 +40,7 @@ def test_a_finished_run_says_so_and_how_to_lengthen_it(own, capfd):
     run, _ = own
     metrics = train(resume_config(str(run)), resume=True)
     assert metrics["epoch"] == 2
-    assert f"{run} is finished: all 2 epochs are done; a larger --epochs trains on" in capfd.readouterr().out
+    assert f"{run} is finished after 2 epochs; a larger --epochs trains on" in capfd.readouterr().out
     assert train(resume_config(str(run), {"optim.epochs": 3}), resume=True)["epoch"] == 3
     assert sorted(path.name for path in run.iterdir()) == ["best.pth", "config.yaml", "last.pth", "log.txt", "tb"]
 

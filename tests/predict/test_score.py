@@ -280,6 +280,16 @@ def test_perfect_masks_of_a_results_file_score_one(outlined, tmp_path, capsys):
     assert "results.json: entry 1 (image 10): segmentation: an RLE of 5 x 5 pixels in an image of 96 x 64" in capsys.readouterr().err
 
 
+def test_masks_of_a_results_file_do_not_matter_where_the_set_has_none(coco_folder, tmp_path, capsys):
+    folder = coco_folder(train=1, val=2)
+    coco = json.loads((folder / "annotations" / "custom_val.json").read_text())
+    results = [{name: each[name] for name in ("image_id", "category_id", "bbox")} | {"score": 0.9} for each in coco["annotations"]]
+    results[0]["segmentation"] = {"size": [1, 1], "counts": ""}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert main(["evaluate", "--predictions", str(tmp_path / "results.json"), "--data", str(folder)]) == 0
+    assert "AP         1.000" in capsys.readouterr().out
+
+
 def test_masks_of_a_checkpoint_are_scored_where_the_set_has_some(outlined, with_masks, coco_folder):
     metrics = score_checkpoint(with_masks, layers(outlined))
     assert set(METRICS) <= metrics["segm"].keys()
