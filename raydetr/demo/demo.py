@@ -168,6 +168,7 @@ def _say_what_next(out: Path, result: dict[str, float]) -> None:
         lines.append(f"masks: AP {result['segm_before']:.3f} before, {result['segm_after']:.3f} after training")
     if "best" in result:
         lines.append(f"search: AP {result['default']:.3f} with the default settings, {result['best']:.3f} with the best found")
+        lines.append(f"how much of the difference is luck: raydetr confirm {out / 'runs' / 'search'}")
         pages += f"""
   {out / "runs" / "search" / "report.html"}    what the search found"""
     click.secho("\n" + "\n".join([*lines, f"{result['seconds']:.0f} seconds in all"]), bold=True)

@@ -299,9 +299,11 @@ def custom_scalars(masks: bool = False) -> dict[str, dict[str, list]]:
         return ["Multiline", [f"^{tag}$" for tag in tags]]
 
     return {
+        # TensorBoard shows the charts of a section in this order, but those with an interval last.
         "AP": {
+            "AP": together("val/AP"),
             "AP with 95 % interval": ["Margin", ["val/AP", "val/AP_low", "val/AP_high"]],
-            "AP by IoU": together("val/AP", "val/AP50", "val/AP75"),
+            "AP50 and AP75": together("val/AP50", "val/AP75"),
             "AP by size": together("val/AP_small", "val/AP_medium", "val/AP_large"),
             "AP by category": together("val/AP/.*"),
             "AR": together("val/AR1", "val/AR10", "val/AR100"),

@@ -26,6 +26,7 @@ def test_the_demo_fine_tunes_the_bundled_model_to_half_and_more_and_finds_better
     said = capsys.readouterr().out
     assert f"AP {result['before']:.3f} before, {result['after']:.3f} after" in said
     assert "raydetr train --data DATA" in said
+    assert f"raydetr confirm {out / 'runs' / 'search'}" in said
     assert result["best"] > result["default"]
     assert len(list((out / "runs" / "search" / "trials").iterdir())) == 8
     assert (out / "runs" / "search" / "report.html").stat().st_size > 100_000
