@@ -45,6 +45,19 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
+def delete_partial_files(folder: Path) -> None:
+    """Delete the partial files that killed processes left in a folder, once no other process writes there.
+
+    Args:
+        folder: The folder; its subfolders are not searched.
+
+    Raises:
+        OSError: A file cannot be deleted.
+    """
+    for leftover in folder.glob(".*.partial"):
+        leftover.unlink(missing_ok=True)
+
+
 def atomic_write_text(path: Path, text: str) -> None:
     """Replace a file by a text in UTF-8, atomically.
 

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from raydetr.errors import UserError
-from raydetr.files import atomic_write, atomic_write_text, one_process
+from raydetr.files import atomic_write, atomic_write_text, delete_partial_files, one_process
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -36,6 +36,13 @@ def test_partial_files_of_killed_processes_are_deleted_once_they_are_old(tmp_pat
     assert not old.exists()
     assert young.exists()
     assert (tmp_path / "kept.txt").read_text() == "?"
+
+
+def test_partial_files_are_deleted_and_others_kept(tmp_path):
+    for name in (".last.pth.1.partial", ".lock", "last.pth", "a.partial"):
+        (tmp_path / name).touch()
+    delete_partial_files(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "a.partial", "last.pth"]
 
 
 HOLD = """

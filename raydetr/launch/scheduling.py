@@ -23,7 +23,7 @@ from ray.tune.search import Searcher
 
 from raydetr import config as settings
 from raydetr.errors import UserError
-from raydetr.files import atomic_write
+from raydetr.files import atomic_write, delete_partial_files
 from raydetr.launch import ray_private
 from raydetr.launch.nodes import NO_MEMORY, is_node_failure
 from raydetr.launch.signals import Received
@@ -549,6 +549,7 @@ def tidy_trial(trial: str) -> None:
     """
     shutil.rmtree(working_folder(trial) / RAY_FOLDER, ignore_errors=True)
     try:
+        delete_partial_files(working_folder(trial))
         remove_tokens(trial, OWNER, patience_s=0)
         strip(trial)
     except (UserError, OSError):

@@ -11,6 +11,7 @@ from raydetr.config import by_name, to_dict, write_yaml
 from raydetr.errors import UserError, is_disk_full
 from raydetr.evaluate.coco import run_coco_eval
 from raydetr.evaluate.errors import error_numbers, errors_markdown
+from raydetr.files import delete_partial_files
 from raydetr.storage import OWNER, become_owner, check_owner, push, remove_tokens, stamp
 from raydetr.training.engine import Detections
 from raydetr.training.resume import BEST, LAST
@@ -120,7 +121,7 @@ class Recorder:
                 self._tracker = self._open_tracker()
 
     def finish(self) -> None:
-        """Write the errors of the best epoch, mark the run as finished, and push it a last time.
+        """Write the errors of the best epoch, mark the run as finished, delete leftovers of killed processes, and push it a last time.
 
         Raises:
             UserError: The object store cannot be reached.
@@ -130,6 +131,8 @@ class Recorder:
         self._track(Tracker.finish)
         files = [self._run.folder / name for name in ("config.yaml", "log.txt", BEST)]
         self._track_outside(lambda external: external.log_files([file for file in files if file.exists()]))
+        with self._run.best_effort("the tidying of the run folder"):
+            delete_partial_files(self._run.folder)
         push(self._run.root)
         remove_tokens(self._run.root, OWNER)
 

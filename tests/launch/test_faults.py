@@ -152,7 +152,7 @@ def test_a_search_outlives_machines_that_come_go_and_hang_and_its_driver(undistu
     driver = start_search(cluster, settings(photographs, tmp_path), tmp_path)
     wait_for(lambda: trials_on(first, tmp_path / "search"), driver)
     second = add_machine(num_cpus=2)
-    lost = wait_for(lambda: len(numbers := trials_on(second, tmp_path / "search")) == 2 and numbers, driver)
+    lost = wait_for(lambda: trials_on(second, tmp_path / "search"), driver)  # one or two: how long each takes is the machine's affair
     cluster.remove_node(second, allow_graceful=False)
     wait_for(lambda: trials_on(first, tmp_path / "search"), driver)
     os.killpg(driver.pid, signal.SIGKILL)

@@ -439,13 +439,14 @@ def test_signals_end_a_search_in_order_and_leave_neither_secrets_nor_litter(clus
     unstripped = {**read_checkpoint(finished / "last.pth"), "optimizer": {"state": {}}}
     save_checkpoint(finished / "last.pth", unstripped)  # as a driver leaves it that is killed at the wrong moment
     (finished / ".owner").write_text("a token")
+    (finished / ".last.pth.0.partial").touch()
     (finished / "ray").mkdir()
     search = resume(folder, demands=Demands(concurrent=1))
     assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"] * 3
     assert ended.items() <= ended_trials(folder).items()  # none ran twice
     assert all_epochs(search, 10)
     names = {path.name for path in folder.rglob("*")}
-    assert names.isdisjoint({"ray", ".owner"})
+    assert names.isdisjoint({"ray", ".owner", ".last.pth.0.partial"})
     for number in range(3):
         assert "optimizer" not in read_checkpoint(trial_folder(search, number) / "last.pth")
 
