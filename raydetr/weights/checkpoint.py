@@ -22,6 +22,7 @@ from torch import Tensor
 
 from raydetr.errors import DiskFull, UserError, is_disk_full
 from raydetr.files import atomic_write
+from raydetr.weights.huggingface import is_huggingface_folder, read_huggingface
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
@@ -77,7 +78,7 @@ def _plain_on_cpu(value: Any, where: str) -> Any:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a file of ``torch.save`` to the CPU without running code that it contains (``weights_only=True``).
+    """Read a file of ``torch.save``, or a model folder of transformers, to the CPU without running code in it (``weights_only=True``).
 
     ``argparse.Namespace``, which official training checkpoints contain, is allowed by name. NumPy's numbers become Python's, and paths
     become text.
@@ -92,6 +93,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: The file is missing, damaged, not a checkpoint, or contains anything else.
     """
     path = Path(path).expanduser()
+    if is_huggingface_folder(path):
+        return read_huggingface(path)
     start = _first_bytes(path)
     try:
         _check_not_compressed(path, start)
@@ -130,7 +133,10 @@ def _what_folder_it_is(path: Path) -> str:
     return "a folder, not a checkpoint"
 
 
-HUGGING_FACE_ADVICE = "raydetr reads files of torch.save with the official DETR's tensor names; for the COCO weights use model.weights coco"
+HUGGING_FACE_ADVICE = (
+    "raydetr reads the folder that save_pretrained writes, with config.json and model.safetensors in one file; for the COCO weights use "
+    "model.weights coco"
+)
 
 
 def _check_not_compressed(path: Path, start: bytes) -> None:

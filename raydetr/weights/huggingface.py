@@ -1,13 +1,21 @@
-"""Tensor names of the DETR in Hugging Face's transformers, and their translation to and from the official names.
+"""Model folders of the DETR in Hugging Face's transformers: its tensor names, and their translation to and from the official names.
 
 transformers keeps queries, keys and values in one matrix each, and the official model keeps all three in ``in_proj_weight``.
 """
 
+import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from raydetr.errors import UserError
+from raydetr.text import one_line
+
+CONFIG, TENSORS, IMAGES = "config.json", "model.safetensors", "preprocessor_config.json"  # files of a model folder
 
 # Official name, name in transformers; "{}" stands for a layer's number. The rest of a name (".weight", ".bias") is the same.
 _ATTENTION = {
@@ -93,13 +101,56 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def is_huggingface(state: Mapping[str, Tensor]) -> bool:
-    """Return whether tensors have the names of transformers' DETR.
+def is_huggingface_folder(path: Path) -> bool:
+    """Return whether a path is a model folder of transformers with safetensors in one file.
 
     Args:
-        state: Tensors by name.
+        path: The path.
     """
-    return {"class_labels_classifier.weight", "model.query_position_embeddings.weight"} <= state.keys()
+    return (path / CONFIG).is_file() and (path / TENSORS).is_file()
+
+
+def read_huggingface(folder: Path) -> dict[str, Any]:
+    """Read a model folder of transformers' DETR, such as ``raydetr export --to transformers`` writes or the model hub has.
+
+    Args:
+        folder: The folder, with ``config.json`` and ``model.safetensors``.
+
+    Returns:
+        What a checkpoint of raydetr contains: ``model`` under the official names, ``categories``, and those of the ``settings`` that the
+        folder tells.
+
+    Raises:
+        UserError: A file cannot be read, or is not of a DETR with boxes; or the package safetensors is missing.
+    """
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{folder}: is read by the package safetensors: pip install 'raydetr[export]'") from None
+    try:
+        state = {_current(name): tensor for name, tensor in load_file(folder / TENSORS).items()}
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        images = folder / IMAGES
+        size = json.loads(images.read_text(encoding="utf-8")).get("size", {}) if images.is_file() else {}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: not a sound model folder of transformers ({one_line(error)})") from None
+    if "class_labels_classifier.weight" not in state:
+        raise UserError(f"{folder}: a model of transformers, and no DETR that detects boxes")
+    names = {int(label): name for label, name in config.get("id2label", {}).items()}
+    ids = config.get("category_ids") or sorted(names)  # else the labels are the ids, as those of COCO's DETR are
+    known = {"model.nheads": "encoder_attention_heads", "model.dropout": "dropout", "model.dilation": "dilation"}
+    sizes = {"data.val_size": "shortest_edge", "data.max_size": "longest_edge"}
+    settings = {ours: config[theirs] for ours, theirs in known.items() if config.get(theirs) is not None}
+    settings |= {ours: size[theirs] for ours, theirs in sizes.items() if theirs in size}
+    categories = [{"id": number, "name": str(names[label])} for label, number in zip(sorted(names), ids, strict=False)]
+    return {"model": from_huggingface(state), "categories": categories, "settings": settings}
+
+
+def _current(name: str) -> str:
+    """Return a tensor's name as transformers 5 has it; checkpoints of earlier versions have other names of some parts."""
+    name = name.replace("backbone.conv_encoder.model.", "backbone.model.").replace("_attn.out_proj.", "_attn.o_proj.")
+    return re.sub(r"(layers\.\d+)\.(fc[12])\.", r"\1.mlp.\2.", name)
 
 
 def _renamed(module: str, names: Mapping[str, str]) -> str:

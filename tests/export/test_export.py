@@ -13,10 +13,11 @@ from raydetr.config import load_config, to_dict
 from raydetr.errors import UserError
 from raydetr.export.checks import compare
 from raydetr.export.export import export
-from raydetr.model.detr import build_model
+from raydetr.model.detr import DETR, build_model
 from raydetr.predict.predict import predict
+from raydetr.predict.score import trained_with
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
-from raydetr.weights.fitting import load
+from raydetr.weights.fitting import load, load_weights
 from raydetr.weights.huggingface import from_huggingface, to_huggingface
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "onnx_predict.py"
@@ -82,6 +83,54 @@ def test_transformers_loads_the_folder_and_finds_the_same(resnet, tmp_path):
     assert dict(AutoImageProcessor.from_pretrained(folder).size) | {} == {"shortest_edge": 64, "longest_edge": 128}
     image = Image.new("RGB", (90, 64), (200, 30, 30))
     assert pipeline("object-detection", model=str(folder), threshold=0.0)(image)[0]["label"] in ("oblong", "square")
+
+
+def test_the_folder_of_transformers_is_read_back(resnet, tmp_path):
+    export(resnet, tmp_path / "folder", "transformers")
+    one, other = load(resnet), load(tmp_path / "folder")
+    assert other.categories == one.categories
+    assert other.category_names == "file"
+    assert other.settings == one.settings | {"preset": other.settings["preset"]}
+    state = other.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in one.state_dict().items())
+    known = trained_with(tmp_path / "folder", other)
+    assert (known["data.val_size"], known["data.max_size"]) == (64, 128)
+    fresh = DETR(load_config({f"model.{name}": value for name, value in one.settings.items() if name != "num_classes"}).model, 2)
+    said = load_weights(fresh, str(tmp_path / "folder"), one.categories)
+    assert "0 missing, 0 unexpected" in said
+    assert torch.equal(fresh.class_embed.weight, one.class_embed.weight)
+
+
+def test_earlier_names_of_transformers_are_known(resnet, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    export(resnet, tmp_path / "folder", "transformers")
+    file = tmp_path / "folder" / "model.safetensors"
+    state = {name.replace("_attn.o_proj.", "_attn.out_proj.").replace(".mlp.", "."): tensor for name, tensor in load_file(file).items()}
+    save_file(state, file)
+    one, other = load(resnet).state_dict(), load(tmp_path / "folder").state_dict()
+    assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", b"{", "not a sound model folder of transformers"),
+        ("model.safetensors", b"no tensors", "not a sound model folder of transformers"),
+        ("model.safetensors", None, "and no DETR that detects boxes"),
+    ],
+)
+def test_other_folders_of_transformers_are_named(resnet, tmp_path, name, content, said):
+    from safetensors.torch import save_file
+
+    export(resnet, tmp_path / "folder", "transformers")
+    if content is None:
+        save_file({"model.a": torch.ones(1)}, tmp_path / "folder" / name)
+    else:
+        (tmp_path / "folder" / name).write_bytes(content)
+    with pytest.raises(UserError, match=said) as error:
+        load(tmp_path / "folder")
+    assert "\n" not in str(error.value)
 
 
 def test_names_of_transformers_lead_back_to_the_official_ones():
