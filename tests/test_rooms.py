@@ -11,7 +11,7 @@ FLOORS = [
     {"errors", "text", "values"},
     {"files"},
     {"storage", "memory", "downloads"},
-    {"config", "tensorboard"},
+    {"config", "pages", "tensorboard"},
     {"model", "loss", "data", "draw"},
     {"weights", "evaluate"},
     {"training"},

@@ -22,7 +22,7 @@ from raydetr.errors import UserError
 from raydetr.evaluate.coco import category_names, run_coco_eval
 from raydetr.evaluate.errors import MEANINGS, SPLIT_NAMES, SURE, error_numbers, first_sentence, suspects_as_coco, suspects_as_via
 from raydetr.files import atomic_write_text
-from raydetr.predict.gallery import GENERATOR, page_environment
+from raydetr.pages import page_environment
 from raydetr.predict.score import Detected, detections_of
 from raydetr.text import count
 
@@ -84,9 +84,8 @@ def errors_page(numbers: Mapping[str, Any], detected: Detected, headline: str) -
         detected: The data set and the detections.
         headline: The first sentence.
     """
-    template = page_environment().get_template("errors.html")
+    template = page_environment("raydetr.predict").get_template("errors.html")
     return template.render(
-        generator=GENERATOR,
         checkpoint=numbers["checkpoint"],
         split=SPLIT_NAMES[numbers["split"]],
         notes=numbers["notes"],

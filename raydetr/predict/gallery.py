@@ -9,9 +9,8 @@ from urllib.parse import quote
 import jinja2
 
 from raydetr.draw import Box, Colour
+from raydetr.pages import page_environment
 from raydetr.predict.attention import SHADE, AttentionMaps
-
-GENERATOR = "raydetr"  # marks a page as one of raydetr's, which may be overwritten
 
 
 @dataclass
@@ -71,7 +70,6 @@ def gallery_page(
     truth = Counter(box.name for card in cards for box in card.true or ())
     seen = (truth + sum(found, Counter())).most_common()
     return _template().render(
-        generator=GENERATOR,
         models=models,
         headings=list(models),
         cards=cards,
@@ -93,14 +91,8 @@ def _threshold_text(threshold: float | None) -> str:
     return f"{threshold:.2f}" if round(threshold, 2) == threshold else f"{threshold:g}"
 
 
-def page_environment(*packages: str) -> jinja2.Environment:
-    """Return what renders the pages of this package, and those of ``packages`` that share its templates; all text is escaped."""
-    loader = jinja2.ChoiceLoader([jinja2.PackageLoader(package, "") for package in ("raydetr.predict", *packages)])
-    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-
-
 def _template() -> jinja2.Template:
-    environment = page_environment()
+    environment = page_environment("raydetr.predict")
     environment.filters.update(url=quote, css_colour=_css_colour, count_boxes=_count, floored=_floored, percent=_percent)
     return environment.get_template("gallery.html")
 

@@ -48,9 +48,10 @@ from raydetr.files import atomic_write
 from raydetr.memory import kept_memory
 from raydetr.model.attention import recorded_attention
 from raydetr.model.detr import DETR, postprocess
+from raydetr.pages import GENERATOR
 from raydetr.predict.attention import AttentionWanted, ImageAttention, Place, check_points, image_attention, write_attention
 from raydetr.predict.categories import find_categories
-from raydetr.predict.gallery import GENERATOR, Card, Column, gallery_page
+from raydetr.predict.gallery import Card, Column, gallery_page
 from raydetr.predict.inputs import InputImage, find_images
 from raydetr.predict.score import trained_with
 from raydetr.predict.tiles import Tiles, View, is_whole, merge_boxes

@@ -9,7 +9,7 @@ from raydetr.errors import UserError
 from raydetr.evaluate.errors import MEANINGS
 from raydetr.evaluate.intervals import compare, verdict
 from raydetr.files import atomic_write_text
-from raydetr.predict.gallery import GENERATOR, page_environment
+from raydetr.pages import page_environment
 from raydetr.report.charts import Chart
 from raydetr.report.page import SERIES, card, cell, chart, interval_words, points, table
 from raydetr.report.run import (
@@ -97,9 +97,8 @@ def report(
         raise UserError("report: " + ", ".join(f"{path} maximizes {metric}" for metric, path in metrics.items()) + "; not comparable")
     alone = len(subjects) == 1
     out = Path(out) if out else (Path(paths[0]).expanduser() if alone and not is_uri(paths[0]) else Path()) / "report.html"
-    environment = page_environment("raydetr.report")
+    environment = page_environment("raydetr.report", "raydetr.predict")
     page = environment.get_template("report.html").render(
-        generator=GENERATOR,
         title=f"{'Search' if subjects[0].search else 'Run'} {subjects[0].name}" if alone else f"{len(subjects)} runs and searches",
         comparison=None if alone else compared(subjects),
         parts=[each.part() for each in subjects],

@@ -302,21 +302,6 @@ class Search:
         self._again = [trial.number for trial in lost if GIVEN_UP not in trial.user_attrs]
         return list(self._again)
 
-    def fail_unknown(self, known: Collection[str], reason: str = "its runner is gone") -> list[int]:
-        """Record unfinished trials that no process knows as failed.
-
-        Args:
-            known: Keys of the trials that are still to be finished.
-            reason: Why the others failed, for the user.
-
-        Returns:
-            The numbers of the failed trials.
-        """
-        numbers = [trial.number for trial in self._unfinished(known)]
-        for number in numbers:
-            self.tell(number, "failed", reason=reason)
-        return numbers
-
     def _unfinished(self, known: Collection[str]) -> list[FrozenTrial]:
         return [trial for trial in self.frozen() if trial.state == TrialState.RUNNING and trial.user_attrs.get("key") not in known]
 

@@ -382,15 +382,6 @@ def test_a_trial_whose_drawing_was_cut_short_is_drawn_to_its_end(make):
     assert {"loss.bbox_loss_coef", "matcher.set_cost_bbox", "optim.schedule"} <= set(settings)
 
 
-def test_trials_whose_runner_is_gone_can_be_failed(make):
-    search = make()
-    for key in ("a", "b", "c"):
-        search.ask(key)
-    search.tell(0, "complete", 0.5)
-    assert search.fail_unknown({"c"}) == [1]
-    assert [trial.state for trial in search.frozen()] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.RUNNING]
-
-
 def test_the_lock_of_a_killed_writer_is_removed_and_that_of_a_live_one_is_left(make, monkeypatch):
     search = make()
     lock = search.folder / "study.journal.lock"

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -19,6 +18,7 @@ from raydetr.data.images import read_image
 from raydetr.data.tools.folder import DataSet, Item, read_data_set
 from raydetr.errors import UserError
 from raydetr.files import atomic_write_text
+from raydetr.pages import page_environment
 from raydetr.values import as_number, is_finite
 
 GRID = 24  # cells per side of the maps of positions
@@ -78,23 +78,28 @@ def write_stats(folder: str | Path, out: str | Path) -> Path:
     names = {each["id"]: each["name"] for each in data.categories}
     all_boxes = list(itertools.chain.from_iterable(boxes.values()))
     common = [category for category, _ in Counter(box.category for box in all_boxes).most_common()]
-    template = jinja2.Environment(
-        loader=jinja2.PackageLoader("raydetr.data.tools", "."), autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
-    ).get_template("stats.html")
-    page = template.render(
-        name=Path(folder).resolve().name,
-        splits=list(data.splits),
-        tiles={split: _tile(items, boxes[split]) for split, items in data.splits.items()},
-        categories=[(names[each["id"]], {split: _count(each["id"], boxes[split]) for split in boxes}) for each in data.categories],
-        charts=[_boxes_per_image(data, boxes), _sizes(boxes), _aspects(boxes)],
-        coco_sizes={split: _coco_sizes(boxes[split]) for split in boxes},
-        image_sizes=_image_sizes(data),
-        grid=GRID,
-        maps=[("all boxes", _positions(all_boxes))]
-        + [(names[each], _positions([box for box in all_boxes if box.category == each])) for each in common[:MOST_MAPS] if len(common) > 1],
-        pairs=_pairs(data, [each for each in common if each in names][:MOST_PAIRS], names),
-        samples=[(names[each], _samples([box for box in all_boxes if box.category == each])) for each in common[:MOST_SAMPLED]],
-        left_out=max(0, len(common) - MOST_SAMPLED),
+    page = (
+        page_environment("raydetr.data.tools")
+        .get_template("stats.html")
+        .render(
+            name=Path(folder).resolve().name,
+            splits=list(data.splits),
+            tiles={split: _tile(items, boxes[split]) for split, items in data.splits.items()},
+            categories=[(names[each["id"]], {split: _count(each["id"], boxes[split]) for split in boxes}) for each in data.categories],
+            charts=[_boxes_per_image(data, boxes), _sizes(boxes), _aspects(boxes)],
+            coco_sizes={split: _coco_sizes(boxes[split]) for split in boxes},
+            image_sizes=_image_sizes(data),
+            grid=GRID,
+            maps=[("all boxes", _positions(all_boxes))]
+            + [
+                (names[each], _positions([box for box in all_boxes if box.category == each]))
+                for each in common[:MOST_MAPS]
+                if len(common) > 1
+            ],
+            pairs=_pairs(data, [each for each in common if each in names][:MOST_PAIRS], names),
+            samples=[(names[each], _samples([box for box in all_boxes if box.category == each])) for each in common[:MOST_SAMPLED]],
+            left_out=max(0, len(common) - MOST_SAMPLED),
+        )
     )
     try:
         atomic_write_text(out, page)
