@@ -673,8 +673,8 @@ def build_loader(
     fits = fits_shared_memory(in_flight * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # which Ray Train and torchrun set
     if num_workers and not fits:
         dataset.warnings.append(
-            f"/dev/shm has {(free_shared_memory() or 0) / 1e6:.0f} MB free, and batches on their way may need {in_flight / 1e6:.0f} MB: "
-            "they are sent through pipes, which is slower; give the container more (docker run --shm-size=2g), or set data.num_workers 0"
+            f"/dev/shm has {(free_shared_memory() or 0) / 1e6:.0f} MB free, too little for the batches on their way: they are sent "
+            "through pipes, which is slower; give the container more (docker run --shm-size=2g), or set data.num_workers 0"
         )
     return Loader(
         dataset,
@@ -692,15 +692,21 @@ def build_loader(
 
 
 def largest_batch(dataset: CocoImages, batch_size: int, pad_to: int = 1) -> int:
-    """Return an upper bound for the size of a batch in bytes: its images in float32, padded to the largest, its padding mask, its masks.
+    """Return an upper bound for the size of a batch in bytes: its images, padded to the largest, its padding mask, its masks.
+
+    The pixels are float32, or bytes if the transforms do not normalize them.
 
     Args:
         dataset: The images, whose annotated sizes and transforms bound those of the batch.
         batch_size: Images per batch.
         pad_to: Number of pixels that the sides of a batch are a multiple of.
     """
+    from torchvision.transforms import v2  # torchvision, see _pack
+
     most_masks = max(map(len, dataset.rles), default=0) if dataset.rles else 0
-    return batch_size * largest_side(dataset, pad_to) ** 2 * (3 * torch.float32.itemsize + (1 + most_masks) * torch.bool.itemsize)
+    floats = any(isinstance(each, v2.Normalize) for each in getattr(dataset.transforms, "transforms", ()))
+    pixel = 3 * (torch.float32 if floats else torch.uint8).itemsize
+    return batch_size * largest_side(dataset, pad_to) ** 2 * (pixel + (1 + most_masks) * torch.bool.itemsize)
 
 
 def largest_side(dataset: CocoImages, pad_to: int = 1) -> int:

@@ -161,7 +161,7 @@ def build_run(config: Config, reporter: Reporter, root: str, device: torch.devic
     metrics = content["metrics"] if content else {}
     run = Run(config, reporter, root, train_set, val_set, train, val, training, progress, data, best_effort, metrics)
     about = [describe_sets(config.data), *step_messages(config.optim, reporter.world_size)]
-    for text in filter(None, (*train_set.warnings, *val_set.warnings, *notes, message, *about)):
+    for text in filter(None, dict.fromkeys((*train_set.warnings, *val_set.warnings, *notes, message, *about))):
         run.show({"kind": "message", "text": text})
     return run
 

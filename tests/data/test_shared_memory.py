@@ -12,7 +12,7 @@ import torch
 
 from raydetr.config import load_config
 from raydetr.data import coco, shared_memory
-from raydetr.data.coco import CocoImages, build_loader, find_split, largest_batch
+from raydetr.data.coco import CocoImages, build_loader, find_split, largest_batch, largest_side
 from raydetr.data.shared_memory import as_arrays, as_tensors, fits_shared_memory, free_shared_memory
 from raydetr.data.transforms import train_transforms, val_transforms
 from raydetr.errors import UserError
@@ -20,9 +20,9 @@ from raydetr.errors import UserError
 
 @pytest.fixture
 def dataset(coco_folder):
-    def make(split="train", size=(96, 64), **settings):
+    def make(split="train", size=(96, 64), normalized=True, **settings):
         data = load_config({"data.path": str(coco_folder(train=6, val=4, size=size, folder=f"data_{split}")), **settings}).data
-        transforms = (train_transforms if split == "train" else val_transforms)(data)
+        transforms = (train_transforms if split == "train" else val_transforms)(data, normalized)
         return CocoImages(find_split(data, split), transforms)
 
     return make
@@ -71,6 +71,16 @@ def test_no_batch_is_larger_than_the_bound(dataset, size, crop):
             for pad_to in (1, 64):
                 for images, mask, _ in build_loader(data, 2, shuffle=split == "train", pad_to=pad_to):
                     assert images.nbytes + (0 if mask is None else mask.nbytes) <= largest_batch(data, 2, pad_to)
+
+
+def test_batches_for_a_gpu_are_bytes(dataset):
+    settings = {"data.train_sizes": [64], "data.crop": 0.0, "data.flip": 0.0}
+    data = dataset(normalized=False, **settings)
+    (images, *_), *_ = build_loader(data, 2)
+    assert images.dtype == torch.uint8
+    assert largest_batch(data, 2) == 2 * largest_side(data) ** 2 * (3 + 1)  # and the padding mask
+    data.transforms = train_transforms(load_config(settings).data)
+    assert largest_batch(data, 2) == 2 * largest_side(data) ** 2 * (12 + 1)
 
 
 SETTINGS = {"data.train_sizes": [64], "data.val_size": 64, "data.crop": 0.0}
