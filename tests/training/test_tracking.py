@@ -20,18 +20,9 @@ from raydetr.training.engine import Detections
 from raydetr.training.fit import LocalReporter, fit
 from raydetr.training.tracking import LOSSES, Log, Pictures, Tracker, custom_scalars, logged_epochs
 from tests import helpers
+from tests.training import runs
 
-TINY = helpers.TINY | {
-    "model.num_queries": 9,
-    "model.dec_layers": 2,
-    "data.train_sizes": [48, 64],
-    "data.crop_resize": [48, 56],
-    "data.crop_min": 32,
-    "data.crop_max": 48,
-    "optim.batch_size": 2,
-    "optim.epochs": 3,
-    "run.pictures": 2,
-}
+TINY = runs.TINY | {"run.pictures": 2}
 PER_STEP = {
     *("train/loss", "train/loss_ce", "train/loss_bbox", "train/loss_giou", "train/class_error", "train/cardinality_error"),
     *("train/grad_norm", "lr/transformer", "lr/backbone", "speed/images_per_second"),

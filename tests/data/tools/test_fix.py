@@ -12,21 +12,6 @@ from raydetr.data.tools.fix import fix
 from raydetr.errors import UserError
 
 
-@pytest.fixture
-def changed(coco_folder):
-    """``changed(change)``: a sound folder whose train file ``change`` has altered, given the file's content and the image folder."""
-
-    def make(change, **settings):
-        root = coco_folder(**settings)
-        file = root / "annotations" / "custom_train.json"
-        coco = json.loads(file.read_text())
-        change(coco, root / "train2017")
-        file.write_text(json.dumps(coco))
-        return root
-
-    return make
-
-
 def content(root, part="train"):
     return json.loads((root / "annotations" / f"custom_{part}.json").read_text())
 
@@ -94,9 +79,9 @@ MENDED = {
 
 
 @pytest.mark.parametrize("name", MENDED)
-def test_what_is_mended_is_counted_and_the_copy_is_sound(changed, tmp_path, name):
+def test_what_is_mended_is_counted_and_the_copy_is_sound(broken, tmp_path, name):
     change, line = MENDED[name]
-    root = changed(change)
+    root = broken(change)
     before = files_of(root)
     summary = fix(root, tmp_path / "out")
     assert files_of(root) == before
@@ -110,9 +95,9 @@ def test_what_is_mended_is_counted_and_the_copy_is_sound(changed, tmp_path, name
     )
 
 
-def test_boxes_outlines_and_areas_are_clipped_together(changed, tmp_path):
+def test_boxes_outlines_and_areas_are_clipped_together(broken, tmp_path):
     outline = {"bbox": [80, 10, 30, 10], "segmentation": [[80, 10, 110, 10, 110, 20, 80, 20]], "area": 300}
-    root = changed(lambda c, d: c["annotations"][0].update(outline))
+    root = broken(lambda c, d: c["annotations"][0].update(outline))
     fix(root, tmp_path / "out")
     mended = content(tmp_path / "out")["annotations"][0]
     assert mended["bbox"] == [80, 10, 16, 10]
@@ -133,13 +118,13 @@ def test_a_sound_data_set_is_copied_as_it_is(coco_folder, tmp_path):
         assert content(tmp_path / "out", part) == content(root, part)
 
 
-def test_training_reads_the_same_from_the_copy(changed, tmp_path):
+def test_training_reads_the_same_from_the_copy(broken, tmp_path):
     def spoil(coco, folder):
         coco["annotations"][0].update(bbox=[1, 1, 0, 5])
         coco["annotations"][4].update(bbox=[90, 4, 20, 10], area=60)
         coco["annotations"][7].pop("iscrowd")
 
-    root = changed(spoil)
+    root = broken(spoil)
     fix(root, tmp_path / "out")
     there, here = (load_coco(find_split(Data(path=str(each)), "train").annotations)[0] for each in (root, tmp_path / "out"))
     assert here["images"] == there["images"]
@@ -149,14 +134,14 @@ def test_training_reads_the_same_from_the_copy(changed, tmp_path):
     assert here["annotations"][3]["bbox"] == [90, 4, 6, 10]
 
 
-def test_what_a_person_must_decide_is_left_and_reported(changed, tmp_path, capsys):
-    root = changed(lambda c, d: (c["annotations"][0].update(category_id=5), c["annotations"][1].update(bbox=[1, 1, 0, 5])))
+def test_what_a_person_must_decide_is_left_and_reported(broken, tmp_path, capsys):
+    root = broken(lambda c, d: (c["annotations"][0].update(category_id=5), c["annotations"][1].update(bbox=[1, 1, 0, 5])))
     assert main(["data", "check", str(root), "--fix", str(tmp_path / "out")]) == 1
     shown = capsys.readouterr().out
     assert f"Wrote {tmp_path / 'out'} with 1 change:\n  1 × box without area, left out" in shown
     assert "annotation has an unknown category" in shown
     assert "NOT ready to train: 1 error" in shown
-    assert main(["data", "check", str(changed(lambda c, d: None, folder="sound")), "--quick", "--fix", str(tmp_path / "out2")]) == 0
+    assert main(["data", "check", str(broken(lambda c, d: None, folder="sound")), "--quick", "--fix", str(tmp_path / "out2")]) == 0
 
 
 def test_the_test_set_is_mended_as_well(coco_folder, tmp_path):
@@ -189,8 +174,8 @@ def test_training_images_alone_are_mended_and_the_missing_set_is_reported(coco_f
         (lambda c, d: [path.unlink() for path in d.iterdir()], "no image of it can be read"),
     ],
 )
-def test_what_is_not_safe_is_one_line_and_writes_nothing(changed, tmp_path, capsys, change, message):
-    root = changed(change)
+def test_what_is_not_safe_is_one_line_and_writes_nothing(broken, tmp_path, capsys, change, message):
+    root = broken(change)
     assert main(["data", "check", str(root), "--fix", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error
