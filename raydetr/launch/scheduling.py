@@ -36,7 +36,15 @@ from raydetr.text import count
 from raydetr.training.metrics import LATENCY, REPORTED, WHERE
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
 
-RESUME_STATE = ("optimizer", "lr_scheduler", "scaler", "ema", "trained", "random")  # entries of a checkpoint that only resuming needs
+RESUME_STATE = (
+    "optimizer",
+    "lr_scheduler",
+    "scaler",
+    "ema",
+    "trained",
+    "groups",
+    "random",
+)  # entries of a checkpoint that only resuming needs
 TURNS = 4  # parts of a run in population-based training; after each, a trial may take over another's weights
 ROOM_INTERVAL_S = 1.0  # between two counts of the cluster's free slots
 HOPELESS = 3  # a search ends if this many trials failed before any finished an epoch, because the rest would fail as well

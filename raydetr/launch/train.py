@@ -431,7 +431,10 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
         return None  # Ray Train retries every failure, but one that only the user can fix would occur again
     try:
         images: list[Any] = [ray.get(each) for each in loop_config.get("images", ())]
-        return fit(loop_config["config"], TrainReporter(mailbox, loop_config.get("searched"), *images, objectives=loop_config.get("objectives", ())))
+        return fit(
+            loop_config["config"],
+            TrainReporter(mailbox, loop_config.get("searched"), *images, objectives=loop_config.get("objectives", ())),
+        )
     except UserError as error:
         _post_failure(mailbox, error)
         raise

@@ -132,7 +132,9 @@ def search_status(path: str) -> str:
     states = [f"{number} {name}" for state, name in STATE_NAMES.items() if (number := sum(trial.state == state for trial in trials))]
     lines = [f"{', '.join(states)}; {count(search.trials, 'trial')} requested; last change {_time_of(search.folder / STUDY_FILE)}"]
     lines.append(
-        f"best {search.metric}: {objective(best) or 0.0:.4f} in trial {best.number}" if best else f"no trial has a value of {search.metric} yet"
+        f"best {search.metric}: {objective(best) or 0.0:.4f} in trial {best.number}"
+        if best
+        else f"no trial has a value of {search.metric} yet"
     )
     for trial in trials:
         if trial.state == TrialState.RUNNING:

@@ -193,7 +193,9 @@ def take_step(training: Training, batches: list[Batch]) -> StepRecord:
         The step's losses, still on the device, with the ids of its images and its learning rates.
     """
     names = loss_names(training.criterion)
-    targets = [[_boxes_and_labels(target, training.device) for target in batch[2]] for batch in batches]
+    groups = training.detr.query_groups  # each of which predicts the boxes of the image
+    on_device = [[_boxes_and_labels(target, training.device) for target in batch[2]] for batch in batches]
+    targets = [[target for target in of_batch for _ in range(groups)] for of_batch in on_device]
     normalizers = training.criterion.normalizers(targets, training.detr.query_embed.num_embeddings, training.as_one)
     model, values = training.model, []
     for number, (images, mask, _) in enumerate(batches):

@@ -224,6 +224,8 @@ class Recorder:
             "random": results.random_states,
             "progress": dataclasses.asdict(run.progress),
         }
+        if training.detr.query_groups > 1:
+            state["groups"] = training.detr.group_embed.weight
         save_checkpoint(run.folder / LAST, about | state)
 
 
