@@ -20,6 +20,7 @@ from raydetr.data.categories import match_categories, twin_names
 from raydetr.data.file_names import locate_files
 from raydetr.data.images import MAX_MEGAPIXELS, image_path, read_header, read_image
 from raydetr.data.masks import decode_masks, no_mask, read_segmentation
+from raydetr.data.scene import Scene
 from raydetr.data.shared_memory import as_arrays, as_tensors, fits_shared_memory, free_shared_memory
 from raydetr.errors import UserError
 from raydetr.storage import fetched
@@ -341,17 +342,6 @@ def _counted(found: list[dict], noun: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------ the data set
-
-
-class Scene(NamedTuple):
-    """An image with its n objects."""
-
-    pixels: torch.Tensor  # uint8 [3, height, width]; do not write to it
-    xyxy: torch.Tensor  # float32 [n, 4], in pixels
-    labels: torch.Tensor  # int64 [n]
-    area: torch.Tensor  # float32 [n], in pixels
-    masks: torch.Tensor | None = None  # bool [n, height, width]; nothing is set for an object without a mask
-    has_mask: torch.Tensor = torch.zeros(0, dtype=torch.bool)  # bool [n], where there are masks
 
 
 class CocoImages(Dataset):

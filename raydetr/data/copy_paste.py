@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from raydetr.data.coco import Scene
+from raydetr.data.scene import Scene
 
 CHOSEN = 0.5  # the probability that an object of the other image is pasted; one is in any case
 SCALES = (0.5, 1.5)  # of a pasted object: the bounds of its size relative to the image, as a multiple of that in its own image

@@ -26,6 +26,7 @@ import optuna
 import yaml
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from raydetr.config import PATH_SETTINGS, Config, by_name, read_config, read_yaml_nodes, with_settings, write_yaml, yaml_value
@@ -311,15 +312,16 @@ class Search:
             return False
         others = {**trial.user_attrs.get(ALSO, {}), LATENCY: latency}
         values = {self.metric: value} | {name: others.get(name) for name in self.also}
-        missing = [name for name, each in values.items() if not is_finite(each)]
-        if state == "complete" and missing:
-            state, reason = "failed", reason or f"its {missing[0]} is {values[missing[0]]}"
+        found = {name: each for name, each in values.items() if each is not None and is_finite(each)}
+        if state == "complete" and len(found) < len(values):
+            missing = next(name for name in values if name not in found)
+            state, reason = "failed", reason or f"its {missing} is {values[missing]}"
         live = optuna.Trial(self.study, trial._trial_id)
         if state == "failed":
             live.set_user_attr("reason", " ".join(reason.split()))
         if metrics:
             live.set_user_attr("metrics", {name: each for name, each in metrics.items() if isinstance(each, str) or is_finite(each)})
-        self.study.tell(number, list(values.values()) if state == "complete" else None, STATES[state])
+        self.study.tell(number, list(found.values()) if state == "complete" else None, STATES[state])
         return True
 
     def reclaim(self, known: Collection[str]) -> list[int]:
@@ -461,8 +463,8 @@ def is_better_lower(name: str) -> bool:
     return name == LATENCY
 
 
-def _directions(objectives: Sequence[str]) -> list[str]:
-    return ["minimize" if is_better_lower(name) else "maximize" for name in objectives]
+def _directions(objectives: Sequence[str]) -> list[StudyDirection]:
+    return [StudyDirection.MINIMIZE if is_better_lower(name) else StudyDirection.MAXIMIZE for name in objectives]
 
 
 def objective(trial: FrozenTrial | None) -> float | None:
