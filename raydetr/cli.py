@@ -444,12 +444,16 @@ def errors(checkpoint: str, out: Path, split: str, **options) -> None:
 @click.option("--max-epochs", metavar="E", help="Number of epochs of a trial that is not stopped early; the same as --optim.epochs.")
 @click.option(
     "--scheduler",
-    default="asha",
-    show_default=True,
-    help="How trials are stopped early (asha, evidence, median, none), or pbt for population-based training.",
+    help="How trials are stopped early (asha, evidence, median, none), or pbt for population-based training (default: asha; none with --also).",
 )
 @click.option("--sampler", default="tpe", show_default=True, help="How settings are drawn: tpe, gp, random or cmaes.")
 @click.option("--metric", default="AP", show_default=True, help="The COCO metric to maximize; with masks also segm_AP, ....")
+@click.option(
+    "--also",
+    multiple=True,
+    metavar="OBJECTIVE",
+    help="A further objective, such as latency (seconds for one image) or AP_small: find the best trade-offs. Can be given several times.",
+)
 @click.option("--time-budget", metavar="TIME", help="Stop after this time, such as 90s, 30m or 2h.")
 @click.option("--points", metavar="FILE", help="YAML or JSON list of points to try first.")
 @click.option(

@@ -25,6 +25,7 @@ from raydetr.errors import UserError
 from raydetr.files import atomic_write_text
 from raydetr.storage import check_path, is_uri
 
+MOST_QUERIES = 10_000  # in training, over all groups: more take gigabytes for each image
 LONGEST_NAME = 200  # bytes of a run's name: file systems allow 255, and locks add an ending to it
 DEEPEST = 20  # levels of nesting in a YAML file
 
@@ -126,6 +127,9 @@ class Loss:
     eos_coef: float = setting(0.1, "weight of the no-object class in the classification loss", low=0.0, high=1.0)
     mask_loss_coef: float = setting(1.0, "weight of the focal loss of masks (with model.masks)", low=0.0, high=100.0)
     dice_loss_coef: float = setting(1.0, "weight of the Dice loss of masks (with model.masks)", low=0.0, high=100.0)
+    query_groups: int = setting(
+        1, "groups of object queries in training, each matched with all objects; one of them remains in the model", low=1, high=50
+    )
 
 
 @dataclasses.dataclass(slots=True)
@@ -181,6 +185,12 @@ class Data:
     zoom_out: float = setting(
         0.0,
         "probability that a training image is put on a gray canvas of up to twice its sides, so that objects are smaller",
+        low=0.0,
+        high=1.0,
+    )
+    copy_paste: float = setting(
+        0.0,
+        "probability that objects of another training image are cut out along their masks and pasted into an image in training",
         low=0.0,
         high=1.0,
     )
@@ -602,6 +612,14 @@ def _check_together(config: Config) -> None:
         raise UserError("speed.graphs: does not go with model.masks, whose work differs from batch to batch; turn one of them off")
     if config.speed.graphs and isinstance(config.optim.batch_size, str):
         raise UserError(f"optim.batch_size {config.optim.batch_size}: cannot tell what speed.graphs takes of the memory; give a number")
+    groups, queries = config.loss.query_groups, model.num_queries
+    if groups > 1 and model.masks:
+        raise UserError(f"loss.query_groups: {groups} groups train boxes only; leave it at 1, or set model.masks false")
+    if groups * queries > MOST_QUERIES:
+        raise UserError(
+            f"loss.query_groups: {groups} groups of {queries} queries (model.num_queries) are {groups * queries} in training, at most "
+            f"{MOST_QUERIES} fit; lower one of them"
+        )
     if not any((config.matcher.set_cost_class, config.matcher.set_cost_bbox, config.matcher.set_cost_giou)):
         raise UserError("matcher: all three costs are 0; nothing would tell a good match from a bad one")
     if config.run.name is not None:

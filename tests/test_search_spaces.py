@@ -10,7 +10,7 @@ from raydetr.config import by_name, load_config, with_settings
 from raydetr.search.space import as_drawn, bundled_spaces, read_space
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("learning_rates", "loss", "masks", "matcher", "recipe", "tiny")
+NAMES = ("faster", "learning_rates", "loss", "masks", "matcher", "recipe", "tiny")
 
 
 def base_of(name: str) -> dict:

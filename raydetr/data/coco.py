@@ -20,6 +20,7 @@ from raydetr.data.categories import match_categories, twin_names
 from raydetr.data.file_names import locate_files
 from raydetr.data.images import MAX_MEGAPIXELS, image_path, read_header, read_image
 from raydetr.data.masks import decode_masks, no_mask, read_segmentation
+from raydetr.data.scene import Scene
 from raydetr.data.shared_memory import as_arrays, as_tensors, fits_shared_memory, free_shared_memory
 from raydetr.errors import UserError
 from raydetr.storage import fetched
@@ -375,7 +376,9 @@ class CocoImages(Dataset):
         files: (path, annotated (width, height)) of each image.
         images: What decodes a file of ``files``; assign, for example, a :class:`raydetr.data.cache.DecodedImages`.
         rles: The masks of each image's boxes as RLEs; None without masks.
-        decode_masks: What decodes them, called with a file of ``files`` and its RLEs; returns bool [n, height, width]. Assign, for
+        target_masks: Whether targets have the masks, if there are any.
+        copy_paste: Probability that objects of another image are pasted into an image, see :mod:`raydetr.data.copy_paste`.
+        decode_masks: What decodes masks, called with a file of ``files`` and its RLEs; returns bool [n, height, width]. Assign, for
             example, the method of a :class:`raydetr.data.cache.DecodedImages`.
 
     Raises:
@@ -405,6 +408,7 @@ class CocoImages(Dataset):
         self._pack()
         self.rles: list[list[dict[str, Any]]] | None = self._pack_masks() if masks else None
         self.decode_masks: Callable[[Path, tuple[int, int], Sequence[Mapping[str, Any]]], np.ndarray] = _decode_masks
+        self.target_masks, self.copy_paste = masks, 0.0
 
     def _pack(self) -> None:
         from torchvision.ops import box_convert  # takes as long to import as torch: not for those who only read annotations
@@ -461,6 +465,7 @@ class CocoImages(Dataset):
                 rles[image_id].append(each["segmentation"] or no_mask(sizes[image_id]))
                 there[image_id].append(each["segmentation"] is not None)
         self._has_mask = torch.tensor([one for of_image in there.values() for one in of_image], dtype=torch.bool)
+        self._with_mask = [row for row, of_image in enumerate(there.values()) if any(of_image)]  # the images to cut objects out of
         return list(rles.values())
 
     @property
@@ -479,38 +484,55 @@ class CocoImages(Dataset):
         from torchvision.ops import box_convert
 
         epoch, index, *size = index if isinstance(index, tuple) else (self.epoch, index)
-        pixels = self.images(*self.files[index])
-        orig_size = pixels.shape[-2:]
-        mine = slice(self._starts[index], self._starts[index + 1])
-        masks = None
-        if self.rles is not None:
-            masks = torch.from_numpy(self.decode_masks(*self.files[index], self.rles[index]).view(np.uint8))
-        image, boxes, masks = self._transformed(pixels, epoch, index, masks)
+        scene = self._scene(index)
+        if self.copy_paste:
+            scene = self._with_pasted(scene, epoch, index)
+        orig_size = scene.pixels.shape[-2:]
+        masks = scene.masks.view(torch.uint8) if self.target_masks and scene.masks is not None else None
+        image, boxes, masks = self._transformed(scene.pixels, scene.xyxy, epoch, index, masks)
         image, xyxy = image.as_subclass(torch.Tensor), boxes.as_subclass(torch.Tensor)
         keep = (xyxy[:, 2:] > xyxy[:, :2]).all(1)  # a crop leaves boxes without area
         height, width = image.shape[-2:]
         target = {
             "boxes": box_convert(xyxy[keep], "xyxy", "cxcywh") / torch.tensor([width, height, width, height]),
-            "labels": self._labels[mine][keep],
-            "area": self._area[mine][keep],
+            "labels": scene.labels[keep],
+            "area": scene.area[keep],
             "iscrowd": torch.zeros(int(keep.sum()), dtype=torch.int64),
             "image_id": torch.tensor([self.image_ids[index]]),
             "orig_size": torch.tensor(orig_size),
             "size": torch.tensor([height, width]),
         }
         if masks is not None:
-            target |= {"masks": masks.as_subclass(torch.Tensor)[keep].bool(), "has_mask": self._has_mask[mine][keep]}
+            target |= {"masks": masks.as_subclass(torch.Tensor)[keep].bool(), "has_mask": scene.has_mask[keep]}
         return image, target, *size
 
+    def _scene(self, index: int) -> Scene:
+        """Return an image as it is in the file, with its objects."""
+        pixels, mine = self.images(*self.files[index]), slice(self._starts[index], self._starts[index + 1])
+        xyxy = _clip(self._xyxy[mine], (pixels.shape[-2], pixels.shape[-1]))
+        if self.rles is None:
+            return Scene(pixels, xyxy, self._labels[mine], self._area[mine])
+        masks = torch.from_numpy(self.decode_masks(*self.files[index], self.rles[index]))
+        return Scene(pixels, xyxy, self._labels[mine], self._area[mine], masks, self._has_mask[mine])
+
+    def _with_pasted(self, scene: Scene, epoch: int, index: int) -> Scene:
+        from raydetr.data.copy_paste import paste  # torchvision, see _pack
+        from raydetr.data.transforms import drawn_from
+
+        with drawn_from(self.seed, epoch, index, 1):  # apart from the transforms, which are those of size_of
+            others = [row for row in self._with_mask if row != index]
+            if not others or torch.rand(()) >= self.copy_paste:
+                return scene
+            return paste(scene, self._scene(others[int(torch.randint(len(others), ()))]))
+
     def _transformed(
-        self, pixels: torch.Tensor, epoch: int, index: int, masks: torch.Tensor | None = None
+        self, pixels: torch.Tensor, xyxy: torch.Tensor, epoch: int, index: int, masks: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         from torchvision import tv_tensors
 
         from raydetr.data.transforms import drawn_from
 
         size = (pixels.shape[-2], pixels.shape[-1])
-        xyxy = _clip(self._xyxy[self._starts[index] : self._starts[index + 1]], size)
         with drawn_from(self.seed, epoch, index):
             boxes = tv_tensors.BoundingBoxes(xyxy, format="XYXY", canvas_size=size)  # pyright: ignore[reportCallIssue]  # checked as a Tensor
             if masks is None:
@@ -525,7 +547,8 @@ class CocoImages(Dataset):
             index: Position of the image in the data set.
         """
         width, height = self.files[index][1]
-        image, *_ = self._transformed(torch.empty(3, height, width, dtype=torch.uint8, device="meta"), epoch, index)
+        pixels = torch.empty(3, height, width, dtype=torch.uint8, device="meta")
+        image, *_ = self._transformed(pixels, torch.zeros(0, 4), epoch, index)
         return image.shape[-2], image.shape[-1]
 
 
@@ -703,7 +726,8 @@ def largest_batch(dataset: CocoImages, batch_size: int, pad_to: int = 1) -> int:
     """
     from torchvision.transforms import v2  # torchvision, see _pack
 
-    most_masks = max(map(len, dataset.rles), default=0) if dataset.rles else 0
+    most_masks = max(map(len, dataset.rles), default=0) if dataset.rles and dataset.target_masks else 0
+    most_masks *= 2 if dataset.copy_paste else 1
     floats = any(isinstance(each, v2.Normalize) for each in getattr(dataset.transforms, "transforms", ()))
     pixel = 3 * (torch.float32 if floats else torch.uint8).itemsize
     return batch_size * largest_side(dataset, pad_to) ** 2 * (pixel + (1 + most_masks) * torch.bool.itemsize)

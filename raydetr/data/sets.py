@@ -48,14 +48,18 @@ def load_sets(
     Raises:
         UserError: The data cannot be read, or there are too few images for the folds.
     """
-    train = CocoImages(find_split(data, "train"), train_transforms(data, normalized), seed, categories, masks)
+    read_masks = masks or data.copy_paste > 0
+    train = CocoImages(find_split(data, "train"), train_transforms(data, normalized), seed, categories, read_masks)
+    train.target_masks = masks
     if data.fold is not None:
         _decode_once([train], decoded, limit)
         train, val = _with_fold_held_out(train, data, val_transforms(data, normalized))
     else:
-        val = CocoImages(find_split(data, "val"), val_transforms(data, normalized), seed, train.categories, masks)
+        val = CocoImages(find_split(data, "val"), val_transforms(data, normalized), seed, train.categories, read_masks)
+        val.target_masks = masks
         _decode_once([train, val], decoded, limit)
         train, val = _divided_anew(train, val, data.reshuffle_seed) if data.reshuffle else (train, val)
+    train.copy_paste = data.copy_paste
     if data.fraction < 1:
         order = nested_order(box_counts(train.coco), seed)
         train = _keeping_warnings(train, order[: max(1, round(data.fraction * len(train)))])
@@ -65,7 +69,7 @@ def load_sets(
 def _decode_once(sets: Sequence[CocoImages], decoded: DecodedImages | None, limit: int) -> None:
     """Let data sets decode their images, and their masks if they have some, through one cache."""
     files = [file for each in sets for file in each.files]
-    rles = [of_image for each in sets for of_image in each.rles or []]
+    rles = [of_image for each in sets for of_image in each.rles or []]  # of all sets, or of none
     images = decoded or DecodedImages(files, limit, sets[0].split.read, rles or None)
     for each in sets:
         each.images, each.decode_masks = images, images.masks

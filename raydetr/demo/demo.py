@@ -135,6 +135,7 @@ def _search(coco: Path, runs: Path, trials: int, seed: int) -> dict[str, float]:
     _say(8, f"raydetr tune {flags}")
     from raydetr.launch.tune import summary, tune
     from raydetr.report.report import report
+    from raydetr.search.study import objective
 
     config = load_config(base, {"run.storage": str(runs), "run.name": "search"})
     search = tune(config, "tiny", trials=trials)
@@ -143,7 +144,7 @@ def _search(coco: Path, runs: Path, trials: int, seed: int) -> dict[str, float]:
     best = search.best()
     if not best:
         raise UserError(f"no trial of the search has finished; {search.folder} says why")
-    return {"default": search.frozen()[0].value or 0.0, "best": best.value or 0.0}
+    return {"default": objective(search.frozen()[0]) or 0.0, "best": objective(best) or 0.0}
 
 
 def _claim(out: Path) -> None:

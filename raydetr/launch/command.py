@@ -18,7 +18,6 @@ from raydetr.launch.slots import Demands
 from raydetr.launch.tune import summary
 from raydetr.search.space import Space, read_space
 from raydetr.search.study import Search, best_config, read_points, trials_frame, warm_start_from
-from raydetr.training.metrics import MASK_METRICS, METRICS
 
 if TYPE_CHECKING:
     import pandas
@@ -70,9 +69,10 @@ def tune_command(
     workers_per_trial: int,
     gpus_per_trial: float,
     placement: str,
-    scheduler: str,
+    scheduler: str | None,
     sampler: str,
     metric: str,
+    also: Sequence[str],
     time_budget: str | None,
     points: str | None,
     warm_start: Sequence[str],
@@ -93,6 +93,7 @@ def tune_command(
         scheduler: What stops trials early, as for :func:`raydetr.launch.tune.tune`. Ignored with ``resume``.
         sampler: How settings are drawn, as for :func:`raydetr.launch.tune.tune`. Ignored with ``resume``.
         metric: The COCO metric to maximize, one of ``METRICS``. Ignored with ``resume``.
+        also: Further objectives, as for :func:`raydetr.launch.tune.tune`. Ignored with ``resume``.
         time_budget: When to stop, as :func:`seconds` reads it; None: no limit.
         points: File of settings to try after trial 0, or None. Ignored with ``resume``.
         warm_start: Path or URI of an earlier search whose best settings are tried as well, or None. Ignored with ``resume``.
@@ -115,11 +116,7 @@ def tune_command(
         return _summary_and_verdict(search, confirm, demands)
     if known is None:
         raise UserError("--space: say what to search, a file or a ready space such as loss or learning_rates")
-    if metric not in (*METRICS, *MASK_METRICS):
-        raise UserError(f"--metric: {metric!r} is not one of {', '.join(METRICS)}, or with masks {', '.join(MASK_METRICS)}")
     config = settings.load_config(*layers)
-    if metric in MASK_METRICS and not config.model.masks:
-        raise UserError(f"--metric {metric}: without model.masks there is no AP of masks; set --model.masks true")
     first = read_points(points, known, config) if points else []
     earlier, prior = warm_start_from(warm_start, known, config)
     with printing_summary():
@@ -129,6 +126,7 @@ def tune_command(
             trials=32 if trials is None else trials,
             demands=demands,
             metric=metric,
+            also=also,
             sampler=sampler,
             scheduler=scheduler,
             points=[*first, *earlier],

@@ -1,7 +1,7 @@
 """The reporter that ``fit`` calls in a Ray Train worker: it reports to Ray Train and to the driver."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,20 @@ class TrainReporter:
         mailbox: The run's :class:`raydetr.launch.mailbox.Mailbox`.
         searched: In a search, the settings that it varies, by name, with their domains.
         images: Decoded images that several runs share; None if the run decodes its own.
+        objectives: In a search, the names of its objectives.
     """
 
     searched: Mapping[str, tuple | list] | None
     images: DecodedImages | None
     step_interval_s = 0.5  # between two steps that are shown
 
-    def __init__(self, mailbox: Any, searched: Mapping[str, tuple | list] | None = None, images: DecodedImages | None = None):
+    def __init__(
+        self,
+        mailbox: Any,
+        searched: Mapping[str, tuple | list] | None = None,
+        images: DecodedImages | None = None,
+        objectives: Sequence[str] = (),
+    ):
         context = ray.train.get_context()
         self.rank, self.world_size, self.local_rank = context.get_world_rank(), context.get_world_size(), context.get_local_rank()
         if torch.cuda.is_available():
@@ -39,7 +46,7 @@ class TrainReporter:
             # text, "10" before "2".
             self.local_rank = ray.train.torch.get_device().index
         self.cores = assigned_cores()
-        self.searched, self.images = searched, images
+        self.searched, self.images, self.objectives = searched, images, objectives
         self._mailbox = mailbox
         self._last_step = 0.0
 

@@ -33,10 +33,18 @@ from raydetr.search.study import TRIALS_FOLDER, Search
 from raydetr.search.trials import TrialsDisplay
 from raydetr.storage import LAST, OWNER, copy, fetch, is_uri, join, push, remove_tokens, working_folder
 from raydetr.text import count
-from raydetr.training.metrics import REPORTED, WHERE
+from raydetr.training.metrics import LATENCY, REPORTED, WHERE
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
 
-RESUME_STATE = ("optimizer", "lr_scheduler", "scaler", "ema", "trained", "random")  # entries of a checkpoint that only resuming needs
+RESUME_STATE = (
+    "optimizer",
+    "lr_scheduler",
+    "scaler",
+    "ema",
+    "trained",
+    "groups",
+    "random",
+)  # entries of a checkpoint that only resuming needs
 TURNS = 4  # parts of a run in population-based training; after each, a trial may take over another's weights
 ROOM_INTERVAL_S = 1.0  # between two counts of the cluster's free slots
 HOPELESS = 3  # a search ends if this many trials failed before any finished an epoch, because the rest would fail as well
@@ -130,7 +138,7 @@ class StudySearcher(Searcher):
             config.data.folds = None  # within a search folds gain nothing; its confirmation uses them
         return {
             "number": number,
-            "metric": self.search.metric,
+            "objectives": self.search.objectives,
             "config": config,
             "searched": self.search.space.hparam_domains(self.search.base),
             "slots": self.slots,
@@ -158,7 +166,8 @@ class StudySearcher(Searcher):
         if result.get("failed"):
             self.search.tell(number, "failed", reason=result["failed"])
         elif result.get("finished"):
-            self.search.tell(number, "complete", best_so_far(self.search, number, result), metrics=reported_metrics(result))
+            value = best_so_far(self.search, number, result)
+            self.search.tell(number, "complete", value, metrics=reported_metrics(result), latency=result.get(LATENCY))
         elif not error and self.search.should_stop(number):
             self.search.tell(number, "pruned", metrics=reported_metrics(result))
         elif not self.search.frozen()[number].state.is_finished():
@@ -252,7 +261,7 @@ class StudyScheduler(FIFOScheduler):
         if not is_epoch(result) or number is None:
             return FIFOScheduler.CONTINUE
         self.reasons.pop(trial.trial_id, None)  # faults count as repeated only without a finished epoch in between
-        self.search.report(number, result["epoch"], best_so_far(self.search, number, result))
+        self.search.report(number, result["epoch"], best_so_far(self.search, number, result), result)
         return FIFOScheduler.STOP if self.search.should_stop(number) else FIFOScheduler.CONTINUE
 
 
@@ -487,7 +496,9 @@ def best_so_far(search: Search, number: int, result: Mapping[str, Any]) -> float
         The highest value, or NaN if no epoch has one.
     """
     noted = search.frozen()[number].intermediate_values.values()
-    here = [result[name] for name in (search.metric, f"best_{search.metric}") if name in result]
+    # With several objectives the others must be known of the same epoch.
+    names = (search.metric,) if search.also else (search.metric, f"best_{search.metric}")
+    here = [result[name] for name in names if name in result]
     return max([*noted, *here], default=float("nan"))
 
 

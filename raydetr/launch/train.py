@@ -414,7 +414,7 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
     """Run ``fit`` in a Ray Train worker.
 
     Args:
-        loop_config: ``config`` and ``mailbox``; in a search also ``searched`` and ``images``, as in :func:`raydetr.launch.trial.run_trial`.
+        loop_config: ``config`` and ``mailbox``; in a search also ``objectives``, ``searched`` and ``images``, as in :func:`raydetr.launch.trial.run_trial`.
 
     Returns:
         The metrics of ``fit``; None if an error that the user must fix has ended the run before.
@@ -431,7 +431,10 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
         return None  # Ray Train retries every failure, but one that only the user can fix would occur again
     try:
         images: list[Any] = [ray.get(each) for each in loop_config.get("images", ())]
-        return fit(loop_config["config"], TrainReporter(mailbox, loop_config.get("searched"), *images))
+        return fit(
+            loop_config["config"],
+            TrainReporter(mailbox, loop_config.get("searched"), *images, objectives=loop_config.get("objectives", ())),
+        )
     except UserError as error:
         _post_failure(mailbox, error)
         raise

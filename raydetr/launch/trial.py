@@ -18,17 +18,17 @@ from raydetr.errors import DiskFull, UserError
 from raydetr.launch import ray_private
 from raydetr.launch.mailbox import Mailbox
 from raydetr.launch.reporter import assigned_cores
-from raydetr.launch.slots import Slots
 from raydetr.launch.train import fit_with_retries, is_repeatable, ray_run_config, torch_config, train_worker
 from raydetr.memory import without_collections
 from raydetr.text import one_line
+from raydetr.training.metrics import LATENCY
 
 
 class TuneReporter:
     """The reporter of ``fit`` in a trial of one worker.
 
     Args:
-        metric: The objective.
+        objectives: The names of the objectives of the search.
         searched: The settings that the search varies, by name, with their domains.
         images: The decoded images that all trials share; None if each decodes its own.
     """
@@ -37,8 +37,8 @@ class TuneReporter:
     searched: Mapping[str, tuple | list] | None
     images: DecodedImages | None
 
-    def __init__(self, metric: str, searched: Mapping[str, tuple | list], images: DecodedImages | None = None):
-        self.metric, self.searched, self.images = metric, searched, images
+    def __init__(self, objectives: Sequence[str], searched: Mapping[str, tuple | list], images: DecodedImages | None = None):
+        self.objectives, self.searched, self.images = objectives, searched, images
         self.cores = assigned_cores()
 
     def checkpoint(self) -> None:
@@ -55,10 +55,12 @@ class TuneReporter:
             checkpoint: Ignored, since the checkpoint is in the run folder already.
 
         Raises:
-            UserError: The objective is None, because no validation image has an object that it counts.
+            UserError: An objective is None, because no validation image has an object that it counts.
         """
-        if metrics.get(self.metric) is None:
-            raise UserError(f"--metric {self.metric}: the validation set has no object that it counts")
+        for name in self.objectives:
+            if name != LATENCY and metrics.get(name) is None:
+                flag = "--metric" if name == self.objectives[0] else "--also"
+                raise UserError(f"{flag} {name}: the validation set has no object that it counts")
         ray.tune.report(with_node(metrics))
 
 
@@ -84,7 +86,7 @@ def run_trial(assigned: Mapping[str, Any], images: Sequence[ray.ObjectRef] = ())
     ``repeatable`` says whether the fault may come from the program itself. ``full`` reports a full disk, which ends the search.
 
     Args:
-        assigned: ``number`` of the trial, ``config`` with its settings, ``metric`` (the objective), ``searched`` (the settings that vary,
+        assigned: ``number`` of the trial, ``config`` with its settings, ``objectives`` (their names), ``searched`` (the settings that vary,
             with their domains), ``slots`` (a :class:`raydetr.launch.slots.Slots`), and ``node``, the id of the node that it is meant for,
             or None.
         images: A reference to the decoded images, if they are shared.
@@ -96,9 +98,9 @@ def run_trial(assigned: Mapping[str, Any], images: Sequence[ray.ObjectRef] = ())
     config = assigned["config"]
     try:
         if config.run.workers == 1:
-            last = fit(config, TuneReporter(assigned["metric"], assigned["searched"], *map(ray.get, images)))
+            last = fit(config, TuneReporter(assigned["objectives"], assigned["searched"], *map(ray.get, images)))
         else:
-            last = fit_with_workers(config, assigned["slots"], assigned["searched"], images)
+            last = fit_with_workers(config, assigned, images)
     except DiskFull as error:
         ray.tune.report({"epoch": 0, "full": f"{socket.gethostname()}: {error}"})
     except UserError as error:
@@ -116,13 +118,12 @@ def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-def fit_with_workers(config: settings.Config, slots: Slots, searched: dict[str, Any], images: Sequence[ray.ObjectRef]) -> dict[str, Any]:
+def fit_with_workers(config: settings.Config, assigned: Mapping[str, Any], images: Sequence[ray.ObjectRef]) -> dict[str, Any]:
     """Run ``fit`` in several Ray Train workers, whose reports are passed on to Ray Tune.
 
     Args:
         config: The settings of the trial.
-        slots: The resources of each worker.
-        searched: The settings that the search varies, by name, with their domains.
+        assigned: The trial, as :func:`run_trial` takes it.
         images: A reference to the decoded images, if they are shared.
 
     Returns:
@@ -131,10 +132,11 @@ def fit_with_workers(config: settings.Config, slots: Slots, searched: dict[str, 
     Raises:
         UserError: The run failed.
     """
-    mailbox = Mailbox.remote()
+    mailbox, slots = Mailbox.remote(), assigned["slots"]
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config, "mailbox": mailbox, "searched": searched, "images": list(images)},
+        train_loop_config={"config": config, "mailbox": mailbox, "images": list(images)}
+        | {name: assigned[name] for name in ("objectives", "searched")},
         torch_config=torch_config(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=int(config.run.workers),

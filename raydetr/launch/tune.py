@@ -37,11 +37,13 @@ from raydetr.launch.slots import ONE_WORKER_EACH, Demands, Slots, check_disk, fi
 from raydetr.launch.train import RAY_FOLDER, alone, check_data, naming_the_file, run_root, with_absolute_paths
 from raydetr.launch.trial import run_trial
 from raydetr.search.space import Space, read_space
-from raydetr.search.study import Search, check_request, create_search, open_search, top_trials, write_best, write_trials
+from raydetr.search.study import TRIALS_FOLDER, Search, check_request, create_search, open_search, top_trials, write_best, write_trials
 from raydetr.search.trials import TrialsDisplay
 from raydetr.storage import OWNER, absolute, become_owner, fetch, is_uri, join, remove_tokens, split, working_folder
+from raydetr.training.metrics import LATENCY, MASK_METRICS, METRICS
 
 STORE_SHARE = 0.5  # of Ray's object store, for decoded images
+DEFAULT_SCHEDULER = "asha"  # with one objective
 CONFIRM_FOLDER = "confirm"  # in a search's folder: the search of its confirmation
 KEEP_INTERVAL_S = 5.0  # between two pushes of a search's own files to an object store
 
@@ -53,8 +55,9 @@ def tune(
     trials: int = 32,
     demands: Demands = ONE_WORKER_EACH,
     metric: str = "AP",
+    also: Sequence[str] = (),
     sampler: str = "tpe",
-    scheduler: str = "asha",
+    scheduler: str | None = None,
     seed: int | None = None,
     points: Sequence[Mapping[str, Any]] = (),
     prior: Sequence[Mapping[str, Any]] = (),
@@ -71,8 +74,11 @@ def tune(
         trials: Number of trials in all, trial 0 included.
         demands: What each trial requests from the cluster.
         metric: The COCO metric to maximize.
+        also: Further objectives, of which the search finds the best trade-offs: other COCO metrics, or ``"latency"``, the seconds that the
+            trained network takes for one image. ``best.yaml`` stays the best by ``metric``.
         sampler: How settings are drawn: ``"tpe"``, ``"gp"``, ``"random"`` or ``"cmaes"``.
-        scheduler: What stops trials early: ``"asha"``, ``"evidence"``, ``"median"``, ``"none"`` or ``"pbt"``.
+        scheduler: What stops trials early: ``"asha"``, ``"evidence"``, ``"median"``, ``"none"`` or ``"pbt"``; None: ``"asha"``, and
+            with several objectives ``"none"``.
         seed: Seed of the draws; None: ``run.seed``, which is the seed of everything else.
         points: Settings to try after trial 0, by dotted name.
         prior: Settings that are believed to be good; the sampler ``"gp"`` begins to draw near them.
@@ -89,7 +95,9 @@ def tune(
     root = run_root(config)
     grace, seed = grace_epochs(config.optim), config.run.seed if seed is None else seed
     space = space if isinstance(space, Space) else read_space(space)
-    check_request(space, trials, sampler, scheduler)
+    check_objectives(metric, also, config)
+    scheduler = scheduler or ("none" if also else DEFAULT_SCHEDULER)
+    check_request(space, trials, sampler, scheduler, objectives=[metric, *also])
     settings.check_batch_total(config.optim, demands.workers, demands.workers)
     if scheduler == "pbt" and demands.workers > 1:
         raise UserError("--scheduler pbt: trials take over each other's weights with one worker each; lower --workers-per-trial")
@@ -115,9 +123,34 @@ def tune(
             seed=seed,
             points=points,
             prior=prior,
+            also=also,
         )
         with driving(search.folder), pushing(search):
             return run_trials(search, demands, slots, images, time_budget_s)
+
+
+def check_objectives(metric: str, also: Sequence[str], config: settings.Config) -> None:
+    """Check the names of the objectives of a search.
+
+    Args:
+        metric: The metric to maximize.
+        also: Further objectives.
+        config: The settings of trial 0.
+
+    Raises:
+        UserError: A name is unknown, or that of an AP of masks, which the settings do not train.
+    """
+    known = ", ".join(METRICS)
+    for flag, name in (("--metric", metric), *(("--also", each) for each in also)):
+        if name == LATENCY and flag == "--also":
+            continue
+        if name == LATENCY:
+            raise UserError(f"--metric {LATENCY}: the fastest network finds nothing; search a metric such as AP, and give --also {LATENCY}")
+        if name not in (*METRICS, *MASK_METRICS):
+            first = f"{LATENCY}, " if flag == "--also" else ""
+            raise UserError(f"{flag}: {name!r} is not one of {first}{known}, or with masks {', '.join(MASK_METRICS)}")
+        if name in MASK_METRICS and not config.model.masks:
+            raise UserError(f"{flag} {name}: without model.masks there is no AP of masks; set --model.masks true")
 
 
 def resume(
@@ -392,6 +425,8 @@ def summary(search: Search) -> str:
     lines = [top_trials(search)]
     if unfinished > 0:
         lines.append(f"{unfinished} of {search.trials} trials are not finished: raydetr tune --resume {search.path}")
+    if search.also and search.front():
+        lines.append(f"settings and weights of each trial: {join(search.path, TRIALS_FOLDER)}")
     if search.best():
         best = {name: join(search.path, name) for name in ("best.yaml", "best.pth")}
         lines.append(f"best settings: raydetr train --config {best['best.yaml']}; its weights: {best['best.pth']}")

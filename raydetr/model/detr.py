@@ -95,6 +95,7 @@ class DETR(nn.Module):
         self.class_embed = nn.Linear(width, num_classes + 1)
         self.bbox_embed = MLP(width, width, 4, 3)
         self.query_embed = nn.Embedding(settings.num_queries, width)
+        self.query_groups = 1
         backbone = Backbone(settings.backbone, settings.dilation)
         self.input_proj = nn.Conv2d(backbone.num_channels, width, 1)
         position = SinePosition(width) if settings.position_embedding == "sine" else LearnedPosition(width)
@@ -104,6 +105,25 @@ class DETR(nn.Module):
             self.mask_head = MaskHeadSmallConv(width, settings.nheads, backbone.fpn_channels)
             self.register_state_dict_post_hook(_add_prefix)
             self.register_load_state_dict_pre_hook(_remove_prefix)
+
+    def add_query_groups(self, groups: int) -> None:
+        """Give the network further groups of object queries for training (Group DETR: Chen et al. 2023, arXiv:2207.13085).
+
+        In training mode each group predicts all objects by itself: queries attend to those of their own group only. The outputs then have
+        ``groups`` entries for each image, one after the other, as if the image were so often in the batch. In evaluation mode, and in the
+        state dict, there are only the network's own queries: the model stays that of the official DETR.
+
+        Args:
+            groups: Number of groups, with the network's own.
+        """
+        own = self.query_embed.weight.detach()
+        further = own.repeat(groups - 1, 1)
+        # As far from those of a trained network as they are from each other, groups would have to be learned anew; equal, they stay equal.
+        noise = torch.randn(further.shape).to(further)
+        self.query_groups = groups
+        self.group_embed = nn.Embedding.from_pretrained(further + GROUP_NOISE * own.std() * noise, freeze=False)
+        self.register_state_dict_post_hook(_without_groups)
+        self.register_load_state_dict_pre_hook(_with_own_groups)
 
     def forward(self, images: Tensor, mask: Tensor | None = None, choose: Choose | None = None) -> dict[str, Any]:
         """Predict the class and box of every object query and, with the setting ``masks``, the masks of all or of chosen queries.
@@ -169,7 +189,11 @@ class DETR(nn.Module):
         projected = self.input_proj(features)
         source = projected.flatten(2).transpose(1, 2)
         padded = None if mask is None else mask.flatten(1)
-        states, memory = self.transformer(source, self.backbone[1](features, mask), padded, self.query_embed.weight, self.aux_loss)
+        groups = self.query_groups if self.training else 1
+        queries = torch.cat([self.query_embed.weight, self.group_embed.weight]) if groups > 1 else self.query_embed.weight
+        states, memory = self.transformer(source, self.backbone[1](features, mask), padded, queries, self.aux_loss, groups)
+        if groups > 1:
+            states = states.unflatten(2, (groups, -1)).flatten(1, 2)
         return projected, states, memory
 
     def predict(self, states: Tensor) -> dict[str, Any]:
@@ -187,6 +211,18 @@ class DETR(nn.Module):
         layers = [{"pred_logits": one, "pred_boxes": other} for one, other in zip(logits, boxes_cxcywh.sigmoid(), strict=True)]
         outputs: dict[str, Any] = layers[-1]
         return {**outputs, "aux_outputs": layers[:-1]} if self.aux_loss else outputs
+
+
+GROUP_NOISE = 0.3  # the standard deviation of what a new group of queries differs by from the first one, relative to that of its weights
+GROUPS = "group_embed.weight"
+
+
+def _without_groups(_model: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
+    del state[prefix + GROUPS]
+
+
+def _with_own_groups(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    state[prefix + GROUPS] = cast(DETR, model).group_embed.weight.detach()
 
 
 # What the official DETRsegm adds to a DETR; everything else is in its attribute ``detr``.

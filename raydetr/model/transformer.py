@@ -169,7 +169,9 @@ class DecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(hidden_dim)
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor, query_position: Tensor, memory: Tensor, memory_keys: Tensor, attend: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, query_position: Tensor, memory: Tensor, memory_keys: Tensor, attend: Tensor | None, groups: int = 1
+    ) -> Tensor:
         """Return the layer's output, float [B, Q, D].
 
         Args:
@@ -178,18 +180,22 @@ class DecoderLayer(nn.Module):
             memory: Output of the encoder, float [B, S, D].
             memory_keys: ``memory`` plus its position encoding, float [B, S, D].
             attend: Bool [B, 1, 1, S], True for cells that are not padded; None if no cell is padded.
+            groups: Number of groups that the queries consist of, one after the other; queries attend to those of their group only.
         """
         if self.pre_norm:
-            x = x + self.dropout(self._self_attention(self.norm1(x), query_position))
+            x = x + self.dropout(self._self_attention(self.norm1(x), query_position, groups))
             x = x + self.dropout(self.multihead_attn(self.norm2(x) + query_position, memory_keys, memory, attend))
             return x + self.dropout(self._feed_forward(self.norm3(x)))
-        x = self.norm1(x + self.dropout(self._self_attention(x, query_position)))
+        x = self.norm1(x + self.dropout(self._self_attention(x, query_position, groups)))
         x = self.norm2(x + self.dropout(self.multihead_attn(x + query_position, memory_keys, memory, attend)))
         return self.norm3(x + self.dropout(self._feed_forward(x)))
 
-    def _self_attention(self, x: Tensor, query_position: Tensor) -> Tensor:
+    def _self_attention(self, x: Tensor, query_position: Tensor, groups: int) -> Tensor:
         query = x + query_position
-        return self.self_attn(query, query, x)
+        if groups == 1:
+            return self.self_attn(query, query, x)
+        query, x = (each.unflatten(1, (groups, -1)).flatten(0, 1) for each in (query, x))
+        return self.self_attn(query, query, x).unflatten(0, (-1, groups)).flatten(1, 2)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return feed_forward(x, self.linear1, self.linear2, self.dropout)
@@ -245,7 +251,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(hidden_dim, nheads, dim_feedforward, dropout, pre_norm) for _ in range(layers))
         self.norm = nn.LayerNorm(hidden_dim)
 
-    def forward(self, query_position: Tensor, memory: Tensor, memory_keys: Tensor, attend: Tensor | None, every_layer: bool) -> Tensor:
+    def forward(
+        self, query_position: Tensor, memory: Tensor, memory_keys: Tensor, attend: Tensor | None, every_layer: bool, groups: int = 1
+    ) -> Tensor:
         """Return the states of the object queries after every layer, float [layers, B, Q, D], or only after the last, [1, B, Q, D].
 
         Args:
@@ -254,11 +262,12 @@ class Decoder(nn.Module):
             memory_keys: ``memory`` plus its position encoding, float [B, S, D].
             attend: Bool [B, 1, 1, S], True for cells that are not padded; None if no cell is padded.
             every_layer: Return the states of every layer instead of the last one's.
+            groups: Number of groups that the queries consist of, see :class:`DecoderLayer`.
         """
         x = query_position.new_zeros(memory.shape[0], *query_position.shape[1:])
         states = []
         for layer in self.layers:
-            x = layer(x, query_position, memory, memory_keys, attend)
+            x = layer(x, query_position, memory, memory_keys, attend, groups)
             states.append(x)
         return self.norm(torch.stack(states if every_layer else states[-1:]))
 
@@ -286,7 +295,9 @@ class Transformer(nn.Module):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, source: Tensor, position: Tensor, padded: Tensor | None, queries: Tensor, every_layer: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, source: Tensor, position: Tensor, padded: Tensor | None, queries: Tensor, every_layer: bool, groups: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """Encode a feature map and decode the object queries.
 
         Args:
@@ -295,6 +306,7 @@ class Transformer(nn.Module):
             padded: Padding mask, bool [B, S], True where padded; None if nothing is padded.
             queries: Learned query embeddings, float [Q, D].
             every_layer: Return the states after every decoder layer instead of only the last.
+            groups: Number of groups that the queries consist of, see :class:`DecoderLayer`.
 
         Returns:
             The states of the object queries, float [layers, B, Q, D] ([1, B, Q, D] without ``every_layer``), and the memory (the output of
@@ -302,4 +314,4 @@ class Transformer(nn.Module):
         """
         attend = None if padded is None else ~padded[:, None, None, :]
         memory = self.encoder(source, position, attend)
-        return self.decoder(queries[None], memory, memory + position, attend, every_layer), memory
+        return self.decoder(queries[None], memory, memory + position, attend, every_layer, groups), memory

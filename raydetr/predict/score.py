@@ -118,7 +118,7 @@ def _images_of(config: settings.Config, split: str, masks: bool) -> tuple[CocoIm
     if split == "test" or not divided:
         return CocoImages(find_split(config.data, split), val_transforms(config.data), masks=masks), []
     train, val = load_sets(config.data, config.run.seed, masks=masks)
-    train.transforms = val.transforms
+    train.transforms, train.copy_paste = val.transforms, 0.0
     return train if split == "train" else val, [f"{split} images as in the training of the checkpoint: {divided}"]
 
 

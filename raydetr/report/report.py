@@ -23,7 +23,7 @@ from raydetr.report.run import (
     run_part,
 )
 from raydetr.report.search import best_checkpoint, best_run, compared_searches, search_part, shown_trial
-from raydetr.search.study import STUDY_FILE, Search
+from raydetr.search.study import STUDY_FILE, Search, objective
 from raydetr.storage import exists, fetched, is_uri, join, split
 from raydetr.text import count
 
@@ -56,7 +56,7 @@ class Subject:
         """The highest AP of its run, or the best objective of the search."""
         if self.search:
             best = self.search.best()
-            return best.value if best else None
+            return objective(best)
         return None if self.run is None or self.run.best is None else self.run.history[self.run.best]["AP"]
 
     @property

@@ -27,7 +27,18 @@ from raydetr.report.run import (
 from raydetr.search.confirm import read_verdict
 from raydetr.search.importance import importances, position
 from raydetr.search.space import Distribution, as_drawn
-from raydetr.search.study import STATE_NAMES, TRIALS_FOLDER, Search, epochs_of, reported_metrics, trials_frame
+from raydetr.search.study import (
+    STATE_NAMES,
+    TRIALS_FOLDER,
+    Search,
+    epochs_of,
+    is_better_lower,
+    objective,
+    objective_text,
+    objectives_of,
+    reported_metrics,
+    trials_frame,
+)
 from raydetr.storage import exists, join, split
 from raydetr.text import compact, count
 from raydetr.training.metrics import WHERE
@@ -49,7 +60,7 @@ def search_part(search: Search, path: str, errors: RunErrors | str | None, run: 
         run: The best trial's run; None if there is none, or it cannot be read.
     """
     failed = [([str(trial.number), trial.user_attrs.get("reason", "-")], "") for trial in search.frozen() if trial.state == TrialState.FAIL]
-    cards = [*advice_cards(search), *chart_cards(search)]
+    cards = [*advice_cards(search), *front_cards(search), *chart_cards(search)]
     if failed:
         cards.append(card("Failed trials", table=table(["trial", "reason"], failed, left=(1,))))
     if run is not None:
@@ -96,24 +107,25 @@ def best_run(search: Search, path: str) -> RunRecord | None:
 
 def search_sentences(search: Search, path: str) -> tuple[str, list[str]]:
     """Return what a search found, in one honest sentence, and what to think of it and do next."""
-    best, default, verdict, metric = search.best(), search.frozen()[0], read_verdict(search.folder), search.metric
+    best, verdict, metric = search.best(), read_verdict(search.folder), search.metric
+    value, default = objective(best), objective(search.frozen()[0])
     if best is None:
         return f"No trial has ended with a value of {metric} yet.", []
-    reached = f"trial {best.number} reaches {metric} {points(best.value)}"
+    reached = f"trial {best.number} reaches {metric} {points(value)}"
     if verdict:
-        beside = "" if default.value is None else f", and the default settings {points(default.value)}"
+        beside = "" if default is None else f", and the default settings {points(default)}"
         own = f"In the search itself, with one seed, {reached}{beside}."
         return verdict["sentence"], [*filter(None, [verdict["caveat"]]), own]
     if best.number == 0:
-        return f"No trial beats the default settings (trial 0), which reach {metric} {points(best.value)}.", []
-    if default.value is None:
+        return f"No trial beats the default settings (trial 0), which reach {metric} {points(value)}.", []
+    if default is None:
         return f"Not confirmed: {reached}; the default settings (trial 0) have no value to compare it with.", []
-    if default.value == best.value:
+    if default == value:
         return f"No trial beats the default settings (trial 0): {reached}, and so do they.", []
     ranked = len(search.ranked())
     lead = (
-        f"Not confirmed: {reached} and the default settings {points(default.value)}, but the best of {count(ranked, 'trial')} owes part of "
-        f"these {gain(best.value, default.value)} {metric} to luck, so no gain is shown yet."
+        f"Not confirmed: {reached} and the default settings {points(default)}, but the best of {count(ranked, 'trial')} owes part of "
+        f"these {gain(value, default)} {metric} to luck, so no gain is shown yet."
     )
     return lead, [
         "Expect less on other images and with another seed. What is left of the difference, several trainings of both settings with new "
@@ -237,8 +249,8 @@ def _tiles(search: Search) -> list[tuple[str, str]]:
     counts = {state: sum(trial.state == state for trial in trials) for state in STATE_NAMES if state.is_finished()}
     states = [f"{number} {STATE_NAMES[state]}" for state, number in counts.items() if number]
     return [
-        (f"best {search.metric}", points(best.value) if best else "-"),
-        (f"default {search.metric}", points(default.value)),
+        (f"best {search.metric}", points(objective(best))),
+        (f"default {search.metric}", points(objective(default))),
         (", ".join(states), f"{sum(trial.state.is_finished() for trial in trials)} of {search.trials} ended"),
         ("epochs trained", str(sum(epochs_of(trial) for trial in trials))),
         ("from first start to last end", _span(trials)),
@@ -259,14 +271,16 @@ def best_beside_default(search: Search) -> dict[str, Any] | None:
     headings = ["", *("trial 0 (default)" if trial.number == 0 else f"trial {trial.number} (best)" for trial in columns)]
     metrics = [reported_metrics(trial) for trial in columns]
     rows: list[tuple[list[Any], str]] = [
-        ([search.metric, *(trial.value for trial in columns)], "best"),
+        ([search.metric, *(objective(trial) for trial in columns)], "best"),
+        *(([name, *(_shown_objective(name, objectives_of(search, trial)[name]) for trial in columns)], "") for name in search.also),
         (["epochs", *(epochs_of(trial) for trial in columns)], ""),
     ]
-    names = dict.fromkeys(name for each in metrics for name in each if name not in (search.metric, *NOT_BESIDE))
+    names = dict.fromkeys(name for each in metrics for name in each if name not in (*search.objectives, *NOT_BESIDE))
     rows += [([name, *(each.get(name) for each in metrics)], "") for name in names]
     settings = [{**search.base, **search.settings(trial.number)} for trial in columns]
     varied = [name for name in search.space.dimensions if len(columns) == 1 or settings[0][name] != settings[1][name]]
-    rows[2:2] = [([name, *(as_drawn(each[name]) for each in settings)], "setting") for name in varied]
+    position = len(search.objectives) + 1
+    rows[position:position] = [([name, *(as_drawn(each[name]) for each in settings)], "setting") for name in varied]
     note = f"{search.metric} is the highest of all epochs, the other metrics are those of the last epoch. AP and AR are in points."
     return table(headings, rows, note=note)
 
@@ -288,7 +302,54 @@ def _settings_card(search: Search) -> dict[str, Any]:
     return card("Settings", details=[("Search space", as_yaml(search.space.to_dict())), ("Base settings, those of trial 0", base)])
 
 
+def _shown_objective(name: str, value: float | None) -> str:
+    """Return an objective as tables of the page show it: an AP in points, a latency in milliseconds."""
+    return objective_text(name, value) if is_better_lower(name) else points(value)
+
+
+def front_cards(search: Search) -> list[dict[str, Any]]:
+    """Return the card about the Pareto front of a search with several objectives; none with one objective, or without a front."""
+    front = search.front() if search.also else []
+    if not front:
+        return []
+    names = [name for name in search.space.names if name in search.space.distributions]
+    rows = []
+    for trial in front:
+        settings = search.settings(trial.number)
+        cells = [search.trial_name(trial.number), *(_shown_objective(*each) for each in objectives_of(search, trial).items())]
+        cells += [str(epochs_of(trial)), *(cell(as_drawn(settings.get(name)), name) for name in names)]
+        rows.append((cells, _kind(search, trial) if trial.number == 0 or trial == search.best() else ""))
+    explanation = (
+        f"No trial is better in one of {', '.join(search.objectives)} than one of these without being worse in another. best.yaml has the "
+        f"settings of the one with the highest {search.metric}; the folder of each trial has its settings and weights."
+    )
+    found = table(["trial", *search.objectives, "epochs", *names], rows)
+    charts = [chart("", _trade_off(search, front, name)) for name in search.also]
+    legend = [("s0", "the trade-offs"), ("trial", "other complete trials"), ("default", "default settings (trial 0)")]
+    return [card("Trade-offs", explanation, table=found, charts=charts, legend=legend)]
+
+
 # ---------------------------------------------------------------------------------------------------------------------- charts
+
+
+def _trade_off(search: Search, front: Sequence[FrozenTrial], name: str) -> Markup:
+    """Return the chart of the first objective over another one, in which a line joins the trials of the front."""
+    scale = 1000 if is_better_lower(name) else 100
+
+    def point(trial: FrozenTrial) -> tuple[float, float]:
+        return scale * (objectives_of(search, trial)[name] or 0.0), 100 * (objective(trial) or 0.0)
+
+    complete = [trial for trial in search.ranked() if trial.state == TrialState.COMPLETE]
+    across = axis(f"{name} (ms)" if is_better_lower(name) else name, [point(trial)[0] for trial in complete])
+    figure = Chart(f"{search.metric} over {name}", across, _objective_axis(search))
+    if len(search.objectives) == 2:  # of more, the front has no such order
+        figure.line([point(trial) for trial in front], "s0", "the trade-offs")
+    on_front = {trial.number for trial in front}
+    for trial in sorted(complete, key=lambda trial: (trial.number in on_front, trial.number == 0)):
+        css = "default" if trial.number == 0 else "s0" if trial.number in on_front else "trial"
+        values = (f"{each} {_shown_objective(each, value)}" for each, value in objectives_of(search, trial).items())
+        figure.dot(point(trial), css, f"{search.trial_name(trial.number)}: {', '.join(values)}")
+    return figure.svg()
 
 
 def chart_cards(search: Search) -> list[dict[str, Any]]:
@@ -337,7 +398,7 @@ def _kind(search: Search, trial: FrozenTrial) -> str:
 
 
 def _title(search: Search, trial: FrozenTrial) -> str:
-    value = f", {search.metric} {points(trial.value)}" if trial.state.is_finished() and trial.value is not None else ""
+    value = f", {search.metric} {points(objective(trial))}" if trial.state.is_finished() and objective(trial) is not None else ""
     return f"{search.trial_name(trial.number)}: {STATE_NAMES[trial.state]} after {count(epochs_of(trial), 'epoch')}{value}"
 
 
@@ -348,7 +409,7 @@ def _on_top(search: Search, trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def _objective_axis(search: Search) -> Axis:
-    return ap_axis([100 * (trial.value or 0.0) for trial in search.ranked()], search.metric)
+    return ap_axis([100 * (objective(trial) or 0.0) for trial in search.ranked()], search.metric)
 
 
 def _reached(search: Search, trial: FrozenTrial) -> float:
@@ -362,16 +423,16 @@ def _history(search: Search) -> Markup:
     figure = Chart("The objective of every trial", Axis("trial", -0.5, last + 0.5, whole=True), _objective_axis(search))
     steps, best = [], -math.inf
     for trial in sorted(ranked, key=lambda trial: trial.number):
-        value = 100 * (trial.value or 0.0)
+        value = 100 * (objective(trial) or 0.0)
         steps += [(trial.number, best), (trial.number, max(best, value))] if math.isfinite(best) else [(trial.number, value)]
         best = max(best, value)
     figure.line([*steps, (last + 0.5, best)], "thin s0", "best so far")
-    default = search.frozen()[0]
-    if default.value is not None:
-        figure.across(100 * default.value, "default dotted", f"default settings: {points(default.value)}")
+    default = objective(search.frozen()[0])
+    if default is not None:
+        figure.across(100 * default, "default dotted", f"default settings: {points(default)}")
     for trial in _on_top(search, ranked):
         kind = _kind(search, trial)
-        figure.dot((trial.number, 100 * (trial.value or 0.0)), kind, _title(search, trial), 2.5 if kind == "stopped" else 3.5)
+        figure.dot((trial.number, 100 * (objective(trial) or 0.0)), kind, _title(search, trial), 2.5 if kind == "stopped" else 3.5)
     return figure.svg()
 
 
@@ -443,7 +504,7 @@ def _slice(search: Search, name: str) -> Markup:
             continue
         radius = 1.5 + 2 * _reached(search, trial) if trial.state == TrialState.PRUNED else 3.5
         css = f"{kind} ring" if trial.state == TrialState.PRUNED else kind
-        figure.dot((_on_axis(search, name, value), 100 * (trial.value or 0.0)), css, _title(search, trial), radius)
+        figure.dot((_on_axis(search, name, value), 100 * (objective(trial) or 0.0)), css, _title(search, trial), radius)
     return figure.svg()
 
 
@@ -461,7 +522,7 @@ def _parallel(search: Search, names: Sequence[str]) -> Markup:
             known = name in settings and value is not None and not (each.log and value <= 0)
             values.append(_on_axis(search, name, value) if known else None)
         css = f"{kind} dotted" if trial.number == 0 else kind
-        lines.append(([*values, epochs_of(trial), 100 * (trial.value or 0.0)], css, _title(search, trial)))
+        lines.append(([*values, epochs_of(trial), 100 * (objective(trial) or 0.0)], css, _title(search, trial)))
     return parallel("The settings of every trial", axes, lines)
 
 
@@ -481,17 +542,17 @@ def compared_searches(searches: Mapping[str, Search]) -> list[dict[str, Any]]:
             (trial for trial in search.frozen() if trial.state.is_finished()), key=lambda trial: trial.datetime_complete or datetime.min
         )
         epochs = list(itertools.accumulate(epochs_of(trial) for trial in ended))
-        so_far = _running_maximum(trial.value for trial in ended)
+        so_far = _running_maximum(objective(trial) for trial in ended)
         css = f"s{index % SERIES}"
         by_trial[label] = css, [(number, 100 * best) for number, best in enumerate(so_far, 1) if best is not None]
         by_epoch[label] = css, [(spent, 100 * best) for spent, best in zip(epochs, so_far, strict=True) if best is not None]
-        best, default = search.best(), search.frozen()[0].value
+        best, default = search.best(), objective(search.frozen()[0])
         failed = sum(trial.state == TrialState.FAIL for trial in ended)
         verdict = read_verdict(search.folder)
-        cells = [label, points(best.value) if best else "-", str(best.number) if best else "-", points(default)]
-        cells += [gain(best.value if best else None, default), "yes" if verdict else "no"]
+        cells = [label, points(objective(best)), str(best.number) if best else "-", points(default)]
+        cells += [gain(objective(best), default), "yes" if verdict else "no"]
         cells += [str(len(ended)), str(failed), str(sum(epochs[-1:])), _span(ended)]
-        rows.append((best.value if best else None, cells))
+        rows.append((objective(best), cells))
         legend.append((css, label))
     highest = max((value for value, _ in rows if value is not None), default=None)
     headings = [

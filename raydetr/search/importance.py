@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raydetr.search.gaussian import GaussianProcess
 from raydetr.search.space import Distribution, as_drawn
-from raydetr.search.study import Search, epochs_of
+from raydetr.search.study import Search, epochs_of, objective
 
 RESAMPLES = 60  # bootstrap samples, and as many shuffles
 LEAST_TRIALS, LEAST_PER_SETTING = 8, 3  # below them nothing is said
@@ -122,7 +122,7 @@ def _observations(search: Search, names: Sequence[str]) -> tuple[np.ndarray, np.
         values = {name: as_drawn(value) for name, value in {**search.base, **search.settings(trial.number)}.items()}
         planned, epochs = search.config(trial.number).optim.epochs, epochs_of(trial)
         reached = 1.0 if trial.state == TrialState.COMPLETE else min(1.0, epochs / max(planned, 1))
-        value = (trial.value or 0.0) + (0.0 if reached == 1 else _still_gained(complete, epochs))
+        value = (objective(trial) or 0.0) + (0.0 if reached == 1 else _still_gained(complete, epochs))
         rows.append((positions(search.space.distributions, names, values), value, 1 + EARLY_NOISE * (1 - reached)))
     points, objectives, noise = zip(*rows, strict=True) if rows else ([], [], [])
     return np.array(points).reshape(len(rows), len(names)), np.array(objectives), np.array(noise)
@@ -131,7 +131,7 @@ def _observations(search: Search, names: Sequence[str]) -> tuple[np.ndarray, np.
 def _still_gained(complete: Sequence[FrozenTrial], epoch: int) -> float:
     """Return by how much the objective of complete trials rose after an epoch, on average."""
     gains = [
-        (trial.value or 0.0) - max(before)
+        (objective(trial) or 0.0) - max(before)
         for trial in complete
         if (before := [value for step, value in trial.intermediate_values.items() if step <= epoch])
     ]

@@ -14,7 +14,7 @@ from rich.table import Table
 from raydetr.config import by_name, read_config
 from raydetr.errors import UserError
 from raydetr.search.confirm import VERDICT_FILE, read_verdict
-from raydetr.search.study import CONFIG_FILE, STATE_NAMES, STUDY_FILE, TRIALS_FOLDER, Search, epochs_of, top_trials
+from raydetr.search.study import CONFIG_FILE, STATE_NAMES, STUDY_FILE, TRIALS_FOLDER, Search, epochs_of, objective, top_trials
 from raydetr.storage import OWNER, fetched, file_sizes
 from raydetr.text import compact, count, shortlist
 from raydetr.training.metrics import METRICS
@@ -104,7 +104,7 @@ def _search_row(folder: Path) -> dict[str, Any]:
         "kind": "search",
         "state": f"{state}, confirmed" if read_verdict(folder) else state,
         "epochs": sum(epochs_of(trial) for trial in trials),
-        "best": best.value if best else None,
+        "best": objective(best),
         "interval": _interval_of(search, best) if best else None,
         "when": _time_of(folder / STUDY_FILE),
     }
@@ -115,7 +115,7 @@ def _interval_of(search: Search, best: FrozenTrial) -> list[float] | None:
     if search.metric != "AP":
         return None
     ap, interval = _best_of(_lines_of(search.folder / TRIALS_FOLDER / search.trial_name(best.number) / LOG_FILE))
-    return interval if ap is not None and math.isclose(ap, best.value or 0.0, abs_tol=1e-9) else None
+    return interval if ap is not None and math.isclose(ap, objective(best) or 0.0, abs_tol=1e-9) else None
 
 
 def search_status(path: str) -> str:
@@ -132,7 +132,9 @@ def search_status(path: str) -> str:
     states = [f"{number} {name}" for state, name in STATE_NAMES.items() if (number := sum(trial.state == state for trial in trials))]
     lines = [f"{', '.join(states)}; {count(search.trials, 'trial')} requested; last change {_time_of(search.folder / STUDY_FILE)}"]
     lines.append(
-        f"best {search.metric}: {best.value:.4f} in trial {best.number}" if best else f"no trial has a value of {search.metric} yet"
+        f"best {search.metric}: {objective(best) or 0.0:.4f} in trial {best.number}"
+        if best
+        else f"no trial has a value of {search.metric} yet"
     )
     for trial in trials:
         if trial.state == TrialState.RUNNING:

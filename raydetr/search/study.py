@@ -26,6 +26,7 @@ import optuna
 import yaml
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from raydetr.config import PATH_SETTINGS, Config, by_name, read_config, read_yaml_nodes, with_settings, write_yaml, yaml_value
@@ -37,7 +38,7 @@ from raydetr.search.sampler import CurveSampler
 from raydetr.search.space import Space, as_drawn, draw, read_space
 from raydetr.storage import PATIENCE_S, check_owner, fetched, push, stamp, working_folder
 from raydetr.text import compact, count, shortlist
-from raydetr.training.metrics import REPORTED, WHERE
+from raydetr.training.metrics import LATENCY, REPORTED, WHERE
 from raydetr.values import is_finite
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ SAMPLERS = ("tpe", "gp", "random", "cmaes")
 SCHEDULERS = ("asha", "evidence", "median", "none", "pbt")
 CONFIRMED = "confirms"  # the user attribute of a training of a confirmation: [trial of the confirmed search, seed, fold or None]
 GIVEN_UP = "given up"  # the user attribute of a trial that the pruner stops
+ALSO = "also"  # the user attribute of a trial with several objectives: the others after the epoch with the highest first one
+TAKE_SEVERAL = ("tpe", "random")  # the samplers that take several objectives
 # The user attribute for population-based training, a list of {"after": epoch, "from": trial, "settings": drawn}.
 TAKEN_OVER = "taken over"
 FIRST_POINTS, PRIOR_POINTS = 3, 5  # of an earlier search: those that are tried first, and those that the draws begin near
@@ -116,6 +119,16 @@ class Search:
     def metric(self) -> str:
         """The name of the objective, which is maximized."""
         return self._plan["metric"]
+
+    @property
+    def also(self) -> list[str]:
+        """The names of further objectives; :func:`is_better_lower` says which way each is better."""
+        return self._plan.get("also", [])
+
+    @property
+    def objectives(self) -> list[str]:
+        """The names of all objectives, the first of which is ``metric``."""
+        return [self.metric, *self.also]
 
     @property
     def trials(self) -> int:
@@ -233,14 +246,26 @@ class Search:
     def _random(self, *numbers: int) -> np.random.Generator:
         return np.random.default_rng([self._plan["seed"], *numbers])
 
-    def report(self, number: int, epoch: int, value: float | None) -> None:
+    def report(self, number: int, epoch: int, value: float | None, also: Mapping[str, Any] | None = None) -> None:
         """Record the objective of a running trial (the best so far) after ``epoch``.
 
         A value for an epoch that already has one, and a value that is not a finite number, are ignored.
+
+        Args:
+            number: The trial.
+            epoch: The epoch, from 1.
+            value: The first objective.
+            also: The metrics of this epoch by name, of which the further objectives are kept where the first one has risen: all
+                objectives of a trial are those of one epoch.
         """
         trial = self.frozen()[number]
-        if trial.state == TrialState.RUNNING and epoch not in trial.intermediate_values and value is not None and is_finite(value):
-            optuna.Trial(self.study, trial._trial_id).report(value, epoch)
+        if trial.state != TrialState.RUNNING or epoch in trial.intermediate_values or value is None or not is_finite(value):
+            return
+        if self.also and value > max(trial.intermediate_values.values(), default=-math.inf):
+            found = {name: each for name in self.also if is_finite(each := (also or {}).get(name))}
+            optuna.Trial(self.study, trial._trial_id).set_user_attr(ALSO, found)
+        # Not Trial.report, which refuses a study of several objectives: the curve is that of the first one.
+        self.study._storage.set_trial_intermediate_value(trial._trial_id, epoch, float(value))
 
     def should_stop(self, number: int) -> bool:
         """Return whether the pruner stops a running trial, judging by the reported values. The decision is final.
@@ -260,7 +285,14 @@ class Search:
         return True
 
     def tell(
-        self, number: int, state: str, value: float | None = None, *, reason: str = "", metrics: Mapping[str, Any] | None = None
+        self,
+        number: int,
+        state: str,
+        value: float | None = None,
+        *,
+        reason: str = "",
+        metrics: Mapping[str, Any] | None = None,
+        latency: float | None = None,
     ) -> bool:
         """Record how a trial ended.
 
@@ -270,6 +302,7 @@ class Search:
             value: The objective of a complete trial. If it is not a finite number, the trial is recorded as failed.
             reason: Why the trial failed.
             metrics: The metrics to keep beside the objective. Numbers that are not finite are left out.
+            latency: The latency of a complete trial in seconds, if it is an objective.
 
         Returns:
             False if the trial had already ended; then nothing changes.
@@ -277,14 +310,18 @@ class Search:
         trial = self.frozen()[number]
         if trial.state != TrialState.RUNNING:
             return False
-        if state == "complete" and not is_finite(value):
-            state, reason = "failed", reason or f"its {self.metric} is {value}"
+        others = {**trial.user_attrs.get(ALSO, {}), LATENCY: latency}
+        values = {self.metric: value} | {name: others.get(name) for name in self.also}
+        found = {name: each for name, each in values.items() if each is not None and is_finite(each)}
+        if state == "complete" and len(found) < len(values):
+            missing = next(name for name in values if name not in found)
+            state, reason = "failed", reason or f"its {missing} is {values[missing]}"
         live = optuna.Trial(self.study, trial._trial_id)
         if state == "failed":
             live.set_user_attr("reason", " ".join(reason.split()))
         if metrics:
             live.set_user_attr("metrics", {name: each for name, each in metrics.items() if isinstance(each, str) or is_finite(each)})
-        self.study.tell(number, value if state == "complete" else None, STATES[state])
+        self.study.tell(number, list(found.values()) if state == "complete" else None, STATES[state])
         return True
 
     def reclaim(self, known: Collection[str]) -> list[int]:
@@ -306,13 +343,21 @@ class Search:
         return [trial for trial in self.frozen() if trial.state == TrialState.RUNNING and trial.user_attrs.get("key") not in known]
 
     def best(self) -> FrozenTrial | None:
-        """Return the ended trial with the highest objective, the first of equals; None if no trial has one."""
+        """Return the ended trial with the highest (first) objective, the first of equals; None if no trial has one."""
         return next(iter(self.ranked()), None)
 
     def ranked(self) -> list[FrozenTrial]:
-        """Return the ended trials that have an objective, best first."""
-        ended = [trial for trial in self.frozen() if trial.state.is_finished() and is_finite(trial.value)]
-        return sorted(ended, key=lambda trial: (-(trial.value or 0.0), trial.number))
+        """Return the ended trials that have an objective, best first; with several objectives, by the first one."""
+        ended = [trial for trial in self.frozen() if trial.state.is_finished() and is_finite(objective(trial))]
+        return sorted(ended, key=lambda trial: (-(objective(trial) or 0.0), trial.number))
+
+    def front(self) -> list[FrozenTrial]:
+        """Return the Pareto front, best by the first objective first.
+
+        These are the complete trials that no other equals or surpasses in all objectives and surpasses in one. Of one objective it is
+        the best trial, and those that equal it.
+        """
+        return sorted(self.study.best_trials, key=lambda trial: (-(objective(trial) or 0.0), trial.number))
 
     def trial_name(self, number: int) -> str:
         """Return a folder name that shows the drawn settings, such as ``003_lr=3e-4_eos=0.05``; trial 0 is ``000_default``.
@@ -344,6 +389,7 @@ def create_search(
     seed: int = 0,
     points: Sequence[Mapping[str, Any]] = (),
     prior: Sequence[Mapping[str, Any]] = (),
+    also: Sequence[str] = (),
 ) -> Search:
     """Make a new search: trial 0 with the settings of ``config``, then ``points``, then drawn trials.
 
@@ -360,6 +406,7 @@ def create_search(
         points: Settings to try after trial 0, as :meth:`Space.check_point` takes them.
         prior: Settings that are believed to be good, in the same form: the sampler ``gp`` begins near them, and near the values that the
             space says (``around``).
+        also: The names of further objectives, of which the search finds the best trade-offs.
 
     Raises:
         UserError: There is a search already, the folder cannot be written, a name is unknown, a point is not in the space, or there
@@ -367,7 +414,7 @@ def create_search(
     """
     folder = working_folder(path)
     base = by_name(config)
-    check_request(space, trials, sampler, pruner, grace)
+    check_request(space, trials, sampler, pruner, grace, [metric, *also])
     points = _without_repeats([space.check_point(point, base) for point in points])
     prior = [*(space.check_point(point, base) for point in prior), *([expected] if (expected := space.expected(base)) else [])]
     if len(points) >= trials:
@@ -379,23 +426,48 @@ def create_search(
         folder.mkdir(parents=True, exist_ok=True)
         space.write(folder / SPACE_FILE)
         write_yaml(config, folder / CONFIG_FILE)
-        study = optuna.create_study(storage=_storage(folder), study_name=folder.name, direction="maximize")
+        study = optuna.create_study(storage=_storage(folder), study_name=folder.name, directions=_directions([metric, *also]))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        study.set_metric_names([metric])  # labels the axes of Optuna's plots and dashboard
+        study.set_metric_names([metric, *also])  # labels the axes of Optuna's plots and dashboard
     study.enqueue_trial(space.drawn(base), user_attrs={"origin": "default settings"})
     for point in points:
         study.enqueue_trial(point, user_attrs={"origin": "given point"})
     # Set last: a search without it was interrupted while it was made.
     plan = {"metric": metric, "trials": trials, "sampler": sampler, "seed": seed, "pruner": pruner, "grace": grace, "prior": prior}
+    plan |= {"also": list(also)} if also else {}
     kept = {name: value for name, value in base.items() if name not in PATH_SETTINGS and not name.startswith(("run.", "speed."))}
     study.set_user_attr("search", {**plan, "space": space.to_dict(), "base": kept})
     return Search(path)
 
 
-def check_request(space: Space, trials: int, sampler: str, pruner: str, grace: int = 1) -> None:
+def is_better_lower(name: str) -> bool:
+    """Return whether a search minimizes an objective; it maximizes all others."""
+    return name == LATENCY
+
+
+def _directions(objectives: Sequence[str]) -> list[StudyDirection]:
+    return [StudyDirection.MINIMIZE if is_better_lower(name) else StudyDirection.MAXIMIZE for name in objectives]
+
+
+def objective(trial: FrozenTrial | None) -> float | None:
+    """Return the first objective of a trial; None if it has none, or for None."""
+    return trial.values[0] if trial and trial.values else None
+
+
+def objectives_of(search: Search, trial: FrozenTrial) -> dict[str, float | None]:
+    """Return the objectives of a trial by name; None for those that it does not have."""
+    return {name: trial.values[at] if trial.values and at < len(trial.values) else None for at, name in enumerate(search.objectives)}
+
+
+def objective_text(name: str, value: float | None) -> str:
+    """Return an objective as tables of the terminal show it: a latency in milliseconds, an AP with four digits."""
+    return "-" if value is None else f"{1000 * value:.1f} ms" if name == LATENCY else f"{value:.4f}"
+
+
+def check_request(space: Space, trials: int, sampler: str, pruner: str, grace: int = 1, objectives: Sequence[str] = ()) -> None:
     """Check what is asked of a new search.
 
     Args:
@@ -404,15 +476,33 @@ def check_request(space: Space, trials: int, sampler: str, pruner: str, grace: i
         sampler: How settings are drawn, one of ``SAMPLERS``.
         pruner: What stops trials early, one of ``SCHEDULERS``.
         grace: The first epoch after which a trial may be stopped.
+        objectives: The names of the objectives.
 
     Raises:
-        UserError: There is no trial, a name is unknown, or the scheduler cannot search the space.
+        UserError: There is no trial, a name is unknown, the scheduler cannot search the space, or sampler or scheduler do not take
+            several objectives.
     """
     _check_count(trials)
     make_sampler(sampler, 0, trials, space)
     make_pruner(pruner, grace, trials)
+    if len(objectives) > 1:
+        _check_several(objectives, sampler, pruner)
     if pruner == "pbt":
         check_population(space)
+
+
+def _check_several(objectives: Sequence[str], sampler: str, pruner: str) -> None:
+    repeated = next((name for number, name in enumerate(objectives) if name in objectives[:number]), None)
+    if repeated:
+        raise UserError(f"--also {repeated}: is an objective of the search already; name another one, or leave it out")
+    others = " ".join(f"--also {name}" for name in objectives[1:])
+    if pruner != "none":
+        raise UserError(
+            f"{others}: --scheduler {pruner} judges trials by {objectives[0]} alone, before the others are known; "
+            "several objectives need --scheduler none"
+        )
+    if sampler not in TAKE_SEVERAL:
+        raise UserError(f"{others}: --sampler {sampler} knows one objective; {' and '.join(TAKE_SEVERAL)} take several")
 
 
 def open_search(path: str | Path, space: Space | None = None, trials: int | None = None) -> Search:
@@ -690,7 +780,7 @@ def write_best(folder: str | Path, out: str | Path | None = None) -> Path:
 def trials_frame(search: Search) -> "pandas.DataFrame":
     """Return the trials as a data frame with one row per trial.
 
-    The columns are: ``trial``, ``state``, the objective, ``epochs``, ``seconds``, ``started``, ``ended``; the settings that vary; the
+    The columns are: ``trial``, ``state``, the objectives, ``epochs``, ``seconds``, ``started``, ``ended``; the settings that vary; the
     metrics of the last epoch; ``node`` and ``cards``, where the trial ran; its ``name``; and the ``reason`` why it failed.
     """
     import pandas
@@ -702,7 +792,7 @@ def trials_frame(search: Search) -> "pandas.DataFrame":
         row = {
             "trial": trial.number,
             "state": STATE_NAMES[trial.state],
-            search.metric: trial.value,
+            **objectives_of(search, trial),
             "epochs": epochs_of(trial),
         }
         row |= {"seconds": seconds, "started": trial.datetime_start, "ended": trial.datetime_complete}
@@ -730,28 +820,39 @@ def write_trials(folder: str | Path) -> list[Path]:
 def top_trials(search: Search, count: int = 5) -> str:
     """Return a plain text table of the best trials and of trial 0, which has the default settings.
 
+    With several objectives, a table of the Pareto front follows.
+
     Args:
         search: The search.
-        count: The number of trials to list.
+        count: The number of trials to list; the front has at most twice as many.
     """
+    best = _trials_table(search, search.ranked()[:count])
+    front = search.front() if search.also else []
+    if not front:
+        return best
+    heading = f"no trial is better in all of {', '.join(search.objectives)} than one of these:"
+    return f"{best}\n\n{heading}\n{_trials_table(search, front[: 2 * count])}"
+
+
+def _trials_table(search: Search, shown: Sequence[FrozenTrial]) -> str:
     from rich.console import Console
     from rich.table import Table
 
     trials = search.frozen()
-    shown = search.ranked()[:count]
-    shown += [trial for trial in trials[:1] if trial not in shown]
+    shown = [*shown, *(trial for trial in trials[:1] if trial not in shown)]
     varied = [name for name in search.space.names if name in search.space.distributions]
     table = Table(box=None, pad_edge=False)
-    for heading in ("trial", "state", search.metric, "to trial 0", "epochs", *map(_short, varied)):
+    for heading in ("trial", "state", search.metric, "to trial 0", *search.also, "epochs", *map(_short, varied)):
         table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
     for trial in shown:
-        value, default = trial.value, trials[0].value
+        value, default = objective(trial), objective(trials[0])
         gain = "" if trial.number == 0 or value is None or default is None else f"{value - default:+.4f}"
         settings = search.settings(trial.number) if _is_drawn(search, trial) else {}
-        cells = ["0 (default)" if trial.number == 0 else str(trial.number), STATE_NAMES[trial.state]]
-        cells += ["-" if trial.value is None else f"{trial.value:.4f}", gain, str(epochs_of(trial))]
+        first, *also = (objective_text(name, each) for name, each in objectives_of(search, trial).items())
+        cells = ["0 (default)" if trial.number == 0 else str(trial.number), STATE_NAMES[trial.state], first, gain, *also]
+        cells.append(str(epochs_of(trial)))
         table.add_row(*cells, *(compact(settings[name]) if name in settings else "-" for name in varied))
-    console = Console(width=40 + 30 * len(varied), color_system=None)
+    console = Console(width=40 + 30 * len(varied) + 15 * len(search.also), color_system=None)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from raydetr.search.study import STATE_NAMES, Search, epochs_of
+from raydetr.search.study import STATE_NAMES, Search, epochs_of, is_better_lower, objective, objective_text, objectives_of
 from raydetr.text import count
 from raydetr.training.console import clock
 
@@ -76,8 +76,9 @@ class TrialsDisplay:
         if state == "failed":
             how = trial.user_attrs.get("reason", "unknown reason")
         else:
-            how = f"{self.search.metric} {_number(trial.value)} in {count(epochs_of(trial), 'epoch')}"
-        so_far = f"; best so far {_number(best.value)} in trial {best.number}" if best else ""
+            values = (f"{name} {_shown(name, value)}" for name, value in objectives_of(self.search, trial).items())
+            how = f"{', '.join(values)} in {count(epochs_of(trial), 'epoch')}"
+        so_far = f"; best so far {_number(objective(best))} in trial {best.number}" if best else ""
         return f"{ended}/{self._total(ended)} {self.search.trial_name(trial.number)} {state}: {how}{so_far}, {self._left(ended)} left"
 
     def table(self) -> Table:
@@ -114,6 +115,10 @@ class TrialsDisplay:
         if ended == self.ended_before:
             return "?"
         return clock((time.monotonic() - self.began) / (ended - self.ended_before) * left)
+
+
+def _shown(name: str, value: float | None) -> str:
+    return objective_text(name, value) if is_better_lower(name) else _number(value)
 
 
 def _number(value: Any) -> str:

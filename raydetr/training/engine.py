@@ -193,7 +193,9 @@ def take_step(training: Training, batches: list[Batch]) -> StepRecord:
         The step's losses, still on the device, with the ids of its images and its learning rates.
     """
     names = loss_names(training.criterion)
-    targets = [[_boxes_and_labels(target, training.device) for target in batch[2]] for batch in batches]
+    groups = training.detr.query_groups  # each of which predicts the boxes of the image
+    on_device = [[_boxes_and_labels(target, training.device) for target in batch[2]] for batch in batches]
+    targets = [[target for target in of_batch for _ in range(groups)] for of_batch in on_device]
     normalizers = training.criterion.normalizers(targets, training.detr.query_embed.num_embeddings, training.as_one)
     model, values = training.model, []
     for number, (images, mask, _) in enumerate(batches):
@@ -439,7 +441,7 @@ def evaluate(
     sums, found, broken = [], [], []
     rles: dict[int, list[RLE | None]] = {}  # by image id
     for images, mask, targets in sent_ahead(loader, device):
-        outputs, masks_of = _outputs(model, criterion, images, mask, device, dtype)
+        outputs, masks_of = network_outputs(model, criterion, images, mask, device, dtype)
         image_ids = [int(target["image_id"]) for target in targets]
         try:
             on_device = [_boxes_and_labels(target, device) for target in targets]
@@ -469,7 +471,7 @@ def evaluate(
     return _combined_losses(criterion, everyone[0], everyone[1]), detections
 
 
-class _BatchMasks(NamedTuple):
+class BatchMasks(NamedTuple):
     """What computes masks of a batch in evaluation, in chunks."""
 
     predict: Callable[..., Tensor]
@@ -477,6 +479,7 @@ class _BatchMasks(NamedTuple):
     padded_size: tuple[int, int]
 
     def logits(self, image: Tensor, query: Tensor) -> Tensor:
+        """Return the mask logits of queries in images of the batch."""
         return logits_in_chunks(self.predict, self.features, image, query, self.padded_size)
 
     def detections(self, scores: Tensor, labels: Tensor, targets: list[dict[str, Tensor]]) -> list[list[RLE | None]]:
@@ -488,10 +491,22 @@ class _BatchMasks(NamedTuple):
         return [[of_image.get(query) for query in range(scores.shape[1])] for of_image in by_query]
 
 
-def _outputs(
+def network_outputs(
     model: nn.Module, criterion: Criterion, images: Tensor, mask: Tensor | None, device: torch.device, dtype: torch.dtype
-) -> tuple[dict[str, Any], _BatchMasks | None]:
-    """Return the outputs of a batch without masks, and what computes these if the criterion needs them."""
+) -> tuple[dict[str, Any], BatchMasks | None]:
+    """Compute the outputs of a batch for evaluation.
+
+    Args:
+        model: The network itself, not wrapped in DistributedDataParallel, in evaluation mode.
+        criterion: Says whether masks are wanted.
+        images: Images of :func:`raydetr.data.coco.collate`.
+        mask: Their padding mask, or None.
+        device: Where ``model`` is.
+        dtype: Dtype of the forward pass.
+
+    Returns:
+        The outputs without masks, and what computes these; None if the criterion has no losses of masks.
+    """
     if not criterion.masks:
         return _forward(box_network(model), images, mask, device, dtype), None
     network = cast(DETR, model)
@@ -501,7 +516,7 @@ def _outputs(
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             return network.predict_masks(*which)
 
-    return outputs, _BatchMasks(predict, features, (images.shape[-2], images.shape[-1]))
+    return outputs, BatchMasks(predict, features, (images.shape[-2], images.shape[-1]))
 
 
 def box_network(model: nn.Module) -> Callable[..., dict[str, Any]]:

@@ -29,7 +29,8 @@ from raydetr.training.console import Display, warn
 from raydetr.training.engine import Detections, choose_device, evaluate, gathered, train_one_epoch
 from raydetr.training.failures import BestEffort, failures_explained
 from raydetr.training.folds import finish_folds, fold_configs, folds_sentence, mean_metrics, start_folds
-from raydetr.training.metrics import MASK_METRICS, losses_in
+from raydetr.training.latency import seconds_per_image
+from raydetr.training.metrics import LATENCY, MASK_METRICS, losses_in
 from raydetr.training.random_state import get_random_state
 from raydetr.training.recorder import EpochResults, NoRecorder, Recorder, open_recorder
 from raydetr.training.reporter import LocalReporter, Reporter
@@ -52,7 +53,7 @@ def fit(config: Config, reporter: Reporter | None = None) -> dict[str, Any]:
         The metrics of the last epoch: ``epoch`` (from 1), the twelve COCO numbers (None if the validation set has no object), the 95 %
         interval of AP as ``AP_low`` and ``AP_high``, with ``model.masks`` the twelve numbers of masks as ``segm_AP`` and so on, losses as
         ``train_loss`` (weighted), ``val_loss_ce`` (not weighted) and so on, ``best_AP``, ``best_epoch``, ``images_per_second`` and
-        ``seconds``. With ``optim.freeze_detr``, where the AP of boxes stands still, the best epoch is that of the highest AP of masks,
+        ``seconds``; in a search with this objective also ``latency``, the seconds of one image. With ``optim.freeze_detr``, where the AP of boxes stands still, the best epoch is that of the highest AP of masks,
         and ``best_AP`` is this AP.
         With ``data.folds``, all numbers are means over the folds, and the interval is that of AP over the folds.
 
@@ -151,7 +152,7 @@ def _train_epoch(run: Run, recorder: Recorder | NoRecorder) -> None:
     best = progress.update((scores["segm"] if run.config.optim.freeze_detr else scores)["AP"], val["loss"])
     if not run.finished:
         run.load_ahead()
-    run.metrics = _metrics(progress, train, val, scores) | {"seconds": time.perf_counter() - started}
+    run.metrics = _metrics(progress, train, val, scores) | {"seconds": time.perf_counter() - started} | _latency(run)
     random_states = gathered(get_random_state(training.device))
     recorder.record_epoch(EpochResults(train, val, detections, scores, curve, best, random_states))
     run.reporter.report(run.metrics, run.folder / LAST if run.reporter.rank == 0 else None)
@@ -202,6 +203,17 @@ def _metrics(progress: Progress, train: dict[str, float], val: dict[str, float],
         "best_epoch": progress.best_epoch,
         "images_per_second": train["images_per_second"],
     }
+
+
+def _latency(run: Run) -> dict[str, float]:
+    """Return the latency of a finished run of a search of which it is an objective; rank 0 measures it."""
+    if not run.finished or LATENCY not in run.reporter.objectives:
+        return {}
+    training = run.training
+    measured = None
+    if run.reporter.rank == 0:
+        measured = seconds_per_image(training.evaluated, training.criterion, run.val_set, training.device, training.dtype)
+    return {LATENCY: gathered(measured)[0]}
 
 
 def _how_to_lengthen(run: Run) -> str:

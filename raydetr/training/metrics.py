@@ -23,6 +23,7 @@ REPORTED = (
     "images_per_second",
     "seconds",
 )
+LATENCY = "latency"  # seconds of one image through the evaluated model, where a search asks for it; known after the last epoch
 WHERE = ("node", "cards")  # of a trial: the Ray node that it ran on last, and its GPUs there
 
 

@@ -14,10 +14,11 @@ from raydetr.evaluate.errors import error_numbers, errors_markdown
 from raydetr.files import delete_partial_files
 from raydetr.storage import OWNER, become_owner, check_owner, push, remove_tokens, stamp
 from raydetr.training.engine import Detections
+from raydetr.training.metrics import LATENCY
 from raydetr.training.resume import BEST, LAST
 from raydetr.training.run import Run
 from raydetr.training.trackers import ExternalTracker, open_tracker
-from raydetr.training.tracking import STEP_TAGS, Log, Pictures, Tracker, epoch_scalars, log_line
+from raydetr.training.tracking import STEP_TAGS, Log, Pictures, Tracker, epoch_scalars, log_line, objective_tag
 from raydetr.weights.checkpoint import save_checkpoint
 
 PICTURE_SETS = 10  # in about so many epochs of a run validation images are drawn, besides the first and the last
@@ -138,7 +139,7 @@ class Recorder:
 
     def _open_tracker(self) -> Tracker:
         run = self._run
-        return Tracker(run.folder / "tb", run.config, self._seen(), run.reporter.searched)
+        return Tracker(run.folder / "tb", run.config, self._seen(), run.reporter.searched, run.reporter.objectives)
 
     def _track(self, write: Callable[[Tracker], None]) -> None:
         if not self._tracker:
@@ -159,6 +160,10 @@ class Recorder:
         best, seen = self._run.progress.best_AP, self._seen()
         self._track(lambda tracker: tracker.log_epoch(seen, epoch, train, val, scores, results.curve, best))
         numbers = {tag: train[name] for name, tag in STEP_TAGS.items() if tag.startswith(("lr/", "speed/")) and name in train}
+        if LATENCY in self._run.metrics:
+            latency = {objective_tag(LATENCY): self._run.metrics[LATENCY]}
+            self._track(lambda tracker: tracker.log_scalars(seen, latency))
+            numbers |= latency
         numbers |= {tag: value for tag, value in epoch_scalars(epoch, train, val, scores, best).items() if value is not None}
         self._track_outside(lambda external: external.log(seen, numbers))
         trained = sum(parameter.numel() for parameter in training.detr.parameters() if parameter.requires_grad)
@@ -219,6 +224,8 @@ class Recorder:
             "random": results.random_states,
             "progress": dataclasses.asdict(run.progress),
         }
+        if training.detr.query_groups > 1:
+            state["groups"] = training.detr.group_embed.weight
         save_checkpoint(run.folder / LAST, about | state)
 
 

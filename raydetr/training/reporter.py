@@ -1,7 +1,7 @@
 """The interface by which a training run reports to the process that started it, and gets from it what it needs."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,6 +51,11 @@ class Reporter(Protocol):
         ...
 
     @property
+    def objectives(self) -> Sequence[str]:
+        """The names of the objectives of a search; empty if the run is not part of one."""
+        ...
+
+    @property
     def images(self) -> DecodedImages | None:
         """Reads images that were decoded once for several runs. None if the run decodes its own."""
         ...
@@ -83,6 +88,7 @@ class LocalReporter:
     """
 
     searched: Mapping[str, tuple | list] | None = None
+    objectives: Sequence[str] = ()
     images: DecodedImages | None = None
 
     def __init__(self, checkpoint: Path | None = None, display: Display | None = None):

@@ -176,6 +176,11 @@ def _data_sets(config: Config, reporter: Reporter, device: torch.device, content
         limit=cache_limit(config.data) // reporter.world_size,  # as if all workers were on one node
         masks=config.model.masks,
     )
+    if config.data.copy_paste and not train.has_masks:
+        raise UserError(
+            f"data.copy_paste: {train.split.annotations} has no mask, neither polygons nor RLE, to cut objects out by; annotate outlines, or "
+            "set data.copy_paste 0"
+        )
     for each in (train, val) if config.model.masks else ():
         if not each.has_masks:
             raise UserError(
@@ -266,6 +271,8 @@ def _training(
     dtype = choose_dtype(config.speed, device)
     if config.speed.compile == "on":
         compile_blocks(model, dynamic=pad_to(config, device) == 1)
+    if config.loss.query_groups > 1:
+        _add_query_groups(model, config, content)
     losses = dataclasses.asdict(config.loss) | dataclasses.asdict(config.matcher)
     network = {name: getattr(config.model, name) for name in ("aux_loss", "dec_layers", "masks")}
     criterion = build_criterion(num_classes, **network, **losses)
@@ -302,6 +309,16 @@ def _training(
     )
 
 
+def _add_query_groups(model: DETR, config: Config, content: dict[str, Any] | None) -> None:
+    model.add_query_groups(config.loss.query_groups)
+    if content and content.get("groups") is not None:
+        weights = content["groups"]
+        if weights.shape != model.group_embed.weight.shape:
+            raise UserError(f"loss.query_groups: the run has {1 + len(weights) // config.model.num_queries}, which may not change")
+        with torch.no_grad():
+            model.group_embed.weight.copy_(weights)
+
+
 def compile_blocks(network: nn.Module, dynamic: bool) -> None:
     """Compile the blocks that a network repeats, in place: the names in checkpoints stay.
 
@@ -336,7 +353,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any] | No
     except ValueError:
         raise UserError(
             "last.pth trains other parameters than these settings: optim.freeze_backbone, optim.freeze_detr, optim.freeze_layers, "
-            "optim.layer_decay and optim.lr_backbone may not change"
+            "optim.layer_decay, optim.lr_backbone and loss.query_groups may not change"
         ) from None
     for group in optimizer.param_groups:
         group["weight_decay"] = optim.weight_decay

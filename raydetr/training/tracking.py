@@ -38,7 +38,7 @@ from raydetr.evaluate.coco import METRICS, stats
 from raydetr.files import atomic_write
 from raydetr.text import compact
 from raydetr.training.engine import Detections
-from raydetr.training.metrics import LOSSES, MASK_LOSSES, losses_in
+from raydetr.training.metrics import LATENCY, LOSSES, MASK_LOSSES, MASK_METRICS, losses_in
 
 STEP_TAGS = {
     **{name: f"train/{name}" for name in (*LOSSES, *MASK_LOSSES, "grad_norm")},
@@ -62,9 +62,17 @@ class Tracker:
         seen: Number of training images that the run has seen. Later events, by an earlier process, are hidden.
         searched: The settings that the HPARAMS page shows, by dotted name, with their domains: ``(low, high)`` or a list of values.
             Default: all settings.
+        objectives: The objectives of a search, which this page shows among the metrics.
     """
 
-    def __init__(self, folder: Path, config: Config, seen: int = 0, searched: Mapping[str, tuple | list] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        seen: int = 0,
+        searched: Mapping[str, tuple | list] | None = None,
+        objectives: Iterable[str] = (),
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         before = list(folder.glob("*tfevents*"))
         if not seen:  # the run starts again after a first epoch that was interrupted
@@ -74,6 +82,7 @@ class Tracker:
         self._settings = {name: _plain(value) for name, value in flatten(to_dict(config)).items()}
         self._searched = searched
         self._masks = config.model.masks
+        self._objectives = [objective_tag(name) for name in objectives]
         if not before:
             self._describe()
 
@@ -90,7 +99,7 @@ class Tracker:
         domains = dict.fromkeys(self._settings) if self._searched is None else self._searched
         shown = {name: self._settings[name] for name in domains}
         discrete = {name: [_plain(value) for value in domain] for name, domain in domains.items() if isinstance(domain, list)}
-        metrics = (*HPARAM_METRICS, *(MASK_HPARAM_METRICS if self._masks else ()))
+        metrics = (*HPARAM_METRICS, *(MASK_HPARAM_METRICS if self._masks else ()), *self._objectives)
         experiment, start, end = summary().hparams(shown, dict.fromkeys(metrics, 0.0), discrete)
         changed = self._changed() if self._searched is None else self._searched
         _complete_hparams(experiment, start, domains, changed, "" if self._searched is None else self._group())
@@ -211,6 +220,13 @@ def epoch_scalars(
         scalars |= {f"val/segm/{name}": metrics["segm"][name] for name in METRICS}
         scalars |= {f"val/segm/AP/{category}": numbers["AP"] for category, numbers in metrics["segm"]["per_category"].items()}
     return scalars
+
+
+def objective_tag(name: str) -> str:
+    """Return the tag of an objective of a search."""
+    if name == LATENCY:
+        return f"speed/{name}"
+    return f"val/segm/{MASK_METRICS[name]}" if name in MASK_METRICS else f"val/{name}"
 
 
 def summary():

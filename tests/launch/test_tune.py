@@ -138,6 +138,21 @@ def test_a_search_from_python_gives_settings_a_frame_and_the_study(searched):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_search_with_several_objectives_measures_them(cluster, module_coco_folder, tmp_path, workers):
+    space, demands = {"model.num_queries": {"choice": [5]}}, Demands(workers=workers, concurrent=1)
+    known = settings(module_coco_folder(), tmp_path, optim__epochs=1)
+    search = tune(known, space, trials=3 - workers, also=["latency", "AP50"], demands=demands)
+    assert search.scheduler == "none"
+    for trial in search.frozen():
+        ap, latency, ap50 = trial.values
+        (epoch,) = log_of(trial_folder(search, trial.number))
+        assert [ap, ap50] == pytest.approx(epoch["test_coco_eval_bbox"][:2])
+        assert latency == read_checkpoint(trial_folder(search, trial.number) / "last.pth")["metrics"]["latency"] > 0
+    assert "latency" in summary(search)
+
+
+@pytest.mark.slow
 def test_a_trial_that_breaks_is_failed_and_the_search_goes_on(cluster, coco_folder, tmp_path):
     # The tiny backbone has no stage to dilate: every trial but the first, which has the defaults, fails.
     search = tune(
@@ -327,6 +342,12 @@ def test_a_time_that_is_none_is_refused(text):
         (["--space", "loss", "--scheduler", "ashha"], "asha"),
         (["--space", "loss", "--metric", "AP42"], "AP50"),
         (["--space", "masks", "--metric", "segm_AP"], "--metric segm_AP: without model.masks there is no AP of masks"),
+        (["--space", "loss", "--also", "latancy"], "--also: 'latancy' is not one of latency, AP, "),
+        (["--space", "loss", "--also", "segm_AP"], "--also segm_AP: without model.masks there is no AP of masks"),
+        (["--space", "loss", "--metric", "latency"], "give --also latency"),
+        (["--space", "loss", "--also", "AP"], "--also AP: is an objective of the search already"),
+        (["--space", "loss", "--also", "latency", "--scheduler", "asha"], "several objectives need --scheduler none"),
+        (["--space", "loss", "--also", "latency", "--sampler", "gp"], "--sampler gp knows one objective"),
         (["--space", "lss"], "loss"),
         ([], "--space"),
         (["--resume", "absent"], "a search keeps its settings"),

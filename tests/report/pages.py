@@ -72,16 +72,22 @@ def marks(svg: str, css: str) -> list[str]:
     return [mark for mark in re.findall(r'<(?:path|circle|rect) class="([^"]*)"', svg) if css in mark.split()]
 
 
-def make_search(folder, ends=(), metric="AP", trials=None, metrics=None, space=None, **settings) -> Search:
-    """A search whose trials end as told: a number (complete), ("pruned", number), "failed" or "running"."""
+def make_search(folder, ends=(), metric="AP", trials=None, metrics=None, space=None, also=(), **settings) -> Search:
+    """A search whose trials end as told: a number (complete), ("pruned", number), "failed" or "running".
+
+    With ``also``, a complete trial ends with a tuple, ("complete", number, {name: number}).
+    """
     config = load_config({"optim.epochs": 4, **{name.replace("__", "."): value for name, value in settings.items()}})
-    search = create_search(folder, read_space(space or SPACE), config, trials=trials or max(1, len(ends)), metric=metric, sampler="random")
+    options = {"trials": trials or max(1, len(ends)), "metric": metric, "sampler": "random", "also": also}
+    search = create_search(folder, read_space(space or SPACE), config, **options)
     for number, end in enumerate(ends):
         search.ask()
-        state, value = end if isinstance(end, tuple) else (end, None) if isinstance(end, str) else ("complete", end)
+        state, value, *others = end if isinstance(end, tuple) else (end, None) if isinstance(end, str) else ("complete", end)
+        others = others[0] if others else {}
         for epoch in range(1, 3 if state == "pruned" else 5):
             if value is not None:
-                search.report(number, epoch, value * epoch / 4 if state == "complete" else value)
+                search.report(number, epoch, value * epoch / 4 if state == "complete" else value, others)
         if state != "running":
-            search.tell(number, state, value, reason="out of memory: lower <optim.batch_size>", metrics=metrics or {"AP50": 0.875})
+            reason = "out of memory: lower <optim.batch_size>"
+            search.tell(number, state, value, reason=reason, metrics=metrics or {"AP50": 0.875}, latency=others.get("latency"))
     return search

@@ -11,6 +11,7 @@ from raydetr.report.search import (
     chart_cards,
     cost_sentences,
     edge_sentences,
+    front_cards,
     search_sentences,
     setting_axis,
 )
@@ -85,6 +86,37 @@ def test_a_search_with_little_to_show_is_told_all_the_same(make, ends, charts, w
     page = page_of(report([make(ends=ends).folder]))
     assert len(page.charts) in (charts, charts + 1)  # a second trial may draw lr_drop or not
     assert words in page.words
+
+
+def test_the_trade_offs_of_several_objectives_are_a_table_and_a_chart(make):
+    ends = [(0.4, 0.020), (0.5, 0.030), (0.3, 0.010), (0.2, 0.015), (0.5, 0.031)]
+    ends = [("complete", ap, {"latency": latency}) for ap, latency in ends]
+    search = make(ends=[*ends, "failed", "running"], also=["latency"])
+    page = page_of(report([search.folder]))
+    assert "Trade-offs" in page.headings
+    table = page.table("trial")
+    assert table[0][:4] == ["trial", "AP", "latency", "epochs"]
+    assert [row[1:3] for row in table[1:]] == [["50.0", "30.0 ms"], ["40.0", "20.0 ms"], ["30.0", "10.0 ms"]]
+    assert table[2][0] == "000_default"
+    assert "AP over latency" in page.charts
+    (card,) = front_cards(search)
+    svg = str(card["charts"][0]["svg"])
+    assert len(marks(svg, "dot")) == 5
+    assert len(marks(svg, "s0")) == 3  # the line, and two dots; trial 0 has its own color
+    beside = {row[0]: row[1:] for row in page.tables[0]}
+    assert beside["latency"] == ["20.0 ms", "30.0 ms"]
+    assert page.tables[-1][0][:4] == ["trial", "state", "AP", "latency"]
+
+
+def test_three_objectives_have_a_chart_for_each_further_one_and_no_line(make):
+    ends = [("complete", 0.4, {"latency": 0.02, "AP_small": 0.1}), ("complete", 0.3, {"latency": 0.01, "AP_small": 0.2})]
+    (card,) = front_cards(make(ends=ends, also=["latency", "AP_small"]))
+    assert len(card["charts"]) == 2
+    assert all("line s0" not in str(each["svg"]) for each in card["charts"])
+
+
+def test_one_objective_has_no_trade_offs(make):
+    assert front_cards(make(ends=[0.4, 0.5])) == []
 
 
 def test_the_first_sentence_of_a_confirmed_search_is_the_verdict(make):

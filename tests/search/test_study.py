@@ -457,6 +457,95 @@ def test_a_search_killed_again_and_again_ends_with_every_trial_once(make):
     assert sum(trial.params != other.params for trial, other in zip(trials, through, strict=True)) <= kills
 
 
+# Several objectives
+
+
+def run_several(search: Search, objectives: dict, epochs=2) -> Search:
+    """Run every trial that is left; ``objectives`` maps names to functions of the settings."""
+    while (asked := search.ask()) is not None:
+        number, settings = asked
+        values = {name: function({**search.base, **settings}) for name, function in objectives.items()}
+        for epoch in range(1, epochs + 1):
+            search.report(number, epoch, values[search.metric] * epoch / epochs, values)
+        search.tell(number, "complete", values[search.metric], latency=values.get("latency"))
+    return search
+
+
+QUERIES = {"model.num_queries": {"integer": [10, 100]}, "optim.lr": {"loguniform": [1e-5, 1e-3]}}
+SEVERAL = {
+    "AP": lambda settings: hill(settings) * (0.5 + settings["model.num_queries"] / 200),  # more queries find more
+    "latency": lambda settings: 0.01 + 1e-4 * settings["model.num_queries"],  # and take longer
+}
+
+
+def test_the_front_has_the_trials_that_no_other_surpasses_and_best_is_by_the_metric(make):
+    search = run_several(make(QUERIES, also=["latency"], trials=12, seed=1), SEVERAL)
+    assert search.objectives == ["AP", "latency"]
+    values = {trial.number: tuple(trial.values) for trial in search.frozen()}
+    expected = [
+        number
+        for number, (ap, latency) in values.items()
+        if not any(other >= ap and faster <= latency and (other, faster) != (ap, latency) for other, faster in values.values())
+    ]
+    front = search.front()
+    assert sorted(trial.number for trial in front) == sorted(expected)
+    assert len(front) > 1
+    assert [trial.values[0] for trial in front] == sorted((trial.values[0] for trial in front), reverse=True)
+    assert search.best().number == front[0].number == max(values, key=lambda number: values[number][0])
+    write_best(search.folder)
+    assert load_config(read_yaml(search.folder / "best.yaml")).optim.lr == search.config(front[0].number).optim.lr
+    frame = trials_frame(search)
+    assert list(frame.columns[:5]) == ["trial", "state", "AP", "latency", "epochs"]
+    assert list(frame["latency"]) == [values[number][1] for number in range(12)]
+    table = top_trials(search)
+    assert "no trial is better in all of AP, latency than one of these:" in table
+    assert f"{1000 * front[-1].values[1]:.1f} ms" in table
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_reopened_search_with_several_objectives_draws_on(make, sampler):
+    through = run_several(make(QUERIES, "through", also=["latency", "AP_small"], sampler=sampler, seed=2), SEVERAL | {"AP_small": hill})
+    cut = make(QUERIES, "cut", also=["latency", "AP_small"], sampler=sampler, seed=2)
+    number, settings = cut.ask()
+    cut.report(number, 1, SEVERAL["AP"]({**cut.base, **settings}) / 2, {"AP_small": hill({**cut.base, **settings})})
+    cut = open_search(cut.folder)
+    assert cut.reclaim(()) == [0]
+    run_several(cut, SEVERAL | {"AP_small": hill})
+    assert [trial.params for trial in cut.frozen()] == [trial.params for trial in through.frozen()]
+    assert [trial.values for trial in cut.frozen()] == [trial.values for trial in through.frozen()]
+    assert Search(cut.folder).also == ["latency", "AP_small"]
+
+
+def test_all_objectives_of_a_trial_are_those_of_one_epoch(make):
+    search = make(also=["AP_small", "AP_large"])
+    number, _ = search.ask()
+    for epoch, (ap, small, large) in enumerate([(0.3, 0.1, 0.9), (0.5, 0.2, 0.6), (0.4, 0.9, 0.9)], 1):
+        search.report(
+            number, epoch, max(ap, *search.frozen()[number].intermediate_values.values(), 0), {"AP_small": small, "AP_large": large}
+        )
+    search.tell(number, "complete", 0.5)
+    assert search.frozen()[number].values == [0.5, 0.2, 0.6]
+
+
+def test_a_trial_that_lacks_an_objective_is_failed(make):
+    search = make(also=["latency"])
+    number, _ = search.ask()
+    search.report(number, 1, 0.5)
+    search.tell(number, "complete", 0.5)
+    assert search.frozen()[number].state == TrialState.FAIL
+    assert search.frozen()[number].user_attrs["reason"] == "its latency is None"
+    assert search.front() == []
+
+
+def test_a_search_with_several_objectives_warm_starts_another_and_can_be_one(make):
+    earlier = run_several(make(QUERIES, "earlier", also=["latency"], seed=1), SEVERAL)
+    points, prior = warm_start_from([earlier.folder], read_space(QUERIES), load_config())
+    assert points[0] == earlier.best().params
+    later = make(QUERIES, "later", also=["latency"], points=points, prior=prior)
+    later.ask()
+    assert later.ask()[1]["optim.lr"] == earlier.best().params["optim.lr"]
+
+
 # Making, opening
 
 
@@ -470,6 +559,11 @@ def test_a_search_killed_again_and_again_ends_with_every_trial_once(make):
         ({"pruner": "asha", "grace": 0}, "a grace of 0 epochs"),
         ({"points": [{"optim.lr": 2e-4}, {"optim.lr": 3e-4}], "trials": 2}, "2 points to start from and trial 0 need 3 trials; 2 were"),
         ({"points": [{"optim.lr": 2}]}, "out of bounds"),
+        ({"also": ["latency"], "pruner": "asha"}, "--also latency: --scheduler asha judges trials by AP alone"),
+        ({"also": ["latency"], "pruner": "pbt"}, "--also latency: --scheduler pbt judges trials by AP alone"),
+        ({"also": ["latency"], "sampler": "gp"}, "--also latency: --sampler gp knows one objective; tpe and random take several"),
+        ({"also": ["AP"]}, "--also AP: is an objective of the search already"),
+        ({"also": ["latency", "latency"]}, "--also latency: is an objective of the search already"),
     ],
 )
 def test_what_cannot_be_searched_is_refused_and_leaves_nothing(make, tmp_path, given, expected):

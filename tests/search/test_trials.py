@@ -36,6 +36,16 @@ def test_every_trial_that_ended_gets_one_line_without_a_terminal(search):
     assert "AP 0.5 in 1 epoch; best so far 0.5 in trial 1" in lines[1]
 
 
+def test_every_objective_is_in_the_line_of_a_trial(tmp_path):
+    space = read_space({"optim.lr": {"loguniform": [1e-5, 1e-2]}})
+    search, out = create_search(tmp_path / "search", space, load_config({}), trials=1, also=["latency"]), io.StringIO()
+    with TrialsDisplay(search, Console(file=out)):
+        number, _ = search.ask()
+        search.report(number, 1, 0.25)
+        search.tell(number, "complete", 0.25, latency=0.0125)
+    assert "AP 0.25, latency 12.5 ms in 1 epoch" in out.getvalue()
+
+
 def test_the_study_is_looked_at_again_after_the_interval(search, monkeypatch):
     monkeypatch.setattr(trials, "SHOW_INTERVAL_S", 0.0)
     out = io.StringIO()

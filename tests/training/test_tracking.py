@@ -168,6 +168,15 @@ def test_hparams_have_every_setting_and_the_metrics(finished):
     assert content[hparams_metadata.SESSION_END_INFO_TAG].session_end_info.status
 
 
+def test_the_objectives_of_a_search_are_among_the_metrics(tmp_path):
+    objectives = ["AP", "AP_small", "segm_AP75", "latency"]
+    Tracker(tmp_path, load_config({"run.name": "000_default"}), searched={"optim.lr": (1e-5, 1e-3)}, objectives=objectives).close()
+    (experiment, _), _ = hparams_of(read(tmp_path))
+    metrics = [info.name.tag for info in experiment.experiment.metric_infos]
+    assert {"val/AP_small", "val/segm/AP75", "speed/latency"} <= set(metrics)
+    assert metrics.count("val/AP") == 1
+
+
 def test_the_settings_that_were_changed_come_first_on_the_hparams_page(finished):
     """TensorBoard shows those that it is told differ before the others, and five of them at first."""
     _, events, _ = finished
