@@ -36,7 +36,7 @@ from raydetr.launch.session import ray_session
 from raydetr.launch.signals import interruptible
 from raydetr.launch.slots import ONE_WORKER_EACH, Demands, Slots, check_disk, find_slots
 from raydetr.launch.train import naming_the_file
-from raydetr.launch.tune import CONFIRM_FOLDER, driving, pushing, refresh_working_copy, run_trials, share_images
+from raydetr.launch.tune import driving, pushing, refresh_working_copy, run_trials, share_images
 from raydetr.predict.score import detect
 from raydetr.search.confirm import (
     DEFAULTS,
@@ -55,7 +55,7 @@ from raydetr.search.confirm import (
 )
 from raydetr.search.space import Space, read_space
 from raydetr.search.study import AS_A_RUN, CONFIRMED, STUDY_FILE, Search, create_search, open_search
-from raydetr.storage import absolute, fetch, join, working_folder
+from raydetr.storage import CONFIRM_FOLDER, absolute, fetch, join, working_folder
 from raydetr.text import count, shortlist
 from raydetr.weights.checkpoint import read_checkpoint
 
