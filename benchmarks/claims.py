@@ -8,13 +8,23 @@ hold the truth.
 """
 
 import argparse
+import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import optuna
 
 from benchmarks.measure import first_line, table
-from raydetr.evaluate.intervals import grouped, jackknife_interval, left_out_metrics, overall, weighted_metrics
+from raydetr.evaluate.intervals import (
+    bootstrap_weights,
+    grouped,
+    jackknife_interval,
+    leave_out_weights,
+    left_out_metrics,
+    overall,
+    weighted_metrics,
+)
 from raydetr.evaluate.matches import AREAS, IOUS, Matches
 from raydetr.search.confirm import DEFAULTS, Runs, candidate_count, estimate_gain, judge, multiplier, next_round
 from raydetr.search.space import Space
@@ -148,22 +158,30 @@ def measure_claims(names: list[str], trials: int, noise: float, budget: int, ima
 
 # ----------------------------------------------------------------------------------------------- coverage of the intervals
 
+CATEGORIES = ((1, 2.5), (0, 1.0), (0, 0.4))  # objects of each in an image: at least, and how many more on average
+SKILLS = (0.0, 0.2)  # of two models
+RARE = len(CATEGORIES) - 1
 
-def make_sets(random: np.random.Generator, images: int, skills: list[float], run_sd: float = 0.6) -> list[Matches]:
+
+def make_sets(
+    random: np.random.Generator, images: int, skills: Sequence[float], objects: tuple[int, float] = CATEGORIES[0], run_sd: float = 0.6
+) -> list[Matches]:
     """Matches of several detectors, each of a given skill, on the same ``images`` of one category.
 
     Images differ in difficulty, and objects within them; a detector sees each object a little differently from another.
     """
-    counts = 1 + random.poisson(2.5, images)
+    counts = objects[0] + random.poisson(objects[1], images)
     image = np.repeat(np.arange(images), counts)
     object_counts = np.zeros((len(AREAS), images, 1), np.int64)
     object_counts[0, :, 0] = counts
     ease = random.normal(0, 0.8, images)[image] + random.normal(0, 0.8, len(image))
-    clutter = random.gamma(2, 1, images)  # false positives of an image, on average
+    clutter = random.gamma(2, sum(objects) / 3.5, images)  # false positives of an image, on average
     return [_detect(random, image, object_counts, ease + skill, clutter, run_sd) for skill in skills]
 
 
-def _detect(random, image: np.ndarray, objects: np.ndarray, ease: np.ndarray, clutter: np.ndarray, run_sd: float) -> Matches:
+def _detect(
+    random: np.random.Generator, image: np.ndarray, objects: np.ndarray, ease: np.ndarray, clutter: np.ndarray, run_sd: float
+) -> Matches:
     own = ease + random.normal(0, run_sd, len(image))
     iou = 1 / (1 + np.exp(-(own + 1)))
     score = 1 / (1 + np.exp(-(own + random.normal(0, 1, len(own)))))
@@ -177,9 +195,30 @@ def _detect(random, image: np.ndarray, objects: np.ndarray, ease: np.ndarray, cl
     return Matches(images[order], zeros, scores[order], zeros, order, matched, np.zeros_like(matched), objects)
 
 
+def make_categories(random: np.random.Generator, images: int) -> Matches:
+    """Matches of one detector on images with common and rare objects, ``CATEGORIES``."""
+    parts = [make_sets(random, images, SKILLS[:1], objects)[0] for objects in CATEGORIES]
+    return dataclasses.replace(
+        parts[0],
+        image=np.concatenate([part.image for part in parts]),
+        category=np.repeat(np.arange(len(parts)), [len(part.image) for part in parts]),
+        score=np.concatenate([part.score for part in parts]),
+        rank=np.concatenate([part.rank for part in parts]),
+        row=np.concatenate([part.row for part in parts]),
+        matched=np.concatenate([part.matched for part in parts], 2),
+        ignored=np.concatenate([part.ignored for part in parts], 2),
+        objects=np.concatenate([part.objects for part in parts], 2),
+    )
+
+
+def aps_of(matches: Matches, weights: np.ndarray) -> np.ndarray:
+    """AP [R, categories] of the images as often as ``weights`` [R, images] say."""
+    return weighted_metrics(matches, weights, ["AP"])["AP"]
+
+
 def ap_of(matches: Matches) -> float:
     """AP on all images."""
-    return float(overall(weighted_metrics(grouped(matches, 1), np.ones((1, 1)), ["AP"])["AP"])[0])
+    return float(overall(aps_of(grouped(matches, 1), np.ones((1, 1))))[0])
 
 
 def left_out(matches: Matches) -> np.ndarray:
@@ -187,33 +226,85 @@ def left_out(matches: Matches) -> np.ndarray:
     return overall(left_out_metrics(matches, ["AP"])["AP"])
 
 
-def measure_coverage(sizes: list[int], sets: int, seeds: int, seed: int = 0) -> str:
+def percentile_interval(values: np.ndarray) -> tuple[float, float]:
+    """The plain interval of the bootstrap: from the 2.5 % to the 97.5 % point of the values of the resamples."""
+    low, high = np.nanquantile(values, (0.025, 0.975)) if not np.isnan(values).all() else (math.nan, math.nan)
+    return float(low), float(high)
+
+
+class Coverage:
+    """How often the intervals of one number, by the jackknife and by the percentile bootstrap, hold its true value."""
+
+    def __init__(self, truth: float, low: float = 0.0) -> None:
+        self.truth, self.low, self.sets = truth, low, 0
+        self.ends: tuple[list, list] = [], []
+
+    def add(self, value: float, without: np.ndarray, resampled: np.ndarray) -> None:
+        """Count a set, from the number on all images, without each and on each resample."""
+        self.add_interval(jackknife_interval(value, without, self.low), percentile_interval(resampled))
+
+    def add_interval(self, jackknife: Sequence[float] | None, percentile: Sequence[float] | None = None) -> None:
+        """Count a set; sets without an interval (all objects of a category in one image) are left out."""
+        self.sets += 1
+        if jackknife is not None:
+            self.ends[0].append(jackknife)
+            self.ends[1].append(percentile or (math.nan, math.nan))
+
+    def cells(self) -> list[str]:
+        """What the table says."""
+        cells = []
+        for ends in self.ends:
+            low, high = np.array(ends).T
+            held = ((low <= self.truth) & (self.truth <= high)).mean()
+            cells.append("" if np.isnan(low).all() else f"{100 * held:.1f} % ({100 * np.nanmean(high - low):.1f})")
+        return [f"{len(self.ends[0])} of {self.sets}", *cells]
+
+
+def measure_coverage(sizes: Sequence[int], sets: int, seeds: int, resamples: int, seed: int = 0) -> str:
     """The table of the shares of intervals that hold the truth, and their mean widths in points."""
-    skills = [0.0, 0.2]
-    truth = [ap_of(each) for each in make_sets(np.random.default_rng(0), 20000, skills)]
-    random = np.random.default_rng([seed, 1])
+    large = np.random.default_rng(0)
+    one, other = (ap_of(each) for each in make_sets(large, 20000, SKILLS))
+    of_categories = aps_of(grouped(make_categories(large, 20000), 1), np.ones((1, 1)))[0]
     rows = []
     for images in sizes:
-        held, widths = np.zeros((sets, 3), bool), np.zeros((sets, 3))
+        single, gain, several, rare = (
+            Coverage(one),
+            Coverage(other - one, -1),
+            Coverage(of_categories.mean()),
+            Coverage(of_categories[RARE]),
+        )
+        settings, ones, random = Coverage(0.0, -1), np.ones((1, images)), np.random.default_rng([seed, images])
         for number in range(sets):
-            pair = make_sets(random, images, skills)
-            one, other = (ap_of(each) for each in pair)
-            without_one, without_other = (left_out(each) for each in pair)
-            # A setting is a number of seeds around one skill; both settings have the same, so the true gain is 0.
-            runs = make_sets(random, images, list(random.normal(0, 0.1, 2 * seeds)))
-            ap, without = np.array([ap_of(each) for each in runs]), np.stack([left_out(each) for each in runs])
-            gain = estimate_gain(Runs(ap[:seeds], without[:seeds]), Runs(ap[seeds:], without[seeds:]))
-            half = multiplier(1, gain.freedom) * math.sqrt(gain.variance)
-            ends = [
-                (jackknife_interval(one, without_one), truth[0]),
-                (jackknife_interval(other - one, without_other - without_one, -1), truth[1] - truth[0]),
-                ((gain.value - half, gain.value + half), 0.0),
-            ]
-            for column, ((low, high), value) in enumerate(ends):
-                held[number, column], widths[number, column] = low <= value <= high, high - low
-        cells = [f"{100 * share:.1f} % ({100 * width:.1f})" for share, width in zip(held.mean(0), widths.mean(0), strict=True)]
-        rows.append([images, sets, *cells])
-    return table(rows, ["images", "sets", "AP", "gain of one model", f"gain of a setting, {seeds} seeds"])
+            weights = bootstrap_weights(images, resamples, number)
+            pair = make_sets(random, images, SKILLS)
+            value, without, resampled = (
+                [overall(aps_of(model, rows_of)) for model in pair] for rows_of in (ones, leave_out_weights(images), weights)
+            )
+            single.add(value[0][0], without[0], resampled[0])
+            gain.add(value[1][0] - value[0][0], without[1] - without[0], resampled[1] - resampled[0])
+            mixed = make_categories(random, images)
+            value, without, resampled = (aps_of(mixed, rows_of) for rows_of in (ones, leave_out_weights(images), weights))
+            several.add(overall(value)[0], overall(without), overall(resampled))
+            rare.add(value[0, RARE], without[:, RARE], resampled[:, RARE])
+            settings.add_interval(_gain_of_a_setting(random, images, seeds))
+        named = {
+            "AP, one category": single,
+            f"AP, {len(CATEGORIES)} categories": several,
+            "AP of the rarest of them": rare,
+            "gain of one model on another": gain,
+            f"gain of a setting, {seeds} seeds": settings,
+        }
+        rows += [[images, name, *found.cells()] for name, found in named.items()]
+    return table(rows, ["images", "number", "sets with an interval", "jackknife", "percentile"])
+
+
+def _gain_of_a_setting(random: np.random.Generator, images: int, seeds: int) -> tuple[float, float]:
+    """The interval of the gain of one setting on another, each a number of seeds around the same skill, so that there is none."""
+    runs = make_sets(random, images, list(random.normal(0, 0.1, 2 * seeds)))
+    ap, without = np.array([ap_of(each) for each in runs]), np.stack([left_out(each) for each in runs])
+    gain = estimate_gain(Runs(ap[:seeds], without[:seeds]), Runs(ap[seeds:], without[seeds:]))
+    half = multiplier(1, gain.freedom) * math.sqrt(gain.variance)
+    return gain.value - half, gain.value + half
 
 
 def main() -> None:
@@ -228,13 +319,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", help="test images (default 200; of coverage: 13 50 200)")
     parser.add_argument("--sets", type=int, default=1000, help="test sets for coverage (default 1000)")
     parser.add_argument("--seeds", type=int, default=5, help="of each setting for coverage (default 5)")
+    parser.add_argument("--resamples", type=int, default=1000, help="of the percentile interval (default 1000)")
     parser.add_argument("--first", type=int, default=0, help="the first seed (default 0)")
     parser.add_argument("--quick", action="store_true", help="small and short: shows that it runs, its numbers mean nothing")
     chosen = parser.parse_args()
     repeats, sets = (3, 5) if chosen.quick else (chosen.repeats, chosen.sets)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if chosen.what == "coverage":
-        print(measure_coverage(chosen.images or [13, 50, 200], sets, chosen.seeds, chosen.first))
+        print(measure_coverage(chosen.images or [13, 50, 200], sets, chosen.seeds, chosen.resamples, chosen.first))
     else:
         print(
             measure_claims(

@@ -38,6 +38,7 @@ CHUNK_BYTES = 8 << 20  # transferred at a time
 THREADS = 16  # concurrent transfers, because small files spend their time waiting for answers
 ANNOUNCED_BYTES = 50e6  # larger transfers are announced
 LAST = "last.pth"
+CONFIRM_FOLDER = "confirm"  # in a search's folder: the search of its confirmation
 OWNER = ".owner"  # the file in an unfinished run with the token of the process that writes it
 TOKEN = re.compile(r"[0-9a-f]{32}")
 EVENTS = "*tfevents*"  # files that are only ever appended to

@@ -1,6 +1,7 @@
-"""``raydetr demo``: generated images, conversion, check, fine-tuning, predictions before and after, and a search, in a few minutes."""
+"""``raydetr demo``: generated images, conversion, check, fine-tuning, predictions, a search and its confirmation, in a few minutes."""
 
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ from raydetr.errors import UserError
 
 _MARK = ".raydetr-demo"
 TRIAL_EPOCHS = 6  # enough to tell trials apart
+TEST_IMAGES = 40  # that judge what the search found
 
 
-def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: int = 8, masks: bool = False) -> dict[str, float]:
+def demo(
+    out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: int = 8, masks: bool = False, seeds: int = 3
+) -> dict[str, float]:
     """Run every part of raydetr once on generated images of balloons.
 
     The steps are: generate images, convert and check them, evaluate the bundled ``detr_tiny``, fine-tune it, evaluate again, write a
-    gallery, and search for better settings.
+    gallery, search for better settings, and confirm the best of them on new images.
 
     Args:
         out: folder for everything; an earlier demo in it is replaced.
@@ -27,6 +31,7 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: i
         seed: seed of the images and of the training.
         trials: number of trials of the search; 0 skips it.
         masks: whether to train masks as well, from the outlines of the balloons.
+        seeds: number of trainings with the best settings, and as many with the default settings, that confirm the search.
 
     Returns:
         AP ``before`` and ``after`` fine-tuning, and the ``seconds`` in all; with a search also the AP of trial 0 (``default``) and of the
@@ -74,6 +79,7 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: i
     _say(5, f"raydetr train --preset detr_tiny --data {coco} --epochs {epochs} --workers {workers} --batch-size {batch_size}{flags}")
     from raydetr.launch.train import ray_session
 
+    verdict = ""
     with ray_session(workers):
         after = _fine_tune(config, coco, out / "gallery")
         result = {"before": before["AP"], "after": after["AP"]}
@@ -81,8 +87,9 @@ def demo(out: Path, workers: int = 2, epochs: int = 10, seed: int = 0, trials: i
             result |= {"segm_before": untrained_mask_ap(config, coco, out), "segm_after": after["segm"]["AP"]}
         if trials:
             result |= _search(coco, runs, trials, seed)
+            verdict = _confirm(out, coco, runs / "search", seed, seeds)
     result["seconds"] = time.monotonic() - start
-    _say_what_next(out, result)
+    _say_what_next(out, result, verdict)
     return result
 
 
@@ -134,17 +141,45 @@ def _search(coco: Path, runs: Path, trials: int, seed: int) -> dict[str, float]:
     flags = f"--preset detr_tiny --data {coco} --space tiny --trials {trials} --max-epochs {TRIAL_EPOCHS} --seed {seed}"
     _say(8, f"raydetr tune {flags}")
     from raydetr.launch.tune import summary, tune
-    from raydetr.report.report import report
     from raydetr.search.study import objective
 
     config = load_config(base, {"run.storage": str(runs), "run.name": "search"})
     search = tune(config, "tiny", trials=trials)
     click.echo(summary(search))
-    report([search.folder])
     best = search.best()
     if not best:
         raise UserError(f"no trial of the search has finished; {search.folder} says why")
     return {"default": objective(search.frozen()[0]) or 0.0, "best": objective(best) or 0.0}
+
+
+def _confirm(out: Path, coco: Path, search: Path, seed: int, seeds: int) -> str:
+    """Confirm the best complete trial of the search on new images, write its report, and return the verdict, empty where none was."""
+    from raydetr.launch.confirm import confirm, confirmed_text
+    from raydetr.report.report import report
+    from raydetr.search.study import Search
+
+    sentence = ""
+    if any(trial.number and trial.state.name == "COMPLETE" for trial in Search(search).ranked()):
+        _say(9, f"raydetr confirm {search} --top 1 --seeds {seeds}, judged by {TEST_IMAGES} new images in {coco / 'test2017'}")
+        _add_test_images(out, coco, seed)
+        verdict = confirm(search, top=1, seeds=seeds)
+        click.echo(confirmed_text(verdict, search))
+        sentence = verdict["sentence"]
+    report([search])
+    return sentence
+
+
+def _add_test_images(out: Path, coco: Path, seed: int) -> None:
+    """Generate images that neither the training nor the search has seen as the test set of ``coco``."""
+    from raydetr.data.formats.convert import convert
+    from raydetr.demo import balloons
+
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        new = Path(folder)
+        balloons.generate(new / "via", train=1, val=TEST_IMAGES, seed=seed + 1)
+        convert(new / "via", new / "coco", copy=True)  # nothing may link to the folder that is about to go
+        (new / "coco" / "val2017").rename(coco / "test2017")
+        (new / "coco" / "annotations" / "custom_val.json").rename(coco / "annotations" / "custom_test.json")
 
 
 def _claim(out: Path) -> None:
@@ -157,10 +192,10 @@ def _claim(out: Path) -> None:
 
 
 def _say(step: int, what: str) -> None:
-    click.secho(f"\n[{step}/8] {what}", bold=True)
+    click.secho(f"\n[{step}/9] {what}", bold=True)
 
 
-def _say_what_next(out: Path, result: dict[str, float]) -> None:
+def _say_what_next(out: Path, result: dict[str, float], verdict: str) -> None:
     lines = [f"AP {result['before']:.3f} before, {result['after']:.3f} after fine-tuning"]
     pages = f"""
   {out / "gallery" / "index.html"}    before and after beside the true boxes
@@ -168,8 +203,11 @@ def _say_what_next(out: Path, result: dict[str, float]) -> None:
     if "segm_after" in result:
         lines.append(f"masks: AP {result['segm_before']:.3f} before, {result['segm_after']:.3f} after training")
     if "best" in result:
-        lines.append(f"search: AP {result['default']:.3f} with the default settings, {result['best']:.3f} with the best found")
-        lines.append(f"how much of the difference is luck: raydetr confirm {out / 'runs' / 'search'}")
+        lines.append(
+            f"search: AP {result['default']:.3f} with the default settings, {result['best']:.3f} with the best found, luck included"
+        )
+        if verdict:
+            lines.append(f"confirmed on new images: {verdict}")
         pages += f"""
   {out / "runs" / "search" / "report.html"}    what the search found"""
     click.secho("\n" + "\n".join([*lines, f"{result['seconds']:.0f} seconds in all"]), bold=True)

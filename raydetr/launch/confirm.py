@@ -9,6 +9,7 @@ the confirmed ones.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,7 @@ from raydetr.launch.session import ray_session
 from raydetr.launch.signals import interruptible
 from raydetr.launch.slots import ONE_WORKER_EACH, Demands, Slots, check_disk, find_slots
 from raydetr.launch.train import naming_the_file
-from raydetr.launch.tune import CONFIRM_FOLDER, driving, pushing, refresh_working_copy, run_trials, share_images
+from raydetr.launch.tune import driving, pushing, refresh_working_copy, run_trials, share_images
 from raydetr.predict.score import detect
 from raydetr.search.confirm import (
     DEFAULTS,
@@ -54,13 +55,13 @@ from raydetr.search.confirm import (
 )
 from raydetr.search.space import Space, read_space
 from raydetr.search.study import AS_A_RUN, CONFIRMED, STUDY_FILE, Search, create_search, open_search
-from raydetr.storage import absolute, fetch, join, working_folder
+from raydetr.storage import CONFIRM_FOLDER, absolute, fetch, join, working_folder
 from raydetr.text import count, shortlist
 from raydetr.weights.checkpoint import read_checkpoint
 
 SCORES_FILE = "scores.json"  # in the confirmation's folder; its keys are the numbers of the trainings
 LEAST_BUDGET = 6  # two candidates and the defaults with two seeds each
-PLAN = "confirmation"  # the user attribute of the study: the Plan
+PLAN, JUDGING = "confirmation", "judging"  # user attributes of the study: the Plan, and a digest of the images of scores.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +186,7 @@ def confirm(
                 confirmation, plan = _open(search, place, plan)
                 split = judged_on(search, plan)
                 with driving(confirmation.folder), pushing(confirmation):
+                    forget_stale_scores(confirmation, search.base_config.data, split)
                     scores = _train_and_score(confirmation, search, plan, split, demands)
             return _conclude(search, confirmation, plan, scores, split)
 
@@ -218,6 +220,24 @@ def check_judging_images(data: settings.Data, split: str) -> None:
                 f"confirm: {count(len(shared), 'test image')} {'is' if len(shared) == 1 else 'are'} also in the data that was trained on, "
                 f"the first is {other} (the same as {one}); take them out of the test set"
             )
+
+
+def forget_stale_scores(confirmation: Search, data: settings.Data, split: str) -> None:
+    """Delete the scores of a confirmation if other images judge than before, so that its trainings are scored again.
+
+    That happens if a test set was added, or changed, after the confirmation had begun.
+
+    Args:
+        confirmation: The search of the confirmation.
+        data: Settings that name the data set.
+        split: ``"test"``, ``"folds"`` or ``"val"``.
+    """
+    known = data_fingerprint(CocoImages(find_split(data, "train" if split == "folds" else split), _as_it_is).coco)
+    content = [split, *(each.tolist() if hasattr(each, "tolist") else each for each in known.values())]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    if confirmation.study.user_attrs.get(JUDGING) != digest:
+        (confirmation.folder / SCORES_FILE).unlink(missing_ok=True)
+        confirmation.study.set_user_attr(JUDGING, digest)
 
 
 def _as_it_is(*sample: Any) -> Any:

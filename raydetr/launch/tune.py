@@ -39,12 +39,11 @@ from raydetr.launch.trial import run_trial
 from raydetr.search.space import Space, read_space
 from raydetr.search.study import TRIALS_FOLDER, Search, check_request, create_search, open_search, top_trials, write_best, write_trials
 from raydetr.search.trials import TrialsDisplay
-from raydetr.storage import OWNER, absolute, become_owner, fetch, is_uri, join, remove_tokens, split, working_folder
+from raydetr.storage import CONFIRM_FOLDER, OWNER, absolute, become_owner, fetch, is_uri, join, remove_tokens, split, working_folder
 from raydetr.training.metrics import LATENCY, MASK_METRICS, METRICS
 
 STORE_SHARE = 0.5  # of Ray's object store, for decoded images
 DEFAULT_SCHEDULER = "asha"  # with one objective
-CONFIRM_FOLDER = "confirm"  # in a search's folder: the search of its confirmation
 KEEP_INTERVAL_S = 5.0  # between two pushes of a search's own files to an object store
 
 

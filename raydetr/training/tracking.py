@@ -36,6 +36,7 @@ from raydetr.draw import Box, category_colours, draw_boxes
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS, stats
 from raydetr.files import atomic_write
+from raydetr.storage import CONFIRM_FOLDER, split
 from raydetr.text import compact
 from raydetr.training.engine import Detections
 from raydetr.training.metrics import LATENCY, LOSSES, MASK_LOSSES, MASK_METRICS, losses_in
@@ -112,14 +113,17 @@ class Tracker:
         return [name for name, value in self._settings.items() if value != defaults[name] and name not in named]
 
     def _group(self) -> str:
-        """Return the name of a trial on the HPARAMS page, which shows its beginning only: ``003 lr=2.7e-4``.
+        """Return the name of a trial on the HPARAMS page, which shows its beginning only: ``003 lr=2.7e-4 (name of the search)``.
 
-        Trials that differ in nothing but their seed have the same name: TensorBoard shows the means of such a group.
+        TensorBoard shows trials of one name as their means. These are the trials of a confirmation that differ in their seed or fold only.
         """
         number = str(self._settings["run.name"]).partition("_")[0]
-        drawn = [name for name in self._searched or () if name != "run.seed"]
+        drawn = [name for name in self._searched or () if name not in ("run.seed", "data.fold")]
         values = [f"{name.split('.')[1]}={compact(self._settings[name])}" for name in drawn]
-        return " ".join([number, *(values if number.strip("0") else ["defaults"])])
+        above, search = split(split(str(self._settings["run.storage"]))[0])
+        confirmed = search == CONFIRM_FOLDER
+        words = [number, *(["confirmed"] if confirmed else []), *(values if number.strip("0") else ["defaults"])]
+        return f"{' '.join(words)} ({split(above)[1] if confirmed else search})"
 
     def log_step(self, seen: int, numbers: dict[str, float]) -> None:
         """Write the numbers of an optimizer step.
@@ -412,11 +416,11 @@ def log_line(
     extra = {"train_grad_norm": train["grad_norm"]}
     extra |= zip(("test_AP_low", "test_AP_high"), metrics.get("AP_interval") or (math.nan, math.nan), strict=True)
     line |= {name: value for name, value in extra.items() if math.isfinite(value)}
-    for split, losses in (("train", train), ("test", val)):
-        line |= {f"{split}_class_error": losses["class_error"], f"{split}_loss": losses["loss"]}
-        line |= {f"{split}_{name}": losses[name] * weight for name, weight in weights.items()}
+    for part, losses in (("train", train), ("test", val)):
+        line |= {f"{part}_class_error": losses["class_error"], f"{part}_loss": losses["loss"]}
+        line |= {f"{part}_{name}": losses[name] * weight for name, weight in weights.items()}
         errors = ("loss_", "class_error", "cardinality_error")
-        line |= {f"{split}_{name}_unscaled": value for name, value in losses.items() if name.startswith(errors)}
+        line |= {f"{part}_{name}_unscaled": value for name, value in losses.items() if name.startswith(errors)}
     return {
         **line,
         "test_coco_eval_bbox": stats(metrics),

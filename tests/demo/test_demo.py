@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.timeout(900)
 def test_the_demo_fine_tunes_the_bundled_model_to_half_and_more_and_finds_better_settings(tmp_path, capsys):
-    result = demo(tmp_path / "demo")
+    result = demo(tmp_path / "demo", seeds=2)
     assert result["before"] < 0.1
     assert result["after"] >= 0.5
     out = tmp_path / "demo"
@@ -26,10 +26,15 @@ def test_the_demo_fine_tunes_the_bundled_model_to_half_and_more_and_finds_better
     said = capsys.readouterr().out
     assert f"AP {result['before']:.3f} before, {result['after']:.3f} after" in said
     assert "raydetr train --data DATA" in said
-    assert f"raydetr confirm {out / 'runs' / 'search'}" in said
+    assert f"raydetr confirm {out / 'runs' / 'search'} --top 1 --seeds 2" in said
+    verdict = json.loads((out / "runs" / "search" / "verdict.json").read_text())
+    assert (verdict["judged_on"], verdict["images"], verdict["seeds"]) == ("test", 40, 2)
+    assert f"confirmed on new images: {verdict['sentence']}" in said
     assert result["best"] > result["default"]
     assert len(list((out / "runs" / "search" / "trials").iterdir())) == 8
-    assert (out / "runs" / "search" / "report.html").stat().st_size > 100_000
+    report = (out / "runs" / "search" / "report.html").read_text()
+    assert len(report) > 100_000
+    assert verdict["sentence"] in report
     alone = "PYTEST_XDIST_WORKER" not in os.environ
     assert result["seconds"] < (360 if alone else 720)  # six minutes of two cores; beside other tests it has one of them
 

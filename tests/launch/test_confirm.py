@@ -22,6 +22,7 @@ from raydetr.launch.confirm import (
     check_same_data,
     choose,
     confirm,
+    forget_stale_scores,
     given_space,
     judged_on,
     make_plan,
@@ -203,6 +204,30 @@ def test_changed_data_are_refused_with_the_difference(coco_folder, tmp_path):
     file.write_text(json.dumps(coco))
     with pytest.raises(UserError, match=r"the train set is not the one of .*: boxes of image \d+ changed \(3 before, 2 now\)"):
         confirm(search.folder)
+
+
+def test_scores_are_forgotten_once_other_images_judge(coco_folder, tmp_path):
+    data = coco_folder(val=5)
+    search = finished_search(tmp_path, data, [0.3, 0.5])
+    confirmation, _ = confirmer._open(search, str(search.folder / "confirm"), make_plan(search, 1, 2, None))
+    scores = confirmation.folder / "scores.json"
+
+    def kept(split):
+        scores.write_text("{}")
+        forget_stale_scores(confirmation, search.base_config.data, split)
+        return scores.exists()
+
+    assert not kept("val"), "of unknown images"
+    assert kept("val")
+    shutil.copytree(data / "val2017", data / "test2017")
+    test = data / "annotations" / "custom_test.json"
+    test.write_text((data / "annotations" / "custom_val.json").read_text())
+    assert not kept("test")
+    assert kept("test")
+    coco = json.loads(test.read_text())
+    coco["annotations"].pop()
+    test.write_text(json.dumps(coco))
+    assert not kept("test")
 
 
 def test_the_defaults_are_kept_where_the_winner_is_not_above_them():

@@ -16,6 +16,7 @@ from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.masks import encode_masks
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
+from raydetr.storage import split
 from raydetr.training.engine import Detections
 from raydetr.training.fit import LocalReporter, fit
 from raydetr.training.tracking import LOSSES, Log, Pictures, Tracker, custom_scalars, logged_epochs
@@ -188,18 +189,22 @@ def test_the_settings_that_were_changed_come_first_on_the_hparams_page(finished)
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "expected"),
+    ("path", "changes", "expected"),
     [
-        ("003_lr=2.7e-4_eos=0.05", {"optim.lr": 2.7e-4, "loss.eos_coef": 0.05}, "003 lr=2.7e-4 eos_coef=0.05"),
-        ("000_default", {}, "000 defaults"),
-        ("017_seed=2_lr=3e-4", {"optim.lr": 3e-4, "run.seed": 2}, "017 lr=3e-4 eos_coef=0.1"),
-        ("017_seed=3_lr=3e-4", {"optim.lr": 3e-4, "run.seed": 3}, "017 lr=3e-4 eos_coef=0.1"),  # the same: its mean is shown
-        ("000_seed=3_lr=1e-4", {"run.seed": 3}, "000 defaults"),
+        ("first/trials/003_lr=2.7e-4_eos=0.05", {"optim.lr": 2.7e-4, "loss.eos_coef": 0.05}, "003 lr=2.7e-4 eos_coef=0.05 (first)"),
+        ("first/trials/000_default", {}, "000 defaults (first)"),
+        ("other/trials/000_default", {}, "000 defaults (other)"),
+        ("first/confirm/trials/017_seed=2_lr=3e-4", {"optim.lr": 3e-4, "run.seed": 2}, "017 confirmed lr=3e-4 eos_coef=0.1 (first)"),
+        ("first/confirm/trials/017_seed=3_lr=3e-4", {"optim.lr": 3e-4, "run.seed": 3}, "017 confirmed lr=3e-4 eos_coef=0.1 (first)"),
+        ("first/confirm/trials/000_default", {}, "000 confirmed defaults (first)"),
+        ("first/confirm/trials/000_seed=3_fold=2", {"run.seed": 3, "data.folds": 2, "data.fold": 2}, "000 confirmed defaults (first)"),
     ],
 )
-def test_trials_have_short_names_and_the_seeds_of_one_setting_the_same(tmp_path, name, changes, expected):
+def test_trials_have_short_names_and_the_seeds_of_one_confirmed_setting_the_same(tmp_path, path, changes, expected):
     searched = {"run.seed": [1, 2, 3], "optim.lr": (1e-5, 1e-3), "loss.eos_coef": (0.02, 0.5)}
-    Tracker(tmp_path, load_config({"run.name": name, **changes}), searched=searched).close()
+    searched |= {"data.fold": [1, 2]} if "data.fold" in changes else {}
+    storage, name = split(path)
+    Tracker(tmp_path, load_config({"run.storage": f"/runs/{storage}", "run.name": name, **changes}), searched=searched).close()
     (_, start), _ = hparams_of(read(tmp_path))
     assert start.session_start_info.group_name == expected
 
