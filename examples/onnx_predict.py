@@ -2,7 +2,8 @@
 
     python onnx_predict.py model.onnx photograph.jpg ... --threshold 0.7
 
-Prints a JSON line for each detection: file, category, score and box (x, y, width, height in pixels of the upright image).
+Prints a JSON line for each detection: file, category, score and box (x, y, width, height in pixels of the upright image), and for a model
+with masks the mask as COCO's uncompressed RLE (``segmentation``).
 """
 
 import argparse
@@ -38,7 +39,7 @@ def detect(session: onnxruntime.InferenceSession, image: Image.Image, threshold:
     thresholds = [0.7 if each is None else each for each in own] if threshold is None else [threshold] * len(categories)
     images = prepare(image, about)
     mask = np.zeros((1, *images.shape[-2:]), bool)  # nothing is padded
-    logits, boxes = session.run(["logits", "boxes"], {"images": images, "mask": mask})
+    logits, boxes, *masks = session.run(None, {"images": images, "mask": mask})
     exponentials = np.exp(logits[0] - logits[0].max(-1, keepdims=True))
     probabilities = (exponentials / exponentials.sum(-1, keepdims=True))[:, :-1]  # the last class is no-object
     labels, scores = probabilities.argmax(-1), probabilities.max(-1)
@@ -50,7 +51,19 @@ def detect(session: onnxruntime.InferenceSession, image: Image.Image, threshold:
             box = [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]
             category = categories[int(labels[query])]
             found.append({"category_id": category["id"], "category": category["name"], "score": float(scores[query]), "bbox": box})
+            if masks:
+                found[-1]["segmentation"] = mask_rle(masks[0][0, query], images.shape[-2:], (height, width))
     return found
+
+
+def mask_rle(logits: np.ndarray, resized: tuple[int, int], size: tuple[int, int]) -> dict:
+    """The mask of a detection as COCO's uncompressed RLE, from its logits at a quarter of the resized image (sizes: height, width)."""
+    enlarged = np.asarray(Image.fromarray(logits).resize(resized[::-1], Image.Resampling.BILINEAR))
+    rows, columns = (np.arange(side) * pixels // side for side, pixels in zip(size, resized, strict=True))
+    inside = (enlarged > 0)[rows[:, None], columns].ravel(order="F")  # COCO counts down the columns
+    ends = np.flatnonzero(np.diff(inside, prepend=False))  # where a run ends; the first run is of pixels outside the mask
+    counts = np.diff(ends, prepend=0, append=inside.size)
+    return {"size": list(size), "counts": counts.tolist()}
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """Tell whether a data set is still the one that a run was trained on, and what has changed if not.
 
-The fingerprint of one split covers image ids, image sizes, boxes with their categories, and the categories. It does not cover file
-names, folders, pixels, or the order of the entries, so that a data set that was moved is the same data set. It holds one digest per
-image (36 bytes), which is what allows :func:`fingerprint_difference` to name the images that changed.
+The fingerprint of one split covers image ids, image sizes, boxes with their categories, and the categories; of a set that was loaded with
+masks also these. It does not cover file names, folders, pixels, or the order of the entries, so that a data set that was moved is the same
+data set. It holds one digest per image (36 bytes; 44 with masks), which is what allows :func:`fingerprint_difference` to name the images
+that changed.
 """
 
 import hashlib
@@ -26,7 +27,8 @@ def data_fingerprint(coco: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[st
     Returns:
         A dict that ``torch.save`` writes and ``torch.load(weights_only=True)`` reads, with N images in ascending order of their ids:
         ``image_ids`` int64 [N], ``sizes`` int64 [N, 2] (width and height in pixels), ``boxes`` int32 [N] (boxes per image),
-        ``digests`` int64 [N] (of an image's boxes), and ``categories``, a list of dicts with ``id`` and ``name``.
+        ``digests`` int64 [N] (of an image's boxes), and ``categories``, a list of dicts with ``id`` and ``name``. With masks it also has
+        ``masks`` int64 [N] (a digest of an image's masks and the boxes that they belong to).
     """
     images = sorted(coco["images"], key=lambda image: image["id"])
     rows = {image["id"]: row for row, image in enumerate(images)}
@@ -37,18 +39,23 @@ def data_fingerprint(coco: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[st
     keys = np.array(
         [(rows[each["image_id"]], each["category_id"], names[each["category_id"]], each["iscrowd"]) for each in annotations], dtype=np.int64
     ).reshape(-1, 4)
-    boxes = np.concatenate([keys, numbers.view(np.int64)], axis=1)
+    with_masks = any("segmentation" in each for each in annotations)
+    masks = [_digest(str(each["segmentation"] and each["segmentation"]["counts"]).encode()) for each in annotations] if with_masks else []
+    boxes = np.concatenate([keys, numbers.view(np.int64), np.array(masks, np.int64).reshape(len(keys), int(with_masks))], axis=1)
     boxes = boxes[np.lexsort(boxes.T[::-1])]
     ends = np.searchsorted(boxes[:, 0], np.arange(len(images)), side="right")
     starts = np.concatenate([[0], ends[:-1]])
     content = boxes[:, 2:]  # by name: other category ids with the same names are a difference of the categories alone
+
+    def digests(rows: np.ndarray) -> torch.Tensor:
+        return torch.tensor([_digest(rows[start:end].tobytes()) for start, end in zip(starts, ends, strict=True)], dtype=torch.int64)
+
     return {
         "image_ids": torch.tensor([image["id"] for image in images], dtype=torch.int64),
         "sizes": torch.tensor([(image["width"], image["height"]) for image in images], dtype=torch.int64).view(-1, 2),
         "boxes": torch.from_numpy((ends - starts).astype(np.int32)),
-        "digests": torch.tensor(
-            [_digest(content[start:end].tobytes()) for start, end in zip(starts, ends, strict=True)], dtype=torch.int64
-        ),
+        "digests": digests(content[:, :7]),
+        **({"masks": digests(content)} if with_masks else {}),
         "categories": [{"id": each["id"], "name": each["name"]} for each in coco["categories"]],
     }
 
@@ -56,8 +63,8 @@ def data_fingerprint(coco: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[st
 def fingerprint_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return what differs between two fingerprints of :func:`data_fingerprint`, one readable line each; empty where nothing does.
 
-    Examples of lines: ``3 images added (ids 4, 5, 6)``, ``boxes of image 17 changed (2 before, 3 now)``,
-    ``category 'dog' removed``.
+    Examples of lines: ``3 images added (ids 4, 5, 6)``, ``boxes of image 17 changed (2 before, 3 now)``, ``masks of image 17 changed``,
+    ``category 'dog' removed``. Masks are compared where both fingerprints have them.
     """
     old = {image_id: row for row, image_id in enumerate(before["image_ids"].tolist())}
     new = {image_id: row for row, image_id in enumerate(now["image_ids"].tolist())}
@@ -71,7 +78,10 @@ def fingerprint_difference(before: Mapping[str, Any], now: Mapping[str, Any]) ->
     counts = [[f"{count}" for count in each.tolist()] for each in (before["boxes"][there], now["boxes"][here])]
     ids = before["image_ids"][there].tolist()
     differences += _changes("size", ids, (before["sizes"][there] != now["sizes"][here]).any(1), *sizes)
-    differences += _changes("boxes", ids, before["digests"][there] != now["digests"][here], *counts)
+    boxes = before["digests"][there] != now["digests"][here]
+    differences += _changes("boxes", ids, boxes, *counts)
+    if "masks" in before and "masks" in now:
+        differences += _changes("masks", ids, (before["masks"][there] != now["masks"][here]) & ~boxes, counts[0], counts[0])
     return differences
 
 

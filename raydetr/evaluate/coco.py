@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from raydetr.data.masks import box_mask
+from raydetr.data.masks import box_mask, mask_area, mask_box
 from raydetr.errors import UserError
-from raydetr.evaluate.matches import AREAS, IOUS, AnnotatedBoxes, Boxes, DetectedBoxes, Matches, coco_eval, match
+from raydetr.evaluate.matches import AREAS, IOUS, AnnotatedBoxes, Boxes, DetectedBoxes, Matches, coco_eval, mask_eval, match
 from raydetr.memory import without_collections
 from raydetr.values import is_finite
 
@@ -53,6 +53,7 @@ class Evaluation:
         objects: The annotated boxes, in the order of the annotations.
         detections: The detected boxes, in the order of the results, without those of unknown categories.
         numbers: hotcoco's evaluation, which contains precision and recall.
+        masks: Whether masks were compared and not boxes.
     """
 
     image_ids: list
@@ -60,6 +61,7 @@ class Evaluation:
     objects: AnnotatedBoxes
     detections: DetectedBoxes
     numbers: "hotcoco.COCOeval"
+    masks: bool = False
 
     @property
     def accumulated(self) -> dict[str, np.ndarray]:
@@ -69,7 +71,8 @@ class Evaluation:
     @functools.cached_property
     def matches(self) -> Matches:
         """Which detection matches which object, at each IoU threshold and object size."""
-        return match(self.objects, self.detections, len(self.image_ids), len(self.category_ids))
+        evaluated = self.numbers if self.masks else None
+        return match(self.objects, self.detections, len(self.image_ids), len(self.category_ids), evaluated)
 
 
 def coco_metrics(coco: dict, results: list[dict]) -> dict[str, Any]:
@@ -105,7 +108,7 @@ def run_coco_eval(coco: dict, results: list[dict]) -> Evaluation:
     image_ids = sorted(image["id"] for image in coco["images"])
     category_ids = sorted(category["id"] for category in coco["categories"])
     with without_collections():
-        objects = _objects(coco, image_ids, category_ids)
+        objects = _objects(coco["annotations"], image_ids, category_ids)
         detections = _detections(results, image_ids, category_ids)
         numbers = coco_eval(objects, detections, len(image_ids), len(category_ids))
         numbers.accumulate()
@@ -138,8 +141,7 @@ def check_results(coco: dict, results: list[dict]) -> None:
             )
 
 
-def _objects(coco: dict, image_ids: list, category_ids: list) -> AnnotatedBoxes:
-    annotations = coco["annotations"]
+def _objects(annotations: list[dict], image_ids: list, category_ids: list) -> AnnotatedBoxes:
     boxes = _boxes(annotations, image_ids, category_ids)
     area = [each.get("area", width * height) for each, (_, _, width, height) in zip(annotations, boxes.xywh.tolist(), strict=True)]
     crowd = [bool(each.get("iscrowd", 0)) for each in annotations]
@@ -147,11 +149,15 @@ def _objects(coco: dict, image_ids: list, category_ids: list) -> AnnotatedBoxes:
 
 
 def _detections(results: list[dict], image_ids: list, category_ids: list) -> DetectedBoxes:
-    known = set(category_ids)
-    results = [result for result in results if result["category_id"] in known]
+    results = _known(results, category_ids)
     boxes = _boxes(results, image_ids, category_ids)
     score = np.array([result["score"] for result in results], float)
     return DetectedBoxes(boxes.image, boxes.category, boxes.xywh, boxes.area, score)
+
+
+def _known(results: list[dict], category_ids: list) -> list[dict]:
+    known = set(category_ids)
+    return [result for result in results if result["category_id"] in known]
 
 
 def _boxes(entries: list[dict], image_ids: list, category_ids: list) -> Boxes:
@@ -179,6 +185,14 @@ def summarize(evaluation: Evaluation, categories: Iterable[dict]) -> dict[str, A
 def mask_metrics(coco: dict, results: list[dict]) -> dict[str, Any]:
     """Return the twelve COCO numbers of masks (``segm``), over all categories and per category.
 
+    The arguments are those of :func:`run_mask_eval`, and the numbers are in the form of :func:`coco_metrics`.
+    """
+    return summarize(run_mask_eval(coco, results), coco["categories"])
+
+
+def run_mask_eval(coco: dict, results: list[dict]) -> Evaluation:
+    """Evaluate masks (``segm``) on a data set, and accumulate precision and recall.
+
     An annotation without a mask is neither a miss nor a hit: its box is taken for a crowd region.
 
     Args:
@@ -186,49 +200,21 @@ def mask_metrics(coco: dict, results: list[dict]) -> dict[str, Any]:
             RLE, or None, as :func:`raydetr.data.coco.load_coco` returns it.
         results: COCO results: dictionaries with ``image_id``, ``category_id``, ``segmentation`` (RLE) and ``score``. Those without a
             ``segmentation`` are left out, and those of categories that ``coco`` does not have.
-
-    Returns:
-        The numbers, as :func:`coco_metrics` returns them.
     """
     image_ids = sorted(image["id"] for image in coco["images"])
     category_ids = sorted(category["id"] for category in coco["categories"])
-    image = {number: position for position, number in enumerate(image_ids, 1)}
-    category = {number: position for position, number in enumerate(category_ids, 1)}
-    sizes = {each["id"]: (each["height"], each["width"]) for each in coco["images"]}
-    truth = {
-        "images": [{"id": image[number], "height": height, "width": width} for number, (height, width) in sizes.items()],
-        "categories": [{"id": position, "name": str(position)} for position in category.values()],
-        "annotations": [
-            {
-                "id": number,
-                "image_id": image[each["image_id"]],
-                "category_id": category[each["category_id"]],
-                "bbox": each["bbox"],
-                "area": each["area"],
-                "segmentation": each["segmentation"] or box_mask(each["bbox"], sizes[each["image_id"]]),
-                "iscrowd": int(each["iscrowd"] or each["segmentation"] is None),
-            }
-            for number, each in enumerate(coco["annotations"], 1)
-        ],
-    }
-    found = [
-        {
-            "image_id": image[each["image_id"]],
-            "category_id": category[each["category_id"]],
-            "segmentation": each["segmentation"],
-            "score": each["score"],
-        }
-        for each in results
-        if each["category_id"] in category and each.get("segmentation")
-    ]
-    import hotcoco
-
+    size = {each["id"]: (each["height"], each["width"]) for each in coco["images"]}
+    annotations = [each | {"iscrowd": each["iscrowd"] or not each["segmentation"]} for each in coco["annotations"]]
+    true_masks = [each["segmentation"] or box_mask(each["bbox"], size[each["image_id"]]) for each in annotations]
+    results = [each | {"bbox": mask_box(each["segmentation"])} for each in _known(results, category_ids) if each.get("segmentation")]
+    masks = [each["segmentation"] for each in results]
     with without_collections():
-        dataset = hotcoco.COCO(truth)
-        numbers = hotcoco.COCOeval(dataset, dataset.load_res(found), "segm")
-        numbers.evaluate()
+        objects = _objects(annotations, image_ids, category_ids)
+        detections = _detections(results, image_ids, category_ids)
+        detections = dataclasses.replace(detections, area=np.array(list(map(mask_area, masks)), float))
+        numbers = mask_eval(objects, true_masks, detections, masks, [size[each] for each in image_ids], len(category_ids))
         numbers.accumulate()
-    return _summary(cast(dict[str, np.ndarray], numbers.eval), category_ids, coco["categories"])
+    return Evaluation(image_ids, category_ids, objects, detections, numbers, masks=True)
 
 
 def _summary(accumulated: dict[str, np.ndarray], category_ids: list, categories: Iterable[dict]) -> dict[str, Any]:

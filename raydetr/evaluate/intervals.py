@@ -24,7 +24,7 @@ import numpy as np
 from scipy.stats import t as student_t
 
 from raydetr.errors import UserError
-from raydetr.evaluate.coco import METRICS, Evaluation, category_names, run_coco_eval, summarize
+from raydetr.evaluate.coco import METRICS, Evaluation, category_names, run_coco_eval, run_mask_eval, summarize
 from raydetr.evaluate.matches import AREAS, IOUS, Matches
 
 CONFIDENCE = 0.95
@@ -257,6 +257,18 @@ def interval_metrics(coco: dict, results: list[dict]) -> dict[str, Any]:
     return with_intervals(summarize(evaluation, coco["categories"]), evaluation, coco["categories"])
 
 
+def mask_interval_metrics(coco: dict, results: list[dict], names: Sequence[str] = tuple(METRICS)) -> dict[str, Any]:
+    """Return the twelve COCO numbers of masks with their 95 % intervals.
+
+    Args:
+        coco: A COCO data set, as for :func:`raydetr.evaluate.coco.run_mask_eval`.
+        results: COCO results, as for :func:`raydetr.evaluate.coco.run_mask_eval`.
+        names: Which of ``METRICS`` get an interval.
+    """
+    evaluation = run_mask_eval(coco, results)
+    return with_intervals(summarize(evaluation, coco["categories"]), evaluation, coco["categories"], names)
+
+
 def with_intervals(
     metrics: dict[str, Any], evaluation: Evaluation, categories: Iterable[dict], names: Sequence[str] = tuple(METRICS)
 ) -> dict:
@@ -264,7 +276,7 @@ def with_intervals(
 
     Args:
         metrics: The result of :func:`raydetr.evaluate.coco.summarize`.
-        evaluation: The evaluation that ``metrics`` summarizes.
+        evaluation: The evaluation that ``metrics`` summarizes, of boxes or of masks.
         categories: The data set's categories.
         names: Which of ``METRICS`` get an interval.
 
@@ -333,12 +345,13 @@ def _differences(mine: dict, theirs: dict, mine_left_out: dict, theirs_left_out:
     return found
 
 
-def verdict(difference: dict[str, Any], images: int) -> str:
+def verdict(difference: dict[str, Any], images: int, measure: str = "AP") -> str:
     """Return the difference in AP of two results in words, which call the first result the checkpoint and the second the other.
 
     Args:
         difference: The result of :func:`compare`.
         images: The number of images.
+        measure: What AP is called: that of boxes, or that of masks.
     """
     gain, interval = difference["AP"], difference["AP_interval"]
     if gain is None:
@@ -347,10 +360,10 @@ def verdict(difference: dict[str, Any], images: int) -> str:
         return f"Nothing can be said about a difference: {_images(images)}, and all objects of a category or of all may be in one of them."
     words = f"(95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f}; {_images(images)})"
     if interval[0] > 0:
-        return f"The checkpoint is better than the other by {100 * gain:.1f} AP {words}."
+        return f"The checkpoint is better than the other by {100 * gain:.1f} {measure} {words}."
     if interval[1] < 0:
-        return f"The checkpoint is worse than the other by {-100 * gain:.1f} AP {words}."
-    return f"No difference can be shown with these images: {100 * gain:+.1f} AP {words}."
+        return f"The checkpoint is worse than the other by {-100 * gain:.1f} {measure} {words}."
+    return f"No difference can be shown with these images: {100 * gain:+.1f} {measure} {words}."
 
 
 def _images(number: int) -> str:

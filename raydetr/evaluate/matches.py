@@ -5,9 +5,12 @@ overlap an object enough to match it. All others are unmatched in any case.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+
+from raydetr.data.masks import RLE
 
 if TYPE_CHECKING:  # loaded late: a run needs it at the end of its first epoch
     import hotcoco
@@ -114,7 +117,54 @@ def coco_eval(objects: AnnotatedBoxes, detections: DetectedBoxes, images: int, c
     return evaluation
 
 
-def match(objects: AnnotatedBoxes, detections: DetectedBoxes, images: int, categories: int) -> Matches:
+def mask_eval(
+    objects: AnnotatedBoxes,
+    true_masks: Sequence[RLE],
+    detections: DetectedBoxes,
+    masks: Sequence[RLE],
+    sizes: Sequence[tuple[int, int]],
+    categories: int,
+) -> "hotcoco.COCOeval":
+    """Match the masks of detections with those of objects by hotcoco, as :func:`coco_eval` does with boxes.
+
+    Args:
+        objects: The annotated boxes.
+        true_masks: The mask of each.
+        detections: The detected boxes.
+        masks: The mask of each.
+        sizes: Height and width of each image.
+        categories: The number of categories.
+    """
+    import hotcoco
+
+    truth = hotcoco.COCO(
+        {
+            "images": [{"id": number, "height": height, "width": width} for number, (height, width) in enumerate(sizes, 1)],
+            "categories": [{"id": number, "name": str(number)} for number in range(1, categories + 1)],
+            "annotations": [
+                {**entry, "id": number, "bbox": box_xywh, "area": area, "iscrowd": int(crowd)}
+                for number, (entry, box_xywh, area, crowd) in enumerate(
+                    zip(_entries(objects, true_masks), objects.xywh.tolist(), objects.area.tolist(), objects.crowd, strict=True), 1
+                )
+            ],
+        }
+    )
+    found = [entry | {"score": score} for entry, score in zip(_entries(detections, masks), detections.score.tolist(), strict=True)]
+    evaluation = hotcoco.COCOeval(truth, truth.load_res(found), "segm")
+    evaluation.evaluate()
+    return evaluation
+
+
+def _entries(boxes: Boxes, masks: Sequence[RLE]) -> list[dict[str, Any]]:
+    return [
+        {"image_id": image + 1, "category_id": category + 1, "segmentation": mask}
+        for image, category, mask in zip(boxes.image.tolist(), boxes.category.tolist(), masks, strict=True)
+    ]
+
+
+def match(
+    objects: AnnotatedBoxes, detections: DetectedBoxes, images: int, categories: int, evaluated: "hotcoco.COCOeval | None" = None
+) -> Matches:
     """Match detections with objects as COCO does.
 
     Args:
@@ -122,16 +172,23 @@ def match(objects: AnnotatedBoxes, detections: DetectedBoxes, images: int, categ
         detections: The detected boxes.
         images: The number of images.
         categories: The number of categories.
+        evaluated: hotcoco's evaluation of all detections, from which the matches are read; by default boxes are matched.
     """
     row, rank = _counted(detections)
-    detections = detections[row]
-    candidates = np.flatnonzero(_may_match(objects, detections, images))
+    if evaluated is None:
+        detections = detections[row]
+        candidates = np.flatnonzero(_may_match(objects, detections, images))
+        evaluated = coco_eval(objects, detections[candidates], images, categories)
+    else:
+        candidates = np.zeros(len(detections.image), np.int64)
+        candidates[row] = np.arange(len(row))
+        detections = detections[row]
     low, high = np.array(list(AREAS.values())).T[:, :, None]
     outside = (detections.area < low) | (detections.area > high)
     matched = np.zeros((len(AREAS), len(IOUS), len(row)), bool)
     ignored = np.repeat(outside[:, None], len(IOUS), 1)
     area_numbers = {limits: number for number, limits in enumerate(AREAS.values())}
-    for pair in coco_eval(objects, detections[candidates], images, categories).eval_imgs:
+    for pair in evaluated.eval_imgs:
         if pair is not None and pair["dtIds"]:
             number, chosen = area_numbers[tuple(pair["aRng"])], candidates[np.array(pair["dtIds"]) - 1]
             ignored[number][:, chosen] = pair["dtIgnore"]

@@ -13,13 +13,14 @@ from raydetr.data.coco import CocoImages, collate, find_split
 from raydetr.data.images import read_image
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
+from raydetr.export.onnx import TensorsOnly
 from raydetr.model.detr import DETR
 
 IMAGES = 4  # enough for an unpadded image, a padded batch and several sizes
 SCALES = (1.0, 0.75)  # of data.val_size: an export must not be tied to one size
 
-Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Images float [B, 3, H, W] and padding mask bool [B, H, W] to logits [B, Q, K + 1] and boxes [B, Q, 4]."""
+Forward = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""Images float [B, 3, H, W] and padding mask bool [B, H, W] to the outputs of :class:`raydetr.export.onnx.TensorsOnly`."""
 
 
 def compare(model: DETR, exported: Forward, batches: Sequence[tuple[Tensor, Tensor]], tolerance: float, what: str) -> float:
@@ -29,7 +30,7 @@ def compare(model: DETR, exported: Forward, batches: Sequence[tuple[Tensor, Tens
         model: The model, in eval mode on the CPU.
         exported: The exported model.
         batches: Images float [B, 3, H, W], normalized, with their padding masks bool [B, H, W].
-        tolerance: Largest allowed difference of a class probability or a relative box coordinate.
+        tolerance: Largest allowed difference of a class probability, a relative box coordinate or the probability of a pixel.
         what: Name of the export in the error message.
 
     Returns:
@@ -38,18 +39,21 @@ def compare(model: DETR, exported: Forward, batches: Sequence[tuple[Tensor, Tens
     Raises:
         UserError: An output differs by more than ``tolerance``.
     """
-    worst = 0.0
+    worst, original = 0.0, TensorsOnly(model)
     for images, mask in batches:
         with torch.no_grad():
-            outputs = model(images, mask)
-            logits, boxes = exported(images, mask)
-        for ours, theirs in ((outputs["pred_logits"].softmax(-1), logits.softmax(-1)), (outputs["pred_boxes"], boxes)):
+            expected, found = (_probabilities(*network(images, mask)) for network in (original, exported))
+        for ours, theirs in zip(expected, found, strict=True):
             difference = (ours - theirs).abs().max().item() if ours.shape == theirs.shape else float("inf")
             if not difference <= tolerance:  # also where it is NaN
                 size = " x ".join(map(str, images.shape))
                 raise UserError(f"{what}: its outputs differ from the checkpoint's by {difference:.1e} on a batch of {size}; not exported")
             worst = max(worst, difference)
     return worst
+
+
+def _probabilities(logits: Tensor, boxes: Tensor, *masks: Tensor) -> list[Tensor]:
+    return [logits.softmax(-1), boxes, *(each.sigmoid() for each in masks)]
 
 
 def sample_batches(data: Data, images: Sequence[Path] = ()) -> list[tuple[Tensor, Tensor]]:

@@ -30,9 +30,10 @@ class Exported(NamedTuple):
 
     Attributes:
         path: The file or folder.
-        difference: Largest difference of a class probability or a relative box coordinate; None for a reduced precision.
+        difference: Largest difference of a class probability, a relative box coordinate or the probability of a pixel of a mask; None for
+            a reduced precision.
         AP: AP of the checkpoint and of the export on the validation set; None for an exact export.
-        notes: Lines for the user, such as that the segmentation head is left out.
+        notes: Lines for the user about how the checkpoint was read.
     """
 
     path: Path
@@ -83,7 +84,7 @@ def export(
         raise UserError(f"--precision and --quantize are for --to onnx, not {to}")
     if out.exists():
         raise UserError(f"{out}: exists already; choose another name")
-    model = load(checkpoint, masks=False)
+    model = load(checkpoint)
     config = settings.load_config(trained_with(checkpoint, model), _data_set(checkpoint), *layers)
     batches = [] if reduced else sample_batches(config.data, images)
     try:
@@ -112,7 +113,7 @@ def _write(model: DETR, file: Path, to: str, data: settings.Data, precision: Any
         return onnx.TensorsOnly(onnx.OnnxModel(file))
     if to == "transformers":
         huggingface.write_huggingface(model, file, data)
-        return huggingface.HuggingFaceModel(file)
+        return huggingface.HuggingFaceModel(file, model.settings["masks"])
     if to == "official":
         torch_files.write_official(model, file)
         return onnx.TensorsOnly(torch_files.read_official(file, model))

@@ -1,4 +1,7 @@
-"""transformers: a folder that ``DetrForObjectDetection``, ``AutoImageProcessor`` and ``pipeline("object-detection")`` load."""
+"""transformers: a folder that ``DetrForObjectDetection``, ``AutoImageProcessor`` and ``pipeline("object-detection")`` load.
+
+A model with masks becomes a ``DetrForSegmentation``.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -18,27 +21,28 @@ class HuggingFaceModel(nn.Module):
 
     Args:
         folder: What :func:`write_huggingface` wrote.
+        masks: Whether it is of a model with masks.
 
     Raises:
         UserError: transformers is not installed.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, masks: bool = False):
         super().__init__()
-        self.model = _import().DetrForObjectDetection.from_pretrained(folder).eval()
+        self.model = _class(masks).from_pretrained(folder).eval()
 
-    def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Predict the class and box of every object query.
+    def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """Predict the class and box, and for a model with masks the mask, of every object query.
 
         Args:
             images: Normalized images, float [B, 3, H, W].
             mask: Padding mask, bool [B, H, W], True where padded.
 
         Returns:
-            Logits, float [B, Q, K + 1], and boxes, float [B, Q, 4] (cxcywh, relative to the unpadded image).
+            The outputs of :class:`raydetr.export.onnx.TensorsOnly`.
         """
         outputs = self.model(pixel_values=images, pixel_mask=(~mask).long())
-        return outputs.logits, outputs.pred_boxes
+        return outputs.logits, outputs.pred_boxes, *([outputs.pred_masks] if "pred_masks" in outputs else [])
 
 
 def write_huggingface(model: DETR, folder: Path, data: Data) -> None:
@@ -58,7 +62,7 @@ def write_huggingface(model: DETR, folder: Path, data: Data) -> None:
     transformers = _import()
     _check_known(model.settings)
     config = transformers.DetrConfig(**_config(transformers, model))
-    exported = transformers.DetrForObjectDetection(config)
+    exported = _class(model.settings["masks"])(config)
     missing, unexpected = exported.load_state_dict(to_huggingface(model.state_dict()), strict=False)
     assert not unexpected, unexpected
     assert not missing, missing
@@ -84,7 +88,7 @@ def _config(transformers: Any, model: DETR) -> dict[str, Any]:
     settings = model.settings
     backbone = transformers.ResNetConfig(
         depths=list(RESNET_BLOCKS[settings["backbone"]]),
-        out_features=["stage4"],
+        out_features=[f"stage{number}" for number in ((1, 2, 3, 4) if settings["masks"] else (4,))],
         downsample_in_bottleneck=False,  # the stride is in the 3x3 convolution, as in torchvision's ResNets
     )
     names = [category["name"] for category in model.categories]
@@ -111,6 +115,10 @@ def _config(transformers: Any, model: DETR) -> dict[str, Any]:
         **({"score_thresholds": list(model.thresholds)} if model.thresholds else {}),
         "dtype": "float32",
     }
+
+
+def _class(masks: bool) -> Any:
+    return _import().DetrForSegmentation if masks else _import().DetrForObjectDetection
 
 
 def _import() -> Any:

@@ -18,6 +18,7 @@ from raydetr.model.detr import DETR
 
 OPSET = 18  # the oldest that torch.onnx writes without conversion; onnxruntime 1.14 and later read it
 TRACED_SIZE = (192, 256)  # height and width in pixels while the graph is recorded; any other works as well
+OUTPUTS = {"logits": "pred_logits", "boxes": "pred_boxes", "masks": "pred_masks"}  # names in the file, and those of DETR's outputs
 
 
 class TensorsOnly(nn.Module):
@@ -31,22 +32,23 @@ class TensorsOnly(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Predict the class and box of every object query.
+    def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        """Predict the class and box, and for a model with masks the mask, of every object query.
 
         Args:
             images: Normalized images, float [B, 3, H, W].
             mask: Padding mask, bool [B, H, W], True where padded.
 
         Returns:
-            Logits, float [B, Q, K + 1], and boxes, float [B, Q, 4] (cxcywh, relative to the unpadded image).
+            Logits, float [B, Q, K + 1], boxes, float [B, Q, 4] (cxcywh, relative to the unpadded image) and, with masks, their logits,
+            float [B, Q, H / 4, W / 4].
         """
         outputs = self.model(images, mask)
-        return outputs["pred_logits"], outputs["pred_boxes"]
+        return tuple(outputs[name] for name in OUTPUTS.values() if name in outputs)
 
 
 class OnnxModel(nn.Module):
-    """An ONNX file in onnxruntime, called like the DETR that it was exported from.
+    """An ONNX file in onnxruntime, called like the DETR that it was exported from and with the same outputs.
 
     Args:
         file: The ONNX file.
@@ -60,26 +62,28 @@ class OnnxModel(nn.Module):
         self.session = _import("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Predict the class and box of every object query, on the CPU.
+        """Predict on the CPU.
 
         Args:
             images: Normalized images, float32 [B, 3, H, W].
             mask: Padding mask, bool [B, H, W], True where padded; None if nothing is padded.
 
         Returns:
-            ``pred_logits``, float32 [B, Q, K + 1], and ``pred_boxes``, float32 [B, Q, 4] (cxcywh, relative to the unpadded image).
+            ``pred_logits``, ``pred_boxes`` and, with masks, ``pred_masks``, as :class:`raydetr.model.detr.DETR` returns them.
         """
         mask = torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool) if mask is None else mask
-        logits, boxes = self.session.run(["logits", "boxes"], {"images": images.numpy(), "mask": mask.numpy()})
-        return {"pred_logits": torch.from_numpy(np.asarray(logits)), "pred_boxes": torch.from_numpy(np.asarray(boxes))}
+        names = [output.name for output in self.session.get_outputs()]
+        found = self.session.run(names, {"images": images.numpy(), "mask": mask.numpy()})
+        return {OUTPUTS[name]: torch.from_numpy(np.asarray(each)) for name, each in zip(names, found, strict=True)}
 
 
 def write_onnx(model: DETR, file: Path, data: Data, precision: Literal["fp32", "fp16"] = "fp32", quantize: bool = False) -> None:
     """Write a model as an ONNX file.
 
     Inputs are ``images`` float32 [batch, 3, height, width], normalized, and ``mask`` bool [batch, height, width], True where padded.
-    Outputs are ``logits`` float32 [batch, Q, K + 1], whose last class is no-object, and ``boxes`` float32 [batch, Q, 4], cxcywh relative to
-    the unpadded image. The metadata of the file are those of :func:`metadata`.
+    Outputs are ``logits`` float32 [batch, Q, K + 1], whose last class is no-object, ``boxes`` float32 [batch, Q, 4], cxcywh relative to
+    the unpadded image, and for a model with masks ``masks`` float32 [batch, Q, height / 4, width / 4], logits. The metadata of the file are
+    those of :func:`metadata`.
 
     Args:
         model: The model, in eval mode on the CPU.
@@ -148,7 +152,7 @@ def _record(model: DETR, file: Path) -> None:
             dynamo=True,
             opset_version=OPSET,
             input_names=["images", "mask"],
-            output_names=["logits", "boxes"],
+            output_names=[name for name in OUTPUTS if name != "masks" or model.settings["masks"]],
             dynamic_shapes=shapes,
             verbose=False,
         )

@@ -21,7 +21,7 @@ LARGEST_ID = 10_000  # category ids above it would make the head larger than the
 
 
 def write_official(model: DETR, file: Path) -> None:
-    """Write a checkpoint for the official DETR (``torch.hub``'s models, ``main.py --resume``).
+    """Write a checkpoint for the official DETR (``torch.hub``'s models, ``main.py --resume``); with masks, for its ``DETRsegm``.
 
     The official head has a row for every category id from 0 to the highest, and one for no-object. The rows of ids that no category has get
     a logit so low that they are never the best class. Score thresholds, if the checkpoint has any, are stored under ``thresholds`` by
@@ -62,16 +62,20 @@ def read_official(file: Path, model: DETR) -> DETR:
     rows = [*(category["id"] for category in model.categories), -1]
     own = {name: value for name, value in model.settings.items() if name not in ("preset", "num_classes")}
     loaded = build_model(model.settings["preset"], len(model.categories), **own)
-    loaded.load_state_dict({**state, **{name: state[name][rows] for name in HEAD}})
+    loaded.load_state_dict({**state, **{name: state[name][rows] for name in _head_names(model)}})
     return loaded.eval()
 
 
 def _head_by_id(model: DETR, ids: list[int]) -> dict[str, Tensor]:
-    weight, bias = (model.state_dict()[name] for name in HEAD)
+    weight, bias = (model.state_dict()[name] for name in _head_names(model))
     rows = torch.tensor([*ids, max(ids) + 1])
     wide_weight, wide_bias = weight.new_zeros(max(ids) + 2, weight.shape[1]), bias.new_full((max(ids) + 2,), NEVER)
     wide_weight[rows], wide_bias[rows] = weight, bias
-    return dict(zip(HEAD, (wide_weight, wide_bias), strict=True))
+    return dict(zip(_head_names(model), (wide_weight, wide_bias), strict=True))
+
+
+def _head_names(model: DETR) -> list[str]:
+    return [f"detr.{name}" if model.settings["masks"] else name for name in HEAD]
 
 
 def write_safetensors(model: DETR, file: Path, data: Data) -> None:
@@ -119,11 +123,11 @@ def _safetensors() -> Any:
 
 
 def write_torchscript(model: DETR, file: Path, data: Data) -> None:
-    """Write a TorchScript program that maps images and a padding mask to logits and boxes.
+    """Write a TorchScript program that maps images and a padding mask to logits, boxes and, for a model with masks, masks.
 
-    Its arguments are images, float [B, 3, H, W], normalized, and a padding mask, bool [B, H, W], True where padded. Its results are logits,
-    float [B, Q, K + 1], and boxes, float [B, Q, 4] (cxcywh, relative to the unpadded image). Its extra files are the entries of
-    :func:`raydetr.export.onnx.metadata`, which say how to prepare images and read the results.
+    Its arguments are images, float [B, 3, H, W], normalized, and a padding mask, bool [B, H, W], True where padded. Its results are those
+    of :class:`raydetr.export.onnx.TensorsOnly`. Its extra files are the entries of :func:`raydetr.export.onnx.metadata`, which say how to
+    prepare images and read the results.
 
     Args:
         model: The model, in eval mode on the CPU.

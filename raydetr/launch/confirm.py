@@ -27,7 +27,7 @@ from raydetr.data.fingerprint import data_fingerprint, fingerprint_difference
 from raydetr.data.sets import check_folds, load_sets
 from raydetr.data.splits import file_digest
 from raydetr.errors import UserError
-from raydetr.evaluate.coco import run_coco_eval
+from raydetr.evaluate.coco import run_coco_eval, run_mask_eval
 from raydetr.evaluate.intervals import left_out_metrics, overall, weighted_metrics
 from raydetr.files import atomic_write_text
 from raydetr.launch.nodes import check_nodes, reserved_slots
@@ -42,6 +42,7 @@ from raydetr.search.confirm import (
     DEFAULTS,
     JUDGES,
     LEAST_IMAGES,
+    MASK_AP,
     RACE_BUDGET,
     VERDICT_FILE,
     Runs,
@@ -57,6 +58,7 @@ from raydetr.search.space import Space, read_space
 from raydetr.search.study import AS_A_RUN, CONFIRMED, STUDY_FILE, Search, create_search, open_search
 from raydetr.storage import CONFIRM_FOLDER, absolute, fetch, join, working_folder
 from raydetr.text import count, shortlist
+from raydetr.training.metrics import MASK_METRICS
 from raydetr.weights.checkpoint import read_checkpoint
 
 SCORES_FILE = "scores.json"  # in the confirmation's folder; its keys are the numbers of the trainings
@@ -155,7 +157,8 @@ def confirm(
 ) -> dict[str, Any]:
     """Confirm a search, or resume its confirmation with the plan that it began with.
 
-    The test split judges if there is one. Otherwise, with ``data.folds``, the training images do, each in the fold that holds it out, and
+    The measure is AP: that of masks if the search maximized ``segm_AP`` or another number of masks, otherwise that of boxes. The test split
+    judges if there is one. Otherwise, with ``data.folds``, the training images do, each in the fold that holds it out, and
     without folds the validation images with a stricter correction.
 
     Args:
@@ -166,8 +169,8 @@ def confirm(
         demands: What each training requests from the cluster.
 
     Returns:
-        The content of ``verdict.json``: the numbers of :class:`raydetr.search.confirm.Verdict`, ``sentence``, ``caveat``, ``judged_on`` and
-        ``chosen``, the trial whose settings are in ``best.yaml`` now.
+        The content of ``verdict.json``: the numbers of :class:`raydetr.search.confirm.Verdict`, ``sentence``, ``caveat``, ``judged_on``,
+        ``judged_by`` and ``chosen``, the trial whose settings are in ``best.yaml`` now.
 
     Raises:
         UserError: There is nothing to confirm, the data changed since the search, or a training failed.
@@ -178,7 +181,7 @@ def confirm(
         refresh_working_copy(root)
         search, place = Search(root), join(root, CONFIRM_FOLDER)
         plan = make_plan(search, top, seeds, budget)
-        check_judging_images(search.base_config.data, judged_on(search, plan))
+        check_judging_images(search.base_config.data, judged_on(search, plan), judged_by(search) == MASK_AP)
         check_same_data(search)
         with driving(search.folder):
             refresh_working_copy(place)
@@ -196,19 +199,28 @@ def judged_on(search: Search, plan: Plan) -> str:
     return "folds" if plan.folds else "test" if has_split(search.base_config.data, "test") else "val"
 
 
-def check_judging_images(data: settings.Data, split: str) -> None:
+def judged_by(search: Search) -> str:
+    """Return what is compared, a key of :data:`raydetr.search.confirm.MEASURES`: the AP of masks if the search maximized one of them."""
+    return MASK_AP if search.metric in MASK_METRICS else "AP"
+
+
+def check_judging_images(data: settings.Data, split: str, masks: bool = False) -> None:
     """Check the images that judge a confirmation.
 
     Args:
         data: Settings that name the data set.
         split: ``"test"``, ``"folds"`` or ``"val"``.
+        masks: Whether masks are judged.
 
     Raises:
-        UserError: The images cannot be read, are fewer than ``LEAST_IMAGES``, or are among those that the models were trained on.
+        UserError: The images cannot be read, are fewer than ``LEAST_IMAGES``, have no masks to judge by, or are among those that the models
+            were trained on.
     """
-    judging = CocoImages(find_split(data, "train" if split == "folds" else split), _as_it_is)
+    judging = CocoImages(find_split(data, "train" if split == "folds" else split), _as_it_is, masks=masks)
     if len(judging) < LEAST_IMAGES:
         raise UserError(f"confirm: {no_claim(len(judging))}")
+    if masks and not judging.has_masks:
+        raise UserError(f"confirm: {judging.split.annotations} has no mask, and the search maximized the AP of masks; add the outlines")
     if split == "folds":
         check_folds(judging.coco, data.folds or 0)
     if split == "test":
@@ -257,7 +269,7 @@ def check_same_data(search: Search) -> None:
     if not file.is_file():
         raise UserError(f"{search.path}: trial 0 has no best.pth, so nothing can be compared with it")
     before, config = read_checkpoint(file).get("data", {}), search.config(DEFAULTS)
-    train, val = load_sets(config.data, config.run.seed)
+    train, val = load_sets(config.data, config.run.seed, masks=config.model.masks)
     for split, dataset in (("train", train), ("val", val)):
         different = fingerprint_difference(before[split], data_fingerprint(dataset.coco)) if split in before else []
         if different:
@@ -365,8 +377,9 @@ def _score(confirmation: Search, plan: Plan, split: str, slots: Slots) -> dict[t
     # A fold's best epoch was chosen by the images that judge; its last one was not.
     checkpoint = "last.pth" if split == "folds" else "best.pth"
     trained = [[join(trial_root(confirmation, number), checkpoint) for number in numbers] for numbers in new]
+    masks = judged_by(confirmation) == MASK_AP
     try:
-        found = ray.get([task.remote(each, data, split) for each in trained])
+        found = ray.get([task.remote(each, data, split, masks) for each in trained])
     except RayTaskError as error:
         raise error.cause if isinstance(error.cause, UserError) else error from None
     file = confirmation.folder / SCORES_FILE
@@ -376,13 +389,14 @@ def _score(confirmation: Search, plan: Plan, split: str, slots: Slots) -> dict[t
     return _read_scores(confirmation, plan)
 
 
-def score_trainings(checkpoints: Sequence[str], data: Mapping[str, Any], split: str) -> dict[str, Any]:
+def score_trainings(checkpoints: Sequence[str], data: Mapping[str, Any], split: str, masks: bool = False) -> dict[str, Any]:
     """Return the AP of a training on the images that judge, and what AP would be without each single image.
 
     Args:
         checkpoints: Path or URI of its checkpoint; with folds those of all folds, each of which is scored on the images of its fold.
         data: Settings of the data set by dotted name, such as ``data.path``.
         split: ``"test"``, ``"folds"`` or ``"val"``.
+        masks: Whether AP is that of masks.
 
     Returns:
         ``AP`` (float), ``left_out`` (a list with the AP without each image in turn) and ``images`` (the number of images).
@@ -390,14 +404,14 @@ def score_trainings(checkpoints: Sequence[str], data: Mapping[str, Any], split: 
     Raises:
         UserError: A checkpoint or the data cannot be read, or AP is undefined without one of the images, since it has all the objects.
     """
-    detected = [detect(each, data, split="test" if split == "test" else "val") for each in checkpoints]
+    detected = [detect(each, data, split="test" if split == "test" else "val", masks=masks) for each in checkpoints]
     boxes = [box for part in detected for box in part.coco["annotations"]]
     coco = {
         "images": [image for part in detected for image in part.coco["images"]],
         "annotations": [{**box, "id": number} for number, box in enumerate(boxes, 1)],
         "categories": detected[0].coco["categories"],
     }
-    evaluation = run_coco_eval(coco, [result for part in detected for result in part.results])
+    evaluation = (run_mask_eval if masks else run_coco_eval)(coco, [result for part in detected for result in part.results])
     images = len(evaluation.image_ids)
     ap = float(overall(weighted_metrics(evaluation.matches, np.ones((1, images)), ["AP"])["AP"])[0])
     left_out = overall(left_out_metrics(evaluation.matches, ["AP"])["AP"])
@@ -424,7 +438,8 @@ def _conclude(search: Search, confirmation: Search, plan: Plan, scores: Mapping[
     content = {
         **dataclasses.asdict(verdict),
         "judged_on": split,
-        "sentence": sentence(verdict, split),
+        "judged_by": judged_by(search),
+        "sentence": sentence(verdict, split, judged_by(search)),
         "caveat": caveat(split, searched),
         "chosen": chosen,
     }

@@ -15,8 +15,8 @@ from raydetr.data.masks import no_mask, read_segmentation
 from raydetr.data.sets import describe_sets, load_sets
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
-from raydetr.evaluate.coco import METRICS, check_results, mask_metrics
-from raydetr.evaluate.intervals import interval_metrics
+from raydetr.evaluate.coco import METRICS, check_results
+from raydetr.evaluate.intervals import interval_metrics, mask_interval_metrics
 from raydetr.files import atomic_write
 from raydetr.loss.criterion import build_criterion
 from raydetr.memory import kept_memory
@@ -53,6 +53,11 @@ class Detected(NamedTuple):
     dataset: CocoImages
     category_ids: Sequence[int | None] = ()
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether both the data set and the results have masks."""
+        return self.dataset.has_masks and any("segmentation" in result for result in self.results)
+
 
 def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val") -> dict[str, Any]:
     """Evaluate a checkpoint on a labeled data set.
@@ -68,7 +73,8 @@ def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: 
     Returns:
         The numbers and intervals of :func:`raydetr.evaluate.intervals.interval_metrics`, ``unknown_categories`` (names of the categories
         that the data set does not have; what is detected of them cannot count), and ``notes`` (lines for the user); for a model with
-        masks, and a data set that has some, also those of :func:`raydetr.evaluate.coco.mask_metrics` under ``segm``.
+        masks, and a data set that has some, also the numbers and intervals of
+        :func:`raydetr.evaluate.intervals.mask_interval_metrics` under ``segm``.
 
     Raises:
         UserError: The checkpoint or the data set cannot be read, or nothing tells which classes are which categories.
@@ -81,16 +87,16 @@ def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: 
 def box_and_mask_metrics(detected: Detected) -> dict[str, Any]:
     """Return the numbers and intervals of the boxes, and those of the masks under ``segm`` where results and data set have masks."""
     metrics = interval_metrics(detected.coco, detected.results)
-    if detected.dataset.has_masks and any("segmentation" in result for result in detected.results):
-        metrics["segm"] = mask_metrics(detected.coco, detected.results)
+    if detected.has_masks:
+        metrics["segm"] = mask_interval_metrics(detected.coco, detected.results)
     return metrics
 
 
-def detections_of(source: str | Path, *layers: Mapping[str, Any], split: str = "val") -> Detected:
-    """Return the detections of a checkpoint, or of a COCO results file (``.json``); the rest is as for :func:`score_checkpoint`."""
+def detections_of(source: str | Path, *layers: Mapping[str, Any], split: str = "val", masks: bool = False) -> Detected:
+    """Return the detections of a checkpoint, or of a COCO results file (``.json``); the rest is as for :func:`detect`."""
     if Path(source).suffix.lower() == ".json":
         return read_predictions(source, settings.load_config(*layers).data, split)
-    return detect(source, *layers, split=split)
+    return detect(source, *layers, split=split, masks=masks)
 
 
 def detect(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val", masks: bool = False) -> Detected:

@@ -39,6 +39,8 @@ RACE_BUDGET = 20  # trainings; with fewer, a fixed number of seeds of fewer cand
 RACE_CANDIDATES, FEW_CANDIDATES = 4, 2
 LEAST_IMAGES = 5  # on fewer nothing is claimed
 JUDGES = {"test": "test", "folds": "held-out", "val": "validation"}  # what the images that judge are called, by how they were chosen
+MASK_AP = "segm_AP"
+MEASURES = {"AP": "AP", MASK_AP: "mask AP"}  # what a confirmation may compare, and what it is called
 VERDICT_FILE = "verdict.json"  # in the folder of a search that was confirmed
 
 
@@ -317,29 +319,32 @@ def no_claim(images: int) -> str:
     )
 
 
-def sentence(verdict: Verdict, judged_on: str = "test") -> str:
+def sentence(verdict: Verdict, judged_on: str = "test", judged_by: str = "AP") -> str:
     """Return the verdict in one honest sentence.
 
     Args:
         verdict: The verdict.
         judged_on: A key of ``JUDGES``.
+        judged_by: A key of ``MEASURES``.
     """
+    measure = MEASURES[judged_by]
     seeds, images = f"{verdict.seeds} seeds", f"{verdict.images} {JUDGES[judged_on]} images"
     if verdict.images < LEAST_IMAGES:
         return no_claim(verdict.images)
     interval = f"(95 % interval {_points(verdict.low)} to {_points(verdict.high)}; {seeds}, {images})"
     if verdict.better:
-        return f"Settings {verdict.setting} beat the defaults by {_points(verdict.gain)} AP {interval}."
+        return f"Settings {verdict.setting} beat the defaults by {_points(verdict.gain)} {measure} {interval}."
     if verdict.worse:
         other_way = _negated(verdict, seeds, images)
-        return f"The defaults beat settings {verdict.setting}, the best of the search, by {_points(-verdict.gain)} AP {other_way}."
-    return f"No difference can be shown with these images and seeds {interval}; {_needed(verdict)}."
+        return f"The defaults beat settings {verdict.setting}, the best of the search, by {_points(-verdict.gain)} {measure} {other_way}."
+    of_masks = " in mask AP" if judged_by == MASK_AP else ""
+    return f"No difference{of_masks} can be shown with these images and seeds {interval}; {_needed(verdict, measure)}."
 
 
-def _needed(verdict: Verdict) -> str:
-    shown = f"to show {_round(100 * verdict.wanted)} AP"
+def _needed(verdict: Verdict, measure: str) -> str:
+    shown = f"to show {_round(100 * verdict.wanted)} {measure}"
     if verdict.enough_images is not None and verdict.enough_images <= verdict.images:
-        return f"a gain of {_round(100 * verdict.wanted)} AP would probably have shown"
+        return f"a gain of {_round(100 * verdict.wanted)} {measure} would probably have shown"
     if verdict.enough_images and verdict.enough_seeds:
         return f"{shown} about {_rounded(verdict.enough_images)} images or {verdict.enough_seeds} seeds would be needed"
     if verdict.enough_images:

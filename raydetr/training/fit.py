@@ -19,9 +19,9 @@ import torch
 
 from raydetr.config import Config
 from raydetr.errors import UserError
-from raydetr.evaluate.coco import METRICS, mask_metrics, precision_recall, run_coco_eval, summarize
+from raydetr.evaluate.coco import METRICS, precision_recall, run_coco_eval, summarize
 from raydetr.evaluate.diagnosis import diagnose
-from raydetr.evaluate.intervals import with_intervals
+from raydetr.evaluate.intervals import mask_interval_metrics, with_intervals
 from raydetr.memory import kept_memory
 from raydetr.storage import fetch, join, working_folder
 from raydetr.text import count
@@ -186,7 +186,7 @@ def _score(run: Run, detections: Detections) -> tuple[dict[str, Any], dict[str, 
     evaluation = run_coco_eval(coco, results)
     scores = with_intervals(summarize(evaluation, coco["categories"]), evaluation, coco["categories"], ["AP"])
     if run.config.model.masks:
-        scores["segm"] = mask_metrics(coco, results)
+        scores["segm"] = mask_interval_metrics(coco, results, ["AP"])
     return scores, precision_recall(evaluation)
 
 

@@ -10,8 +10,8 @@ wrote after its last checkpoint. Tags:
 - per epoch: their means under ``train_epoch/``, the same losses and errors under ``val/``, ``val/AP`` and the other eleven COCO
   numbers, ``val/AP/<category>``, ``best/AP`` (the highest so far), ``epoch``, the curve ``val/precision_recall``, and in some epochs
   ``pictures/<file name>``;
-- with masks, also ``loss_mask`` and ``loss_dice``, and per epoch ``val/segm/AP`` and the other eleven COCO numbers of masks, and
-  ``val/segm/AP/<category>``;
+- with masks, also ``loss_mask`` and ``loss_dice``, and per epoch ``val/segm/AP`` and the other eleven COCO numbers of masks,
+  ``val/segm/AP_low`` and ``val/segm/AP_high``, and ``val/segm/AP/<category>``;
 - once: the settings as text and as hparams, and the layout of the custom scalars;
 - at the end: ``errors`` as text, and ``errors/<file name>``, the images with the most errors.
 """
@@ -218,12 +218,17 @@ def epoch_scalars(
     scalars |= {f"train_epoch/{name}": train[name] for name in (*losses_in(train), "grad_norm")}
     scalars |= {f"val/{name}": val[name] for name in losses_in(val)}
     scalars |= {f"val/{name}": metrics[name] for name in METRICS}
-    scalars |= dict(zip(("val/AP_low", "val/AP_high"), metrics.get("AP_interval") or (None, None), strict=True))
+    scalars |= _interval("val/", metrics)
     scalars |= {f"val/AP/{category}": numbers["AP"] for category, numbers in metrics["per_category"].items()}
     if "segm" in metrics:
         scalars |= {f"val/segm/{name}": metrics["segm"][name] for name in METRICS}
+        scalars |= _interval("val/segm/", metrics["segm"])
         scalars |= {f"val/segm/AP/{category}": numbers["AP"] for category, numbers in metrics["segm"]["per_category"].items()}
     return scalars
+
+
+def _interval(prefix: str, metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    return dict(zip((f"{prefix}AP_low", f"{prefix}AP_high"), metrics.get("AP_interval") or (None, None), strict=True))
 
 
 def objective_tag(name: str) -> str:
@@ -328,6 +333,7 @@ def custom_scalars(masks: bool = False) -> dict[str, dict[str, list]]:
             "AP by category": together("val/AP/.*"),
             "AR": together("val/AR1", "val/AR10", "val/AR100"),
             **({"AP of masks by IoU": together("val/segm/AP", "val/segm/AP50", "val/segm/AP75")} if masks else {}),
+            **({"AP of masks with 95 % interval": ["Margin", ["val/segm/AP", "val/segm/AP_low", "val/segm/AP_high"]]} if masks else {}),
         },
         # Not both in one chart: with several runs nobody could tell the curves apart.
         "validation": {name: together(f"val/{name}") for name in losses},

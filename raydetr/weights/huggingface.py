@@ -42,6 +42,18 @@ _MODULES = {
     "backbone.1.row_embed": "model.position_embedding.row_embeddings",
     "backbone.1.col_embed": "model.position_embedding.column_embeddings",
 }
+# The segmentation head; beside it both name everything else with the prefix "detr.".
+_MASKS = {
+    "bbox_attention.q_linear": "bbox_attention.q_proj",
+    "bbox_attention.k_linear": "bbox_attention.k_proj",
+    **{f"mask_head.lay{i}": f"mask_head.conv{i}.conv" for i in (1, 2)},
+    **{f"mask_head.gn{i}": f"mask_head.conv{i}.norm" for i in (1, 2)},
+    **{f"mask_head.lay{i + 3}": f"mask_head.fpn_stages.{i}.refine.conv" for i in range(3)},
+    **{f"mask_head.gn{i + 3}": f"mask_head.fpn_stages.{i}.refine.norm" for i in range(3)},
+    **{f"mask_head.adapter{i + 1}": f"mask_head.fpn_stages.{i}.fpn_adapter" for i in range(3)},
+    "mask_head.out_lay": "mask_head.output_conv",
+}
+_PREFIX = "detr."
 _BODY, _THEIR_BODY = "backbone.0.body.", "model.backbone.model."
 _STEM = {"conv1": "embedder.embedder.convolution", "bn1": "embedder.embedder.normalization"}
 _BLOCK = {
@@ -55,7 +67,7 @@ _THEIR_BLOCK = re.compile(r"encoder\.stages\.(\d)\.layers\.(\d+)\.((?:layer\.\d|
 
 
 def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Translate a state dict of the official DETR to the names of ``transformers.DetrForObjectDetection``.
+    """Translate a state dict of the official DETR to the names of ``transformers.DetrForObjectDetection``, or ``DetrForSegmentation``.
 
     Args:
         state: Tensors by official name, of a network with a ResNet backbone.
@@ -65,20 +77,27 @@ def to_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        module, _, leaf = name.rpartition(".")
+        prefix, module, leaf = _parts(name)
         if leaf.startswith("in_proj_"):
             theirs = _renamed(module, _ATTENTION)
             for part, piece in zip("qkv", tensor.chunk(3), strict=True):
-                found[f"{theirs}.{part}_proj.{leaf.removeprefix('in_proj_')}"] = piece.contiguous()
+                found[f"{prefix}{theirs}.{part}_proj.{leaf.removeprefix('in_proj_')}"] = piece.contiguous()
         elif module.startswith(_BODY):
-            found[f"{_THEIR_BODY}{_their_body(module.removeprefix(_BODY))}.{leaf}"] = tensor
+            found[f"{prefix}{_THEIR_BODY}{_their_body(module.removeprefix(_BODY))}.{leaf}"] = tensor
         else:
-            found[f"{_renamed(module, _MODULES)}.{leaf}"] = tensor
+            found[f"{prefix}{_renamed(module, _MODULES | _MASKS)}.{leaf}"] = tensor
     return found
 
 
+def _parts(name: str) -> tuple[str, str, str]:
+    """Return the prefix of a tensor's name (``"detr."`` or nothing), its module, and the last part."""
+    prefix = _PREFIX if name.startswith(_PREFIX) else ""
+    module, _, leaf = name.removeprefix(prefix).rpartition(".")
+    return prefix, module, leaf
+
+
 def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Translate a state dict of ``transformers.DetrForObjectDetection`` to the names of the official DETR.
+    """Translate a state dict of ``transformers.DetrForObjectDetection``, or ``DetrForSegmentation``, to the names of the official DETR.
 
     Args:
         state: Tensors by transformers' name; its backbone is transformers' own ResNet or timm's.
@@ -88,16 +107,19 @@ def from_huggingface(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     attention = {theirs: ours for ours, theirs in _ATTENTION.items()}
     modules = {theirs: ours for ours, theirs in _MODULES.items()}
+    masks = {theirs: ours for ours, theirs in _MASKS.items()}
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        module, _, leaf = name.rpartition(".")
-        if module.endswith(".q_proj"):
-            parts = [state[f"{module.removesuffix('q_proj')}{part}_proj.{leaf}"] for part in "qkv"]
-            found[f"{_renamed(module.removesuffix('.q_proj'), attention)}.in_proj_{leaf}"] = torch.cat(parts)
+        prefix, module, leaf = _parts(name)
+        if module in masks:
+            found[f"{masks[module]}.{leaf}"] = tensor
+        elif module.endswith(".q_proj"):
+            parts = [state[f"{prefix}{module.removesuffix('q_proj')}{part}_proj.{leaf}"] for part in "qkv"]
+            found[f"{prefix}{_renamed(module.removesuffix('.q_proj'), attention)}.in_proj_{leaf}"] = torch.cat(parts)
         elif module.startswith(_THEIR_BODY):
-            found[f"{_BODY}{_our_body(module.removeprefix(_THEIR_BODY))}.{leaf}"] = tensor
+            found[f"{prefix}{_BODY}{_our_body(module.removeprefix(_THEIR_BODY))}.{leaf}"] = tensor
         elif not module.endswith((".k_proj", ".v_proj")):
-            found[f"{_renamed(module, modules)}.{leaf}"] = tensor
+            found[f"{prefix}{_renamed(module, modules)}.{leaf}"] = tensor
     return found
 
 
@@ -135,7 +157,7 @@ def read_huggingface(folder: Path) -> dict[str, Any]:
         size = json.loads(images.read_text(encoding="utf-8")).get("size", {}) if images.is_file() else {}
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: not a sound model folder of transformers ({one_line(error)})") from None
-    if "class_labels_classifier.weight" not in state:
+    if not {"class_labels_classifier.weight", f"{_PREFIX}class_labels_classifier.weight"} & state.keys():
         raise UserError(f"{folder}: a model of transformers, and no DETR that detects boxes")
     names = {int(label): name for label, name in config.get("id2label", {}).items()}
     ids = config.get("category_ids") or sorted(names)  # else the labels are the ids, as those of COCO's DETR are

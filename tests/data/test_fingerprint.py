@@ -136,3 +136,39 @@ def test_a_split_without_boxes():
     empty = small() | {"annotations": []}
     assert fingerprint_difference(data_fingerprint(empty), data_fingerprint(copy.deepcopy(empty))) == []
     assert difference(lambda coco: coco["annotations"].clear()) == ["boxes of 4 images changed (ids 1, 2, 4, ...)"]
+
+
+def outlined(*counts):
+    """:func:`small` with a mask for each box, whose run lengths are ``counts`` (None: no mask)."""
+    coco = small()
+    for number, box in enumerate(coco["annotations"]):
+        text = counts[number] if number < len(counts) else "a"
+        box["segmentation"] = text and {"size": [48, 64], "counts": text}
+    return coco
+
+
+def test_edited_masks_are_noticed_where_both_have_masks():
+    before = data_fingerprint(outlined("x", "y", "z"))
+    assert fingerprint_difference(before, data_fingerprint(outlined("x", "y", "z"))) == []
+    assert fingerprint_difference(before, data_fingerprint(outlined("x", "y", None))) == ["masks of image 2 changed"]
+    assert fingerprint_difference(before, data_fingerprint(outlined("v", "w", "z"))) == ["masks of 2 images changed (ids 1, 2)"]
+    assert fingerprint_difference(before, data_fingerprint(outlined("x", "z", "y"))) == ["masks of image 2 changed"], "of other boxes"
+    boxes = outlined("x", "y", "z")
+    first_box(boxes, 1)["bbox"] = [1.0, 2, 3, 4]
+    assert fingerprint_difference(before, data_fingerprint(boxes)) == ["boxes of image 1 changed"]
+
+
+def test_without_masks_a_fingerprint_is_what_it_always_was():
+    without, masks = data_fingerprint(small()), data_fingerprint(outlined("x"))
+    assert "masks" not in without
+    assert without["digests"].tolist()[:3] == [7165043371007031337, -3799269490746982722, -5426141060434712860]
+    assert torch.equal(without["digests"], masks["digests"])
+    assert fingerprint_difference(without, masks) == fingerprint_difference(masks, without) == []
+
+
+def test_the_order_of_equal_boxes_with_different_masks_does_not_matter():
+    one, other = outlined("x", "y", "z"), outlined("x", "z", "y")
+    for coco in (one, other):
+        boxes = [each for each in coco["annotations"] if each["image_id"] == 2]
+        boxes[1] |= {"bbox": boxes[0]["bbox"], "category_id": boxes[0]["category_id"]}
+    assert fingerprint_difference(data_fingerprint(one), data_fingerprint(other)) == []

@@ -1,9 +1,11 @@
+import functools
 import json
 import os
 
 import pytest
 
 from raydetr.config import load_config
+from raydetr.demo import balloons
 from raydetr.demo.demo import demo, untrained_mask_ap
 from raydetr.weights.fitting import load
 from tests.helpers import add_outlines
@@ -37,6 +39,19 @@ def test_the_demo_fine_tunes_the_bundled_model_to_half_and_more_and_finds_better
     assert verdict["sentence"] in report
     alone = "PYTEST_XDIST_WORKER" not in os.environ
     assert result["seconds"] < (360 if alone else 720)  # six minutes of two cores; beside other tests it has one of them
+
+
+def test_the_demo_with_masks_ends_and_shows_them_before_and_after(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(balloons, "generate", functools.partial(balloons.generate, train=4, val=2))
+    out = tmp_path / "demo"
+    result = demo(out, workers=1, epochs=1, trials=0, masks=True)
+    said = capsys.readouterr().out
+    assert f"masks: AP {result['segm_before']:.3f} before, {result['segm_after']:.3f} after training" in said
+    assert "--model.masks true" in said
+    logged = json.loads((out / "runs" / "balloons" / "log.txt").read_text())
+    assert result["segm_after"] == logged["test_coco_eval_masks"][0]
+    found = json.loads((out / "gallery" / "predictions.json").read_text())
+    assert all("segmentation" in each for each in found)
 
 
 def test_the_masks_of_the_bundled_network_are_scored_before_they_are_trained(coco_folder, tmp_path):

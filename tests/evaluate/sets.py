@@ -6,6 +6,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from raydetr.data.masks import read_segmentation
+
 
 def random_set(seed=0, images=12, categories=(3, 7, 90), crowds=True):
     random = np.random.default_rng(seed)
@@ -67,3 +69,25 @@ def many_of_one(seed):
     coco["annotations"] = [each | {"id": number} for number, each in enumerate(coco["annotations"] + coco["annotations"][::2])]
     results = [each for number in range(6) for each in noisy(coco, number)] + perfect(coco, crowds=True)
     return coco, [each | {"score": round(each["score"], 1)} for each in results * 4]
+
+
+def with_masks(coco, seed=0):
+    """The set with an ellipse in each box as its mask, and results: shifted ones, with wrong ones among them."""
+    random = np.random.default_rng(seed)
+    coco, size, results = copy.deepcopy(coco), (480, 640), []
+    turn = np.linspace(0, 2 * np.pi, 24, endpoint=False)
+
+    def ellipse(x, y, w, h):
+        points = np.stack([x + w / 2 * (1 + np.cos(turn)), y + h / 2 * (1 + np.sin(turn))], 1)
+        return read_segmentation([points.ravel().tolist()], size)
+
+    for each in coco["annotations"]:
+        x, y, w, h = each["bbox"]
+        each["segmentation"], each["area"] = ellipse(x, y, w, h), w * h * np.pi / 4
+        shift = random.uniform(-0.15, 0.15, 2) * [w, h]
+        found = ellipse(x + shift[0], y + shift[1], w, h)
+        if found and not each["iscrowd"]:
+            result = {name: each[name] for name in ("image_id", "category_id")} | {"segmentation": found}
+            results += [result | {"score": float(random.random())}, result | {"category_id": 7, "score": float(random.random())}]
+    coco["annotations"] = [each for each in coco["annotations"] if each["segmentation"]]
+    return coco, results

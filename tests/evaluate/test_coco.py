@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from raydetr import UserError
-from raydetr.data.masks import read_segmentation
 from raydetr.evaluate.coco import METRICS, coco_metrics, mask_metrics, precision_recall, run_coco_eval, stats
-from tests.evaluate.sets import many_of_one, noisy, perfect, pycocotools_evaluation, pycocotools_stats, random_set
+from tests.evaluate.sets import many_of_one, noisy, perfect, pycocotools_evaluation, pycocotools_stats, random_set, with_masks
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -180,28 +179,6 @@ def test_precision_and_recall_without_anything():
 
 
 # ------------------------------------------------------------------------------------------------------------------- masks
-
-
-def with_masks(coco, seed=0):
-    """The set with an ellipse in each box as its mask, and results: shifted ones, with wrong ones among them."""
-    random = np.random.default_rng(seed)
-    coco, size, results = copy.deepcopy(coco), (480, 640), []
-    turn = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-
-    def ellipse(x, y, w, h):
-        points = np.stack([x + w / 2 * (1 + np.cos(turn)), y + h / 2 * (1 + np.sin(turn))], 1)
-        return read_segmentation([points.ravel().tolist()], size)
-
-    for each in coco["annotations"]:
-        x, y, w, h = each["bbox"]
-        each["segmentation"], each["area"] = ellipse(x, y, w, h), w * h * np.pi / 4
-        shift = random.uniform(-0.15, 0.15, 2) * [w, h]
-        found = ellipse(x + shift[0], y + shift[1], w, h)
-        if found and not each["iscrowd"]:
-            result = {name: each[name] for name in ("image_id", "category_id")} | {"segmentation": found}
-            results += [result | {"score": float(random.random())}, result | {"category_id": 7, "score": float(random.random())}]
-    coco["annotations"] = [each for each in coco["annotations"] if each["segmentation"]]
-    return coco, results
 
 
 @pytest.mark.parametrize("seed", range(3))

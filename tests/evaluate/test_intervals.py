@@ -7,7 +7,7 @@ from scipy.stats import t as student_t
 
 from raydetr import UserError
 from raydetr.evaluate import intervals
-from raydetr.evaluate.coco import METRICS, run_coco_eval, stats, summarize
+from raydetr.evaluate.coco import METRICS, mask_metrics, run_coco_eval, run_mask_eval, stats, summarize
 from raydetr.evaluate.intervals import (
     bootstrap_weights,
     compare,
@@ -15,12 +15,13 @@ from raydetr.evaluate.intervals import (
     jackknife_variance,
     leave_out_weights,
     left_out_metrics,
+    mask_interval_metrics,
     overall,
     verdict,
     weighted_metrics,
     with_intervals,
 )
-from tests.evaluate.sets import many_of_one, noisy, perfect, pycocotools_stats, random_set
+from tests.evaluate.sets import many_of_one, noisy, perfect, pycocotools_stats, random_set, with_masks
 
 
 def duplicated(coco, results, weights):
@@ -35,10 +36,10 @@ def duplicated(coco, results, weights):
     return coco | {"images": images, "annotations": [each | {"id": i} for i, each in enumerate(annotations, 1)]}, detections
 
 
-def left_out_stats(coco, results):
+def left_out_stats(coco, results, kind="bbox"):
     """pycocotools' twelve numbers without each image, [images, 12]; NaN where undefined."""
     every = np.ones((len(coco["images"]),) * 2) - np.eye(len(coco["images"]))
-    found = np.array([pycocotools_stats(*duplicated(coco, results, weights)) for weights in every])
+    found = np.array([pycocotools_stats(*duplicated(coco, results, weights), kind) for weights in every])
     return np.where(found == -1, np.nan, found)
 
 
@@ -63,6 +64,26 @@ def test_a_resample_is_pycocotools_on_the_duplicated_images(seed):
     mine = numbers(run_coco_eval(coco, results), weights)
     for row, each in zip(mine, weights, strict=True):
         np.testing.assert_allclose(np.nan_to_num(row, nan=-1), pycocotools_stats(*duplicated(coco, results, each)), rtol=0, atol=1e-9)
+
+
+def test_masks_left_out_and_resampled_are_pycocotools_on_those_images():
+    coco, results = with_masks(random_set(3, images=7), 3)
+    evaluation, weights = run_mask_eval(coco, results), bootstrap_weights(7, 4)
+    np.testing.assert_allclose(numbers(evaluation, leave_out_weights(7)), left_out_stats(coco, results, "segm"), rtol=0, atol=1e-9)
+    for row, each in zip(numbers(evaluation, weights), weights, strict=True):
+        expected = pycocotools_stats(*duplicated(coco, results, each), "segm")
+        np.testing.assert_allclose(np.nan_to_num(row, nan=-1), expected, rtol=0, atol=1e-9)
+
+
+def test_the_interval_of_masks_is_the_jackknife_of_pycocotools_and_not_that_of_boxes():
+    coco, results = with_masks(random_set(5, images=9, categories=(3, 7)), 5)
+    metrics, values = mask_interval_metrics(coco, results), left_out_stats(coco, results, "segm")
+    assert {name: metrics[name] for name in METRICS} == {name: mask_metrics(coco, results)[name] for name in METRICS}
+    for column, name in enumerate(METRICS):
+        half = student_t.ppf(0.975, 8) * np.sqrt(8 / 9 * ((values[:, column] - values[:, column].mean()) ** 2).sum())
+        expected = [max(0, metrics[name] - half), min(1, metrics[name] + half)]
+        np.testing.assert_allclose(metrics[f"{name}_interval"], expected, rtol=0, atol=1e-9)
+    assert set(mask_interval_metrics(coco, results, ["AP"])) - set(METRICS) == {"AP_interval", "per_category"}
 
 
 def test_each_category_is_weighted_as_if_it_were_alone():
@@ -169,6 +190,15 @@ def test_results_on_other_images_are_not_compared():
     other = coco | {"images": coco["images"][1:], "annotations": [each for each in coco["annotations"] if each["image_id"] != 100]}
     with pytest.raises(UserError, match="same images"):
         compare(run_coco_eval(coco, perfect(coco)), run_coco_eval(other, perfect(other)), coco["categories"])
+
+
+def test_the_verdict_on_masks_says_so():
+    for gain, interval, words in (
+        (0.1, [0.05, 0.15], "better than the other by 10.0 mask AP (95 %"),
+        (-0.1, [-0.15, -0.05], "worse than the other by 10.0 mask AP (95 %"),
+        (0.1, [-0.05, 0.25], "these images: +10.0 mask AP (95 %"),
+    ):
+        assert words in verdict({"AP": gain, "AP_interval": interval}, 9, "mask AP")
 
 
 def test_the_verdict_in_words():

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from raydetr.evaluate.coco import run_coco_eval
-from tests.evaluate.sets import many_of_one, noisy, perfect, pycocotools_evaluation, random_set
+from raydetr.evaluate.coco import run_coco_eval, run_mask_eval
+from tests.evaluate.sets import many_of_one, noisy, perfect, pycocotools_evaluation, random_set, with_masks
 
 
 def within_crowds(seed):
@@ -22,25 +22,35 @@ def test_every_match_is_that_of_pycocotools(seed):
         within_crowds(seed),
         (random_set(seed), perfect(random_set(seed), True)),
     ):
-        evaluation = run_coco_eval(coco, results)
-        matches, theirs = evaluation.matches, pycocotools_evaluation(coco, results)
-        params, images = theirs.params, len(theirs.params.imgIds)
-        each = iter(theirs.evalImgs)
-        for category in range(len(params.catIds)):
-            for area in range(len(params.areaRng)):
-                for image in range(images):
-                    pair = next(each)
-                    mine = np.flatnonzero((matches.image == image) & (matches.category == category))
-                    mine = mine[np.argsort(matches.rank[mine])]
-                    assert (pair is None) <= (len(mine) == 0)
-                    if pair is None:
-                        assert matches.objects[area, image, category] == 0
-                        continue
-                    assert matches.rank[mine].tolist() == list(range(len(pair["dtScores"])))
-                    assert matches.score[mine].tolist() == list(pair["dtScores"])
-                    np.testing.assert_array_equal(matches.ignored[area][:, mine], pair["dtIgnore"].astype(bool))
-                    np.testing.assert_array_equal(matches.matched[area][:, mine], (pair["dtMatches"] > 0) & ~pair["dtIgnore"].astype(bool))
-                    assert matches.objects[area, image, category] == np.sum(~np.array(pair["gtIgnore"], bool))
+        assert_equal(run_coco_eval(coco, results).matches, pycocotools_evaluation(coco, results))
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_every_match_of_masks_is_that_of_pycocotools(seed):
+    coco, results = with_masks(random_set(seed), seed)
+    many = [each | {"score": round(each["score"], 1)} for each in results * 30 if each["image_id"] == results[0]["image_id"]]
+    for found in (results, many):  # the same masks, many of them, and many scores that are equal
+        assert_equal(run_mask_eval(coco, found).matches, pycocotools_evaluation(coco, found, "segm"))
+
+
+def assert_equal(matches, theirs):
+    params, images = theirs.params, len(theirs.params.imgIds)
+    each = iter(theirs.evalImgs)
+    for category in range(len(params.catIds)):
+        for area in range(len(params.areaRng)):
+            for image in range(images):
+                pair = next(each)
+                mine = np.flatnonzero((matches.image == image) & (matches.category == category))
+                mine = mine[np.argsort(matches.rank[mine])]
+                assert (pair is None) <= (len(mine) == 0)
+                if pair is None:
+                    assert matches.objects[area, image, category] == 0
+                    continue
+                assert matches.rank[mine].tolist() == list(range(len(pair["dtScores"])))
+                assert matches.score[mine].tolist() == list(pair["dtScores"])
+                np.testing.assert_array_equal(matches.ignored[area][:, mine], pair["dtIgnore"].astype(bool))
+                np.testing.assert_array_equal(matches.matched[area][:, mine], (pair["dtMatches"] > 0) & ~pair["dtIgnore"].astype(bool))
+                assert matches.objects[area, image, category] == np.sum(~np.array(pair["gtIgnore"], bool))
 
 
 def test_rows_lead_back_to_the_detections():

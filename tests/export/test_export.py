@@ -10,9 +10,11 @@ from PIL import Image
 
 from raydetr.cli import main
 from raydetr.config import load_config, to_dict
+from raydetr.data.masks import decode_masks, read_segmentation
 from raydetr.errors import UserError
 from raydetr.export.checks import compare
 from raydetr.export.export import export
+from raydetr.export.onnx import OnnxModel
 from raydetr.model.detr import DETR, build_model
 from raydetr.predict.predict import predict
 from raydetr.predict.score import trained_with
@@ -133,11 +135,112 @@ def test_other_folders_of_transformers_are_named(resnet, tmp_path, name, content
     assert "\n" not in str(error.value)
 
 
-def test_names_of_transformers_lead_back_to_the_official_ones():
-    state = build_model("detr_resnet101", 2, position_embedding="learned", **SMALL_RESNET).state_dict()
+@pytest.mark.parametrize("masks", [False, True])
+def test_names_of_transformers_lead_back_to_the_official_ones(masks):
+    state = build_model("detr_resnet101", 2, position_embedding="learned", masks=masks, **SMALL_RESNET).state_dict()
     back = from_huggingface(to_huggingface(state))
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+@pytest.fixture
+def resnet_masks(tmp_path, coco_folder):
+    return write_checkpoint(tmp_path / "masks.pth", "detr_resnet50", coco_folder(val=2), masks=True, **SMALL_RESNET)
+
+
+@pytest.fixture
+def tiny_masks(tmp_path, coco_folder):
+    return write_checkpoint(tmp_path / "masks.pth", "detr_tiny", coco_folder(val=3, size=(96, 64)), masks=True, enc_layers=1, dec_layers=1)
+
+
+def test_transformers_computes_the_same_masks_and_its_folder_is_read_back(resnet_masks, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import DetrForSegmentation
+
+    assert export(resnet_masks, tmp_path / "folder", "transformers").difference < 1e-5
+    theirs, ours = DetrForSegmentation.from_pretrained(tmp_path / "folder"), load(resnet_masks)
+    images, mask = torch.randn(2, 3, 96, 128), torch.zeros(2, 96, 128, dtype=torch.bool)
+    mask[1, 64:] = mask[1, :, 96:] = True
+    with torch.no_grad():
+        outputs, expected = ours(images, mask), theirs.eval()(pixel_values=images, pixel_mask=(~mask).long())
+    for name in ("pred_logits", "pred_boxes", "pred_masks"):
+        torch.testing.assert_close(outputs[name], expected[name.replace("pred_logits", "logits")], atol=1e-4, rtol=1e-4)
+    assert outputs["pred_masks"].std() > 0.1
+    # The file has the names of transformers 4, and of DETR's own head: whoever has either reads it.
+    names = load_file(tmp_path / "folder" / "model.safetensors").keys()
+    for other in (load(tmp_path / "folder"), _renamed_by_version_5(tmp_path / "folder")):
+        assert other.settings["masks"]
+        state = other.state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in ours.state_dict().items())
+    assert any("mask_head" in name for name in names)
+
+
+def _renamed_by_version_5(folder):
+    """The model of a folder whose tensors have the names that transformers 5 has in memory."""
+    from safetensors.torch import save_file
+    from transformers import DetrForSegmentation
+
+    state = DetrForSegmentation.from_pretrained(folder).state_dict()
+    assert "mask_head.fpn_stages.0.refine.conv.weight" in state
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+    return load(folder)
+
+
+@pytest.mark.slow
+def test_onnx_computes_the_same_masks_at_every_size_and_the_example_finds_them(tiny_masks, tmp_path):
+    assert export(tiny_masks, tmp_path / "model.onnx", "onnx").difference < 1e-4
+    theirs, ours = OnnxModel(tmp_path / "model.onnx"), load(tiny_masks)
+    for batch, height, width in ((1, 64, 96), (3, 80, 112)):
+        images, mask = torch.randn(batch, 3, height, width), torch.zeros(batch, height, width, dtype=torch.bool)
+        mask[-1, :, width // 2 :] = batch > 1
+        with torch.no_grad():
+            expected, found = ours(images, mask)["pred_masks"], theirs(images, mask)["pred_masks"]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    image = tmp_path / "large.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 120, 3), dtype=np.uint8)).save(image)
+    command = [sys.executable, "-I", EXAMPLE, tmp_path / "model.onnx", image, "--threshold", "0"]
+    found = [json.loads(line) for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()]
+    predict(tiny_masks, [image], tmp_path / "seen", threshold=0.0)
+    expected = json.loads((tmp_path / "seen" / "predictions.json").read_text())
+    theirs, ours = (
+        decode_masks([read_segmentation(each["segmentation"], (64, 120)) for each in part], (64, 120)) for part in (found, expected)
+    )
+    assert 0.01 < ours.mean() < 0.99
+    assert (theirs != ours).mean() < 1e-3  # pixels whose logit is near 0
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torchscript"])
+def test_masks_are_in_every_other_format_as_well(tiny_masks, tmp_path, to):
+    done = export(tiny_masks, tmp_path / "model", to)
+    assert done.difference < 1e-5
+    assert not done.notes
+    if to == "torchscript":
+        images, mask = torch.randn(2, 3, 80, 112), torch.zeros(2, 80, 112, dtype=torch.bool)
+        with torch.no_grad():
+            _, _, masks = torch.jit.load(tmp_path / "model")(images, mask)
+            torch.testing.assert_close(masks, load(tiny_masks)(images, mask)["pred_masks"], atol=1e-4, rtol=1e-4)
+
+
+def test_an_export_whose_masks_differ_is_an_error(tiny_masks, tmp_path, monkeypatch):
+    from raydetr.export import torch_files
+
+    def broken(file, model):
+        other = load(tiny_masks)
+        with torch.no_grad():
+            other.mask_head.out_lay.bias += 1e-2
+        return other
+
+    monkeypatch.setattr(torch_files, "read_safetensors", broken)
+    with pytest.raises(UserError, match="its outputs differ from the checkpoint's by"):
+        export(tiny_masks, tmp_path / "model.safetensors", "safetensors")
+
+
+def test_the_official_file_of_a_masks_model_has_the_official_names(resnet_masks, tmp_path):
+    export(resnet_masks, tmp_path / "official.pth", "official")
+    state, ours = (read_checkpoint(path)["model"] for path in (tmp_path / "official.pth", resnet_masks))
+    assert state.keys() == ours.keys()
+    assert len(state["detr.class_embed.weight"]) == 9  # ids 0 to 7 and no-object
+    assert load(tmp_path / "official.pth").settings["masks"]
 
 
 def test_official_head_has_a_row_for_each_id(resnet, tmp_path):

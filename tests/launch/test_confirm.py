@@ -15,6 +15,7 @@ from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.fingerprint import data_fingerprint
 from raydetr.data.sets import load_sets
 from raydetr.errors import UserError
+from raydetr.evaluate.intervals import jackknife_interval
 from raydetr.launch import confirm as confirmer
 from raydetr.launch.confirm import (
     Plan,
@@ -24,6 +25,7 @@ from raydetr.launch.confirm import (
     confirm,
     forget_stale_scores,
     given_space,
+    judged_by,
     judged_on,
     make_plan,
     score_trainings,
@@ -32,6 +34,8 @@ from raydetr.launch.scheduling import trial_folder
 from raydetr.launch.session import DRIVER
 from raydetr.launch.slots import Demands
 from raydetr.launch.tune import tune
+from raydetr.model.detr import build_model
+from raydetr.predict.score import score_checkpoint
 from raydetr.search.confirm import Verdict
 from raydetr.search.space import read_space
 from raydetr.search.study import Search, create_search
@@ -49,10 +53,10 @@ TINY = helpers.TINY | {
 SPACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "loss.eos_coef": {"uniform": [0.05, 0.5]}}
 
 
-def finished_search(storage, data, aps, **changes):
+def finished_search(storage, data, aps, metric="AP", **changes):
     """A search that nobody trained: trial n ended with AP ``aps[n]``, or is still running where that is None."""
     base = helpers.tiny_config(TINY, data, storage, **changes)
-    search = create_search(storage / "search", read_space(SPACE), base, trials=len(aps), sampler="random", seed=3)
+    search = create_search(storage / "search", read_space(SPACE), base, trials=len(aps), sampler="random", seed=3, metric=metric)
     for number, ap in enumerate(aps):
         search.ask(str(number))
         if ap is not None:
@@ -140,11 +144,86 @@ def test_the_detections_of_all_folds_are_judged_together(coco_folder, tmp_path, 
         _, val = load_sets(config.with_settings(known, {"data.folds": 3, "data.fold": fold}).data)
         found = [{key: each[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9} for each in val.coco["annotations"]]
         perfect.append(SimpleNamespace(coco=val.coco, results=found))
-    monkeypatch.setattr(confirmer, "detect", lambda checkpoint, *_, split: perfect[int(checkpoint)])
+    monkeypatch.setattr(confirmer, "detect", lambda checkpoint, *_, split, masks: perfect[int(checkpoint)])
     whole = score_trainings(["0", "1", "2"], {}, "folds")
     assert (whole["AP"], whole["images"], len(whole["left_out"])) == (1.0, 6, 6)
     perfect[1].results.clear()
     assert score_trainings(["0", "1", "2"], {}, "folds")["AP"] == pytest.approx(2 / 3, abs=0.25)
+
+
+@pytest.mark.parametrize(("metric", "measure"), [("AP", "AP"), ("AP50", "AP"), ("segm_AP", "segm_AP"), ("segm_AR10", "segm_AP")])
+def test_a_search_for_masks_is_judged_by_masks(coco_folder, tmp_path, metric, measure):
+    assert judged_by(finished_search(tmp_path, coco_folder(), [0.3], metric)) == measure
+
+
+@pytest.fixture
+def masks_checkpoint(tmp_path):
+    """Boxes as of chance; ``write(name, masks)`` writes a checkpoint whose masks are all empty or all full."""
+
+    def write(name, bias):
+        torch.manual_seed(0)
+        model = build_model("detr_tiny", 2, masks=True)
+        with torch.no_grad():
+            model.class_embed.bias[0] += 20  # each query detects a square
+            model.mask_head.out_lay.bias.fill_(bias)
+        about = config.to_dict(config.load_config({"model.preset": "detr_tiny", "data.val_size": 64, "model.masks": True}))
+        content = {
+            "model": model.state_dict(),
+            "settings": about,
+            "categories": [{"id": 3, "name": "square"}, {"id": 7, "name": "oblong"}],
+            "epoch": 1,
+            "metrics": {},
+        }
+        save_checkpoint(tmp_path / name, content)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_masks_are_scored_as_the_evaluation_does_with_and_without_each_image(coco_folder, masks_checkpoint):
+    data = {"data.path": str(whole_images(coco_folder(train=1, val=6))), "data.num_workers": 0}
+    full, empty = masks_checkpoint("full.pth", 30.0), masks_checkpoint("empty.pth", -30.0)
+    scored = score_trainings([full], data, "val", masks=True)
+    segm = score_checkpoint(full, data)["segm"]
+    assert 0 < scored["AP"] == pytest.approx(segm["AP"], abs=1e-9)
+    assert jackknife_interval(scored["AP"], np.array(scored["left_out"])) == pytest.approx(segm["AP_interval"], abs=1e-9)
+    assert score_trainings([empty], data, "val", masks=True)["AP"] == 0
+    assert score_trainings([full], data, "val")["AP"] == score_trainings([empty], data, "val")["AP"]
+
+
+def whole_images(folder):
+    """Let every object be a square whose mask is the whole image."""
+    for split in ("train", "val"):
+        file = folder / "annotations" / f"custom_{split}.json"
+        coco = json.loads(file.read_text())
+        for each in coco["annotations"]:
+            each |= {"category_id": coco["categories"][0]["id"], "segmentation": [[0, 0, 96, 0, 96, 64, 0, 64]], "area": 96 * 64}
+        file.write_text(json.dumps(coco))
+    return folder
+
+
+def test_masks_cannot_judge_where_the_images_have_none(coco_folder, tmp_path):
+    search = finished_search(tmp_path, coco_folder(val=5), [0.3, 0.5], "segm_AP")
+    with pytest.raises(UserError, match=r"confirm: .*custom_val\.json has no mask, and the search maximized the AP of masks"):
+        confirm(search.folder)
+
+
+def test_edited_masks_are_changed_data(coco_folder, tmp_path):
+    data = whole_images(coco_folder(val=5))
+    search = finished_search(tmp_path, data, [0.3, 0.5], "segm_AP", **{"model.masks": True})
+    known = {
+        split: data_fingerprint(each.coco)
+        for split, each in zip(("train", "val"), load_sets(search.base_config.data, masks=True), strict=True)
+    }
+    trial_folder(search, 0).mkdir(parents=True)
+    save_checkpoint(trial_folder(search, 0) / "best.pth", {"model": {"w": torch.zeros(1)}, "data": known})
+    check_same_data(search)
+    file = data / "annotations" / "custom_val.json"
+    coco = json.loads(file.read_text())
+    coco["annotations"][0]["segmentation"] = [[0, 0, 96, 0, 96, 63, 0, 63]]
+    file.write_text(json.dumps(coco))
+    with pytest.raises(UserError, match=r"the val set is not the one of .*: masks of image \d+ changed; undo that"):
+        check_same_data(search)
 
 
 def test_a_race_drops_who_falls_behind_and_resumes_within_a_round():

@@ -10,6 +10,7 @@ from raydetr.errors import UserError
 from raydetr.model.detr import build_model
 from raydetr.predict.against import score_against
 from raydetr.weights.checkpoint import save_checkpoint
+from tests.helpers import add_outlines
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +95,36 @@ def test_a_results_file_that_is_broken_is_named(data, results, tmp_path):
     broken.write_text("[")
     with pytest.raises(UserError, match=r"broken\.json: not a JSON list"):
         score_against(results("good.json", 0.0), broken, {"data.path": str(data)})
+
+
+def test_masks_are_compared_as_well(module_coco_folder, tmp_path, capsys):
+    data = add_outlines(module_coco_folder(train=1, val=8, boxes=3, folder="outlined"))
+    coco = json.loads((data / "annotations" / "custom_val.json").read_text())
+    names = ("image_id", "category_id", "bbox", "segmentation")
+    good = [{name: each[name] for name in names} | {"score": 0.9} for each in coco["annotations"]]
+    cut = [each | {"segmentation": [each["segmentation"][0][:10]]} for each in good]  # its boxes are as good
+    boxes = [{name: each[name] for name in ("image_id", "category_id", "bbox", "score")} for each in good]
+    files = {"good": good, "cut": cut, "boxes": boxes}
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+
+    def evaluate(mine, other):
+        paths = ["--predictions", str(tmp_path / mine), "--against", str(tmp_path / other), "--json", str(tmp_path / "out.json")]
+        assert main(["evaluate", *paths, "--data", str(data)]) == 0
+        return capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+
+    shown, numbers = evaluate("good.json", "cut.json")
+    assert numbers["against"]["AP"] == 0
+    difference = numbers["segm"]["against"]
+    low, high = difference["AP_interval"]
+    assert 0 < low < difference["AP"] <= high
+    assert numbers["segm"]["verdict"].startswith(f"The checkpoint is better than the other by {100 * difference['AP']:.1f} mask AP")
+    assert shown.splitlines()[-1] == numbers["segm"]["verdict"]
+    assert shown.index("difference of boxes to") < shown.index(numbers["verdict"]) < shown.index("difference of masks to")
+    shown, numbers = evaluate("good.json", "boxes.json")
+    assert "boxes.json has no masks: only boxes are compared." in shown
+    assert numbers["segm"]["AP"] == 1
+    assert "against" not in numbers["segm"]
+    assert shown.splitlines()[-1] == numbers["verdict"]
+    shown, numbers = evaluate("boxes.json", "good.json")
+    assert "segm" not in numbers

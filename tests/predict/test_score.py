@@ -274,6 +274,8 @@ def test_perfect_masks_of_a_results_file_score_one(outlined, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert shown.index("boxes") < shown.index("masks")
     assert shown.count("AR_large") == 2
+    assert metrics["segm"]["AP50_interval"] == metrics["segm"]["per_category"]["square"]["AP_interval"] == [1, 1]
+    assert shown.count("AP75       1.000  (1.000 to 1.000)") == 2
     results[1]["segmentation"] = {"size": [5, 5], "counts": [25]}
     file.write_text(json.dumps(results))
     assert main(["evaluate", "--predictions", str(file), "--data", str(outlined)]) == 2

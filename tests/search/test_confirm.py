@@ -185,6 +185,16 @@ def test_worse_in_words():
     assert sentence(worse).startswith("The defaults beat settings 17, the best of the search, by 3.0 AP (95 % interval 1.0 to 5.0;")
 
 
+def test_a_confirmation_by_masks_says_so():
+    assert sentence(VERDICT, "val", "segm_AP").startswith("Settings 17 beat the defaults by 3.1 mask AP (95 %")
+    worse = Verdict(**{**VERDICT.__dict__, "gain": -0.03, "low": -0.05, "high": -0.01})
+    assert "the best of the search, by 3.0 mask AP (95 %" in sentence(worse, judged_by="segm_AP")
+    open_question = sentence(Verdict(**{**VERDICT.__dict__, "low": -0.02, "enough_images": 233}), judged_by="segm_AP")
+    assert open_question.startswith("No difference in mask AP can be shown")
+    assert "to show 2 mask AP about 240 images" in open_question
+    assert "a gain of 2 mask AP would probably have shown" in sentence(Verdict(**{**VERDICT.__dict__, "low": -0.02}), judged_by="segm_AP")
+
+
 def test_too_few_images_claim_nothing():
     few = Verdict(**{**VERDICT.__dict__, "images": 4})
     assert not few.better

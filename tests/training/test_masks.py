@@ -24,6 +24,7 @@ from raydetr.predict.score import score_checkpoint
 from raydetr.training import engine, masks
 from raydetr.training.masks import chunk_size, counted_queries
 from raydetr.training.schedule import build_optimizer, build_scheduler
+from raydetr.training.tracking import custom_scalars
 from raydetr.weights.checkpoint import read_checkpoint
 from tests.helpers import add_outlines
 from tests.training.runs import STATEFUL, folder_of, interrupted, last_of, log_of, run, same, settings
@@ -64,6 +65,9 @@ def test_tensorboard_shows_them(finished):
     shown = {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
     assert shown["val/segm/AP"] == pytest.approx(metrics["segm_AP"])
     assert {"val/segm/AP50", "val/segm/AR100", "val/segm/AP/square", "val/segm/AP/oblong"} <= shown.keys()
+    interval = score_checkpoint(folder_of(config) / "last.pth", {"data.path": config.data.path})["segm"]["AP_interval"]
+    assert [shown["val/segm/AP_low"], shown["val/segm/AP_high"]] == pytest.approx(interval, abs=1e-6)
+    assert set(custom_scalars(masks=True)["AP"]["AP of masks with 95 % interval"][1]) <= shown.keys()
     for split in ("train", "train_epoch", "val"):
         assert {f"{split}/loss_mask", f"{split}/loss_dice"} <= shown.keys()
 
@@ -86,6 +90,21 @@ def test_a_run_interrupted_ends_in_the_same_bits(finished):
     run(stopped)
     same(last_of(whole), last_of(stopped))
     assert log_of(whole) == log_of(stopped)
+
+
+def test_edited_masks_are_not_resumed(module_coco_folder):
+    data = add_outlines(module_coco_folder(train=2, val=1, folder="edited"))
+    masks, boxes = settings(data, "outlined", **MASKS, optim__epochs=1), settings(data, "boxed", optim__epochs=1)
+    run(masks)
+    run(boxes)
+    file = data / "annotations" / "custom_train.json"
+    coco = json.loads(file.read_text())
+    del coco["annotations"][0]["segmentation"][0][:2]
+    file.write_text(json.dumps(coco))
+    with pytest.raises(UserError, match=r"the train set is not the one that .* was trained on: masks of image \d+ changed; undo that"):
+        run(settings(data, "outlined", **MASKS, optim__epochs=2))
+    metrics, _ = run(settings(data, "boxed", optim__epochs=2))
+    assert metrics["epoch"] == 2, "without masks the outlines do not matter"
 
 
 def test_freezing_boxes_trains_the_head_alone(data, finished):
