@@ -759,6 +759,47 @@ def export_command(
     click.echo(export(checkpoint, out, to, *given_settings(options), images=images, precision=precision, quantize=quantize).text())
 
 
+@cli.command(short_help="Serve predictions over HTTP.")
+@click.argument("checkpoint", type=click.Path())
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 allows access from the network.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on; 0: any free one.")
+@click.option("--replicas", type=click.IntRange(1), help="Number of processes that predict (default: one for each GPU, or one).")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Device to compute on.")
+@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Largest number of images that are predicted at a time.")
+@click.option(
+    "--queue", type=click.IntRange(0), default=32, show_default=True, help="Requests that may wait; further ones are answered with 503."
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    help="Lowest score of what is returned (default: those that `evaluate --thresholds` stored in the checkpoint, else 0.7).",
+)
+@click.option("--max-megabytes", type=click.IntRange(1), default=32, show_default=True, help="Largest upload.")
+@click.option("--max-megapixels", type=click.IntRange(1), default=50, show_default=True, help="Largest image.")
+@click.option("--max-images", type=click.IntRange(1), default=64, show_default=True, help="Largest number of images in a request or a zip.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(0, min_open=True),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long an upload may take, and then its prediction.",
+)
+@tile_options
+def serve(host: str, port: int, replicas: int | None, **options) -> None:
+    """Serve predictions of CHECKPOINT over HTTP with Ray Serve (install 'raydetr[serve]'): POST /predict, and a page to drop an image on.
+
+    Requests need the token of the environment variable RAYDETR_SERVE_TOKEN, if it is set.
+
+    Example: raydetr serve runs/first/best.pth
+    """
+    with without_collections():
+        from raydetr.launch.serve import Options, serve_checkpoint
+
+    serve_checkpoint(Options(**options), host, port, click.echo, replicas)
+
+
 @cli.command(short_help="Show runs in TensorBoard.")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(), metavar="RUN...")
 @click.option("--port", type=click.IntRange(0, 65535), default=6006, show_default=True, help="Port to listen on; 0: any free one.")

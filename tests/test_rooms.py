@@ -16,6 +16,7 @@ FLOORS = [
     {"weights", "evaluate"},
     {"training"},
     {"predict", "search"},
+    {"serving"},
     {"launch", "export", "report"},
     {"demo"},
     {"cli"},

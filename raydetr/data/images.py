@@ -38,6 +38,10 @@ _BROKEN = (SyntaxError, ValueError, EOFError, LookupError, TypeError, RuntimeErr
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}  # ISO/IEC 23008-12, annex B
 
 
+class TooLarge(UserError):
+    """An image has more pixels than are decoded."""
+
+
 class Header(NamedTuple):
     """Size and orientation of an image file, read without decoding it."""
 
@@ -197,7 +201,7 @@ def _unreadable(path: str | Path, error: Exception, max_megapixels: int) -> User
     if isinstance(error, Image.DecompressionBombError):
         pixels = re.search(r"\((\d+) pixels\)", str(error))
         size = f"{int(pixels[1]) / 1e6:.0f} megapixels" if pixels else "the image"
-        return UserError(f"{path}: too large: {size}, more than data.max_megapixels ({max_megapixels}); raise it, or scale the image down")
+        return TooLarge(f"{path}: too large: {size}, more than data.max_megapixels ({max_megapixels}); raise it, or scale the image down")
     if isinstance(error, Image.UnidentifiedImageError):
         return UserError(f"{path}: {_kind_of_file(Path(path))}")
     return UserError(f"{path}: broken or truncated image ({' '.join(str(error).split()) or type(error).__name__})")

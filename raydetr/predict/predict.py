@@ -228,7 +228,7 @@ def predict(
     columns, left_out = [], {}
     for path, title, model in zip(checkpoints, titles, models, strict=True):
         categories, notes = _categories_for(model, truth)
-        thresholds = _thresholds(model, threshold)
+        thresholds = lowest_scores(model, threshold)
         wanted = AttentionWanted(thresholds if attention else None, points) if attention or points else None
         by_image, unread = detect(model, path, inputs, read, batch_size, device, title, wanted, tiles)
         warnings += [*model.notes, *(f"{path}: {note}" for note in notes)]
@@ -252,7 +252,7 @@ def predict(
     return Summary(out, len(cards), drawn, shown, lines, warnings)
 
 
-def _thresholds(model: DETR, threshold: float | None) -> list[float]:
+def lowest_scores(model: DETR, threshold: float | None) -> list[float]:
     """Return the lowest score to draw of each category: ``threshold``, else the checkpoint's own."""
     if threshold is not None or not model.thresholds:
         return [THRESHOLD if threshold is None else threshold] * len(model.categories)
@@ -296,16 +296,27 @@ class InputImages(Dataset):
             pixels = self.read(each.path, each.size)
         except UserError as error:
             return [(None, {"index": index, "error": str(error)})]
-        height, width = pixels.shape[-2:]
-        views = []
-        for left, top, right, bottom in self.tiles.views((width, height)):
-            image = self.transforms(tv_tensors.Image(pixels[:, top:bottom, left:right])).as_subclass(torch.Tensor)
-            size = torch.tensor([bottom - top, right - left])
-            views.append((image, {"index": index, "orig_size": size, "view": (left, top, right, bottom)}))
-        return views
+        return [(image, {"index": index, **target}) for image, target in image_views(pixels, self.transforms, self.tiles)]
 
 
-def _collate(batch: list[list[tuple]], batch_size: int) -> tuple[list[tuple], list[dict]]:
+def image_views(pixels: torch.Tensor, transforms: Callable, tiles: Tiles) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+    """Return each view of a decoded image as the network takes it, with its original size (height, width) and its place in the image.
+
+    Args:
+        pixels: The image, uint8 [3, height, width].
+        transforms: What turns a view into the network's input.
+        tiles: The views.
+    """
+    height, width = pixels.shape[-2:]
+    views = []
+    for left, top, right, bottom in tiles.views((width, height)):
+        image = transforms(tv_tensors.Image(pixels[:, top:bottom, left:right])).as_subclass(torch.Tensor)
+        size = torch.tensor([bottom - top, right - left])
+        views.append((image, {"orig_size": size, "view": (left, top, right, bottom)}))
+    return views
+
+
+def collate_views(batch: Sequence[Sequence[tuple]], batch_size: int) -> tuple[list[tuple], list[dict]]:
     """Return the views of images that could be read, in batches of one size, and the targets of the others.
 
     Without padding the predictions do not depend on the batch size and are those that an evaluation scores.
@@ -359,7 +370,7 @@ def detect(
     # On a CPU the network uses every core, and loading processes would take them away.
     workers = loading_processes(config.data, target_device, usable_cores()) if on_gpu else 0
     dataset = InputImages(inputs, read, val_transforms(config.data), tiles)
-    collated = partial(_collate, batch_size=batch_size)
+    collated = partial(collate_views, batch_size=batch_size)
     loader = DataLoader(dataset, batch_size, collate_fn=collated, num_workers=workers, pin_memory=on_gpu)
     by_image, unread = {}, {}
     autocast = torch.autocast(target_device.type, dtype, enabled=dtype != torch.float32)
@@ -370,24 +381,50 @@ def detect(
             unread |= {inputs[target["index"]].image_id: target["error"] for target in broken}
             views: dict[int, list[tuple[ImagePrediction, View]]] = defaultdict(list)
             for images, mask, targets in batches:
-                images = images.to(target_device, non_blocking=True)
-                mask = None if mask is None else mask.to(target_device, non_blocking=True)
-                sizes = torch.stack([target["orig_size"] for target in targets])
-                outputs, rles = _outputs_and_masks(model, images, mask, sizes)
-                detections = postprocess(outputs, sizes.to(target_device, non_blocking=True))
-                on_host = {name: torch.stack([each[name] for each in detections]).cpu() for name in ("scores", "labels", "boxes")}
-                for row, target in enumerate(targets):
-                    found = {name: values[row] for name, values in on_host.items()}
-                    prediction = _prediction(found, target["orig_size"], checkpoint, rles[row] if rles else None)
+                predictions = predict_views(model, checkpoint, images, mask, targets, target_device)
+                for row, (target, prediction) in enumerate(zip(targets, predictions, strict=True)):
                     each = inputs[target["index"]]
                     if wanted and record:
                         check_points(wanted.points, prediction.size, each.name)
                         ranked = prediction.queries, prediction.labels, prediction.scores
                         prediction.attention = image_attention(record, wanted, row, *ranked, prediction.size)
                     views[each.image_id].append((prediction, target["view"]))
-            by_image |= {image_id: _merged(parts) for image_id, parts in views.items()}
+            by_image |= {image_id: merge_views(parts) for image_id, parts in views.items()}
             advance(len(views) + len(broken))
     return by_image, unread
+
+
+def predict_views(
+    model: DETR,
+    checkpoint: str | Path,
+    images: torch.Tensor,
+    mask: torch.Tensor | None,
+    targets: Sequence[Mapping[str, Any]],
+    device: torch.device,
+) -> list[ImagePrediction]:
+    """Predict on a batch of views.
+
+    Args:
+        model: The model, on ``device``.
+        checkpoint: Path or URL of the checkpoint, for messages.
+        images: The views, float32 [B, 3, H, W].
+        mask: Padding mask, bool [B, H, W]; None if nothing is padded.
+        targets: For each view ``orig_size``, the height and width of its boxes.
+        device: The device to compute on.
+
+    Raises:
+        UserError: The outputs are not finite.
+    """
+    sizes = torch.stack([target["orig_size"] for target in targets])
+    images = images.to(device, non_blocking=True)
+    mask = None if mask is None else mask.to(device, non_blocking=True)
+    outputs, rles = _outputs_and_masks(model, images, mask, sizes)
+    detections = postprocess(outputs, sizes.to(device, non_blocking=True))
+    on_host = {name: torch.stack([each[name] for each in detections]).cpu() for name in ("scores", "labels", "boxes")}
+    return [
+        _prediction({name: values[row] for name, values in on_host.items()}, size, checkpoint, rles[row] if rles else None)
+        for row, size in enumerate(sizes)
+    ]
 
 
 def _outputs_and_masks(
@@ -416,7 +453,7 @@ def _prediction(
     return ImagePrediction((width, height), boxes_xyxy.tolist(), labels, scores.tolist(), order.tolist(), rles=ordered)
 
 
-def _merged(views: Sequence[tuple[ImagePrediction, View]]) -> ImagePrediction:
+def merge_views(views: Sequence[tuple[ImagePrediction, View]]) -> ImagePrediction:
     """Return the predictions in an image from those in its views, one of which is the whole image."""
     if len(views) == 1:
         return views[0][0]

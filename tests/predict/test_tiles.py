@@ -12,7 +12,7 @@ from raydetr.data.masks import decode_masks, encode_masks
 from raydetr.errors import UserError
 from raydetr.model.detr import build_model
 from raydetr.predict import score, tiled_score
-from raydetr.predict.predict import ImagePrediction, _merged, predict
+from raydetr.predict.predict import ImagePrediction, merge_views, predict
 from raydetr.predict.tiles import Tiles, is_whole, merge_boxes, parse_tiles
 from raydetr.weights.checkpoint import save_checkpoint
 
@@ -139,7 +139,7 @@ def test_masks_of_tiles_are_put_where_the_tile_is():
         (ImagePrediction((view[2] - view[0], 40), xyxy, [0], scores, [0], rles=rles), view)
         for (xyxy, scores, rles), view in zip(parts, views, strict=True)
     ]
-    merged = _merged(predictions[::-1])
+    merged = merge_views(predictions[::-1])
     assert merged.size == (90, 40)
     left = views[2][0]
     assert merged.xyxy == [[left + 10, 10, left + 20, 20], [2, 2, 3, 3], [0, 0, 1, 1]]

@@ -1,0 +1,65 @@
+"""Dynamic batching: single items become batches for a function that is faster with several at a time."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Batches(Generic[Item, Result]):
+    """Collects items into batches. While a batch is computed the next one fills, and an item that finds the function idle does not wait.
+
+    ``@serve.batch`` of Ray Serve closes a batch when a waiting time is over, also if the function is still busy with the one before. On a
+    busy server with a slow model most of its batches would be of one item.
+
+    Args:
+        compute: The function: takes a list of items and returns a result for each. It runs in one thread of its own.
+        most: Largest number of items in a batch.
+    """
+
+    def __init__(self, compute: Callable[[list[Item]], list[Result]], most: int):
+        self._compute, self._most = compute, most
+        self._waiting: deque[tuple[Item, asyncio.Future[Result]]] = deque()
+        self._thread = ThreadPoolExecutor(1)
+        self._running: asyncio.Task | None = None
+
+    async def __call__(self, item: Item) -> Result:
+        """Return the result of an item. What ``compute`` raises for its batch is raised here."""
+        future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, future))
+        if self._running is None:
+            self._running = asyncio.create_task(self._run())
+        return await future
+
+    async def _run(self) -> None:
+        try:
+            while batch := self._next():
+                await self._finish(batch)
+        finally:
+            self._running = None
+
+    def _next(self) -> list[tuple[Item, asyncio.Future[Result]]]:
+        """Take the next batch, without items that nobody waits for any more."""
+        batch = []
+        while self._waiting and len(batch) < self._most:
+            item, future = self._waiting.popleft()
+            if not future.cancelled():
+                batch.append((item, future))
+        return batch
+
+    async def _finish(self, batch: list[tuple[Item, asyncio.Future[Result]]]) -> None:
+        items = [item for item, _ in batch]
+        try:
+            results = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, items)
+        except Exception as error:
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+        else:
+            for (_, future), result in zip(batch, results, strict=True):
+                if not future.done():
+                    future.set_result(result)
