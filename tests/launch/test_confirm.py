@@ -84,7 +84,7 @@ def test_folds_judge_where_there_is_no_test_set(coco_folder, tmp_path):
     search = finished_search(tmp_path, coco_folder(train=8), [0.3, 0.5], **{"data.folds": 4})
     plan = make_plan(search, 3, 2, None)
     assert plan == Plan([1], [1, 2], folds=4)
-    assert (plan.parts, plan.most_trainings, judged_on(search, plan)) == ([1, 2, 3, 4], 16, "folds")
+    assert (plan.parts, plan.most_trainings, judged_on(search, plan)) == ([1, 2, 3, 4], 16, "folds", masks=False)
     assert make_plan(search, 3, 5, 48).seeds == [1, 2, 3, 4, 5, 6], "a fourth of 48 trainings are two settings with six seeds"
     with pytest.raises(UserError, match="--budget: a confirmation needs at least 24 trainings in 4 folds"):
         make_plan(search, 3, 5, 23)
@@ -145,10 +145,10 @@ def test_the_detections_of_all_folds_are_judged_together(coco_folder, tmp_path, 
         found = [{key: each[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9} for each in val.coco["annotations"]]
         perfect.append(SimpleNamespace(coco=val.coco, results=found))
     monkeypatch.setattr(confirmer, "detect", lambda checkpoint, *_, split, masks: perfect[int(checkpoint)])
-    whole = score_trainings(["0", "1", "2"], {}, "folds")
+    whole = score_trainings(["0", "1", "2"], {}, "folds", masks=False)
     assert (whole["AP"], whole["images"], len(whole["left_out"])) == (1.0, 6, 6)
     perfect[1].results.clear()
-    assert score_trainings(["0", "1", "2"], {}, "folds")["AP"] == pytest.approx(2 / 3, abs=0.25)
+    assert score_trainings(["0", "1", "2"], {}, "folds", masks=False)["AP"] == pytest.approx(2 / 3, abs=0.25)
 
 
 @pytest.mark.parametrize(("metric", "measure"), [("AP", "AP"), ("AP50", "AP"), ("segm_AP", "segm_AP"), ("segm_AR10", "segm_AP")])
@@ -188,7 +188,7 @@ def test_masks_are_scored_as_the_evaluation_does_with_and_without_each_image(coc
     assert 0 < scored["AP"] == pytest.approx(segm["AP"], abs=1e-9)
     assert jackknife_interval(scored["AP"], np.array(scored["left_out"])) == pytest.approx(segm["AP_interval"], abs=1e-9)
     assert score_trainings([empty], data, "val", masks=True)["AP"] == 0
-    assert score_trainings([full], data, "val")["AP"] == score_trainings([empty], data, "val")["AP"]
+    assert score_trainings([full], data, "val", masks=False)["AP"] == score_trainings([empty], data, "val", masks=False)["AP"]
 
 
 def whole_images(folder):
@@ -334,7 +334,7 @@ def test_tune_confirms_at_its_end_on_request(coco_folder, tmp_path, monkeypatch,
 
 @pytest.mark.slow
 def test_a_search_is_confirmed_in_its_folds(module_coco_folder, tmp_path):
-    data = module_coco_folder(train=6, val=2, folder="folds")
+    data = module_coco_folder(train=6, val=2, folder="folds", masks=False)
     search = finished_search(tmp_path, data, [0.3, 0.5], **{"data.folds": 2})
     train, val = load_sets(search.base_config.data)
     known = {"train": data_fingerprint(train.coco), "val": data_fingerprint(val.coco)}
