@@ -1,8 +1,8 @@
 """Measure ``raydetr serve``: ``python -m benchmarks.serve``.
 
 A server is started with the command, and clients in this process send it JPEG images. Its throughput is compared with that of the model
-alone, called in a loop on decoded images with the best batch size; the two take turns. Then four times as many requests come as it can take,
-and uploads that are bad. Clients, HTTP and the model share the machine's cores.
+alone, called in a loop on decoded images with the best batch size; the two take turns. Then come four times as many requests as it can
+take, and uploads that are bad. Clients, HTTP and the model share the machine's cores.
 """
 
 import http.client
@@ -212,7 +212,7 @@ def measure(url: str, predictor: Predictor, images: Sequence[bytes], known: Opti
             found[name].append((alone, rate, replies))
     rows = []
     for name, rounds in found.items():
-        alone, rate = (statistics.median(each[column] for each in rounds) for column in (0, 1))
+        alone, rate = statistics.median(each[0] for each in rounds), statistics.median(each[1] for each in rounds)
         share = statistics.median(each[1] / each[0] for each in rounds)
         replies = [reply for each in rounds for reply in each[2]]
         rows.append([name, f"{alone:.1f} images/s", f"{rate:.1f} images/s", share, percentile(replies, 0.5), percentile(replies, 0.99)])

@@ -181,7 +181,10 @@ def test_a_taken_port_and_a_cluster_are_named(capsys, monkeypatch):
 def test_a_missing_extra_is_named():
     script = "import sys; sys.modules['fastapi'] = None; from raydetr.cli import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", script, "serve", str(BUNDLED)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "raydetr: serve: needs Ray Serve and FastAPI; install them: pip install 'raydetr[serve]'\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "raydetr: serve: needs Ray Serve and FastAPI; install them: pip install 'raydetr[serve]'\n",
+    )
 
 
 def test_an_empty_token_is_refused(monkeypatch):

@@ -117,7 +117,11 @@ MEGABYTE = 1_000_000
         (413, "larger than the 1 MB", lambda _picture, _zipped: bytes(MEGABYTE + 1)),
         (413, "larger than the 1 MB", lambda _picture, _zipped: iter([bytes(MEGABYTE), b"1"])),  # without a length in its header
         (413, "more than the 2 megapixels", lambda _picture, _zipped: gigantic_png()),
-        (413, "image: the zip unpacks to 12,885 MB", lambda _picture, zipped: with_sizes(zipped({f"{n}": b"1" for n in range(3)}), 0xFFFFFFFE)),
+        (
+            413,
+            "image: the zip unpacks to 12,885 MB",
+            lambda _picture, zipped: with_sizes(zipped({f"{n}": b"1" for n in range(3)}), 0xFFFFFFFE),
+        ),
         (400, "broken zip", lambda _picture, zipped: with_sizes(zipped({"a": bytes(50 * MEGABYTE)}), 100)),
         (413, "4 files in the zip, more than the 3", lambda picture, zipped: zipped({f"{n}.png": picture() for n in range(4)})),
         (413, "too many files", lambda _picture, zipped: zipped({f"d{n}/": b"" for n in range(3 * MOST_ENTRIES + 1)})),
