@@ -765,7 +765,9 @@ def export_command(
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port to listen on; 0: any free one.")
 @click.option("--replicas", type=click.IntRange(1), help="Number of processes that predict (default: one for each GPU, or one).")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Device to compute on.")
-@click.option("--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Largest number of images that are predicted at a time.")
+@click.option(
+    "--batch-size", type=click.IntRange(1), default=4, show_default=True, help="Largest number of images that are predicted at a time."
+)
 @click.option(
     "--queue", type=click.IntRange(0), default=32, show_default=True, help="Requests that may wait; further ones are answered with 503."
 )

@@ -23,12 +23,12 @@ from raydetr.errors import UserError
 from raydetr.launch.session import ray_session
 from raydetr.launch.signals import ending_signals
 from raydetr.tensorboard import has_browser
-from raydetr.text import one_line
+from raydetr.text import count, one_line
 
 try:
     from fastapi import HTTPException
     from ray import serve
-    from ray.exceptions import RayActorError
+    from ray.exceptions import RayActorError, RayError
     from ray.serve.config import BackpressureConfig
     from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
     from ray.serve.handle import DeploymentHandle
@@ -172,16 +172,19 @@ def serve_checkpoint(options: Options, host: str, port: int, tell: Callable[[str
         raise UserError("serve: starts Ray on this machine; unset RAY_ADDRESS, and on a cluster use cluster/kuberay/rayservice.yaml")
     _check_checkpoint(options)
     port = _free_port(host, port)
-    with contextlib.suppress(KeyboardInterrupt), ending_signals():
-        with ray_session(replicas or 1), _serving(_shared_out(options, replicas), host, port) as running:
-            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-            count = f"{running.replicas} replica{'s' if running.replicas > 1 else ''} on {'GPUs' if running.gpus else 'CPUs'}"
-            if host not in LOOPBACK and TOKEN not in os.environ:
-                tell(f"warning: whoever reaches {host}:{port} can use it; set {TOKEN} to ask for a token")
-            tell(f"predictions at {url} ({count}; Ctrl-C ends it)")
-            if has_browser():
-                webbrowser.open(url)
-            threading.Event().wait()
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        ending_signals(),
+        ray_session(replicas or 1),
+        _serving(_shared_out(options, replicas), host, port) as running,
+    ):
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        if host not in LOOPBACK and TOKEN not in os.environ:
+            tell(f"warning: whoever reaches {host}:{port} can use it; set {TOKEN} to ask for a token")
+        tell(f"predictions at {url} ({count(running.replicas, 'replica')} on {'GPUs' if running.gpus else 'CPUs'}; Ctrl-C ends it)")
+        if has_browser():
+            webbrowser.open(url)
+        threading.Event().wait()
 
 
 @contextlib.contextmanager
@@ -191,7 +194,7 @@ def _serving(options: Options, host: str, port: int) -> Iterator[Options]:
         try:
             serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=QUIET)
             serve.run(application(options), name=NAME, route_prefix="/")
-        except (RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+        except (RuntimeError, ValueError, TimeoutError, RayError) as error:
             raise UserError(f"serve: Ray Serve does not start: {one_line(error)}") from error
         yield options
     finally:

@@ -55,11 +55,12 @@ class Batches(Generic[Item, Result]):
         items = [item for item, _ in batch]
         try:
             results = await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, items)
+            finished = list(zip(batch, results, strict=True))
         except Exception as error:
             for _, future in batch:
                 if not future.done():
                     future.set_exception(error)
         else:
-            for (_, future), result in zip(batch, results, strict=True):
+            for (_, future), result in finished:
                 if not future.done():
                     future.set_result(result)

@@ -83,7 +83,8 @@ class Predictor:
                 return image_views(self.read(Path(file.name)), self.transforms, self.tiles)
             except TooLarge:
                 most = self.options.max_megapixels
-                return Answer(upload.name, error=f"{upload.name}: too large, more than the {most} megapixels that this server takes", status=413)
+                error = f"{upload.name}: too large, more than the {most} megapixels that this server takes"
+                return Answer(upload.name, error=error, status=413)
             except UserError as error:
                 return Answer(upload.name, error=str(error).replace(file.name, upload.name), status=415)
 

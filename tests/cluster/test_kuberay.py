@@ -1,5 +1,6 @@
 """The Kubernetes files, by the schemas of Kubernetes and KubeRay; and the search of rayjob-tune.yaml, really run."""
 
+import importlib
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from ray.scripts.scripts import start
 
+from raydetr.launch import serve
 from raydetr.launch.session import DRIVER
 
 FOLDER = Path(__file__).parents[2] / "cluster" / "kuberay"
@@ -26,7 +28,8 @@ def named(each):
 
 
 def cluster_of(each):
-    return each["spec"].get("rayClusterSpec", each["spec"])
+    spec = each["spec"]
+    return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
 
 
 def pods(each):
@@ -73,7 +76,7 @@ def test_a_cluster_asks_for_its_token_and_trains_on_its_workers_only(each):
     words = [word for name, value in head.items() for word in (f"--{name}", *shlex.split(value))]
     options = start.make_context("ray start", ["--head", *words]).params  # KubeRay writes them behind `ray start` in a shell
     assert options["num_cpus"] == options["num_gpus"] == 0
-    assert json.loads(json.loads(head["resources"])) == {DRIVER: 64}
+    assert each["kind"] == "RayService" or json.loads(json.loads(head["resources"])) == {DRIVER: 64}
     for group in cluster["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
         assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
@@ -106,6 +109,32 @@ def test_the_cluster_that_stays_grows_and_survives_its_head():
     assert service["spec"]["selector"].items() <= redis["spec"]["template"]["metadata"]["labels"].items()
     password = redis["spec"]["template"]["spec"]["containers"][0]["env"][0]["valueFrom"]["secretKeyRef"]
     assert options["redisPassword"]["valueFrom"]["secretKeyRef"] == password
+
+
+def test_the_service_is_what_ray_serve_takes_and_asks_for_its_token(monkeypatch):
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+    from ray.serve.schema import ServeDeploySchema
+
+    (service,) = [each for each in RAY_OBJECTS if each["kind"] == "RayService"]
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (application,) = config.applications
+    module, _, name = application.import_path.partition(":")
+    monkeypatch.setenv(serve.TOKEN, "secret")
+    bound = call_user_app_builder_with_args_if_necessary(getattr(importlib.import_module(module), name), application.args)
+    model, options, digest = bound._bound_deployment.init_args
+    assert digest == serve.token_digest("secret")
+    wanted = model._bound_deployment.ray_actor_options
+    (group,) = cluster_of(service)["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert model._bound_deployment.num_replicas == options.replicas <= group["replicas"]
+    assert wanted["num_gpus"] <= limits["nvidia.com/gpu"]
+    assert wanted["num_cpus"] <= int(limits["cpu"])
+    for pod in pods(service):
+        (container,) = pod["spec"]["containers"]
+        assert {each["name"] for each in container["env"]} == {serve.TOKEN}
+        assert {"name": "serve", "containerPort": config.http_options.port} in container["ports"]
+    with pytest.raises(ValueError, match="batches"):
+        call_user_app_builder_with_args_if_necessary(serve.application, application.args | {"batches": 1})
 
 
 def test_tensorboards_service_finds_it():
