@@ -27,11 +27,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.ops import box_convert, generalized_box_iou_loss
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from raydetr.config import load_config, to_dict
 from raydetr.data.transforms import MEAN, STD
-from raydetr.demo.scenes import Scene, place
+from raydetr.demo.scenes import SUPERSAMPLE, Scene, place
 from raydetr.demo.things import KINDS
 from raydetr.evaluate.coco import coco_metrics
 from raydetr.loss.criterion import build_criterion
@@ -46,7 +47,7 @@ ROUND = [NAMES.index(name) for name in ("apple", "ball", "bulb", "button", "egg"
 EMA_DECAY = 0.999
 
 
-def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Draw an image of up to nine things, none of which is a balloon.
 
     Things of which little is visible are in the image, but have no box.
@@ -56,7 +57,8 @@ def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     Returns:
         The image, uint8 [HEIGHT, WIDTH, 3] (RGB); the boxes of the visible parts of its things, float32 [n, 4] (xyxy, as fractions of the
-        image's width and height); their labels, indices of ``NAMES``, int64 [n].
+        image's width and height); their labels, indices of ``NAMES``, int64 [n]; and which thing is visible at each pixel, uint8 [HEIGHT,
+        WIDTH]: its position in the boxes, counted from 1, and 0 elsewhere.
     """
     scene = Scene(rng, WIDTH, HEIGHT)
     count = int(rng.integers(1, 10))
@@ -70,15 +72,17 @@ def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         parts = place(parts, rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT), size, rng.normal() * 0.35, rng.uniform(0.8, 1.25))
         scene.add(parts, i + 1)
         areas.append((scene.numbers == i + 1).sum())
-    boxes, kept = [], []
+    boxes, kept, position = [], [], np.zeros(256, dtype=np.uint8)
     for i in range(count):
         rows, columns = np.nonzero(scene.numbers == i + 1)
         if len(rows) > 0.35 * areas[i] and len(rows) > 60:
             boxes.append((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
             kept.append(labels[i])
+            position[i + 1] = len(kept)
     height, width = scene.numbers.shape
     boxes_xyxy = np.array(boxes, dtype=np.float32).reshape(-1, 4) / np.array([width, height, width, height], np.float32)
-    return scene.finish(), boxes_xyxy, np.array(kept, dtype=np.int64)
+    visible = position[scene.numbers[::SUPERSAMPLE, ::SUPERSAMPLE]]
+    return scene.finish(), boxes_xyxy, np.array(kept, dtype=np.int64), visible
 
 
 class Pool:
@@ -87,11 +91,13 @@ class Pool:
     Args:
         seed: seed of all images and of the random crops.
         size: number of images.
+        masks: whether the targets have masks.
     """
 
-    def __init__(self, seed: int, size: int):
-        self.rng, self.oldest = np.random.default_rng(seed), 0
+    def __init__(self, seed: int, size: int, masks: bool = False):
+        self.rng, self.oldest, self.masks = np.random.default_rng(seed), 0, masks
         self.images = torch.empty(size, 3, HEIGHT, WIDTH, dtype=torch.uint8)
+        self.visible = torch.empty(size, HEIGHT, WIDTH, dtype=torch.uint8)
         nothing = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
         self.truth = [nothing] * size  # boxes xyxy (fractions of the image) and labels
         self.renew(size)
@@ -103,8 +109,9 @@ class Pool:
             count: number of images to replace.
         """
         for _ in range(count):
-            image, boxes_xyxy, labels = draw(self.rng)
+            image, boxes_xyxy, labels, visible = draw(self.rng)
             self.images[self.oldest] = torch.from_numpy(image).permute(2, 0, 1)
+            self.visible[self.oldest] = torch.from_numpy(visible)
             self.truth[self.oldest] = torch.from_numpy(boxes_xyxy), torch.from_numpy(labels)
             self.oldest = (self.oldest + 1) % len(self.truth)
 
@@ -118,7 +125,7 @@ class Pool:
 
         Returns:
             Normalized images, float32 [count, 3, height, width], and their targets: ``boxes`` (cxcywh, as fractions of the crop, float32
-            [n, 4]) and ``labels`` (int64 [n]) of each.
+            [n, 4]), ``labels`` (int64 [n]) and, with masks, ``masks`` (bool [n, height, width]) of each.
         """
         rng = self.rng
         chosen = rng.integers(len(self.truth), size=count)
@@ -128,14 +135,21 @@ class Pool:
         origin = rng.integers(whole - extent + 1)
         flip = rng.random(count) < 0.5
         flipped = torch.from_numpy(flip)
-        crops = [self.images[i, :, y : y + h, x : x + w] for i, (x, y), (w, h) in zip(chosen, origin, extent, strict=True)]
+        windows = [(i, slice(y, y + h), slice(x, x + w)) for i, (x, y), (w, h) in zip(chosen, origin, extent, strict=True)]
+        crops = [self.images[i, :, rows, columns] for i, rows, columns in windows]
         images = torch.stack([resize(crop, [height, width], antialias=True) for crop in crops])
         images[flipped] = images[flipped].flip(-1)
         contrast = torch.from_numpy(rng.uniform(0.7, 1.3, (count, 1, 1, 1)).astype(np.float32))
         tint = torch.from_numpy(rng.uniform(-25, 25, (count, 3, 1, 1)).astype(np.float32))
         images = ((images - 128.0) * contrast + (128 + tint)).clamp_(0, 255)
         shares = zip(chosen, (origin / whole).astype(np.float32), (extent / whole).astype(np.float32), flip, strict=True)
-        return normalized(images), [_cropped(*self.truth[i], *crop) for i, *crop in shares]
+        targets = [_cropped(*self.truth[i], *crop) for i, *crop in shares]
+        for target, (i, rows, columns), mirrored in zip(targets, windows, flip, strict=True):
+            kept = target.pop("kept")
+            if self.masks:
+                visible = resize(self.visible[i, rows, columns][None], [height, width], InterpolationMode.NEAREST)
+                target["masks"] = (visible.flip(-1) if mirrored else visible) == kept[:, None, None] + 1
+        return normalized(images), targets
 
 
 def normalized(images: Tensor) -> Tensor:
@@ -151,7 +165,7 @@ def normalized(images: Tensor) -> Tensor:
 
 
 def _cropped(boxes_xyxy: Tensor, labels: Tensor, origin: np.ndarray, extent: np.ndarray, flip: bool) -> dict[str, Tensor]:
-    """Return the target of a crop, without things of which less than a third, or almost nothing, is inside it."""
+    """Return the target of a crop, without things of which less than a third, or almost nothing, is inside it; ``kept`` are the others."""
     whole = (boxes_xyxy.view(-1, 2, 2) - torch.from_numpy(origin)) / torch.from_numpy(extent)
     inside = whole.clamp(0, 1)
     size = inside[:, 1] - inside[:, 0]
@@ -159,7 +173,7 @@ def _cropped(boxes_xyxy: Tensor, labels: Tensor, origin: np.ndarray, extent: np.
     center = inside.mean(1)
     if flip:
         center[:, 0] = 1 - center[:, 0]
-    return {"boxes": torch.cat((center, size), 1)[keep], "labels": labels[keep]}
+    return {"boxes": torch.cat((center, size), 1)[keep], "labels": labels[keep], "kept": keep.nonzero()[:, 0]}
 
 
 def jump_start(model: DETR) -> None:
@@ -314,7 +328,7 @@ def save(model: DETR, path: Path, step: int, metrics: dict) -> None:
     """
     weights = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
     categories = [{"id": i + 1, "name": name} for i, name in enumerate(NAMES)]
-    settings = to_dict(load_config({"model.preset": "detr_tiny"}))
+    settings = to_dict(load_config({"model.preset": "detr_tiny", "model.masks": model.settings["masks"]}))
     save_checkpoint(path, {"model": weights, "settings": settings, "categories": categories, "epoch": step, "metrics": metrics})
 
 

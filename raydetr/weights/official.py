@@ -16,6 +16,7 @@ from raydetr.weights.checkpoint import HUGGING_FACE_ADVICE
 from raydetr.weights.files import download
 
 BUNDLED = Path(__file__).with_name("detr_tiny.pth")
+BUNDLED_MASKS = Path(__file__).with_name("detr_tiny_masks.pth")  # the same boxes, with a segmentation head
 IMAGENET = {"resnet50": ResNet50_Weights.IMAGENET1K_V1.url, "resnet101": ResNet101_Weights.IMAGENET1K_V1.url}
 OFFICIAL_FOLDER = "https://dl.fbaipublicfiles.com/detr/"
 OFFICIAL = {  # backbone, dilation
@@ -66,7 +67,7 @@ def source_of(weights: str, model: dict[str, Any]) -> str | Path:
     if weights == "bundled":
         if model["preset"] != "detr_tiny":
             raise UserError(f"model.weights: only detr_tiny's weights are bundled; for {model['preset']} use coco, imagenet or none")
-        return BUNDLED
+        return BUNDLED_MASKS if model["masks"] else BUNDLED
     if not _is_url(weights) and not is_uri(weights) and not Path(weights).expanduser().exists():
         raise UserError(f"model.weights: {weights}: no such file; it takes coco, coco-panoptic, imagenet, bundled, none, a path or a URL")
     return weights

@@ -15,10 +15,11 @@ def pool() -> Pool:
 
 
 def test_pictures_are_drawn_from_the_generator_alone():
-    (image, boxes, labels), again = draw(np.random.default_rng(3)), draw(np.random.default_rng(3))
+    (image, boxes, labels, visible), again = draw(np.random.default_rng(3)), draw(np.random.default_rng(3))
     assert (image == again[0]).all()
     assert (boxes == again[1]).all()
     assert (labels == again[2]).all()
+    assert (visible == again[3]).all()
     assert boxes.min() >= 0
     assert boxes.max() <= 1
     assert (boxes[:, :2] < boxes[:, 2:]).all()
