@@ -414,7 +414,8 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
     """Run ``fit`` in a Ray Train worker.
 
     Args:
-        loop_config: ``config`` and ``mailbox``; in a search also ``objectives``, ``searched`` and ``images``, as in :func:`raydetr.launch.trial.run_trial`.
+        loop_config: ``config`` and ``mailbox``; in a search also ``objectives``, ``searched`` and ``images``, as in
+            :func:`raydetr.launch.trial.run_trial`.
 
     Returns:
         The metrics of ``fit``; None if an error that the user must fix has ended the run before.

@@ -178,8 +178,8 @@ def _data_sets(config: Config, reporter: Reporter, device: torch.device, content
     )
     if config.data.copy_paste and not train.has_masks:
         raise UserError(
-            f"data.copy_paste: {train.split.annotations} has no mask, neither polygons nor RLE, to cut objects out by; annotate outlines, or "
-            "set data.copy_paste 0"
+            f"data.copy_paste: {train.split.annotations} has no mask, neither polygons nor RLE, to cut objects out by; annotate outlines, "
+            "or set data.copy_paste 0"
         )
     for each in (train, val) if config.model.masks else ():
         if not each.has_masks:

@@ -113,7 +113,6 @@ def test_off_is_exactly_as_without_masks(coco_folder):
 @pytest.mark.parametrize("masks", [False, True])
 def test_training_images_get_objects_of_others_and_keep_their_size(coco_folder, masks):
     folder = add_outlines(coco_folder(boxes=2))
-    plain, _ = sets_of(folder, masks)
     train, _ = sets_of(folder, masks, **{"data.copy_paste": 1.0, "data.crop": 0.0})
     more = 0
     for epoch in range(4):
@@ -132,7 +131,7 @@ def test_training_images_get_objects_of_others_and_keep_their_size(coco_folder, 
     again, _ = sets_of(folder, masks, **{"data.copy_paste": 1.0, "data.crop": 0.0})
     assert torch.equal(again[3, 1][0], train[3, 1][0])
     assert any(not torch.equal(train[0, index][0], train[1, index][0]) for index in range(4))
-    (images, _, targets), *_ = build_loader(train, 4, shuffle=True)
+    (_, _, targets), *_ = build_loader(train, 4, shuffle=True)
     assert len(targets) == 4
 
 
