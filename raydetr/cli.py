@@ -444,7 +444,8 @@ def errors(checkpoint: str, out: Path, split: str, **options) -> None:
 @click.option("--max-epochs", metavar="E", help="Number of epochs of a trial that is not stopped early; the same as --optim.epochs.")
 @click.option(
     "--scheduler",
-    help="How trials are stopped early (asha, evidence, median, none), or pbt for population-based training (default: asha; none with --also).",
+    help="How trials are stopped early (asha, evidence, median, none), or pbt for population-based training "
+    "(default: asha; none with --also).",
 )
 @click.option("--sampler", default="tpe", show_default=True, help="How settings are drawn: tpe, gp, random or cmaes.")
 @click.option("--metric", default="AP", show_default=True, help="The COCO metric to maximize; with masks also segm_AP, ....")

@@ -30,7 +30,8 @@ def paste(scene: Scene, source: Scene) -> Scene:
         The new image. Its first objects are those of ``scene``, whose masks and boxes end where a pasted object hides them; the pasted
         ones follow.
     """
-    assert scene.masks is not None and source.masks is not None
+    assert scene.masks is not None
+    assert source.masks is not None
     cut_out = [number for number in range(len(source.labels)) if source.has_mask[number]]
     chosen = [number for number in cut_out if torch.rand(()) < CHOSEN]
     canvas = _Canvas(scene, scene.masks)

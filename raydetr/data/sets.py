@@ -116,6 +116,23 @@ def check_folds(coco: Mapping[str, Sequence[Mapping[str, Any]]], folds: int) -> 
         raise UserError(f"data.folds: {folds} folds are more than the {count(number, 'image')} of category {short(name)}; {at_most}")
 
 
+def check_cut_outs(coco: Mapping[str, Sequence[Mapping[str, Any]]], annotations: Path) -> None:
+    """Check that a training set has objects that ``data.copy_paste`` can cut out.
+
+    Args:
+        coco: The training set, as :func:`raydetr.data.coco.load_coco` returns it with masks.
+        annotations: Its file, for the message.
+
+    Raises:
+        UserError: No object has a mask.
+    """
+    if not any(each["segmentation"] and not each["iscrowd"] for each in coco["annotations"]):
+        raise UserError(
+            f"data.copy_paste: {annotations} has no mask, neither polygons nor RLE, to cut objects out by; annotate outlines, "
+            "or set data.copy_paste 0"
+        )
+
+
 def nested_order(counts: np.ndarray, seed: int) -> np.ndarray:
     """Return an order of images whose beginnings, however long, have their share of the boxes of every category.
 

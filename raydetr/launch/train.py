@@ -267,12 +267,15 @@ def check_data(config: settings.Config) -> None:
     if not report.ok:
         more = f" (and {len(report.errors) - 1} more)" if len(report.errors) > 1 else ""
         raise UserError(f"{report.errors[0]}{more}; `raydetr data check` tells all")
-    if config.data.folds:
-        from raydetr.data.sets import check_folds  # torchvision, which takes as long to import as torch
+    if config.data.folds or config.data.copy_paste:
+        from raydetr.data.sets import check_cut_outs, check_folds  # torchvision, which takes as long to import as torch
 
-        split = find_split(config.data, "train")
-        coco, _ = load_coco(split.annotations, split.images, split.exif, split.max_megapixels)
-        check_folds(coco, config.data.folds)
+        split, masks = find_split(config.data, "train"), config.data.copy_paste > 0
+        coco, _ = load_coco(split.annotations, split.images, split.exif, split.max_megapixels, masks=masks)
+        if config.data.folds:
+            check_folds(coco, config.data.folds)
+        if masks:
+            check_cut_outs(coco, split.annotations)
 
 
 def scaling_config(config: settings.Config) -> ray.train.ScalingConfig:
@@ -414,7 +417,8 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
     """Run ``fit`` in a Ray Train worker.
 
     Args:
-        loop_config: ``config`` and ``mailbox``; in a search also ``objectives``, ``searched`` and ``images``, as in :func:`raydetr.launch.trial.run_trial`.
+        loop_config: ``config`` and ``mailbox``; in a search also ``objectives``, ``searched`` and ``images``, as in
+            :func:`raydetr.launch.trial.run_trial`.
 
     Returns:
         The metrics of ``fit``; None if an error that the user must fix has ended the run before.

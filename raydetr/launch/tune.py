@@ -102,7 +102,7 @@ def tune(
         raise UserError("--scheduler pbt: trials take over each other's weights with one worker each; lower --workers-per-trial")
     if scheduler == "pbt" and config.data.reshuffle:
         raise UserError("--scheduler pbt: trials take over each other's weights, so all need the same images; leave out data.reshuffle")
-    check_data(config)
+    check_data(settings.with_settings(config, {"data.copy_paste": 1.0}) if "data.copy_paste" in space.dimensions else config)
     with naming_the_file(), interruptible(lambda: ""), ray_session(demands.workers, drivers=demands.workers > 1):
         with reserved_slots(config, demands.workers, demands.gpus_per_worker()):
             check_nodes(config)

@@ -7,15 +7,16 @@ from typing import Any
 
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-CAN_BE_REPEATED = "intermediate_value"  # the field of a record that says what a trial reported after an epoch
+# A field of the records that can be made again: what a trial reported after an epoch, and a setting that was drawn.
+CAN_BE_REPEATED = ("intermediate_value", "param_name")
 
 
 class StudyJournal(JournalFileBackend):
-    """Optuna's journal file without a wait for the disk after every report.
+    """Optuna's journal file without a wait for the disk after every report and every setting that is drawn.
 
-    A report reaches the file at once, so that it survives a killed process. Only if the whole computer stops can the last reports be
-    lost: an interrupted trial then resumes from its checkpoint and reports again. Everything else, such as a new trial or the end of
-    one, is on the disk before the search goes on, and with it all reports before.
+    A record reaches the file at once, so that it survives a killed process. Only if the whole computer stops can the last reports and
+    draws be lost: an interrupted trial then resumes from its checkpoint and reports again, or is drawn again. Everything else, such as
+    a new trial or the end of one, is on the disk before the search goes on, and with it all records before.
 
     Args:
         path: The file.
@@ -33,7 +34,7 @@ class StudyJournal(JournalFileBackend):
             with self.path.open("ab") as file:
                 file.write(lines.encode())
                 file.flush()
-                if not all(CAN_BE_REPEATED in log for log in logs):
+                if not all(any(field in log for field in CAN_BE_REPEATED) for log in logs):
                     os.fsync(file.fileno())
         finally:
             self.lock.release()

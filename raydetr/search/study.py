@@ -78,6 +78,8 @@ class Search:
     def __init__(self, path: str | Path) -> None:
         self.path, self.folder = str(path), working_folder(path)
         self.study = read_study(self.folder)
+        # Kept, because Optuna copies all attributes for every look; only the process that runs a search changes it.
+        self._plan: dict[str, Any] = self.study.user_attrs["search"]
         self.space = _read_own_space(self.folder / SPACE_FILE)
         self.base_config = read_config(self.folder / CONFIG_FILE)
         self.base = by_name(self.base_config)
@@ -140,14 +142,11 @@ class Search:
         """The name of the scheduler that stops trials early, one of ``SCHEDULERS``."""
         return self._plan["pruner"]
 
-    @property
-    def _plan(self) -> dict[str, Any]:
-        return self.study.user_attrs["search"]
-
     def extend(self, trials: int) -> None:
         """Set the total number of trials requested. Raises a UserError if it is less than one."""
         _check_count(trials)
-        self.study.set_user_attr("search", {**self._plan, "trials": trials})
+        self._plan = {**self._plan, "trials": trials}
+        self.study.set_user_attr("search", self._plan)
 
     def frozen(self) -> list[FrozenTrial]:
         """Return every trial in its current state, by number. The trials must not be changed."""

@@ -76,6 +76,6 @@ def failures_explained(folder: Path) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            "the GPU's memory does not suffice: lower optim.batch_size (optim.accumulate makes up for it; auto:N sets both), data.max_size, "
-            f"data.train_sizes and loss.query_groups, or use speed.precision bf16 ({one_line(str(error).splitlines()[0])})"
+            "the GPU's memory does not suffice: lower optim.batch_size (optim.accumulate makes up for it; auto:N sets both), "
+            f"data.max_size, data.train_sizes and loss.query_groups, or use speed.precision bf16 ({one_line(str(error).splitlines()[0])})"
         ) from error

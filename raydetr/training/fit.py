@@ -53,8 +53,8 @@ def fit(config: Config, reporter: Reporter | None = None) -> dict[str, Any]:
         The metrics of the last epoch: ``epoch`` (from 1), the twelve COCO numbers (None if the validation set has no object), the 95 %
         interval of AP as ``AP_low`` and ``AP_high``, with ``model.masks`` the twelve numbers of masks as ``segm_AP`` and so on, losses as
         ``train_loss`` (weighted), ``val_loss_ce`` (not weighted) and so on, ``best_AP``, ``best_epoch``, ``images_per_second`` and
-        ``seconds``; in a search with this objective also ``latency``, the seconds of one image. With ``optim.freeze_detr``, where the AP of boxes stands still, the best epoch is that of the highest AP of masks,
-        and ``best_AP`` is this AP.
+        ``seconds``; in a search with this objective also ``latency``, the seconds of one image. With ``optim.freeze_detr``, where the AP
+        of boxes stands still, the best epoch is that of the highest AP of masks, and ``best_AP`` is this AP.
         With ``data.folds``, all numbers are means over the folds, and the interval is that of AP over the folds.
 
     Raises:

@@ -16,7 +16,7 @@ from raydetr.config import Config, Data, Optim, asked_batch_size, batches_per_st
 from raydetr.data.cache import cache_limit
 from raydetr.data.coco import CocoImages, build_loader, draw_weights
 from raydetr.data.fingerprint import data_fingerprint
-from raydetr.data.sets import describe_sets, load_sets
+from raydetr.data.sets import check_cut_outs, describe_sets, load_sets
 from raydetr.data.splits import box_counts
 from raydetr.errors import UserError
 from raydetr.loss.criterion import build_criterion
@@ -176,11 +176,8 @@ def _data_sets(config: Config, reporter: Reporter, device: torch.device, content
         limit=cache_limit(config.data) // reporter.world_size,  # as if all workers were on one node
         masks=config.model.masks,
     )
-    if config.data.copy_paste and not train.has_masks:
-        raise UserError(
-            f"data.copy_paste: {train.split.annotations} has no mask, neither polygons nor RLE, to cut objects out by; annotate outlines, or "
-            "set data.copy_paste 0"
-        )
+    if config.data.copy_paste:
+        check_cut_outs(train.coco, train.split.annotations)
     for each in (train, val) if config.model.masks else ():
         if not each.has_masks:
             raise UserError(

@@ -13,6 +13,7 @@ from raydetr.data.scene import Scene
 from raydetr.data.sets import load_sets
 from raydetr.data.transforms import drawn_from
 from raydetr.errors import UserError
+from raydetr.launch.tune import tune
 from tests.helpers import add_outlines
 from tests.training.runs import run, settings
 
@@ -113,7 +114,6 @@ def test_off_is_exactly_as_without_masks(coco_folder):
 @pytest.mark.parametrize("masks", [False, True])
 def test_training_images_get_objects_of_others_and_keep_their_size(coco_folder, masks):
     folder = add_outlines(coco_folder(boxes=2))
-    plain, _ = sets_of(folder, masks)
     train, _ = sets_of(folder, masks, **{"data.copy_paste": 1.0, "data.crop": 0.0})
     more = 0
     for epoch in range(4):
@@ -132,7 +132,7 @@ def test_training_images_get_objects_of_others_and_keep_their_size(coco_folder, 
     again, _ = sets_of(folder, masks, **{"data.copy_paste": 1.0, "data.crop": 0.0})
     assert torch.equal(again[3, 1][0], train[3, 1][0])
     assert any(not torch.equal(train[0, index][0], train[1, index][0]) for index in range(4))
-    (images, _, targets), *_ = build_loader(train, 4, shuffle=True)
+    (_, _, targets), *_ = build_loader(train, 4, shuffle=True)
     assert len(targets) == 4
 
 
@@ -155,6 +155,13 @@ def test_a_set_without_masks_is_refused_in_one_line(coco_folder):
     with pytest.raises(UserError, match=r"data\.copy_paste: .*custom_train\.json has no mask.* set data\.copy_paste 0") as caught:
         run(settings(coco_folder(), "none", data__copy_paste=0.5))
     assert "\n" not in str(caught.value)
+
+
+def test_a_search_over_it_is_refused_before_its_first_trial(coco_folder, tmp_path):
+    known = settings(coco_folder(), "search", run__storage=str(tmp_path))
+    with pytest.raises(UserError, match=r"data\.copy_paste: .*custom_train\.json has no mask"):
+        tune(known, {"data.copy_paste": {"choice": [0, 0.5]}}, trials=2)
+    assert not (tmp_path / "search").exists()
 
 
 def test_one_image_with_masks_is_enough(coco_folder):

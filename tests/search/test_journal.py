@@ -17,11 +17,13 @@ def waits(monkeypatch):
     return sizes
 
 
-def test_reports_do_not_wait_for_the_disk_and_the_end_of_a_trial_does(tmp_path, waits):
+def test_reports_and_draws_do_not_wait_for_the_disk_and_the_end_of_a_trial_does(tmp_path, waits):
     path = tmp_path / "study.journal"
     study = optuna.create_study(storage=JournalStorage(StudyJournal(path)))
     trial = study.ask()
     before = len(waits)
+    for name in ("optim.lr", "loss.eos_coef"):
+        trial.suggest_float(name, 0, 1)
     for epoch in range(1, 6):
         trial.report(0.1 * epoch, epoch)
     assert len(waits) == before
