@@ -39,6 +39,7 @@ SURFACES = {  # standard deviation of the distance from the defaults to the best
 SETTINGS, EPOCHS, GRACE = 5, 27, 2
 IMAGE_SD, OWN_SD, RUN_SD = 0.22, 0.08, 0.08  # of one image's share in AP: common to all, of a setting, of a run
 VAL_SD = 0.01  # by which the search's images favor some settings
+VAL_IMAGES = round((OWN_SD / VAL_SD) ** 2)  # as many as favor them by that much
 
 
 class Surface:
@@ -59,11 +60,14 @@ class Surface:
         """AP over all seeds and images."""
         return max(0.0, 0.6 - float((point - self.best) ** 2 @ self.weight))
 
+    def favor(self, point: np.ndarray) -> float:
+        """AP that the search's images add to the true one, whatever the seed."""
+        frequency, phase, height = self.waves
+        return VAL_SD * math.sqrt(2 / 32) * float(height @ np.cos(frequency @ point + phase))
+
     def curve(self, point: np.ndarray) -> np.ndarray:
         """AP [epochs] of one training on the search's images."""
-        frequency, phase, height = self.waves
-        favor = VAL_SD * math.sqrt(2 / 32) * float(height @ np.cos(frequency @ point + phase))
-        final = self.true(point) + favor + self.random.normal(0, self.seed_sd)
+        final = self.true(point) + self.favor(point) + self.random.normal(0, self.seed_sd)
         epochs = np.arange(1, EPOCHS + 1)
         progress = 1 - np.exp(-((epochs / (EPOCHS * 0.16)) ** 0.9))
         return progress * final / progress[-1] + 0.25 * self.seed_sd * self.random.standard_normal(EPOCHS)
@@ -91,18 +95,22 @@ def play_search(surface: Surface, trials: int, seed: int) -> list[tuple[float, n
     return scored[:1] + sorted(scored[1:], key=lambda each: -each[0])
 
 
-class TestSet:
-    """New images that score settings: the mean of a share of each image, which is enough for what is judged here."""
+class Judges:
+    """Images that score settings: the mean of a share of each image, which is enough for what is judged here.
 
-    def __init__(self, surface: Surface, images: int):
-        self.surface, self.random = surface, surface.random
+    They are new images, or those of the search, which favor the settings that it found.
+    """
+
+    def __init__(self, surface: Surface, images: int, new: bool):
+        self.surface, self.random, self.new = surface, surface.random, new
         self.image = self.random.normal(0, IMAGE_SD, images)
         self.own: dict[int, np.ndarray] = {}
 
     def train(self, number: int, point: np.ndarray) -> np.ndarray:
         """The shares [images] in the AP of one more training of setting ``number``."""
         random, images = self.random, len(self.image)
-        own = self.own.setdefault(number, random.normal(0, OWN_SD, images))
+        own = random.normal(0, OWN_SD, images)
+        own = self.own.setdefault(number, own if self.new else own - own.mean() + self.surface.favor(point))
         return self.surface.true(point) + random.normal(0, self.surface.seed_sd) + self.image + own + random.normal(0, RUN_SD, images)
 
 
@@ -112,18 +120,23 @@ def runs_of(shares: list[np.ndarray]) -> Runs:
     return Runs(each.mean(1), (each.sum(1, keepdims=True) - each) / (each.shape[1] - 1))
 
 
-def play_confirmation(surface: Surface, complete: list[tuple[float, np.ndarray]], budget: int, images: int) -> tuple[bool, float]:
-    """Whether a confirmation of the best complete trials claims a gain, and the true gain of its winner."""
+def play_confirmation(
+    surface: Surface, complete: list[tuple[float, np.ndarray]], budget: int, images: int, searched_trials: int = 0
+) -> tuple[bool, float]:
+    """Whether a confirmation of the best complete trials claims a gain, and the true gain of its winner.
+
+    New images judge, or, where ``searched_trials`` is not 0, those of the search of so many trials.
+    """
     points = dict(enumerate(point for _, point in complete[: candidate_count(budget) + 1]))
-    test, shares = TestSet(surface, images), {number: [] for number in points}
+    judges, shares = Judges(surface, images, new=not searched_trials), {number: [] for number in points}
     while chosen := next_round({number: [each.mean() for each in some] for number, some in shares.items()}, budget):
         for number in chosen:
-            shares[number].append(test.train(number, points[number]))
-    verdict = judge({number: runs_of(some) for number, some in shares.items()}, images)
+            shares[number].append(judges.train(number, points[number]))
+    verdict = judge({number: runs_of(some) for number, some in shares.items()}, images, searched_trials)
     return verdict.better, surface.true(points[verdict.setting]) - surface.true(points[DEFAULTS])
 
 
-def measure_claims(names: list[str], trials: int, noise: float, budget: int, images: int, seeds: range) -> str:
+def measure_claims(names: list[str], trials: int, noise: float, budget: int, images: int, seeds: range, judge_on: str = "test") -> str:
     """The table of claims; AP in points."""
     rows = []
     for name in names:
@@ -136,7 +149,7 @@ def measure_claims(names: list[str], trials: int, noise: float, budget: int, ima
             announced = max(0.0, complete[1][0] - complete[0][0])
             gained = surface.true(complete[1][1]) - surface.true(complete[0][1]) if announced else 0.0
             best_of.append((announced > 0, announced, gained))
-            confirmed.append(play_confirmation(surface, complete, budget, images))
+            confirmed.append(play_confirmation(surface, complete, budget, images, trials if judge_on == "val" else 0))
         claims, announced, gained = np.array(best_of, float).T
         better, true = np.array([each[0] for each in confirmed]), np.array([each[1] for each in confirmed])
         large = true > 0.01
@@ -316,6 +329,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=32, help="of a search (default 32)")
     parser.add_argument("--noise", type=float, default=2.0, help="by how many AP seeds differ (default 2)")
     parser.add_argument("--budget", type=int, default=20, help="trainings of a confirmation (default 20)")
+    parser.add_argument("--judge", choices=["test", "val"], default="test", help="by new images (default) or the search's own 64")
     parser.add_argument("--images", type=int, nargs="+", help="test images (default 200; of coverage: 13 50 200)")
     parser.add_argument("--sets", type=int, default=1000, help="test sets for coverage (default 1000)")
     parser.add_argument("--seeds", type=int, default=5, help="of each setting for coverage (default 5)")
@@ -334,8 +348,9 @@ def main() -> None:
                 chosen.trials,
                 chosen.noise,
                 chosen.budget,
-                (chosen.images or [200])[0],
+                VAL_IMAGES if chosen.judge == "val" else (chosen.images or [200])[0],
                 range(chosen.first, chosen.first + repeats),
+                chosen.judge,
             )
         )
 

@@ -133,7 +133,7 @@ def make_plan(search: Search, top: int, seeds: int, budget: int | None) -> Plan:
     running = [trial.number for trial in search.frozen() if trial.state == TrialState.RUNNING]
     if running:
         raise UserError(
-            f"{search.path}: trials {shortlist(running)} are still running; wait for their end, or finish them with "
+            f"{search.path}: {count(len(running), 'trial')} still running ({shortlist(running)}); wait for the end, or finish with "
             f"raydetr tune --resume {search.path}"
         )
     candidates: list[int] = []

@@ -36,3 +36,28 @@ def test_the_command_prints_its_table(monkeypatch, capsys, what):
         sys.argv += ["--surfaces", "mid"]
     claims.main()
     assert "| 13 " in capsys.readouterr().out if what == "coverage" else "| mid " in capsys.readouterr().out
+
+
+def test_the_searchs_own_images_favor_its_settings(monkeypatch):
+    monkeypatch.setattr(claims, "RUN_SD", 0.0)
+    surface = claims.Surface("mid", 3, 0.0)
+    one, other = np.random.default_rng(0).uniform(size=(2, claims.SETTINGS))
+    judges = claims.Judges(surface, 64, new=False)
+    difference = judges.train(1, one).mean() - judges.train(2, other).mean()
+    favored = surface.favor(one) - surface.favor(other)
+    assert difference == pytest.approx(surface.true(one) - surface.true(other) + favored)
+    assert abs(favored) > 1e-4
+
+
+def test_what_the_table_of_coverage_says():
+    found = claims.Coverage(0.5)
+    found.add(0.5, np.array([0.5, 0.5, 0.5]), np.linspace(0.0, 0.4, 1001))
+    found.add(0.5, np.array([0.4, np.nan, 0.5]), np.array([np.nan, 0.4]))  # all objects are in one image
+    assert found.cells() == ["1 of 2", "100.0 % (0.0)", "0.0 % (38.0)"]
+
+
+def test_rare_categories_have_fewer_objects():
+    matches = claims.make_categories(np.random.default_rng(0), 400)
+    np.testing.assert_allclose(matches.objects[0].mean(0), [3.5, 1.0, 0.4], atol=0.2)
+    assert (np.diff(matches.category) >= 0).all()
+    assert matches.matched.shape[2] == len(matches.image)
