@@ -47,6 +47,13 @@ DECODERS = 4  # threads of a replica that decode images
 OTHER_REQUESTS = 64  # pages and health checks that are answered beside predictions
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# The environment of the Ray that `raydetr serve` starts. Ray Serve kills a proxy that is not ready after 5 s, which is too short for a busy
+# machine, and Ray gives its workers a low priority.
+ENVIRONMENT = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+    "RAY_worker_niceness": "0",
+}
 
 
 @serve.deployment
@@ -172,6 +179,7 @@ def serve_checkpoint(options: Options, host: str, port: int, tell: Callable[[str
         raise UserError("serve: starts Ray on this machine; unset RAY_ADDRESS, and on a cluster use cluster/kuberay/rayservice.yaml")
     _check_checkpoint(options)
     port = _free_port(host, port)
+    os.environ |= {**ENVIRONMENT, **os.environ}
     with (
         contextlib.suppress(KeyboardInterrupt),
         ending_signals(),

@@ -108,7 +108,7 @@ def detect(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val
     masks = masks and model.settings["masks"]
     config = settings.load_config(trained_with(checkpoint, model), *layers)
     dataset, divided = _images_of(config, split, masks)
-    without = [f"{dataset.split.annotations} has no mask: only boxes are scored"] if masks and not dataset.has_masks else []
+    without = missing_masks(dataset) if masks else []
     device = choose_device(config.speed)
     with kept_memory(device.type):
         results, found, notes = detect_with(model.to(device), model, dataset, config, device, str(checkpoint))
@@ -116,6 +116,11 @@ def detect(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val
     ids = [None if position is None else dataset.categories[position]["id"] for position in found]
     notes = [*model.notes, *notes, *without, *divided]
     return Detected(dataset.coco, results, [each["name"] for each in model.categories], unknown, notes, dataset, ids)
+
+
+def missing_masks(dataset: CocoImages) -> list[str]:
+    """Return a line for the user if masks are wanted of a data set that has none."""
+    return [] if dataset.has_masks else [f"{dataset.split.annotations} has no mask: only boxes are scored"]
 
 
 def _images_of(config: settings.Config, split: str, masks: bool) -> tuple[CocoImages, list[str]]:

@@ -8,10 +8,11 @@ from raydetr import config as settings
 from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
+from raydetr.evaluate.coco import mask_metrics
 from raydetr.evaluate.intervals import interval_metrics
 from raydetr.predict.inputs import InputImage
 from raydetr.predict.predict import detect, results_of
-from raydetr.predict.score import found_categories, trained_with, unknown_names
+from raydetr.predict.score import found_categories, missing_masks, trained_with, unknown_names
 from raydetr.predict.tiles import Tiles
 from raydetr.training.engine import choose_device
 from raydetr.training.run import val_batch_size
@@ -35,7 +36,9 @@ def score_with_tiles(checkpoint: str | Path, tiles: Tiles, *layers: Mapping[str,
     """
     model = load(checkpoint)
     config = settings.load_config(trained_with(checkpoint, model), *layers)
-    dataset = CocoImages(find_split(config.data, split), val_transforms(config.data))
+    masks = model.settings["masks"]
+    dataset = CocoImages(find_split(config.data, split), val_transforms(config.data), masks=masks)
+    without = missing_masks(dataset) if masks else []
     found, notes = found_categories(model, dataset, str(checkpoint))
     names = [image["file_name"] for image in dataset.coco["images"]]
     images = zip(dataset.files, names, dataset.image_ids, strict=True)
@@ -50,4 +53,6 @@ def score_with_tiles(checkpoint: str | Path, tiles: Tiles, *layers: Mapping[str,
     results = [each for image_id, prediction in by_image.items() for each in results_of(image_id, prediction, categories)]
     results = [result for result in results if result["category_id"] is not None]
     metrics = interval_metrics(dataset.coco, results)
-    return {**metrics, "unknown_categories": unknown_names(model, found, notes), "notes": [*model.notes, *notes]}
+    if masks and dataset.has_masks:
+        metrics["segm"] = mask_metrics(dataset.coco, results)
+    return {**metrics, "unknown_categories": unknown_names(model, found, notes), "notes": [*model.notes, *notes, *without]}

@@ -7,12 +7,13 @@ import torch
 
 from raydetr.cli import main
 from raydetr.config import Data, load_config, to_dict
-from raydetr.data.masks import read_segmentation
+from raydetr.data.masks import decode_masks, read_segmentation
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import METRICS
 from raydetr.model.detr import build_model
-from raydetr.predict import score
+from raydetr.predict import score, tiled_score
 from raydetr.predict.score import metrics_table, score_checkpoint, score_predictions, trained_with, write_metrics
+from raydetr.predict.tiles import Tiles
 from raydetr.weights.checkpoint import save_checkpoint
 from raydetr.weights.fitting import load
 from tests.helpers import add_outlines
@@ -300,6 +301,26 @@ def test_masks_of_a_checkpoint_are_scored_where_the_set_has_some(outlined, with_
     assert boxes["AP"] == metrics["AP"]
     assert any("has no mask: only boxes are scored" in note for note in boxes["notes"])
     assert "masks" not in metrics_table(boxes).splitlines()
+
+
+def test_tiles_are_scored_with_their_masks(outlined, with_masks, coco_folder, monkeypatch):
+    seen = {}
+    for module in (score, tiled_score):
+        monkeypatch.setattr(module, "mask_metrics", lambda coco, results, name=module: seen.update({name: results}) or {})
+    assert "segm" in score_checkpoint(with_masks, layers(outlined))
+    assert "segm" in tiled_score.score_with_tiles(with_masks, Tiles(1, 1), layers(outlined))
+    plain, tiled = (sorted(seen[name], key=lambda each: (each["image_id"], -each["score"])) for name in (score, tiled_score))
+    different = [
+        (decode_masks([mine["segmentation"]], (64, 96)) != decode_masks([other["segmentation"]], (64, 96))).mean()
+        for mine, other in zip(tiled, plain, strict=True)
+    ]
+    assert max(different) < 1e-3
+    tiled_score.score_with_tiles(with_masks, Tiles(2, 1), layers(outlined))
+    assert {each["score"] for each in seen[tiled_score]} - {each["score"] for each in tiled}, "tiles have a part in it"
+    assert {tuple(each["segmentation"]["size"]) for each in seen[tiled_score]} == {(64, 96)}
+    boxes = tiled_score.score_with_tiles(with_masks, Tiles(1, 1), layers(coco_folder(train=1, val=3, folder="boxes")))
+    assert "segm" not in boxes
+    assert any("has no mask: only boxes are scored" in note for note in boxes["notes"])
 
 
 def test_the_detections_for_other_commands_have_no_masks(outlined, with_masks):
