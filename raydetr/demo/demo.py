@@ -70,9 +70,10 @@ def demo(
 
     _say(4, "raydetr evaluate on the bundled detr_tiny, which has never seen a balloon")
     from raydetr.predict.score import metrics_table, score_checkpoint
-    from raydetr.weights.official import BUNDLED
+    from raydetr.weights.official import BUNDLED, BUNDLED_MASKS
 
-    before = score_checkpoint(BUNDLED, {"data.path": str(coco)})
+    untrained = BUNDLED_MASKS if masks else BUNDLED
+    before = score_checkpoint(untrained, {"data.path": str(coco)})
     click.echo(metrics_table(before))
 
     flags = " --model.masks true" if masks else ""
@@ -81,10 +82,10 @@ def demo(
 
     verdict = ""
     with ray_session(workers):
-        after = _fine_tune(config, coco, out / "gallery")
+        after = _fine_tune(config, coco, out / "gallery", untrained)
         result = {"before": before["AP"], "after": after["AP"]}
         if masks:
-            result |= {"segm_before": untrained_mask_ap(config, coco, out), "segm_after": after["segm"]["AP"]}
+            result |= {"segm_before": before["segm"]["AP"], "segm_after": after["segm"]["AP"]}
         if trials:
             result |= _search(coco, runs, trials, seed)
             verdict = _confirm(out, coco, runs / "search", seed, seeds)
@@ -93,35 +94,10 @@ def demo(
     return result
 
 
-def untrained_mask_ap(config: Config, coco: Path, out: Path) -> float:
-    """Return the AP of masks before the training: from the bundled boxes and a segmentation head with random weights.
-
-    Args:
-        config: The settings of the training.
-        coco: The data set.
-        out: The folder of the demo, which gets the checkpoint ``untrained.pth``.
-    """
-    import torch
-
-    from raydetr.model.detr import build_model
-    from raydetr.predict.score import score_checkpoint
-    from raydetr.weights.checkpoint import save_checkpoint
-    from raydetr.weights.fitting import load_weights
-
-    torch.manual_seed(config.run.seed)
-    categories = [{"id": 1, "name": "balloon"}]
-    model = build_model("detr_tiny", len(categories), masks=True)
-    load_weights(model, "bundled", categories)
-    untrained = out / "untrained.pth"
-    save_checkpoint(untrained, {"model": model.state_dict(), "settings": to_dict(config), "categories": categories})
-    return score_checkpoint(untrained, {"data.path": str(coco)})["segm"]["AP"]
-
-
-def _fine_tune(config: Config, coco: Path, gallery: Path) -> dict[str, Any]:
+def _fine_tune(config: Config, coco: Path, gallery: Path, untrained: Path) -> dict[str, Any]:
     from raydetr.launch.train import run_folder, train
     from raydetr.predict.predict import predict
     from raydetr.predict.score import metrics_table, score_checkpoint
-    from raydetr.weights.official import BUNDLED
 
     train(config)
     best = run_folder(config) / "best.pth"
@@ -130,9 +106,9 @@ def _fine_tune(config: Config, coco: Path, gallery: Path) -> dict[str, Any]:
     after = score_checkpoint(best, {"data.path": str(coco)})
     click.echo(metrics_table(after))
 
-    _say(7, f"raydetr predict {best} {coco} --compare {BUNDLED.name} --out {gallery}")
+    _say(7, f"raydetr predict {best} {coco} --compare {untrained.name} --out {gallery}")
     annotations = coco / "annotations" / "custom_val.json"
-    click.echo(predict(best, [coco / "val2017"], gallery, compare=BUNDLED, annotations=annotations).text())
+    click.echo(predict(best, [coco / "val2017"], gallery, compare=untrained, annotations=annotations).text())
     return after
 
 

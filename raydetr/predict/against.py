@@ -36,9 +36,9 @@ def score_against(mine: str | Path, other: str | Path, *layers: Mapping[str, Any
         )
     notes = [*detected.notes, *(note for note in others.notes if note not in detected.notes)]
     segm: dict[str, Any] = {}
-    if detected.has_masks and others.has_masks:
+    if detected.dataset.has_masks and others.dataset.has_masks:
         segm = {"segm": _compared(run_mask_eval, detected, others, str(other), "mask AP")}
-    elif detected.has_masks:
+    elif detected.dataset.has_masks:
         segm = {"segm": mask_interval_metrics(detected.coco, detected.results)}
         notes.append(f"{other} has no masks: only boxes are compared")
     return {

@@ -41,7 +41,7 @@ class Detected(NamedTuple):
         names: Names of the categories that were detected; None for a results file, which has none.
         unknown: Those of ``names`` that the data set does not have.
         notes: Lines for the user.
-        dataset: What reads the images.
+        dataset: What reads the images. It has masks only if what was detected has some as well.
         category_ids: The id in the data set of each of ``names``; None where it has no such category.
     """
 
@@ -52,11 +52,6 @@ class Detected(NamedTuple):
     notes: list[str]
     dataset: CocoImages
     category_ids: Sequence[int | None] = ()
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether both the data set and the results have masks."""
-        return self.dataset.has_masks and any("segmentation" in result for result in self.results)
 
 
 def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: str = "val") -> dict[str, Any]:
@@ -87,7 +82,7 @@ def score_checkpoint(checkpoint: str | Path, *layers: Mapping[str, Any], split: 
 def box_and_mask_metrics(detected: Detected) -> dict[str, Any]:
     """Return the numbers and intervals of the boxes, and those of the masks under ``segm`` where results and data set have masks."""
     metrics = interval_metrics(detected.coco, detected.results)
-    if detected.has_masks:
+    if detected.dataset.has_masks:
         metrics["segm"] = mask_interval_metrics(detected.coco, detected.results)
     return metrics
 

@@ -4,11 +4,8 @@ import os
 
 import pytest
 
-from raydetr.config import load_config
 from raydetr.demo import balloons
-from raydetr.demo.demo import demo, untrained_mask_ap
-from raydetr.weights.fitting import load
-from tests.helpers import add_outlines
+from raydetr.demo.demo import demo
 
 pytestmark = pytest.mark.slow
 
@@ -52,12 +49,3 @@ def test_the_demo_with_masks_ends_and_shows_them_before_and_after(tmp_path, monk
     assert result["segm_after"] == logged["test_coco_eval_masks"][0]
     found = json.loads((out / "gallery" / "predictions.json").read_text())
     assert all("segmentation" in each for each in found)
-
-
-def test_the_masks_of_the_bundled_network_are_scored_before_they_are_trained(coco_folder, tmp_path):
-    folder = add_outlines(coco_folder(train=1, val=2, categories=[{"id": 1, "name": "balloon"}]))
-    config = load_config({"model.preset": "detr_tiny", "model.masks": True})
-    assert untrained_mask_ap(config, folder, tmp_path) < 0.1
-    model = load(tmp_path / "untrained.pth")
-    assert model.settings["masks"]
-    assert [each["name"] for each in model.categories] == ["balloon"]

@@ -53,6 +53,14 @@ def test_bundled_is_for_tiny_alone(tmp_path, monkeypatch):
         load_weights(build_model("detr_resnet50", 1), "bundled", categories("balloon"))
 
 
+def test_bundled_has_a_segmentation_head_for_masks():
+    model = build_model("detr_tiny", 1, masks=True)
+    assert "; masks: the file's segmentation head kept" in load_weights(model, "bundled", categories("balloon"))
+    boxes = build_model("detr_tiny", 1)
+    assert "masks" not in load_weights(boxes, "bundled", categories("balloon"))
+    assert torch.equal(model.backbone[0].body.place.weight, boxes.backbone[0].body.place.weight)
+
+
 def test_unknown_weights_name_the_choices():
     with pytest.raises(
         UserError, match=r"model.weights: coc0: no such file; it takes coco, coco-panoptic, imagenet, bundled, none, a path or a URL"
