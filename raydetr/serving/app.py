@@ -1,4 +1,4 @@
-"""The web application: ``POST /predict``, ``/healthz``, ``/openapi.json`` and a page to drop an image on, ``page.html``."""
+"""The web application: ``POST /predict``, ``/healthz``, ``/openapi.json`` and a page to drop an image on, ``serve.html``."""
 
 import asyncio
 import hashlib
@@ -8,13 +8,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import jinja2
 from fastapi import Depends, FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from raydetr import __version__
+from raydetr.pages import page_environment
 from raydetr.serving.options import RETRY_AFTER_S, Options
 from raydetr.serving.uploads import Upload, read_uploads
 
@@ -146,9 +146,11 @@ def _as_coco(answers: list[Any], categories: list[dict]) -> dict[str, Any]:
 
 
 def _page(title: str, model: dict[str, Any], options: Options, asks_token: bool, nonce: str) -> str:
-    loader = jinja2.PackageLoader("raydetr.serving", "")
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     lowest = sorted(set(model["thresholds"]))
-    return environment.get_template("page.html").render(
-        title=title, model=model, options=options, asks_token=asks_token, nonce=nonce, lowest=lowest[0] if len(lowest) == 1 else None
+    return (
+        page_environment("raydetr.serving")
+        .get_template("serve.html")
+        .render(
+            title=title, model=model, options=options, asks_token=asks_token, nonce=nonce, lowest=lowest[0] if len(lowest) == 1 else None
+        )
     )
