@@ -236,9 +236,10 @@ def _tiles(search: Search) -> list[tuple[str, str]]:
     trials, best, default = search.frozen(), search.best(), search.frozen()[0]
     counts = {state: sum(trial.state == state for trial in trials) for state in STATE_NAMES if state.is_finished()}
     states = [f"{number} {STATE_NAMES[state]}" for state, number in counts.items() if number]
+    metric = f"{search.metric} in the search" if read_verdict(search.folder) else search.metric  # what was confirmed is in the lead
     return [
-        (f"best {search.metric}", points(best.value) if best else "-"),
-        (f"default {search.metric}", points(default.value)),
+        (f"best {metric}", points(best.value) if best else "-"),
+        (f"default {metric}", points(default.value)),
         (", ".join(states), f"{sum(trial.state.is_finished() for trial in trials)} of {search.trials} ended"),
         ("epochs trained", str(sum(epochs_of(trial) for trial in trials))),
         ("from first start to last end", _span(trials)),
