@@ -183,7 +183,7 @@ def _say_what_next(out: Path, result: dict[str, float], verdict: str) -> None:
             f"search: AP {result['default']:.3f} with the default settings, {result['best']:.3f} with the best found, luck included"
         )
         if verdict:
-            lines.append(f"confirmed on new images: {verdict}")
+            lines.append(f"judged by new images: {verdict}")
         pages += f"""
   {out / "runs" / "search" / "report.html"}    what the search found"""
     click.secho("\n" + "\n".join([*lines, f"{result['seconds']:.0f} seconds in all"]), bold=True)

@@ -248,9 +248,10 @@ def _tiles(search: Search) -> list[tuple[str, str]]:
     trials, best, default = search.frozen(), search.best(), search.frozen()[0]
     counts = {state: sum(trial.state == state for trial in trials) for state in STATE_NAMES if state.is_finished()}
     states = [f"{number} {STATE_NAMES[state]}" for state, number in counts.items() if number]
+    metric = f"{search.metric} in the search" if read_verdict(search.folder) else search.metric  # what was confirmed is in the lead
     return [
-        (f"best {search.metric}", points(objective(best))),
-        (f"default {search.metric}", points(objective(default))),
+        (f"best {metric}", points(objective(best))),
+        (f"default {metric}", points(objective(default))),
         (", ".join(states), f"{sum(trial.state.is_finished() for trial in trials)} of {search.trials} ended"),
         ("epochs trained", str(sum(epochs_of(trial) for trial in trials))),
         ("from first start to last end", _span(trials)),

@@ -28,7 +28,7 @@ def test_the_demo_fine_tunes_the_bundled_model_to_half_and_more_and_finds_better
     assert f"raydetr confirm {out / 'runs' / 'search'} --top 1 --seeds 2" in said
     verdict = json.loads((out / "runs" / "search" / "verdict.json").read_text())
     assert (verdict["judged_on"], verdict["images"], verdict["seeds"]) == ("test", 40, 2)
-    assert f"confirmed on new images: {verdict['sentence']}" in said
+    assert f"judged by new images: {verdict['sentence']}" in said
     assert result["best"] > result["default"]
     assert len(list((out / "runs" / "search" / "trials").iterdir())) == 8
     report = (out / "runs" / "search" / "report.html").read_text()
