@@ -137,9 +137,6 @@ def application(options: Options) -> serve.Application:
     Raises:
         UserError: The token is empty.
     """
-    token = os.environ.get(TOKEN)
-    if token is not None and not token.strip():
-        raise UserError(f"{TOKEN} is empty; set a token, or unset the variable to need none")
     gpus = options.gpus
     if gpus is None:
         gpus = 0 if options.device == "cpu" or (options.device == "auto" and not ray.cluster_resources().get("GPU")) else 1
@@ -159,7 +156,19 @@ def application(options: Options) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.2,
         logging_config=QUIET,
     )
-    return ingress.bind(model.bind(options), options, None if token is None else token_digest(token.strip()))
+    return ingress.bind(model.bind(options), options, digest_of_token())
+
+
+def digest_of_token() -> str | None:
+    """Return the digest of the token in the environment, or None if there is none.
+
+    Raises:
+        UserError: The token is empty.
+    """
+    token = os.environ.get(TOKEN)
+    if token is not None and not token.strip():
+        raise UserError(f"{TOKEN} is empty; set a token, or unset the variable to need none")
+    return None if token is None else token_digest(token.strip())
 
 
 def serve_checkpoint(options: Options, host: str, port: int, tell: Callable[[str], None], replicas: int | None = None) -> None:
@@ -177,6 +186,7 @@ def serve_checkpoint(options: Options, host: str, port: int, tell: Callable[[str
     """
     if os.environ.get("RAY_ADDRESS"):
         raise UserError("serve: starts Ray on this machine; unset RAY_ADDRESS, and on a cluster use cluster/kuberay/rayservice.yaml")
+    digest_of_token()  # an empty one is an error
     _check_checkpoint(options)
     port = _free_port(host, port)
     os.environ |= {**ENVIRONMENT, **os.environ}
