@@ -369,7 +369,7 @@ def _score(confirmation: Search, plan: Plan, split: str, slots: Slots) -> dict[t
     return _read_scores(confirmation, plan)
 
 
-def score_trainings(checkpoints: Sequence[str], data: Mapping[str, Any], split: str, masks: bool = False) -> dict[str, Any]:
+def score_trainings(checkpoints: Sequence[str], data: Mapping[str, Any], split: str, masks: bool) -> dict[str, Any]:
     """Return the AP of a training on the images that judge, and what AP would be without each single image.
 
     Args:

@@ -144,10 +144,10 @@ def test_the_detections_of_all_folds_are_judged_together(coco_folder, tmp_path, 
         found = [{key: each[key] for key in ("image_id", "category_id", "bbox")} | {"score": 0.9} for each in val.coco["annotations"]]
         perfect.append(SimpleNamespace(coco=val.coco, results=found))
     monkeypatch.setattr(confirmer, "detect", lambda checkpoint, *_, split, masks: perfect[int(checkpoint)])
-    whole = score_trainings(["0", "1", "2"], {}, "folds")
+    whole = score_trainings(["0", "1", "2"], {}, "folds", False)
     assert (whole["AP"], whole["images"], len(whole["left_out"])) == (1.0, 6, 6)
     perfect[1].results.clear()
-    assert score_trainings(["0", "1", "2"], {}, "folds")["AP"] == pytest.approx(2 / 3, abs=0.25)
+    assert score_trainings(["0", "1", "2"], {}, "folds", False)["AP"] == pytest.approx(2 / 3, abs=0.25)
 
 
 @pytest.mark.parametrize(("metric", "measure"), [("AP", "AP"), ("AP50", "AP"), ("segm_AP", "segm_AP"), ("segm_AR10", "segm_AP")])
@@ -182,12 +182,12 @@ def masks_checkpoint(tmp_path):
 def test_masks_are_scored_as_the_evaluation_does_with_and_without_each_image(coco_folder, masks_checkpoint):
     data = {"data.path": str(whole_images(coco_folder(train=1, val=6))), "data.num_workers": 0}
     full, empty = masks_checkpoint("full.pth", 30.0), masks_checkpoint("empty.pth", -30.0)
-    scored = score_trainings([full], data, "val", masks=True)
+    scored = score_trainings([full], data, "val", True)
     segm = score_checkpoint(full, data)["segm"]
     assert 0 < scored["AP"] == pytest.approx(segm["AP"], abs=1e-9)
     assert jackknife_interval(scored["AP"], np.array(scored["left_out"])) == pytest.approx(segm["AP_interval"], abs=1e-9)
-    assert score_trainings([empty], data, "val", masks=True)["AP"] == 0
-    assert score_trainings([full], data, "val")["AP"] == score_trainings([empty], data, "val")["AP"]
+    assert score_trainings([empty], data, "val", True)["AP"] == 0
+    assert score_trainings([full], data, "val", False)["AP"] == score_trainings([empty], data, "val", False)["AP"]
 
 
 def whole_images(folder):
