@@ -52,7 +52,7 @@ def detect(session: onnxruntime.InferenceSession, image: Image.Image, threshold:
             category = categories[int(labels[query])]
             found.append({"category_id": category["id"], "category": category["name"], "score": float(scores[query]), "bbox": box})
             if masks:
-                found[-1]["segmentation"] = mask_rle(masks[0][0, query], images.shape[-2:], (height, width))
+                found[-1]["segmentation"] = mask_rle(masks[0][0, query], (images.shape[-2], images.shape[-1]), (height, width))
     return found
 
 
