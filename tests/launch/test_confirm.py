@@ -23,6 +23,7 @@ from raydetr.launch.confirm import (
     check_same_data,
     choose,
     confirm,
+    forget_stale_scores,
     given_space,
     judged_by,
     judged_on,
@@ -242,7 +243,7 @@ def test_a_race_drops_who_falls_behind_and_resumes_within_a_round():
     ("aps", "numbers", "message"),
     [
         ([0.3], {}, "no complete trial has other settings than trial 0"),
-        ([0.3, 0.5, None], {}, "trials 2 are still running.*raydetr tune --resume"),
+        ([0.3, 0.5, None], {}, r"1 trial still running \(2\); .*raydetr tune --resume"),
         ([0.3, 0.5], {"seeds": 1}, "at least 1 setting and 2 seeds"),
         ([0.3, 0.5], {"budget": 5}, "at least 6 trainings"),
     ],
@@ -284,6 +285,30 @@ def test_changed_data_are_refused_with_the_difference(coco_folder, tmp_path):
         confirm(search.folder)
 
 
+def test_scores_are_forgotten_once_other_images_judge(coco_folder, tmp_path):
+    data = coco_folder(val=5)
+    search = finished_search(tmp_path, data, [0.3, 0.5])
+    confirmation, _ = confirmer._open(search, str(search.folder / "confirm"), make_plan(search, 1, 2, None))
+    scores = confirmation.folder / "scores.json"
+
+    def kept(split):
+        scores.write_text("{}")
+        forget_stale_scores(confirmation, search.base_config.data, split)
+        return scores.exists()
+
+    assert not kept("val"), "of unknown images"
+    assert kept("val")
+    shutil.copytree(data / "val2017", data / "test2017")
+    test = data / "annotations" / "custom_test.json"
+    test.write_text((data / "annotations" / "custom_val.json").read_text())
+    assert not kept("test")
+    assert kept("test")
+    coco = json.loads(test.read_text())
+    coco["annotations"].pop()
+    test.write_text(json.dumps(coco))
+    assert not kept("test")
+
+
 def test_the_defaults_are_kept_where_the_winner_is_not_above_them():
     verdict = Verdict(4, 0.02, -0.01, 0.05, 2, 50, None, None, 0.02)
     assert choose(verdict) == 4
@@ -309,7 +334,7 @@ def test_tune_confirms_at_its_end_on_request(coco_folder, tmp_path, monkeypatch,
 
 @pytest.mark.slow
 def test_a_search_is_confirmed_in_its_folds(module_coco_folder, tmp_path):
-    data = module_coco_folder(train=6, val=2, folder="folds")
+    data = module_coco_folder(train=6, val=2, folder="folds", False)
     search = finished_search(tmp_path, data, [0.3, 0.5], **{"data.folds": 2})
     train, val = load_sets(search.base_config.data)
     known = {"train": data_fingerprint(train.coco), "val": data_fingerprint(val.coco)}
