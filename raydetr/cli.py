@@ -447,7 +447,7 @@ def errors(checkpoint: str, out: Path, split: str, **options) -> None:
     help="How trials are stopped early (asha, evidence, median, none), or pbt for population-based training "
     "(default: asha; none with --also).",
 )
-@click.option("--sampler", default="tpe", show_default=True, help="How settings are drawn: tpe, gp, random or cmaes.")
+@click.option("--sampler", help="How settings are drawn: tpe, gp, random or cmaes (default: gp with 8 to 128 trials at a time, else tpe).")
 @click.option("--metric", default="AP", show_default=True, help="The COCO metric to maximize; with masks also segm_AP, ....")
 @click.option(
     "--also",

@@ -70,7 +70,7 @@ def tune_command(
     gpus_per_trial: float,
     placement: str,
     scheduler: str | None,
-    sampler: str,
+    sampler: str | None,
     metric: str,
     also: Sequence[str],
     time_budget: str | None,

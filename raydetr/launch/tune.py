@@ -44,6 +44,8 @@ from raydetr.training.metrics import LATENCY, MASK_METRICS, METRICS
 
 STORE_SHARE = 0.5  # of Ray's object store, for decoded images
 DEFAULT_SCHEDULER = "asha"  # with one objective
+DEFAULT_SAMPLER, SAMPLER_OF_MANY = "tpe", "gp"
+MANY = range(8, 129)  # trials at a time, for which the model of running trials draws better settings; with more a draw takes too long
 KEEP_INTERVAL_S = 5.0  # between two pushes of a search's own files to an object store
 
 
@@ -55,7 +57,7 @@ def tune(
     demands: Demands = ONE_WORKER_EACH,
     metric: str = "AP",
     also: Sequence[str] = (),
-    sampler: str = "tpe",
+    sampler: str | None = None,
     scheduler: str | None = None,
     seed: int | None = None,
     points: Sequence[Mapping[str, Any]] = (),
@@ -75,7 +77,7 @@ def tune(
         metric: The COCO metric to maximize.
         also: Further objectives, of which the search finds the best trade-offs: other COCO metrics, or ``"latency"``, the seconds that the
             trained network takes for one image. ``best.yaml`` stays the best by ``metric``.
-        sampler: How settings are drawn: ``"tpe"``, ``"gp"``, ``"random"`` or ``"cmaes"``.
+        sampler: How settings are drawn: ``"tpe"``, ``"gp"``, ``"random"`` or ``"cmaes"``; None: as :func:`default_sampler` says.
         scheduler: What stops trials early: ``"asha"``, ``"evidence"``, ``"median"``, ``"none"`` or ``"pbt"``; None: ``"asha"``, and
             with several objectives ``"none"``.
         seed: Seed of the draws; None: ``run.seed``, which is the seed of everything else.
@@ -96,7 +98,7 @@ def tune(
     space = space if isinstance(space, Space) else read_space(space)
     check_objectives(metric, also, config)
     scheduler = scheduler or ("none" if also else DEFAULT_SCHEDULER)
-    check_request(space, trials, sampler, scheduler, objectives=[metric, *also])
+    check_request(space, trials, sampler or DEFAULT_SAMPLER, scheduler, objectives=[metric, *also])
     settings.check_batch_total(config.optim, demands.workers, demands.workers)
     if scheduler == "pbt" and demands.workers > 1:
         raise UserError("--scheduler pbt: trials take over each other's weights with one worker each; lower --workers-per-trial")
@@ -116,7 +118,7 @@ def tune(
             config,
             trials=trials,
             metric=metric,
-            sampler=sampler,
+            sampler=sampler or default_sampler(slots.concurrent, scheduler, also),
             pruner=scheduler,
             grace=grace,
             seed=seed,
@@ -126,6 +128,17 @@ def tune(
         )
         with driving(search.folder), pushing(search):
             return run_trials(search, demands, slots, images, time_budget_s)
+
+
+def default_sampler(concurrent: int, scheduler: str, also: Sequence[str] = ()) -> str:
+    """Return how a search draws settings where nobody says it: with a model that learns from running trials where many run at a time.
+
+    Args:
+        concurrent: Number of trials at a time.
+        scheduler: The scheduler of the search.
+        also: Its further objectives.
+    """
+    return SAMPLER_OF_MANY if concurrent in MANY and scheduler != "pbt" and not also else DEFAULT_SAMPLER
 
 
 def check_objectives(metric: str, also: Sequence[str], config: settings.Config) -> None:

@@ -282,7 +282,8 @@ def best_beside_default(search: Search) -> dict[str, Any] | None:
     varied = [name for name in search.space.dimensions if len(columns) == 1 or settings[0][name] != settings[1][name]]
     position = len(search.objectives) + 1
     rows[position:position] = [([name, *(as_drawn(each[name]) for each in settings)], "setting") for name in varied]
-    note = f"{search.metric} is the highest of all epochs, the other metrics are those of the last epoch. AP and AR are in points."
+    same = f" ({', '.join(search.also)}: of the same epoch)" if search.also else ""
+    note = f"{search.metric} is the highest of all epochs{same}, the other metrics are those of the last epoch. AP and AR are in points."
     return table(headings, rows, note=note)
 
 
@@ -326,7 +327,7 @@ def front_cards(search: Search) -> list[dict[str, Any]]:
     )
     found = table(["trial", *search.objectives, "epochs", *names], rows)
     charts = [chart("", _trade_off(search, front, name)) for name in search.also]
-    legend = [("s0", "the trade-offs"), ("trial", "other complete trials"), ("default", "default settings (trial 0)")]
+    legend = [("best", "the trade-offs"), ("trial", "other complete trials"), ("default", "default settings (trial 0)")]
     return [card("Trade-offs", explanation, table=found, charts=charts, legend=legend)]
 
 
@@ -344,10 +345,10 @@ def _trade_off(search: Search, front: Sequence[FrozenTrial], name: str) -> Marku
     across = axis(f"{name} (ms)" if is_better_lower(name) else name, [point(trial)[0] for trial in complete])
     figure = Chart(f"{search.metric} over {name}", across, _objective_axis(search))
     if len(search.objectives) == 2:  # of more, the front has no such order
-        figure.line([point(trial) for trial in front], "s0", "the trade-offs")
+        figure.line([point(trial) for trial in front], "best", "the trade-offs")
     on_front = {trial.number for trial in front}
     for trial in sorted(complete, key=lambda trial: (trial.number in on_front, trial.number == 0)):
-        css = "default" if trial.number == 0 else "s0" if trial.number in on_front else "trial"
+        css = "default" if trial.number == 0 else "best" if trial.number in on_front else "trial"
         values = (f"{each} {_shown_objective(each, value)}" for each, value in objectives_of(search, trial).items())
         figure.dot(point(trial), css, f"{search.trial_name(trial.number)}: {', '.join(values)}")
     return figure.svg()

@@ -334,7 +334,7 @@ def test_tune_confirms_at_its_end_on_request(coco_folder, tmp_path, monkeypatch,
 
 @pytest.mark.slow
 def test_a_search_is_confirmed_in_its_folds(module_coco_folder, tmp_path):
-    data = module_coco_folder(train=6, val=2, folder="folds", False)
+    data = module_coco_folder(train=6, val=2, folder="folds")
     search = finished_search(tmp_path, data, [0.3, 0.5], **{"data.folds": 2})
     train, val = load_sets(search.base_config.data)
     known = {"train": data_fingerprint(train.coco), "val": data_fingerprint(val.coco)}

@@ -28,7 +28,7 @@ from raydetr.launch.scheduling import trial_folder
 from raydetr.launch.session import DRIVER
 from raydetr.launch.slots import Demands
 from raydetr.launch.train import TWICE
-from raydetr.launch.tune import resume, share_images, summary, tune
+from raydetr.launch.tune import default_sampler, resume, share_images, summary, tune
 from raydetr.search.space import read_space
 from raydetr.search.study import TAKEN_OVER, Search, open_search
 from raydetr.training.metrics import REPORTED
@@ -332,6 +332,21 @@ def test_time_budgets_have_units(text, value):
 def test_a_time_that_is_none_is_refused(text):
     with pytest.raises(UserError, match="--time-budget"):
         seconds(text)
+
+
+@pytest.mark.parametrize(
+    ("concurrent", "scheduler", "also", "expected"),
+    [
+        (7, "asha", [], "tpe"),
+        (8, "asha", [], "gp"),
+        (128, "evidence", [], "gp"),
+        (512, "asha", [], "tpe"),
+        (64, "pbt", [], "tpe"),
+        (64, "none", ["latency"], "tpe"),
+    ],
+)
+def test_a_search_with_many_trials_at_a_time_is_drawn_by_the_model_of_running_ones(concurrent, scheduler, also, expected):
+    assert default_sampler(concurrent, scheduler, also) == expected
 
 
 @pytest.mark.parametrize(

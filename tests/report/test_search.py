@@ -102,7 +102,7 @@ def test_the_trade_offs_of_several_objectives_are_a_table_and_a_chart(make):
     (card,) = front_cards(search)
     svg = str(card["charts"][0]["svg"])
     assert len(marks(svg, "dot")) == 5
-    assert len(marks(svg, "s0")) == 3  # the line, and two dots; trial 0 has its own color
+    assert len(marks(svg, "best")) == 3  # the line, and two dots; trial 0 has its own color
     beside = {row[0]: row[1:] for row in page.tables[0]}
     assert beside["latency"] == ["20.0 ms", "30.0 ms"]
     assert page.tables[-1][0][:4] == ["trial", "state", "AP", "latency"]
@@ -112,7 +112,7 @@ def test_three_objectives_have_a_chart_for_each_further_one_and_no_line(make):
     ends = [("complete", 0.4, {"latency": 0.02, "AP_small": 0.1}), ("complete", 0.3, {"latency": 0.01, "AP_small": 0.2})]
     (card,) = front_cards(make(ends=ends, also=["latency", "AP_small"]))
     assert len(card["charts"]) == 2
-    assert all("line s0" not in str(each["svg"]) for each in card["charts"])
+    assert all("line best" not in str(each["svg"]) for each in card["charts"])
 
 
 def test_one_objective_has_no_trade_offs(make):
