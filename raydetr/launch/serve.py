@@ -12,6 +12,7 @@ import math
 import os
 import socket
 import threading
+import time
 import webbrowser
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,7 @@ NAME = "raydetr"  # of the application
 TOKEN = "RAYDETR_SERVE_TOKEN"  # the environment variable with the token that requests for predictions must have
 DECODERS = 4  # threads of a replica that decode images
 OTHER_REQUESTS = 64  # pages and health checks that are answered beside predictions
+START_PATIENCE_S = 120  # for the proxy, once the model is ready
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # The environment of the Ray that `raydetr serve` starts. Ray Serve kills a proxy that is not ready after 5 s, which is too short for a busy
@@ -210,13 +212,26 @@ def _serving(options: Options, host: str, port: int) -> Iterator[Options]:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         try:
-            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=QUIET)
+            with contextlib.suppress(TimeoutError):  # after a minute, which is too short for a busy machine
+                serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=QUIET)
             serve.run(application(options), name=NAME, route_prefix="/")
+            _wait_until_listening(host, port)
         except (RuntimeError, ValueError, TimeoutError, RayError) as error:
             raise UserError(f"serve: Ray Serve does not start: {one_line(error)}") from error
         yield options
     finally:
         serve.shutdown()
+
+
+def _wait_until_listening(host: str, port: int) -> None:
+    deadline = time.monotonic() + START_PATIENCE_S
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=1).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nothing listens on {host}:{port}") from None
+            time.sleep(0.1)
 
 
 def _check_checkpoint(options: Options) -> None:
