@@ -219,16 +219,16 @@ def _interrupt() -> None:
 def _serving(options: Options, host: str, port: int) -> Iterator[Options]:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        try:
-            with contextlib.suppress(TimeoutError):  # after a minute, which is too short for a busy machine
-                serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=QUIET)
-            serve.run(application(options), name=NAME, route_prefix="/")
-            _wait_until_listening(host, port)
-        except (RuntimeError, ValueError, TimeoutError, RayError) as error:
-            raise UserError(f"serve: Ray Serve does not start: {one_line(error)}") from error
+        with contextlib.suppress(TimeoutError):  # after a minute, which is too short for a busy machine
+            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=QUIET)
+        serve.run(application(options), name=NAME, route_prefix="/")
+        _wait_until_listening(host, port)
+    except (RuntimeError, ValueError, TimeoutError, RayError) as error:
+        raise UserError(f"serve: Ray Serve does not start: {one_line(error)}") from error
+    try:
         yield options
     finally:
-        serve.shutdown()
+        serve.delete(NAME)  # replicas finish their requests; the rest ends with Ray, since serve.shutdown() writes an error to the terminal
 
 
 def _wait_until_listening(host: str, port: int) -> None:
