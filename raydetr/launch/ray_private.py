@@ -118,8 +118,7 @@ def replica_on_loopback() -> None:
 
     Replicas call each other through a server that Ray opens on every interface, and that unpickles what it is sent.
     """
-    from ray.serve._private import replica
-
+    replica: Any = importlib.import_module("ray.serve._private.replica")
     if ray.util.get_node_ip_address() == "127.0.0.1":
         opened = replica.add_port_to_grpc_server
         replica.add_port_to_grpc_server = lambda server, address: opened(server, address.replace("[::]", "127.0.0.1"))

@@ -22,7 +22,7 @@ import ray
 
 from raydetr.errors import UserError
 from raydetr.launch import ray_private
-from raydetr.launch.session import ray_session
+from raydetr.launch.session import ending_if_ray_is_lost, ray_session
 from raydetr.launch.signals import ending_signals
 from raydetr.tensorboard import has_browser
 from raydetr.text import count, one_line
@@ -198,8 +198,9 @@ def serve_checkpoint(options: Options, host: str, port: int, tell: Callable[[str
     os.environ |= {**ENVIRONMENT, **os.environ}
     with (
         contextlib.suppress(KeyboardInterrupt),
-        ending_signals(_interrupt),
+        ending_signals(_interrupt) as received,
         ray_session(replicas or 1),
+        ending_if_ray_is_lost(received, lambda: "start the server again"),
         _serving(_shared_out(options, replicas), host, port) as running,
     ):
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
