@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from benchmarks.measure import options, table
 from benchmarks.played import GRACE
@@ -68,7 +68,7 @@ def ped_anova(search: Search) -> dict[str, float]:
 def agreement(found: dict[str, float], truth: dict[str, float]) -> tuple[float, bool]:
     """Return the rank correlation of importances with the true ones, and whether the most important setting is right."""
     names = list(truth)
-    correlation = spearmanr([found.get(name, 0.0) for name in names], [truth[name] for name in names])[0]
+    correlation = np.corrcoef(rankdata([found.get(name, 0.0) for name in names]), rankdata([truth[name] for name in names]))[0, 1]
     return float(correlation), max(names, key=lambda name: found.get(name, 0.0)) == max(truth, key=lambda name: truth[name])
 
 
