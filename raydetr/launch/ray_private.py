@@ -42,6 +42,7 @@ HOOKS = {
     "ray.tune.experiment.trial.Trial.set_config": "a member of a population resumes with other settings",
     "ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError": "wraps the loss of a training worker",
     "ray.PlacementGroupID": "what a killed controller of Ray Train had reserved is released",
+    "ray.serve._private.replica.add_port_to_grpc_server": "a replica of Ray Serve on 127.0.0.1 listens there only",
     "ray.dashboard.modules.dashboard_sdk.SubmissionClient._do_request": "asks a cluster for its versions before a job is submitted",
 }
 
@@ -110,6 +111,18 @@ def on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def replica_on_loopback() -> None:
+    """Make this replica of Ray Serve listen on 127.0.0.1 only, where its node has that address; to be called while it is initialized.
+
+    Replicas call each other through a server that Ray opens on every interface, and that unpickles what it is sent.
+    """
+    from ray.serve._private import replica
+
+    if ray.util.get_node_ip_address() == "127.0.0.1":
+        opened = replica.add_port_to_grpc_server
+        replica.add_port_to_grpc_server = lambda server, address: opened(server, address.replace("[::]", "127.0.0.1"))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from typing import Any
 import ray
 
 from raydetr.errors import UserError
+from raydetr.launch import ray_private
 from raydetr.launch.session import ray_session
 from raydetr.launch.signals import ending_signals
 from raydetr.tensorboard import has_browser
@@ -69,7 +70,9 @@ class Model:
     def __init__(self, options: Options):
         from raydetr.serving.predictor import Predictor  # with torch, which only the replicas need
 
+        ray_private.replica_on_loopback()
         self.predictor = Predictor(options)
+        self.predictor.warm_up()
         self.batches = Batches(self.predictor.predict, options.batch_size)
         self.decoders = ThreadPoolExecutor(DECODERS)
         # So many decoded images are in memory, however many a zip has. The parts of one image fill a batch by themselves.
@@ -104,6 +107,7 @@ class Ingress:
     """
 
     async def __init__(self, model: DeploymentHandle, options: Options, digest: str | None):
+        ray_private.replica_on_loopback()
         self.model, self.options, self.digest = model, options, digest
         self.described = await model.describe.remote()
 
@@ -194,7 +198,7 @@ def serve_checkpoint(options: Options, host: str, port: int, tell: Callable[[str
     os.environ |= {**ENVIRONMENT, **os.environ}
     with (
         contextlib.suppress(KeyboardInterrupt),
-        ending_signals(),
+        ending_signals(_interrupt),
         ray_session(replicas or 1),
         _serving(_shared_out(options, replicas), host, port) as running,
     ):
@@ -205,6 +209,10 @@ def serve_checkpoint(options: Options, host: str, port: int, tell: Callable[[str
         if has_browser():
             webbrowser.open(url)
         threading.Event().wait()
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -74,6 +74,10 @@ class Predictor:
         categories = [{"id": each["id"], "name": each["name"]} for each in self.model.categories]
         return {"categories": categories, "thresholds": lowest, "device": self.device.type}
 
+    def warm_up(self) -> None:
+        """Predict on a blank image, because the first prediction of a process takes much longer than the others."""
+        self.predict(image_views(torch.zeros(3, 48, 64, dtype=torch.uint8), self.transforms, self.tiles))
+
     def views(self, upload: Upload) -> list[View] | Answer:
         """Return the parts of an image that are predicted, or the answer to an image that cannot be read."""
         with tempfile.NamedTemporaryFile(prefix="raydetr-") as file:
