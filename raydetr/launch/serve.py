@@ -143,6 +143,7 @@ def application(options: Options) -> serve.Application:
     Raises:
         UserError: The token is empty.
     """
+    digest = digest_of_token()
     gpus = options.gpus
     if gpus is None:
         gpus = 0 if options.device == "cpu" or (options.device == "auto" and not ray.cluster_resources().get("GPU")) else 1
@@ -162,7 +163,7 @@ def application(options: Options) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.2,
         logging_config=QUIET,
     )
-    return ingress.bind(model.bind(options), options, digest_of_token())
+    return ingress.bind(model.bind(options), options, digest)
 
 
 def digest_of_token() -> str | None:
