@@ -7,12 +7,11 @@ reports commonly show.
 
 import tempfile
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from benchmarks.measure import options, table
 from benchmarks.played import GRACE
@@ -69,8 +68,8 @@ def ped_anova(search: Search) -> dict[str, float]:
 def agreement(found: dict[str, float], truth: dict[str, float]) -> tuple[float, bool]:
     """Return the rank correlation of importances with the true ones, and whether the most important setting is right."""
     names = list(truth)
-    correlation = cast(float, spearmanr([found.get(name, 0.0) for name in names], [truth[name] for name in names])[0])
-    return correlation, max(names, key=lambda name: found.get(name, 0.0)) == max(truth, key=lambda name: truth[name])
+    correlation = np.corrcoef(rankdata([found.get(name, 0.0) for name in names]), rankdata([truth[name] for name in names]))[0, 1]
+    return float(correlation), max(names, key=lambda name: found.get(name, 0.0)) == max(truth, key=lambda name: truth[name])
 
 
 def measure(kind: str, trials: int, seeds: range) -> list[list]:

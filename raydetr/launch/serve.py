@@ -143,7 +143,8 @@ def application(options: Options) -> serve.Application:
     Raises:
         UserError: The token is empty.
     """
-    digest, gpus = digest_of_token(), options.gpus
+    digest = digest_of_token()
+    gpus = options.gpus
     if gpus is None:
         gpus = 0 if options.device == "cpu" or (options.device == "auto" and not ray.cluster_resources().get("GPU")) else 1
     model = Model.options(

@@ -8,8 +8,7 @@ from raydetr import config as settings
 from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
-from raydetr.evaluate.coco import mask_metrics
-from raydetr.evaluate.intervals import interval_metrics
+from raydetr.evaluate.intervals import interval_metrics, mask_interval_metrics
 from raydetr.predict.inputs import InputImage
 from raydetr.predict.predict import detect, results_of
 from raydetr.predict.score import found_categories, missing_masks, trained_with, unknown_names
@@ -54,5 +53,5 @@ def score_with_tiles(checkpoint: str | Path, tiles: Tiles, *layers: Mapping[str,
     results = [result for result in results if result["category_id"] is not None]
     metrics = interval_metrics(dataset.coco, results)
     if masks and dataset.has_masks:
-        metrics["segm"] = mask_metrics(dataset.coco, results)
+        metrics["segm"] = mask_interval_metrics(dataset.coco, results)
     return {**metrics, "unknown_categories": unknown_names(model, found, notes), "notes": [*model.notes, *notes, *without]}

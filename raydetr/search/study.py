@@ -825,11 +825,12 @@ def top_trials(search: Search, count: int = 5) -> str:
         search: The search.
         count: The number of trials to list; the front has at most twice as many.
     """
-    best = _trials_table(search, search.ranked()[:count])
+    ranked = search.ranked()[:count]
+    best = _trials_table(search, [*ranked, *(trial for trial in search.frozen()[:1] if trial not in ranked)])
     front = search.front() if search.also else []
     if not front:
         return best
-    heading = f"no trial is better in all of {', '.join(search.objectives)} than one of these:"
+    heading = f"best trade-offs of {', '.join(search.objectives)} (no trial is better in one without being worse in another):"
     return f"{best}\n\n{heading}\n{_trials_table(search, front[: 2 * count])}"
 
 
@@ -838,7 +839,6 @@ def _trials_table(search: Search, shown: Sequence[FrozenTrial]) -> str:
     from rich.table import Table
 
     trials = search.frozen()
-    shown = [*shown, *(trial for trial in trials[:1] if trial not in shown)]
     varied = [name for name in search.space.names if name in search.space.distributions]
     table = Table(box=None, pad_edge=False)
     for heading in ("trial", "state", search.metric, "to trial 0", *search.also, "epochs", *map(_short, varied)):

@@ -17,8 +17,8 @@ def test_true_shares_tell_settings_without_effect():
 
 def test_a_permutation_of_importances_agrees_less():
     truth = {"a": 0.6, "b": 0.3, "c": 0.1}
-    assert importance.agreement({"a": 0.5, "b": 0.3, "c": 0.2}, truth) == (1.0, True)
-    assert importance.agreement({"c": 0.5, "b": 0.3, "a": 0.2}, truth) == (-1.0, False)
+    assert importance.agreement({"a": 0.5, "b": 0.3, "c": 0.2}, truth) == (pytest.approx(1), True)
+    assert importance.agreement({"c": 0.5, "b": 0.3, "a": 0.2}, truth) == (pytest.approx(-1), False)
 
 
 def test_the_command_plays_searches_that_stop_trials_and_prints_both(tmp_path, monkeypatch, capsys):

@@ -34,7 +34,10 @@ def test_the_masks_of_a_batch_fill_their_boxes(pool):
     boxes = box_convert(torch.cat([target["boxes"] for target in targets]), "cxcywh", "xyxy") * torch.tensor([width, height, width, height])
     found = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
     assert len(masks) > 20
-    assert (found - boxes).abs().max() < 2.5  # two pixels of the drawn image at most
+    assert (found[:, :2] - boxes[:, :2]).min() > -2.5  # two pixels of the drawn image at most
+    assert (found[:, 2:] - boxes[:, 2:]).max() < 2.5
+    # Of a thing that is partly hidden, a crop may leave less than the box that it leaves.
+    assert ((found - boxes).abs().max(1).values < 2.5).float().mean() > 0.8
     assert masks.flatten(1).float().mean() > 0.01
 
 

@@ -229,7 +229,12 @@ def test_trials_that_share_cards_are_packed_or_spread(add_machine, photographs, 
         add_machine(num_cpus=4, num_gpus=2)
 
     def run_trial(assigned, images):  # where it runs, and no training
-        time.sleep(5)  # until all have begun
+        begun = tmp_path / "begun" / placement
+        begun.mkdir(parents=True, exist_ok=True)
+        (begun / str(assigned["number"])).touch()
+        deadline = time.monotonic() + 120
+        while len(list(begun.iterdir())) < number and time.monotonic() < deadline:
+            time.sleep(0.2)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == ",".join(map(str, ray.get_gpu_ids()))  # its own half of a card, and no other
         ray.tune.report({**with_node({"epoch": 1, "AP": 0.5}), "finished": True})
 

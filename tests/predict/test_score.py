@@ -306,7 +306,7 @@ def test_masks_of_a_checkpoint_are_scored_where_the_set_has_some(outlined, with_
 def test_tiles_are_scored_with_their_masks(outlined, with_masks, coco_folder, monkeypatch):
     seen = {}
     for module in (score, tiled_score):
-        monkeypatch.setattr(module, "mask_metrics", lambda coco, results, name=module: seen.update({name: results}) or {})
+        monkeypatch.setattr(module, "mask_interval_metrics", lambda coco, results, name=module: seen.update({name: results}) or {})
     assert "segm" in score_checkpoint(with_masks, layers(outlined))
     assert "segm" in tiled_score.score_with_tiles(with_masks, Tiles(1, 1), layers(outlined))
     plain, tiled = (sorted(seen[name], key=lambda each: (each["image_id"], -each["score"])) for name in (score, tiled_score))
