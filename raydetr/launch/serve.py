@@ -230,7 +230,9 @@ def _serving(options: Options, host: str, port: int) -> Iterator[Options]:
     try:
         yield options
     finally:
-        serve.delete(NAME)  # replicas finish their requests; the rest ends with Ray, since serve.shutdown() writes an error to the terminal
+        # Replicas finish their requests. The rest ends with Ray: serve.shutdown() writes an error of the controller to the terminal.
+        with contextlib.suppress(TimeoutError):
+            serve.delete(NAME)
 
 
 def _wait_until_listening(host: str, port: int) -> None:
