@@ -26,6 +26,7 @@ class SilentReporter:
 
     rank, world_size, local_rank, cores = 0, 1, 0, 2
     searched = images = None
+    objectives = ()
 
     def checkpoint(self) -> None:
         """Return None: the run resumes from its own last.pth."""
