@@ -139,9 +139,9 @@ def test_a_search_from_python_gives_settings_a_frame_and_the_study(searched):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_search_with_several_objectives_measures_them(cluster, module_coco_folder, tmp_path, workers):
+def test_a_search_with_several_objectives_measures_them(cluster, coco_folder, tmp_path, workers):
     space, demands = {"model.num_queries": {"choice": [5]}}, Demands(workers=workers, concurrent=1)
-    known = settings(module_coco_folder(), tmp_path, optim__epochs=1)
+    known = settings(coco_folder(), tmp_path, optim__epochs=1)
     search = tune(known, space, trials=3 - workers, also=["latency", "AP50"], demands=demands)
     assert search.scheduler == "none"
     for trial in search.frozen():

@@ -93,7 +93,7 @@ def test_the_loss_of_a_step_is_the_mean_over_groups_and_all_groups_learn(coco_fo
     before = training.detr.group_embed.weight.detach().clone()
     training.model.train()
     record = take_step(training, [batch])
-    assert float(record.losses[0]) == pytest.approx(float(sum(losses)) / GROUPS, rel=1e-5)
+    assert float(record.losses[0]) == pytest.approx(sum(losses).item() / GROUPS, rel=1e-5)
     assert len(record.image_ids) == 2
     assert (training.detr.group_embed.weight != before).any(1).all()
 
