@@ -5,7 +5,7 @@ from benchmarks import padding
 
 def test_padding_is_counted():
     class Sized(list):
-        epoch, transforms, rles = 0, None, None
+        epoch, transforms, rles, copy_paste = 0, None, None, 0.0
         files = property(lambda self: [("", size) for size in self])
 
         def set_epoch(self, epoch):

@@ -44,14 +44,14 @@ def test_what_is_copied_makes_the_whole_package(tmp_path):
     constraints = install[install.index("-c") + 1]
     assert (context / constraints).read_text() == (ROOT / "constraints.txt").read_text()
     packages = install[install.index("-c") + 2 :]
-    assert packages[0] == "."
+    assert packages[0] == ".[serve]"  # for cluster/kuberay/rayservice.yaml
     assert all(Requirement(package) for package in packages[1:])
 
     wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), "."]
     subprocess.run(wheel, cwd=context, check=True, capture_output=True, timeout=120)
     (made,) = tmp_path.glob("raydetr-*.whl")
     inside = set(zipfile.ZipFile(made).namelist())
-    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "raydetr").rglob("*.py")}
+    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "raydetr").rglob("*") if path.suffix in (".py", ".html")}
     wanted |= {f"raydetr/search_spaces/{path.name}" for path in (ROOT / "search_spaces").glob("*.yaml")}
     wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / "raydetr" / "weights").glob("*.pth")}
     assert wanted <= inside
