@@ -138,11 +138,10 @@ def test_a_search_from_python_gives_settings_a_frame_and_the_study(searched):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_search_with_several_objectives_measures_them(cluster, coco_folder, tmp_path, workers):
-    space, demands = {"model.num_queries": {"choice": [5]}}, Demands(workers=workers, concurrent=1)
+def test_a_search_with_several_objectives_measures_them(cluster, coco_folder, tmp_path):
+    space, demands = {"model.num_queries": {"choice": [5]}}, Demands(concurrent=1)
     known = settings(coco_folder(), tmp_path, optim__epochs=1)
-    search = tune(known, space, trials=3 - workers, also=["latency", "AP50"], demands=demands)
+    search = tune(known, space, trials=2, also=["latency", "AP50"], demands=demands)
     assert search.scheduler == "none"
     for trial in search.frozen():
         ap, latency, ap50 = trial.values
@@ -426,7 +425,7 @@ def all_epochs(search, epochs=3):
 def test_a_trial_whose_worker_is_killed_resumes_from_its_last_epoch(cluster, coco_folder, tmp_path):
     photographs, folder, epochs = coco_folder(), tmp_path / "search", 20
     config.write_yaml(settings(photographs, tmp_path, optim__epochs=epochs), tmp_path / "run.yaml")
-    options = ("--space", "loss", "--scheduler", "none", "--trials", "1", "--workers-per-trial", "2")
+    options = ("--space", "loss", "--also", "latency", "--trials", "1", "--workers-per-trial", "2")  # with it nothing stops early
     driver = start("--config", str(tmp_path / "run.yaml"), *options, address=ray.get_runtime_context().gcs_address)
     wait_for(lambda: driver.poll() is not None or list(folder.glob("trials/*")))
     for picture in photographs.glob("*2017/*.jpg"):
@@ -439,6 +438,7 @@ def test_a_trial_whose_worker_is_killed_resumes_from_its_last_epoch(cluster, coc
     assert driver.wait(timeout=400) == 0, driver.stdout.read()
     search = open_search(folder)
     assert [trial.state.name for trial in search.frozen()] == ["COMPLETE"], [trial.user_attrs for trial in search.frozen()]
+    assert search.frozen()[0].values[1] == read_checkpoint(log.parent / "last.pth")["metrics"]["latency"] > 0  # of the first worker
     assert all_epochs(search, epochs)
     assert len(list((log.parent / "tb").glob("*tfevents*"))) >= 2  # another process has trained the rest
     assert config.read_yaml(log.parent / "config.yaml")["run.workers"] == 2
@@ -498,7 +498,7 @@ def test_trials_and_drivers_killed_at_any_moment_lose_nothing(cluster, coco_fold
         assert driver.poll() is None, driver.stdout.read()
         return [each for each in processes_of("ray::ImplicitFunc") if each.pid not in killed]
 
-    for victim in ("trial", "driver", "trial", "trial", "driver"):
+    for victim in ("trial", "driver", "trial"):
         wait_for(new_trials)
         time.sleep(random.uniform(0, 9))  # a process of a trial starts for some seconds, then it trains
         trials = wait_for(new_trials)

@@ -287,7 +287,7 @@ def test_folder_in_the_way_of_saving(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "last.pth"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors.index.json"])  # one model.safetensors is read
 def test_folder_of_hugging_face_is_named(tmp_path, name):
     (tmp_path / "config.json").write_text('{"model_type": "detr"}')
     (tmp_path / name).write_bytes(b"")
