@@ -8,9 +8,10 @@ from markupsafe import Markup
 
 from raydetr.evaluate.coco import METRICS
 from raydetr.text import compact
+from raydetr.training.metrics import MASK_METRICS
 
 # Shown in points, 100 being perfect, as papers and the verdict of a confirmation have them.
-POINTS = frozenset([*METRICS, "AP_low", "AP_high", "best_AP"])
+POINTS = frozenset([*METRICS, *MASK_METRICS, "AP_low", "AP_high", "best_AP"])
 SERIES = 8  # colors for runs or searches side by side; see the classes s0, s1, ... in report.html
 
 Rows = Iterable[tuple[Sequence[Any], str]]
