@@ -153,20 +153,26 @@ def read_huggingface(folder: Path) -> dict[str, Any]:
     try:
         state = {_current(name): tensor for name, tensor in load_file(folder / TENSORS).items()}
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        names = {int(label): str(name) for label, name in config.get("id2label", {}).items()}
         images = folder / IMAGES
-        size = json.loads(images.read_text(encoding="utf-8")).get("size", {}) if images.is_file() else {}
-    except (OSError, ValueError, SafetensorError) as error:
+        size = _size(json.loads(images.read_text(encoding="utf-8"))) if images.is_file() else {}
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:  # AttributeError: something is no JSON object
         raise UserError(f"{folder}: not a sound model folder of transformers ({one_line(error)})") from None
     if not {"class_labels_classifier.weight", f"{_PREFIX}class_labels_classifier.weight"} & state.keys():
         raise UserError(f"{folder}: a model of transformers, and no DETR that detects boxes")
-    names = {int(label): name for label, name in config.get("id2label", {}).items()}
     ids = config.get("category_ids") or sorted(names)  # else the labels are the ids, as those of COCO's DETR are
     known = {"model.nheads": "encoder_attention_heads", "model.dropout": "dropout", "model.dilation": "dilation"}
     sizes = {"data.val_size": "shortest_edge", "data.max_size": "longest_edge"}
     settings = {ours: config[theirs] for ours, theirs in known.items() if config.get(theirs) is not None}
     settings |= {ours: size[theirs] for ours, theirs in sizes.items() if theirs in size}
-    categories = [{"id": number, "name": str(names[label])} for label, number in zip(sorted(names), ids, strict=False)]
+    categories = [{"id": number, "name": names[label]} for label, number in zip(sorted(names), ids, strict=False)]
     return {"model": from_huggingface(state), "categories": categories, "settings": settings}
+
+
+def _size(images: dict[str, Any]) -> dict[str, int]:
+    """Return the size of images that a folder tells; earlier versions of transformers write two numbers."""
+    size = images.get("size", {})
+    return size if isinstance(size, dict) else {"shortest_edge": size, "longest_edge": images.get("max_size", 1333)}
 
 
 def _current(name: str) -> str:

@@ -110,6 +110,9 @@ def test_earlier_names_of_transformers_are_known(resnet, tmp_path):
     file = tmp_path / "folder" / "model.safetensors"
     state = {name.replace("_attn.o_proj.", "_attn.out_proj.").replace(".mlp.", "."): tensor for name, tensor in load_file(file).items()}
     save_file(state, file)
+    (tmp_path / "folder" / "preprocessor_config.json").write_text('{"size": 96, "max_size": 160}')
+    known = trained_with(tmp_path / "folder", load(tmp_path / "folder"))
+    assert (known["data.val_size"], known["data.max_size"]) == (96, 160)
     one, other = load(resnet).state_dict(), load(tmp_path / "folder").state_dict()
     assert all(torch.equal(other[name], tensor) for name, tensor in one.items())
 
@@ -118,6 +121,9 @@ def test_earlier_names_of_transformers_are_known(resnet, tmp_path):
     ("name", "content", "said"),
     [
         ("config.json", b"{", "not a sound model folder of transformers"),
+        ("config.json", b"[]", "not a sound model folder of transformers"),
+        ("config.json", b'{"id2label": {"a": "b"}}', "not a sound model folder of transformers"),
+        ("preprocessor_config.json", b"7", "not a sound model folder of transformers"),
         ("model.safetensors", b"no tensors", "not a sound model folder of transformers"),
         ("model.safetensors", None, "and no DETR that detects boxes"),
     ],
