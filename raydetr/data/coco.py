@@ -520,10 +520,10 @@ class CocoImages(Dataset):
         from raydetr.data.transforms import drawn_from
 
         with drawn_from(self.seed, epoch, index, 1):  # apart from the transforms, which are those of size_of
-            others = [row for row in self._with_mask if row != index]
-            if not others or torch.rand(()) >= self.copy_paste:
+            if torch.rand(()) >= self.copy_paste:
                 return scene
-            return paste(scene, self._scene(others[int(torch.randint(len(others), ()))]))
+            others = [row for row in self._with_mask if row != index]
+            return paste(scene, self._scene(others[int(torch.randint(len(others), ()))])) if others else scene
 
     def _transformed(
         self, pixels: torch.Tensor, xyxy: torch.Tensor, epoch: int, index: int, masks: torch.Tensor | None = None
