@@ -49,6 +49,6 @@ def test_trials_of_several_workers_never_wait_for_a_driver_that_cannot_come(monk
 
 def test_a_search_that_the_disk_cannot_hold_is_refused(coco_folder, tmp_path):
     known = settings(coco_folder(), **{"model.preset": "detr_resnet50"})
-    assert check_disk(known, tmp_path / "search", 32, 2).startswith("32 trials x 2 x 16")
+    assert check_disk(known, tmp_path / "search", 2, 1).startswith("2 trials x 2 x 16")
     with pytest.raises(UserError, match="GB free"):
         check_disk(known, tmp_path / "search", 10**9, 2)
