@@ -28,6 +28,7 @@ from raydetr.text import count, fold_name, shortlist
 from raydetr.values import as_number, is_finite, is_number, plain, short, whole_number
 
 ANNOTATION_FILES = ("custom_{split}.json", "instances_{split}2017.json")  # under annotations/, the first that exists is taken
+MOST_EPOCHS = 10**6  # of a run
 PREFETCH = 2  # batches that each loading process prepares in advance: the default of torch's DataLoader
 
 
@@ -768,6 +769,8 @@ def _batches_of_one_size(dataset: CocoImages, batch_size: int) -> list[list[int]
 class EpochSampler(DistributedSampler):
     """Yield (epoch, index), by which the epoch reaches loading processes: those keep the copy of the data set they started with.
 
+    Where an epoch has an image several times, the repeats have numbers of epochs that no run reaches, and so other random transforms.
+
     Args:
         dataset: The images.
         weights: How often each image is drawn, relative to others; an epoch has as many images as without. None: each once.
@@ -789,7 +792,8 @@ class EpochSampler(DistributedSampler):
         ends = np.cumsum(self.weights) / self.weights.sum() * len(self.weights)
         offset = np.random.default_rng([self.seed, epoch]).random()
         drawn = np.searchsorted(ends, np.arange(len(ends)) + offset).clip(max=len(ends) - 1)
-        return ((epoch, int(drawn[index])) for index in super().__iter__())
+        repeats = np.arange(len(drawn)) - np.searchsorted(drawn, drawn)  # of an image within the epoch, each with other random transforms
+        return ((int(epoch + repeats[index] * MOST_EPOCHS), int(drawn[index])) for index in super().__iter__())
 
 
 def draw_weights(counts: np.ndarray, threshold: float) -> np.ndarray:

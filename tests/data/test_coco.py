@@ -1017,8 +1017,11 @@ def test_images_of_rare_categories_are_drawn_more_often(coco_folder):
         batches = [list(build_loader(train, 2, rank, 2, shuffle=True, weights=weights).batch_sampler) for rank in (0, 1)]
         ids = [index for worker in batches for batch in worker for _, index in batch]
         assert len(ids) == 8, "as many as without, two workers with two whole batches each"
+        draws = [image for worker in batches for batch in worker for image in batch]
+        assert len(set(draws)) == len(draws), "an image that is drawn twice in an epoch is transformed in two ways"
         drawn_per_epoch.append(ids)
     assert 1.4 < np.mean([ids.count(9) for ids in drawn_per_epoch]) < 2.2, "2 of 11 shares of ten images, of which eight are used"
     assert len({tuple(ids) for ids in drawn_per_epoch}) == 20
+    assert any(len(set(ids)) < len(ids) for ids in drawn_per_epoch)
     one = build_loader(train, 2, shuffle=True, weights=np.ones(10)).batch_sampler
     assert sorted(index for batch in one for _, index in batch) == list(range(10))
