@@ -41,6 +41,9 @@ HOOKS = {
     "ray.tune.progress_reporter.TrialProgressCallback": "prints lines of its own unless the search has one",
     "ray.tune.experiment.trial.Trial.set_config": "a member of a population resumes with other settings",
     "ray.train.v2._internal.exceptions.WorkerHealthCheckFailedError": "wraps the loss of a training worker",
+    "ray.train.v2.api.data_parallel_trainer.DataParallelTrainer._create_default_callbacks": "two of them start processes that no run needs",
+    "ray.train.v2._internal.callbacks.datasets.DatasetsCallback": "starts a process for data sets of Ray Data, of which there are none",
+    "ray.train.v2._internal.callbacks.placement_group_callback.PlacementGroupCleanerCallback": "starts a process that asks the dashboard",
     "ray.PlacementGroupID": "what a killed controller of Ray Train had reserved is released",
     "ray.serve._private.replica.add_port_to_grpc_server": "a replica of Ray Serve on 127.0.0.1 listens there only",
     "ray.dashboard.modules.dashboard_sdk.SubmissionClient._do_request": "asks a cluster for its versions before a job is submitted",
@@ -160,6 +163,25 @@ def automatic_address() -> str | None:
 def address_file() -> str:
     """Return the path of the file in which a Ray on this machine leaves its address."""
     return get_ray_address_file(None)
+
+
+def without_idle_processes(trainer: Any) -> Any:
+    """Return a trainer of Ray Train that starts no process for what a run does not have; each imports Ray Train, for seconds.
+
+    One is for data sets of Ray Data. The other releases what a killed controller has reserved, which outside of an actor
+    :func:`release_reserved` does.
+
+    Args:
+        trainer: Ray Train's trainer.
+    """
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    in_actor = ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
+    unneeded = (DatasetsCallback,) if in_actor else (DatasetsCallback, PlacementGroupCleanerCallback)
+    callbacks = trainer._create_default_callbacks
+    trainer._create_default_callbacks = lambda: [each for each in callbacks() if not isinstance(each, unneeded)]
+    return trainer
 
 
 def release_reserved() -> None:

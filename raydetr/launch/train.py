@@ -344,7 +344,7 @@ def _run(config: settings.Config, least: int, received: Received) -> dict[str, A
             run_config=ray_run_config(config),
         )
         with Display() as display, showing(mailbox, display.show):
-            return fit_with_retries(trainer, mailbox, config)
+            return fit_with_retries(ray_private.without_idle_processes(trainer), mailbox, config)
 
 
 def torch_config() -> TorchConfig:

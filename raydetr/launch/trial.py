@@ -146,4 +146,4 @@ def fit_with_workers(config: settings.Config, assigned: Mapping[str, Any], image
         ),
         run_config=ray_run_config(config, [TuneReportCallback()]),
     )
-    return fit_with_retries(trainer, mailbox, config)
+    return fit_with_retries(ray_private.without_idle_processes(trainer), mailbox, config)

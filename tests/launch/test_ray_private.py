@@ -5,6 +5,7 @@ import optuna
 import pytest
 import ray
 from packaging.requirements import Requirement
+from ray.train.torch import TorchTrainer
 
 from raydetr.launch import ray_private
 
@@ -43,3 +44,13 @@ def test_no_key_of_a_store_is_put_into_a_trials_runtime_environment(monkeypatch)
     left = class_cache.ENV_VARS_TO_PROPAGATE
     assert not [name for name in left if "KEY" in name or "TOKEN" in name or "SECRET" in name]
     assert ray_private.TRAIN_POLL_INTERVAL in left
+
+
+def test_a_trainer_starts_no_process_for_what_a_run_does_not_have():
+    def names(trainer):
+        return [type(each).__name__ for each in trainer._create_default_callbacks()]
+
+    unneeded = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+    before = names(TorchTrainer(print))
+    assert unneeded < set(before)
+    assert names(ray_private.without_idle_processes(TorchTrainer(print))) == [each for each in before if each not in unneeded]
