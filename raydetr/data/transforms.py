@@ -38,7 +38,8 @@ def train_transforms(data: Data, normalized: bool = True) -> v2.Transform:
     # The official code has no limit here: a strip of an image, 1 x 5000 pixels, would become gigabytes.
     crop = [ResizeShortSide(data.crop_resize, 10 * data.max_size), RandomSizeCrop(data.crop_min, data.crop_max)]
     resize = ResizeShortSide(data.train_sizes, data.max_size)
-    zoom_out = v2.RandomZoomOut(fill=[round(each) for each in _MEAN], side_range=(1.0, 2.0), p=1.0)
+    gray = {tv_tensors.Image: [round(each) for each in _MEAN], "others": 0}  # a mask is empty there
+    zoom_out = v2.RandomZoomOut(fill=gray, side_range=(1.0, 2.0), p=1.0)
     return v2.Compose(
         [
             v2.RandomApply(crop, p=data.crop),

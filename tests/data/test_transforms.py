@@ -302,6 +302,20 @@ def test_zooming_out_makes_objects_smaller_on_gray():
     assert any((image[:, 0, 0] - torch.tensor([124.0, 116.0, 104.0])).abs().max() < 2 for image, *_ in gray)
 
 
+def test_masks_follow_boxes_through_everything():
+    transforms = train_transforms(data(color=1.0, zoom_out=1.0))
+    for number in range(6):
+        image, boxes = sample()
+        x1, y1, x2, y2 = boxes[0].int().tolist()
+        mask = torch.zeros(1, *image.shape[-2:], dtype=torch.uint8)
+        mask[0, y1:y2, x1:x2] = 1
+        with drawn_from(number):
+            _, moved, masks = transforms(image, boxes, tv_tensors.Mask(mask))
+        rows, columns = torch.nonzero(masks[0], as_tuple=True)
+        seen = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        torch.testing.assert_close(moved[0].as_subclass(torch.Tensor), seen.float(), atol=1.5, rtol=0)
+
+
 def test_the_size_of_a_picture_without_pixels_is_that_of_the_picture():
     transforms = train_transforms(data(color=1.0, zoom_out=0.7, crop=0.5, crop_resize=[60, 90], crop_min=30, crop_max=60))
     for number in range(6):
