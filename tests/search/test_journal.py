@@ -19,7 +19,7 @@ def waits(monkeypatch):
 
 def test_reports_and_draws_do_not_wait_for_the_disk_and_the_end_of_a_trial_does(tmp_path, waits):
     path = tmp_path / "study.journal"
-    pruner = optuna.pruners.SuccessiveHalvingPruner()  # notes the value at each rung
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1)  # notes the value at each rung
     study = optuna.create_study(storage=JournalStorage(StudyJournal(path)), pruner=pruner)
     trial = study.ask()
     before = len(waits)
@@ -28,7 +28,7 @@ def test_reports_and_draws_do_not_wait_for_the_disk_and_the_end_of_a_trial_does(
     for epoch in range(1, 6):
         trial.report(0.1 * epoch, epoch)
         trial.should_prune()
-    assert "completed_rung_1" in study.trials[0].system_attrs
+    assert "completed_rung_0" in study.trials[0].system_attrs
     assert len(waits) == before
     study.tell(trial, 0.5)
     assert waits[-1] == path.stat().st_size  # the reports before it are on the disk as well
