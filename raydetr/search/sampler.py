@@ -1,10 +1,10 @@
 """A sampler that learns from every trial of a search: complete, stopped and running ones.
 
 A Gaussian process models the objective over the settings and the share of the epochs that are left. A report of a trial enters carried
-forward by what other trials gained from there on. What this neglects, such as that small learning rates gain more at the end, is the same
-for similar settings: the model learns it from trials that went on, and stays unsure of settings that were only ever stopped early. A running
-trial also enters with what the model expects of it at the last epoch, as if that were known already, so that draws at the same time
-spread. The next settings are the candidate with the largest expected improvement at the last epoch.
+forward by what other trials gained from there on. What this neglects, such as that small learning rates gain more at the end, is alike for
+similar settings: the model learns it from trials that went on, and stays unsure of settings with which all trials were stopped early. A
+running trial also enters with what the model expects of it at the last epoch, as if that were known already, so that draws at the same
+time spread. The next settings are the candidate with the largest expected improvement at the last epoch.
 """
 
 from collections.abc import Mapping, Sequence
