@@ -43,8 +43,8 @@ from raydetr.storage import CONFIRM_FOLDER, OWNER, absolute, become_owner, fetch
 from raydetr.training.metrics import LATENCY, MASK_METRICS, METRICS
 
 STORE_SHARE = 0.5  # of Ray's object store, for decoded images
-DEFAULT_SAMPLER, SAMPLER_OF_SEVERAL = "tpe", "gp"
-SEVERAL = range(2, 129)  # trials at a time, for which the model of all trials draws better settings; with more a draw takes too long
+DEFAULT_SAMPLER, SAMPLER_OF_TOO_MANY = "gp", "tpe"
+TOO_MANY = 129  # trials at a time, with which a draw of the model takes too long
 DEFAULT_SCHEDULERS = {"gp": "half"}  # by sampler, with one objective; beside all others asha
 KEEP_INTERVAL_S = 5.0  # between two pushes of a search's own files to an object store
 
@@ -97,8 +97,8 @@ def tune(
     grace, seed = grace_epochs(config.optim), config.run.seed if seed is None else seed
     space = space if isinstance(space, Space) else read_space(space)
     check_objectives(metric, also, config)
-    provisional = scheduler or default_scheduler(DEFAULT_SAMPLER, also)  # the defaults wait for the number of trials at a time
-    check_request(space, trials, sampler or DEFAULT_SAMPLER, provisional, objectives=[metric, *also])
+    likely = sampler or default_sampler(1, scheduler, also)  # how many trials run at a time is known later
+    check_request(space, trials, likely, scheduler or default_scheduler(likely, also), objectives=[metric, *also])
     settings.check_batch_total(config.optim, demands.workers, demands.workers)
     if scheduler == "pbt" and demands.workers > 1:
         raise UserError("--scheduler pbt: trials take over each other's weights with one worker each; lower --workers-per-trial")
@@ -132,14 +132,14 @@ def tune(
 
 
 def default_sampler(concurrent: int, scheduler: str | None, also: Sequence[str] = ()) -> str:
-    """Return how a search draws settings where nobody says it: with a model of all trials where several run at a time.
+    """Return how a search draws settings where nobody says it: with a model of all trials, unless too many run at a time.
 
     Args:
         concurrent: Number of trials at a time.
         scheduler: The scheduler that was asked for; None: the default.
         also: Further objectives of the search.
     """
-    return SAMPLER_OF_SEVERAL if concurrent in SEVERAL and scheduler != "pbt" and not also else DEFAULT_SAMPLER
+    return SAMPLER_OF_TOO_MANY if concurrent >= TOO_MANY or scheduler == "pbt" or also else DEFAULT_SAMPLER
 
 
 def default_scheduler(sampler: str, also: Sequence[str] = ()) -> str:

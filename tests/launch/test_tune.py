@@ -336,15 +336,14 @@ def test_a_time_that_is_none_is_refused(text):
 @pytest.mark.parametrize(
     ("concurrent", "scheduler", "also", "expected"),
     [
-        (1, None, [], "tpe"),
-        (2, None, [], "gp"),
+        (1, None, [], "gp"),
         (128, "evidence", [], "gp"),
         (512, "asha", [], "tpe"),
         (64, "pbt", [], "tpe"),
         (64, "none", ["latency"], "tpe"),
     ],
 )
-def test_a_search_with_several_trials_at_a_time_is_drawn_by_the_model_of_all_trials(concurrent, scheduler, also, expected):
+def test_a_search_is_drawn_by_the_model_of_all_trials_unless_too_many_run_at_a_time(concurrent, scheduler, also, expected):
     assert default_sampler(concurrent, scheduler, also) == expected
 
 
