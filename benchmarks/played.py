@@ -71,6 +71,7 @@ ARMS = {
     "random, none": Arm(_product_sampler("random"), _product_pruner("none")),
     "tpe, asha": Arm(_product_sampler("tpe"), _product_pruner("asha")),
     "gp, asha": Arm(_product_sampler("gp"), _product_pruner("asha")),
+    "gp, half": Arm(_product_sampler("gp"), _product_pruner("half")),
     "gp, evidence": Arm(_product_sampler("gp"), _product_pruner("evidence")),
     "gp, evidence; prior at the best": Arm(_product_sampler("gp", lambda surface: surface.best), _product_pruner("evidence")),
     "gp, evidence; prior at the defaults": Arm(_product_sampler("gp", lambda surface: surface.default), _product_pruner("evidence")),

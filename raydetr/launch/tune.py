@@ -43,9 +43,9 @@ from raydetr.storage import CONFIRM_FOLDER, OWNER, absolute, become_owner, fetch
 from raydetr.training.metrics import LATENCY, MASK_METRICS, METRICS
 
 STORE_SHARE = 0.5  # of Ray's object store, for decoded images
-DEFAULT_SCHEDULER = "asha"  # with one objective
-DEFAULT_SAMPLER, SAMPLER_OF_MANY = "tpe", "gp"
-MANY = range(8, 129)  # trials at a time, for which the model of running trials draws better settings; with more a draw takes too long
+DEFAULT_SAMPLER, SAMPLER_OF_TOO_MANY = "gp", "tpe"
+TOO_MANY = 129  # trials at a time, with which a draw of the model takes too long
+DEFAULT_SCHEDULERS = {"gp": "half"}  # by sampler, with one objective; beside all others asha
 KEEP_INTERVAL_S = 5.0  # between two pushes of a search's own files to an object store
 
 
@@ -78,8 +78,8 @@ def tune(
         also: Further objectives, of which the search finds the best trade-offs: other COCO metrics, or ``"latency"``, the seconds that the
             trained network takes for one image. ``best.yaml`` stays the best by ``metric``.
         sampler: How settings are drawn: ``"tpe"``, ``"gp"``, ``"random"`` or ``"cmaes"``; None: as :func:`default_sampler` says.
-        scheduler: What stops trials early: ``"asha"``, ``"evidence"``, ``"median"``, ``"none"`` or ``"pbt"``; None: ``"asha"``, and
-            with several objectives ``"none"``.
+        scheduler: What stops trials early: ``"asha"``, ``"half"``, ``"evidence"``, ``"median"``, ``"none"`` or ``"pbt"``; None: as
+            :func:`default_scheduler` says.
         seed: Seed of the draws; None: ``run.seed``, which is the seed of everything else.
         points: Settings to try after trial 0, by dotted name.
         prior: Settings that are believed to be good; the sampler ``"gp"`` begins to draw near them.
@@ -97,8 +97,8 @@ def tune(
     grace, seed = grace_epochs(config.optim), config.run.seed if seed is None else seed
     space = space if isinstance(space, Space) else read_space(space)
     check_objectives(metric, also, config)
-    scheduler = scheduler or ("none" if also else DEFAULT_SCHEDULER)
-    check_request(space, trials, sampler or DEFAULT_SAMPLER, scheduler, objectives=[metric, *also])
+    likely = sampler or default_sampler(1, scheduler, also)  # how many trials run at a time is known later
+    check_request(space, trials, likely, scheduler or default_scheduler(likely, also), objectives=[metric, *also])
     settings.check_batch_total(config.optim, demands.workers, demands.workers)
     if scheduler == "pbt" and demands.workers > 1:
         raise UserError("--scheduler pbt: trials take over each other's weights with one worker each; lower --workers-per-trial")
@@ -112,14 +112,15 @@ def tune(
             check_disk(config, working_folder(root), trials, slots.concurrent)
             images = share_images(config)
         refresh_working_copy(root)
+        sampler = sampler or default_sampler(slots.concurrent, scheduler, also)
         search = create_search(
             root,
             space,
             config,
             trials=trials,
             metric=metric,
-            sampler=sampler or default_sampler(slots.concurrent, scheduler, also),
-            pruner=scheduler,
+            sampler=sampler,
+            pruner=scheduler or default_scheduler(sampler, also),
             grace=grace,
             seed=seed,
             points=points,
@@ -130,15 +131,25 @@ def tune(
             return run_trials(search, demands, slots, images, time_budget_s)
 
 
-def default_sampler(concurrent: int, scheduler: str, also: Sequence[str] = ()) -> str:
-    """Return how a search draws settings where nobody says it: with a model that learns from running trials where many run at a time.
+def default_sampler(concurrent: int, scheduler: str | None, also: Sequence[str] = ()) -> str:
+    """Return how a search draws settings where nobody says it: with a model of all trials, unless too many run at a time.
 
     Args:
         concurrent: Number of trials at a time.
-        scheduler: The scheduler of the search.
-        also: Its further objectives.
+        scheduler: The scheduler that was asked for; None: the default.
+        also: Further objectives of the search.
     """
-    return SAMPLER_OF_MANY if concurrent in MANY and scheduler != "pbt" and not also else DEFAULT_SAMPLER
+    return SAMPLER_OF_TOO_MANY if concurrent >= TOO_MANY or scheduler == "pbt" or also else DEFAULT_SAMPLER
+
+
+def default_scheduler(sampler: str, also: Sequence[str] = ()) -> str:
+    """Return what stops trials where nobody says it: a rule that lets more of them pass beside the sampler that learns from these.
+
+    Args:
+        sampler: How the search draws settings.
+        also: Further objectives of the search.
+    """
+    return "none" if also else DEFAULT_SCHEDULERS.get(sampler, "asha")
 
 
 def check_objectives(metric: str, also: Sequence[str], config: settings.Config) -> None:

@@ -17,18 +17,15 @@ def curve_table(trials: Sequence[FrozenTrial]) -> np.ndarray:
     return table
 
 
-def final_values(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the expected objective [trials] at the last epoch, and the share [trials] of the epochs that each trial has left.
+def carried_forward(table: np.ndarray) -> np.ndarray:
+    """Return the objective [trials, epochs] that each report lets expect at the last epoch, NaN where there is no report.
 
-    From its last report on, a trial gains per epoch what the trials that went further gained on average.
+    From each epoch on, a trial gains what the trials that went further gained on average.
 
     Args:
-        table: As :func:`curve_table` returns it, with at least one report in each row.
+        table: As :func:`curve_table` returns it.
     """
-    trials, epochs = table.shape
     gains = np.diff(table, axis=1)
     known = np.isfinite(gains)
     mean_gain = np.where(known, gains, 0).sum(0) / np.maximum(known.sum(0), 1)
-    still_to_gain = np.append(mean_gain[::-1].cumsum()[::-1], 0.0)  # after each epoch
-    last = epochs - 1 - np.isfinite(table)[:, ::-1].argmax(1)
-    return table[np.arange(trials), last] + still_to_gain[last], (epochs - 1 - last) / epochs
+    return table + np.append(mean_gain[::-1].cumsum()[::-1], 0.0)

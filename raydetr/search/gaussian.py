@@ -4,7 +4,7 @@ import copy
 import math
 
 import numpy as np
-from scipy.linalg import LinAlgError, cho_solve, cholesky, solve_triangular
+from scipy.linalg import cho_solve, cholesky, get_lapack_funcs, solve_triangular
 
 LENGTHS = (0.2, 0.4, 0.8, 1.6, 4.0)  # length scales that are tried, as parts of a range; at 4 a setting hardly matters
 NOISES = (0.03, 0.1, 0.25, 0.5, 1.0)  # variances of the noise that are tried, as parts of the variance of the values
@@ -12,6 +12,8 @@ USUAL_LENGTH, USUAL_NOISE = 0.8, 0.25  # the medians of log-normal priors with a
 ROUNDS = 2  # of the coordinate search
 FIT_POINTS = 100  # length scales and noise are fitted to at most so many points
 JITTER = 1e-8
+# LAPACK itself, because the checks of scipy's functions around it take longer than its work on so few points.
+FACTORIZE, SOLVE = get_lapack_funcs(("potrf", "trtrs"))
 
 
 class GaussianProcess:
@@ -112,11 +114,10 @@ def _matern(squares: np.ndarray) -> np.ndarray:
 def _log_posterior(squares: np.ndarray, values: np.ndarray, relative: np.ndarray, lengths: np.ndarray, noise: float) -> float:
     """Log marginal likelihood (equation 2.30) and log prior of length scales and noise, without constants."""
     covariance = _matern(squares)
-    covariance[np.diag_indices_from(covariance)] += noise * relative + JITTER
-    try:
-        factor = cholesky(covariance, lower=True, overwrite_a=True, check_finite=False)
-    except LinAlgError:
+    covariance.flat[:: len(covariance) + 1] += noise * relative + JITTER
+    factor, failed = FACTORIZE(covariance, lower=1, clean=0)
+    if failed:
         return -math.inf
-    fit = values @ cho_solve((factor, True), values, check_finite=False)
+    whitened = SOLVE(factor, values, lower=1)[0]
     prior = (np.log(lengths / USUAL_LENGTH) ** 2).sum() + math.log(noise / USUAL_NOISE) ** 2
-    return float(-0.5 * fit - np.log(np.diag(factor)).sum() - 0.5 * prior)
+    return float(-0.5 * whitened @ whitened - np.log(factor.diagonal()).sum() - 0.5 * prior)

@@ -7,12 +7,13 @@ from typing import Any
 
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-# A field of the records that can be made again: what a trial reported after an epoch, and a setting that was drawn.
-CAN_BE_REPEATED = ("intermediate_value", "param_name")
+# A field of the records that can be made again: what a trial reported after an epoch, a setting that was drawn, and what samplers and
+# pruners note for themselves, such as the value of a trial at a rung.
+CAN_BE_REPEATED = ("intermediate_value", "param_name", "system_attr")
 
 
 class StudyJournal(JournalFileBackend):
-    """Optuna's journal file without a wait for the disk after every report and every setting that is drawn.
+    """Optuna's journal file without a wait for the disk after every report, drawn setting and note of a pruner.
 
     A record reaches the file at once, so that it survives a killed process. Only if the whole computer stops can the last reports and
     draws be lost: an interrupted trial then resumes from its checkpoint and reports again, or is drawn again. Everything else, such as

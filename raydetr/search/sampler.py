@@ -1,9 +1,10 @@
 """A sampler that learns from every trial of a search: complete, stopped and running ones.
 
-A Gaussian process models the objective at the last epoch. A trial that has not reached it enters with its last report, carried forward by
-what other trials gained from there on, and with more noise the earlier that report is. A running trial also enters with what the model
-expects of it, as if that were known already, so that draws at the same time spread. The next settings are the candidate with the largest
-expected improvement.
+A Gaussian process models the objective over the settings and the share of the epochs that are left. A report of a trial enters carried
+forward by what other trials gained from there on. What this neglects, such as that small learning rates gain more at the end, is alike for
+similar settings: the model learns it from trials that went on, and stays unsure of settings with which all trials were stopped early. A
+running trial also enters with what the model expects of it at the last epoch, as if that were known already, so that draws at the same
+time spread. The next settings are the candidate with the largest expected improvement at the last epoch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,15 +16,14 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtr
 
-from raydetr.search.curves import curve_table, final_values
+from raydetr.search.curves import carried_forward, curve_table
 from raydetr.search.encoding import Cube
 from raydetr.search.gaussian import GaussianProcess
 from raydetr.search.space import Space
 
 CANDIDATES = {None: 200, 0.1: 150, 0.03: 50}  # how many are drawn around the best point, by standard deviation; None: everywhere
 OTHER_CHOICE = 0.1  # the probability that a candidate near the best point has another choice of a setting
-MODELED = 300  # the model has at most so many trials, the best ones and a sample of the others
-UNFINISHED_NOISE = 4.0  # what a trial that has all epochs left has in noise, relative to a complete one
+MODELED = 300  # the model has at most so many reports: the best of those that are the last of their trial, and a sample of the others
 BELIEVED_NOISE = 0.1
 TAIL = 1.5  # an objective counts as no lower than so many times the distance of the best from the median, below the median
 PRIOR_SD, PRIOR_SHARE = 0.2, 0.5  # the width of a prior, in parts of a range; the share of the first draws that come from it
@@ -60,22 +60,28 @@ class CurveSampler(optuna.samplers.BaseSampler):
         if not self.cube.distributions:
             return {}
         others = [each for each in study.get_trials(deepcopy=False) if each.number != trial.number and each.params]
-        points, values, noise = observations(others, self.cube)
-        if len(points) <= self.startup:
+        points, values, left = observations(others, self.cube)
+        trials = sum(bool(each.intermediate_values) or each.state == TrialState.FAIL for each in others)
+        if trials <= self.startup or not len(points):
             near = len(self.prior) and self.random.random() < PRIOR_SHARE
             start = self.prior[self.random.integers(len(self.prior))] if near else None
             return self.cube.values(self._around(start, PRIOR_SD if near else None, 1)[0])
-        model = GaussianProcess(self.cube.coordinates(points), values, noise, self.cube.owner)
-        expected = model.predict_mean(model.points)
-        running = [each.params for each in others if each.state == TrialState.RUNNING]
-        model = model.believing(self.cube.coordinates(self.cube.positions(running)), BELIEVED_NOISE)
+        owner = np.append(self.cube.owner, len(self.cube.distributions))
+        model = GaussianProcess(self._coordinates(points, left), values, np.ones(len(values)), owner)
+        expected = model.predict_mean(self._coordinates(points))
+        running = self.cube.positions(each.params for each in others if each.state == TrialState.RUNNING)
+        model = model.believing(self._coordinates(running), BELIEVED_NOISE)
         best = points[expected.argmax()]
         candidates = np.vstack([self._around(best, sd, count) for sd, count in CANDIDATES.items()])
-        mean, sd = model.predict(self.cube.coordinates(candidates))
+        mean, sd = model.predict(self._coordinates(candidates))
         merit = log_expected_improvement(mean - expected.max(), sd)
         if len(self.prior):
-            merit += PRIOR_WEIGHT / len(points) * self._log_prior(candidates)
+            merit += PRIOR_WEIGHT / trials * self._log_prior(candidates)
         return self.cube.values(candidates[merit.argmax()])
+
+    def _coordinates(self, positions: np.ndarray, left: np.ndarray | float = 0.0) -> np.ndarray:
+        """Return the coordinates [n, coordinates] of positions [n, settings] with a share [n] of the epochs left."""
+        return np.column_stack([self.cube.coordinates(positions), np.broadcast_to(left, len(positions))])
 
     def _around(self, point: np.ndarray | None, sd: float | None, count: int) -> np.ndarray:
         """Draw ``count`` positions near ``point``, or everywhere if there is none or ``sd`` is None."""
@@ -98,30 +104,34 @@ class CurveSampler(optuna.samplers.BaseSampler):
 def observations(trials: Sequence[FrozenTrial], cube: Cube) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return what the trials of a search say about the objective at the last epoch.
 
-    Trials that failed count as the worst one. Of many trials, the best ones and a sample of the others are returned.
+    The last report of each trial counts, and those after 2, 4, 8, ... epochs. Trials that failed count as the worst one.
 
     Returns:
-        Positions [n, settings], values [n], and the variance of their noise [n] relative to that of a complete trial.
+        Positions [n, settings], values [n], and the share [n] of the epochs that were left.
     """
     reported = [each for each in trials if each.intermediate_values and each.state != TrialState.FAIL]
     if not reported:
         return cube.positions([]), np.zeros(0), np.zeros(0)
     failed = [each for each in trials if each.state == TrialState.FAIL]
-    values, left = final_values(curve_table(reported))
+    table = curve_table(reported)
+    epochs = np.arange(1, table.shape[1] + 1)
+    values, left = carried_forward(table), np.tile(1 - epochs / len(epochs), (len(table), 1))
+    is_last = epochs == np.array([[each.last_step] for each in reported])
     for index, each in enumerate(reported):
         if each.state == TrialState.COMPLETE and each.value is not None:  # also where the number of epochs is searched
-            values[index], left[index] = each.value, 0.0
-    noise = 1 + UNFINISHED_NOISE * left
+            values[index, is_last[index]], left[index, is_last[index]] = each.value, 0.0
+    counts = np.isfinite(table) & (is_last | (epochs > 1) & (epochs & (epochs - 1) == 0))
+    rows, values, left, is_last = counts.nonzero()[0], values[counts], left[counts], is_last[counts]
     if len(values) > MODELED:
-        order = np.argsort(-values, kind="stable")
+        order = np.lexsort((-values, ~is_last))
         rest = np.linspace(MODELED // 2, len(order) - 1, MODELED - MODELED // 2).round().astype(int)
         kept = np.sort(np.concatenate([order[: MODELED // 2], order[rest]]))
-        reported, values, noise = [reported[index] for index in kept], values[kept], noise[kept]
+        rows, values, left = rows[kept], values[kept], left[kept]
     middle = np.median(values)
     values = np.maximum(values, middle - TAIL * (values.max() - middle))
     values = np.concatenate([values, np.full(len(failed), values.min())])
-    noise = np.concatenate([noise, np.ones(len(failed))])
-    return cube.positions([each.params for each in [*reported, *failed]]), values, noise
+    left = np.concatenate([left, np.zeros(len(failed))])
+    return cube.positions([*(reported[row].params for row in rows), *(each.params for each in failed)]), values, left
 
 
 def log_expected_improvement(gain: np.ndarray, sd: np.ndarray) -> np.ndarray:

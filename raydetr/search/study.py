@@ -31,7 +31,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raydetr.config import PATH_SETTINGS, Config, by_name, read_config, read_yaml_nodes, with_settings, write_yaml, yaml_value
 from raydetr.errors import UserError
-from raydetr.search.halving import EvidencePruner
+from raydetr.search.halving import RungPruner
 from raydetr.search.journal import StudyJournal
 from raydetr.search.population import better_trial, check_population, moved
 from raydetr.search.sampler import CurveSampler
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import pandas
 
 SAMPLERS = ("tpe", "gp", "random", "cmaes")
-SCHEDULERS = ("asha", "evidence", "median", "none", "pbt")
+SCHEDULERS = ("asha", "half", "evidence", "median", "none", "pbt")
 CONFIRMED = "confirms"  # the user attribute of a training of a confirmation: [trial of the confirmed search, seed, fold or None]
 GIVEN_UP = "given up"  # the user attribute of a trial that the pruner stops
 ALSO = "also"  # the user attribute of a trial with several objectives: the others after the epoch with the highest first one
@@ -54,7 +54,7 @@ TAKE_SEVERAL = ("tpe", "random")  # the samplers that take several objectives
 TAKEN_OVER = "taken over"
 FIRST_POINTS, PRIOR_POINTS = 3, 5  # of an earlier search: those that are tried first, and those that the draws begin near
 MODEL_STARTUP = 6  # random draws before the model of the sampler gp
-REDUCTION = 3  # asha and evidence promote a third of the trials at a rung to the next rung, at three times as many epochs
+REDUCTION = 3  # each rung is at three times the epochs of the one before; asha and evidence let a third of the trials pass, half lets half
 LOCK_SECONDS = 2  # a live writer holds the journal's lock for milliseconds
 SPACE_FILE, CONFIG_FILE, STUDY_FILE = "space.yaml", "config.yaml", "study.journal"
 TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
@@ -658,7 +658,9 @@ def make_pruner(name: str, grace: int, trials: int) -> optuna.pruners.BasePruner
     if name == "asha":
         return optuna.pruners.SuccessiveHalvingPruner(min_resource=grace, reduction_factor=REDUCTION)
     if name == "evidence":
-        return EvidencePruner(grace, REDUCTION)
+        return RungPruner(grace, REDUCTION, REDUCTION, again=True)
+    if name == "half":
+        return RungPruner(grace, REDUCTION, 2)
     if name == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=min(5, max(1, trials // 4)), n_warmup_steps=grace)
     return optuna.pruners.NopPruner()

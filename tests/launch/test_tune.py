@@ -28,7 +28,7 @@ from raydetr.launch.scheduling import trial_folder
 from raydetr.launch.session import DRIVER
 from raydetr.launch.slots import Demands
 from raydetr.launch.train import TWICE
-from raydetr.launch.tune import default_sampler, resume, share_images, summary, tune
+from raydetr.launch.tune import default_sampler, default_scheduler, resume, share_images, summary, tune
 from raydetr.search.space import read_space
 from raydetr.search.study import TAKEN_OVER, Search, open_search
 from raydetr.training.metrics import REPORTED
@@ -336,16 +336,22 @@ def test_a_time_that_is_none_is_refused(text):
 @pytest.mark.parametrize(
     ("concurrent", "scheduler", "also", "expected"),
     [
-        (7, "asha", [], "tpe"),
-        (8, "asha", [], "gp"),
+        (1, None, [], "gp"),
         (128, "evidence", [], "gp"),
         (512, "asha", [], "tpe"),
         (64, "pbt", [], "tpe"),
         (64, "none", ["latency"], "tpe"),
     ],
 )
-def test_a_search_with_many_trials_at_a_time_is_drawn_by_the_model_of_running_ones(concurrent, scheduler, also, expected):
+def test_a_search_is_drawn_by_the_model_of_all_trials_unless_too_many_run_at_a_time(concurrent, scheduler, also, expected):
     assert default_sampler(concurrent, scheduler, also) == expected
+
+
+@pytest.mark.parametrize(
+    ("sampler", "also", "expected"), [("tpe", [], "asha"), ("gp", [], "half"), ("cmaes", [], "asha"), ("tpe", ["latency"], "none")]
+)
+def test_more_trials_pass_a_rung_beside_the_model_that_learns_from_them(sampler, also, expected):
+    assert default_scheduler(sampler, also) == expected
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import numpy as np
 import optuna
 import pytest
 
-from raydetr.search.curves import curve_table, final_values
+from raydetr.search.curves import carried_forward, curve_table
 
 NAN = float("nan")
 
@@ -18,8 +18,9 @@ def test_reports_become_a_row_for_each_trial():
     assert curve_table([]).shape == (0, 0)
 
 
-def test_a_stopped_trial_gains_what_the_others_gained_from_there_on():
-    values, left = final_values(np.array([[0.1, 0.3, 0.5, 0.6], [0.1, 0.2, 0.4, NAN], [0.2, NAN, NAN, NAN], [0.0, NAN, 0.3, NAN]]))
+def test_a_trial_gains_what_the_others_gained_from_there_on():
+    found = carried_forward(np.array([[0.1, 0.3, 0.5, 0.6], [0.1, 0.2, 0.4, NAN], [0.2, NAN, NAN, NAN], [0.0, NAN, 0.3, NAN]]))
     # Mean gains: 0.15 (two trials), 0.2 (two trials), 0.1.
-    assert values == pytest.approx([0.6, 0.5, 0.65, 0.4])
-    assert left == pytest.approx([0, 0.25, 0.75, 0.25])
+    assert found == pytest.approx(
+        np.array([[0.55, 0.6, 0.6, 0.6], [0.55, 0.5, 0.5, NAN], [0.65, NAN, NAN, NAN], [0.45, NAN, 0.4, NAN]]), nan_ok=True
+    )

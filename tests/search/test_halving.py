@@ -1,7 +1,7 @@
 import optuna
 import pytest
 
-from raydetr.search.halving import EvidencePruner
+from raydetr.search.halving import RungPruner
 
 
 def study_of(*curves):
@@ -15,7 +15,7 @@ def study_of(*curves):
 
 
 def stopped(study):
-    pruner = EvidencePruner(grace=2, reduction=3)
+    pruner = RungPruner(grace=2, spacing=3, passing=3, again=True)
     return [pruner.prune(study, trial) for trial in study.get_trials()]
 
 
@@ -50,6 +50,14 @@ def test_a_gap_in_the_reports_counts_as_the_value_before(monkeypatch):
         other.report(value, 1)
         other.report(value, 2)
     assert stopped(study)[1] is True  # 0.4 at epoch 2
+
+
+def test_the_better_half_passes_when_asked_once():
+    study = study_of(*([value, value] for value in (0.1, 0.6, 0.3, 0.5, 0.2, 0.4)))
+    pruner = RungPruner(grace=2, spacing=3, passing=2)
+    assert [pruner.prune(study, trial) for trial in study.get_trials()] == [True, False, True, False, True, False]
+    later = study_of([0.1, 0.2, 0.3], [0.1, 0.3], [0.1, 0.4])
+    assert [pruner.prune(later, trial) for trial in later.get_trials()] == [False, True, False]  # the first was alone at the rung
 
 
 @pytest.mark.parametrize("reports", [0, 1])

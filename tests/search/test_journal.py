@@ -19,13 +19,16 @@ def waits(monkeypatch):
 
 def test_reports_and_draws_do_not_wait_for_the_disk_and_the_end_of_a_trial_does(tmp_path, waits):
     path = tmp_path / "study.journal"
-    study = optuna.create_study(storage=JournalStorage(StudyJournal(path)))
+    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1)  # notes the value at each rung
+    study = optuna.create_study(storage=JournalStorage(StudyJournal(path)), pruner=pruner)
     trial = study.ask()
     before = len(waits)
     for name in ("optim.lr", "loss.eos_coef"):
         trial.suggest_float(name, 0, 1)
     for epoch in range(1, 6):
         trial.report(0.1 * epoch, epoch)
+        trial.should_prune()
+    assert "completed_rung_0" in study.trials[0].system_attrs
     assert len(waits) == before
     study.tell(trial, 0.5)
     assert waits[-1] == path.stat().st_size  # the reports before it are on the disk as well

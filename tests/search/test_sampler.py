@@ -114,29 +114,53 @@ def test_a_wrong_prior_is_forgotten():
     assert np.mean(last) < 0.12
 
 
-def test_of_many_trials_the_best_and_a_sample_are_modeled(monkeypatch):
+def test_of_many_reports_the_best_last_ones_and_a_sample_are_modeled(monkeypatch):
     monkeypatch.setattr(sampler, "MODELED", 10)
-    study = search(near, 30, state=TrialState.COMPLETE)
-    _, values, noise = observations(study.trials, Cube(SPACE))
+    study = search(near, 30, epochs=4, state=TrialState.COMPLETE)
+    _, values, left = observations(study.trials, Cube(SPACE))
     assert len(values) == 10
-    assert sorted(values)[-5:] == pytest.approx(sorted(near(trial.params) for trial in study.trials)[-5:])
-    assert (noise == 1).all()
+    assert sorted(values[left == 0])[-5:] == pytest.approx(sorted(near(trial.params) for trial in study.trials)[-5:])
+    assert (left > 0).any()  # reports after two epochs
 
 
-def test_a_failed_trial_counts_as_the_worst_and_a_stopped_one_is_uncertain():
+def reported(*trials):
+    """A study of trials, each with its reports from epoch 1 on, its state and its value."""
     study = optuna.create_study(direction="maximize")
-    for reports in ([0.1, 0.3, 0.5, 0.7], [0.2], [0.6, 0.75], []):
+    for reports, state, value in trials:
         trial = study.ask({"optim.lr": SPACE.distributions["optim.lr"], "loss.eos_coef": SPACE.distributions["loss.eos_coef"]})
-        for epoch, value in enumerate(reports, 1):
-            trial.report(value, epoch)
-        if len(reports) == 2:
-            study.tell(trial, 0.75)  # it had fewer epochs
-        else:
-            study.tell(trial, state=TrialState.PRUNED if reports else TrialState.FAIL)
-    points, values, noise = observations(study.trials, Cube(SPACE))
-    assert points.shape == (4, 2)
-    assert values == pytest.approx([0.7125, 0.775, 0.75, 0.7125])  # mean gains: 0.175, 0.2, 0.2; the lower tail is cut
-    assert noise == pytest.approx([1, 1 + sampler.UNFINISHED_NOISE * 0.75, 1, 1])
+        for epoch, each in enumerate(reports, 1):
+            trial.report(each, epoch)
+        study.tell(trial, value, state)
+    return study
+
+
+def test_reports_are_carried_forward_and_a_failed_trial_counts_as_the_worst():
+    stopped, complete, failed = TrialState.PRUNED, TrialState.COMPLETE, TrialState.FAIL
+    study = reported(([0.1, 0.3, 0.5, 0.7], stopped, None), ([0.2], stopped, None), ([0.6, 0.75], complete, 0.75), ([], failed, None))
+    points, values, left = observations(study.trials, Cube(SPACE))
+    assert points.shape == (5, 2)  # of the first trial, the reports after two and four epochs
+    assert values == pytest.approx([0.7, 0.7, 0.775, 0.75, 0.7])  # mean gains: 0.175, 0.2, 0.2
+    assert left == pytest.approx([0.5, 0, 0.75, 0, 0])  # the third trial had fewer epochs
+
+
+def test_how_bad_a_bad_trial_is_does_not_count():
+    study = reported(*(([value], TrialState.COMPLETE, value) for value in (0.5, 0.51, 0.52, 0.0)))
+    assert observations(study.trials, Cube(SPACE))[1] == pytest.approx([0.5, 0.51, 0.52, 0.505 - sampler.TAIL * 0.015])
+
+
+def test_settings_that_learn_slowly_are_found():
+    """Small rates are behind until the end, and two trials in three are stopped after the first of four epochs."""
+
+    def height(params, epoch):
+        return 0.5 - 0.3 * place(params) if epoch == 4 else 0.1 * epoch + 0.2 * place(params)
+
+    study = optuna.create_study(direction="maximize")
+    for number in range(24):
+        trial = draw(study, number)
+        for epoch in range(1, 2 if number % 3 else 5):
+            trial.report(height(trial.params, epoch), epoch)
+        study.tell(trial, state=TrialState.PRUNED)
+    assert np.mean([place(trial.params) for trial in study.trials[16:]]) < 0.3
 
 
 def test_expected_improvement_is_the_mean_of_what_is_above():
