@@ -31,6 +31,7 @@ HOOKS = {
     "ray._private.node.Node.all_processes": "the processes of a Ray of one's own, which may be lost",
     "ray._private.node.Node.raylet_socket_name": "where the raylet of this driver's node listens",
     "ray.tune.execution.class_cache.ENV_VARS_TO_PROPAGATE": "puts the keys of object stores into runtime environments, which Ray logs",
+    "ray.air._internal.usage.tag_callbacks": "imports mlflow and wandb at the start of a search, for seconds",
     "ray.tune.execution.tune_controller.TuneController.search_alg": "a trial that was lost too often is told to the study as failed",
     "ray.tune.execution.tune_controller.TuneController.stop_trial": "a trial that was lost too often is not started again",
     "ray.tune.execution.tune_controller.TuneController.request_stop_experiment": "a full disk ends the search",
@@ -150,6 +151,13 @@ def keep_keys_out_of_logs() -> None:
     from ray.tune.execution import class_cache
 
     class_cache.ENV_VARS_TO_PROPAGATE = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if not name.startswith("AWS_")}
+
+
+def count_no_callbacks() -> None:
+    """Leave the callbacks of a search out of Ray's usage statistics, for which it would import every tracker that is installed."""
+    from ray.air._internal import usage
+
+    usage.tag_callbacks = lambda callbacks: False
 
 
 def automatic_address() -> str | None:

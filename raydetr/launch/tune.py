@@ -309,6 +309,7 @@ def run_trials(search: Search, demands: Demands, slots: Slots, images: list[ray.
     os.environ[ray_private.PENDING_TRIALS] = "1" if population else str(search.trials)
     logging.getLogger(ray_private.LOGGERS["tune"]).setLevel(logging.CRITICAL)  # the table shows why a trial failed
     ray_private.keep_keys_out_of_logs()
+    ray_private.count_no_callbacks()
     scheduler = PopulationScheduler(search, searcher) if population else StudyScheduler(search)
     with ending_signals(end=lambda: None) as received, ending_if_ray_is_lost(received, lambda: _last_words(search)):
         with Console(highlight=False) as console, TrialsDisplay(search, console) as display:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -44,6 +46,18 @@ def test_no_key_of_a_store_is_put_into_a_trials_runtime_environment(monkeypatch)
     left = class_cache.ENV_VARS_TO_PROPAGATE
     assert not [name for name in left if "KEY" in name or "TOKEN" in name or "SECRET" in name]
     assert ray_private.TRAIN_POLL_INTERVAL in left
+
+
+def test_a_search_imports_no_tracker_to_count_its_callbacks():
+    code = """
+import sys
+import ray.tune.tune
+from raydetr.launch import ray_private
+ray_private.count_no_callbacks()
+ray.tune.tune.air_usage.tag_callbacks([ray.tune.Callback()])
+print("mlflow" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True).stdout == "False\n"
 
 
 def test_a_trainer_starts_no_process_for_what_a_run_does_not_have():
