@@ -55,8 +55,8 @@ class Options(BaseModel):
 
     @property
     def ongoing(self) -> int:
-        """Number of requests that a replica works on at a time: those of one batch, and those of the next, which are decoded meanwhile."""
-        return 2 * self.batch_size
+        """Number of requests that a replica works on at a time: those of two batches, and of the next one, which are decoded meanwhile."""
+        return 3 * self.batch_size
 
     @property
     def most_requests(self) -> int:
