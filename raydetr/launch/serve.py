@@ -216,6 +216,7 @@ def serve_checkpoint(options: Options, host: str, port: int, tell: Callable[[str
         if has_browser():
             webbrowser.open(url)
         server.join()
+        raise UserError("serve: the HTTP server ended; start the server again")
 
 
 def _interrupt() -> None:
