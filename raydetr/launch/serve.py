@@ -73,7 +73,7 @@ class Model:
         self.predictor = Predictor(options)
         self.predictor.warm_up()
         self.batches = Batches(self.predictor.predict, options.batch_size, self.predictor.at_a_time)
-        self.decoders = ThreadPoolExecutor(DECODERS, initializer=torch.set_num_threads, initargs=[1])
+        self.decoders = ThreadPoolExecutor(DECODERS, initializer=torch.set_num_threads, initargs=(1,))
         # So many decoded images are in memory, however many a zip has. The parts of one image fill a batch by themselves.
         self.room = asyncio.Semaphore(2 if options.tiles else options.ongoing)
 

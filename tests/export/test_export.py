@@ -69,6 +69,12 @@ def test_onnx_computes_the_same_at_every_size_and_the_example_finds_the_same_box
 @pytest.mark.slow
 @pytest.mark.parametrize(("options", "size"), [({"precision": "fp16"}, 0.7), ({"quantize": "int8"}, 0.9)])
 def test_reduced_precision_says_what_it_costs_boxes_and_masks(tiny_masks, tmp_path, options, size):
+    annotations = tmp_path / "data" / "annotations" / "custom_val.json"
+    coco = json.loads(annotations.read_text())
+    for each in coco["annotations"]:
+        x, y, w, h = each["bbox"]
+        each["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    annotations.write_text(json.dumps(coco))
     reduced = export(tiny_masks, tmp_path / "reduced.onnx", "onnx", **options)
     assert set(reduced.AP) == {"boxes", "masks"}
     assert all(score is not None for pair in reduced.AP.values() for score in pair)
