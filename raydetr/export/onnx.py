@@ -15,6 +15,7 @@ from raydetr.config import Data
 from raydetr.data.transforms import MEAN, STD
 from raydetr.errors import UserError
 from raydetr.model.detr import DETR
+from raydetr.model.masks import MaskFeatures
 
 OPSET = 18  # the oldest that torch.onnx writes without conversion; onnxruntime 1.14 and later read it
 TRACED_SIZE = (192, 256)  # height and width in pixels while the graph is recorded; any other works as well
@@ -75,6 +76,16 @@ class OnnxModel(nn.Module):
         names = [output.name for output in self.session.get_outputs()]
         found = self.session.run(names, {"images": images.numpy(), "mask": mask.numpy()})
         return {OUTPUTS[name]: torch.from_numpy(np.asarray(each)) for name, each in zip(names, found, strict=True)}
+
+    def forward_features(self, images: Tensor, mask: Tensor | None = None) -> tuple[dict[str, Tensor], MaskFeatures]:
+        """Return the outputs without masks, and those of all queries as what :meth:`predict_masks` takes, for an evaluation of masks."""
+        outputs = self(images, mask)
+        masks = outputs.pop("pred_masks")
+        return outputs, MaskFeatures(masks, masks, [])
+
+    def predict_masks(self, features: MaskFeatures, image: Tensor, query: Tensor) -> Tensor:
+        """Return the masks of M queries, as :meth:`raydetr.model.detr.DETR.predict_masks` does."""
+        return features.attention[image, query]
 
 
 def write_onnx(model: DETR, file: Path, data: Data, precision: Literal["fp32", "fp16"] = "fp32", quantize: bool = False) -> None:
