@@ -113,7 +113,11 @@ def write_onnx(model: DETR, file: Path, data: Data, precision: Literal["fp32", "
         _record(model, exported)
         if quantize:
             quantized = Path(folder) / "quantized.onnx"
-            _import("onnxruntime.quantization").quantize_dynamic(exported, quantized)
+            graph = onnx.load(exported).graph
+            stored = {each.name for each in graph.initializer}
+            # onnxruntime quantizes no convolution whose weights are computed, as in the segmentation head.
+            computed = [node.name for node in graph.node if node.op_type == "Conv" and node.input[1] not in stored]
+            _import("onnxruntime.quantization").quantize_dynamic(exported, quantized, nodes_to_exclude=computed)
             exported = quantized
         graph = onnx.load(exported)
         if precision == "fp16":
