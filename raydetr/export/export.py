@@ -12,7 +12,7 @@ from raydetr import config as settings
 from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
-from raydetr.evaluate.coco import coco_metrics
+from raydetr.evaluate.coco import coco_metrics, mask_metrics
 from raydetr.export import huggingface, onnx, torch_files
 from raydetr.export.checks import Forward, compare, sample_batches
 from raydetr.model.detr import DETR
@@ -32,20 +32,22 @@ class Exported(NamedTuple):
         path: The file or folder.
         difference: Largest difference of a class probability, a relative box coordinate or the probability of a pixel of a mask; None for
             a reduced precision.
-        AP: AP of the checkpoint and of the export on the validation set; None for an exact export.
+        AP: AP of the checkpoint and of the export on the validation set, of ``boxes`` and, for a model and a data set with masks, of
+            ``masks``; None for an exact export.
         notes: Lines for the user about how the checkpoint was read.
     """
 
     path: Path
     difference: float | None
-    AP: tuple[float | None, float | None] | None
+    AP: Mapping[str, tuple[float | None, float | None]] | None
     notes: Sequence[str] = ()
 
     def text(self) -> str:
         """Return the result on one line, after the notes."""
         if self.AP:
-            before, after = ("-" if each is None else f"{each:.4f}" for each in self.AP)
-            result = f"AP {after} on the validation set, {before} before"
+            shown = {name: ["-" if each is None else f"{each:.4f}" for each in pair] for name, pair in self.AP.items()}
+            costs = ", ".join(f"of {name} {after} ({before} before)" for name, (before, after) in shown.items())
+            result = f"AP on the validation set {costs}"
         else:
             result = f"the same outputs as the checkpoint's, to {self.difference:.0e}"
         return "\n".join([*self.notes, f"{self.path}: {result}"])
@@ -124,12 +126,13 @@ def _write(model: DETR, file: Path, to: str, data: settings.Data, precision: Any
     return torch.jit.load(str(file))
 
 
-def _scores(model: DETR, file: Path, config: settings.Config) -> tuple[float | None, float | None]:
-    """Return the AP of a model and of its ONNX file on the validation set."""
-    dataset = CocoImages(find_split(config.data, "val"), val_transforms(config.data))
+def _scores(model: DETR, file: Path, config: settings.Config) -> dict[str, tuple[float | None, float | None]]:
+    """Return the AP of a model and of its ONNX file on the validation set, as :class:`Exported` has it."""
+    dataset = CocoImages(find_split(config.data, "val"), val_transforms(config.data), masks=model.settings["masks"])
+    metrics = {"boxes": coco_metrics} | ({"masks": mask_metrics} if dataset.has_masks else {})
 
-    def score(network: torch.nn.Module) -> float | None:
+    def score(network: torch.nn.Module) -> list[float | None]:
         results, _, _ = detect_with(network, model, dataset, config, torch.device("cpu"))
-        return coco_metrics(dataset.coco, results)["AP"]
+        return [metric(dataset.coco, results)["AP"] for metric in metrics.values()]
 
-    return score(model), score(onnx.OnnxModel(file))
+    return dict(zip(metrics, zip(score(model), score(onnx.OnnxModel(file)), strict=True), strict=True))

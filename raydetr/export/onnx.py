@@ -15,6 +15,7 @@ from raydetr.config import Data
 from raydetr.data.transforms import MEAN, STD
 from raydetr.errors import UserError
 from raydetr.model.detr import DETR
+from raydetr.model.masks import MaskFeatures
 
 OPSET = 18  # the oldest that torch.onnx writes without conversion; onnxruntime 1.14 and later read it
 TRACED_SIZE = (192, 256)  # height and width in pixels while the graph is recorded; any other works as well
@@ -76,6 +77,16 @@ class OnnxModel(nn.Module):
         found = self.session.run(names, {"images": images.numpy(), "mask": mask.numpy()})
         return {OUTPUTS[name]: torch.from_numpy(np.asarray(each)) for name, each in zip(names, found, strict=True)}
 
+    def forward_features(self, images: Tensor, mask: Tensor | None = None) -> tuple[dict[str, Tensor], MaskFeatures]:
+        """Return the outputs without masks, and those of all queries as what :meth:`predict_masks` takes, for an evaluation of masks."""
+        outputs = self(images, mask)
+        masks = outputs.pop("pred_masks")
+        return outputs, MaskFeatures(masks, masks, [])
+
+    def predict_masks(self, features: MaskFeatures, image: Tensor, query: Tensor) -> Tensor:
+        """Return the masks of M queries, as :meth:`raydetr.model.detr.DETR.predict_masks` does."""
+        return features.attention[image, query]
+
 
 def write_onnx(model: DETR, file: Path, data: Data, precision: Literal["fp32", "fp16"] = "fp32", quantize: bool = False) -> None:
     """Write a model as an ONNX file.
@@ -102,7 +113,11 @@ def write_onnx(model: DETR, file: Path, data: Data, precision: Literal["fp32", "
         _record(model, exported)
         if quantize:
             quantized = Path(folder) / "quantized.onnx"
-            _import("onnxruntime.quantization").quantize_dynamic(exported, quantized)
+            graph = onnx.load(exported).graph
+            stored = {each.name for each in graph.initializer}
+            # onnxruntime quantizes no convolution whose weights are computed, as in the segmentation head.
+            computed = [node.name for node in graph.node if node.op_type == "Conv" and node.input[1] not in stored]
+            _import("onnxruntime.quantization").quantize_dynamic(exported, quantized, nodes_to_exclude=computed)
             exported = quantized
         graph = onnx.load(exported)
         if precision == "fp16":

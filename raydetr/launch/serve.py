@@ -1,7 +1,8 @@
 """``raydetr serve``: the web application and the models of :mod:`raydetr.serving` in the processes of Ray Serve.
 
-An ingress reads uploads and answers; each replica of the model is a process that decodes images and predicts. :func:`application` is what a
-configuration file of Ray Serve names, as ``cluster/kuberay/rayservice.yaml`` does.
+Each replica of the model is a process that decodes images and predicts. The command itself reads uploads and answers. On a cluster, where
+Ray Serve has the HTTP server, an ingress does: :func:`application` is what a configuration file of Ray Serve names, as
+``cluster/kuberay/rayservice.yaml`` does.
 """
 
 import asyncio
@@ -12,10 +13,10 @@ import math
 import os
 import socket
 import threading
-import time
 import webbrowser
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import ray
@@ -28,7 +29,8 @@ from raydetr.tensorboard import has_browser
 from raydetr.text import count, one_line
 
 try:
-    from fastapi import HTTPException
+    import uvicorn
+    from fastapi import FastAPI, HTTPException
     from ray import serve
     from ray.exceptions import RayActorError, RayError
     from ray.serve.config import BackpressureConfig
@@ -47,16 +49,11 @@ NAME = "raydetr"  # of the application
 TOKEN = "RAYDETR_SERVE_TOKEN"  # the environment variable with the token that requests for predictions must have
 DECODERS = 4  # threads of a replica that decode images
 OTHER_REQUESTS = 64  # pages and health checks that are answered beside predictions
-START_PATIENCE_S = 120  # for the proxy, once the model is ready
+KEEP_ALIVE_S = 90  # an idle connection is closed after this time, as by Ray Serve
+GRACE_S = 20  # for the requests that are being answered when the server ends, as by Ray Serve
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# The environment of the Ray that `raydetr serve` starts. Ray Serve kills a proxy that is not ready after 5 s, which is too short for a busy
-# machine, and Ray gives its workers a low priority.
-ENVIRONMENT = {
-    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
-    "RAY_worker_niceness": "0",
-}
+ENVIRONMENT = {"RAY_worker_niceness": "0"}  # of the Ray that `raydetr serve` starts; Ray gives its workers a low priority
 
 
 @serve.deployment
@@ -68,13 +65,15 @@ class Model:
     """
 
     def __init__(self, options: Options):
-        from raydetr.serving.predictor import Predictor  # with torch, which only the replicas need
+        import torch  # which only the replicas need
+
+        from raydetr.serving.predictor import Predictor
 
         ray_private.replica_on_loopback()
         self.predictor = Predictor(options)
         self.predictor.warm_up()
-        self.batches = Batches(self.predictor.predict, options.batch_size)
-        self.decoders = ThreadPoolExecutor(DECODERS)
+        self.batches = Batches(self.predictor.predict, options.batch_size, self.predictor.at_a_time)
+        self.decoders = ThreadPoolExecutor(DECODERS, initializer=torch.set_num_threads, initargs=(1,))
         # So many decoded images are in memory, however many a zip has. The parts of one image fill a batch by themselves.
         self.room = asyncio.Semaphore(2 if options.tiles else options.ongoing)
 
@@ -98,7 +97,7 @@ class Model:
 @serve.deployment
 @serve.ingress()
 class Ingress:
-    """The process that reads uploads and answers.
+    """The process that reads uploads and answers on a cluster.
 
     Args:
         model: Handle of the replicas.
@@ -108,22 +107,23 @@ class Ingress:
 
     async def __init__(self, model: DeploymentHandle, options: Options, digest: str | None):
         ray_private.replica_on_loopback()
-        self.model, self.options, self.digest = model, options, digest
-        self.described = await model.describe.remote()
+        self.backend = Backend(partial(_predict, model), _health, await model.describe.remote())
+        self.options, self.digest = options, digest
 
     def __serve_build_asgi_app__(self) -> Any:  # the name that Ray Serve calls
-        return build_app(Backend(self._predict, _health, self.described), self.options, self.digest)
+        return build_app(self.backend, self.options, self.digest)
 
-    async def _predict(self, uploads: list[Upload], threshold: float | None) -> list[Any]:
-        try:
-            return await self.model.predict.remote(uploads, threshold)
-        except BackPressureError:
-            raise Busy from None
-        except (RayActorError, DeploymentUnavailableError):
-            detail = "the process that predicts was lost, another one starts; try again"
-            raise HTTPException(503, detail, {"Retry-After": str(RETRY_AFTER_S)}) from None
-        except UserError as error:
-            raise HTTPException(500, one_line(error)) from None
+
+async def _predict(model: DeploymentHandle, uploads: list[Upload], threshold: float | None) -> list[Any]:
+    try:
+        return await model.predict.remote(uploads, threshold)
+    except BackPressureError:
+        raise Busy from None
+    except (RayActorError, DeploymentUnavailableError):
+        detail = "the process that predicts was lost, another one starts; try again"
+        raise HTTPException(503, detail, {"Retry-After": str(RETRY_AFTER_S)}) from None
+    except UserError as error:
+        raise HTTPException(500, one_line(error)) from None
 
 
 async def _health() -> str:
@@ -133,7 +133,7 @@ async def _health() -> str:
 
 
 def application(options: Options) -> serve.Application:
-    """Return the application for Ray Serve.
+    """Return the application for Ray Serve, with an ingress.
 
     Requests for predictions must have the token of the environment variable ``RAYDETR_SERVE_TOKEN``, if it is set.
 
@@ -144,17 +144,6 @@ def application(options: Options) -> serve.Application:
         UserError: The token is empty.
     """
     digest = digest_of_token()
-    gpus = options.gpus
-    if gpus is None:
-        gpus = 0 if options.device == "cpu" or (options.device == "auto" and not ray.cluster_resources().get("GPU")) else 1
-    model = Model.options(
-        num_replicas=options.replicas,
-        max_ongoing_requests=options.ongoing,
-        max_queued_requests=options.most_requests,
-        ray_actor_options={"num_cpus": options.cpus, "num_gpus": gpus},
-        graceful_shutdown_wait_loop_s=0.2,
-        logging_config=QUIET,
-    )
     ingress = Ingress.options(
         max_ongoing_requests=options.most_requests + OTHER_REQUESTS,
         max_queued_requests=options.most_requests + OTHER_REQUESTS,
@@ -163,7 +152,21 @@ def application(options: Options) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.2,
         logging_config=QUIET,
     )
-    return ingress.bind(model.bind(options), options, digest)
+    return ingress.bind(_model(options), options, digest)
+
+
+def _model(options: Options) -> serve.Application:
+    gpus = options.gpus
+    if gpus is None:
+        gpus = 0 if options.device == "cpu" or (options.device == "auto" and not ray.cluster_resources().get("GPU")) else 1
+    return Model.options(
+        num_replicas=options.replicas,
+        max_ongoing_requests=options.ongoing,
+        max_queued_requests=options.most_requests,
+        ray_actor_options={"num_cpus": options.cpus, "num_gpus": gpus},
+        graceful_shutdown_wait_loop_s=0.2,
+        logging_config=QUIET,
+    ).bind(options)
 
 
 def digest_of_token() -> str | None:
@@ -193,24 +196,27 @@ def serve_checkpoint(options: Options, host: str, port: int, tell: Callable[[str
     """
     if os.environ.get("RAY_ADDRESS"):
         raise UserError("serve: starts Ray on this machine; unset RAY_ADDRESS, and on a cluster use cluster/kuberay/rayservice.yaml")
-    digest_of_token()  # an empty one is an error
+    digest = digest_of_token()
     _check_checkpoint(options)
-    port = _free_port(host, port)
     os.environ |= {**ENVIRONMENT, **os.environ}
     with (
+        _listening(host, port) as listening,
         contextlib.suppress(KeyboardInterrupt),
         ending_signals(_interrupt) as received,
         ray_session(replicas or 1),
         ending_if_ray_is_lost(received, lambda: "start the server again"),
-        _serving(_shared_out(options, replicas), host, port) as running,
+        _replicas(running := _shared_out(options, replicas)) as backend,
+        _answering(build_app(backend, running, digest), listening) as server,
     ):
+        port = listening.getsockname()[1]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         if host not in LOOPBACK and TOKEN not in os.environ:
             tell(f"warning: whoever reaches {host}:{port} can use it; set {TOKEN} to ask for a token")
         tell(f"predictions at {url} ({count(running.replicas, 'replica')} on {'GPUs' if running.gpus else 'CPUs'}; Ctrl-C ends it)")
         if has_browser():
             webbrowser.open(url)
-        threading.Event().wait()
+        server.join()
+        raise UserError("serve: the HTTP server ended; start the server again")
 
 
 def _interrupt() -> None:
@@ -218,32 +224,37 @@ def _interrupt() -> None:
 
 
 @contextlib.contextmanager
-def _serving(options: Options, host: str, port: int) -> Iterator[Options]:
+def _replicas(options: Options) -> Iterator[Backend]:
+    """Start the replicas, and end them with the context."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
-        with contextlib.suppress(TimeoutError):  # after a minute, which is too short for a busy machine
-            serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=QUIET)
-        serve.run(application(options), name=NAME, route_prefix="/")
-        _wait_until_listening(host, port)
+        serve.start(proxy_location="Disabled", logging_config=QUIET)
+        model = serve.run(_model(options), name=NAME, route_prefix=None)
+        described = model.describe.remote().result(timeout_s=options.timeout_s)
     except (RuntimeError, ValueError, TimeoutError, RayError) as error:
         raise UserError(f"serve: Ray Serve does not start: {one_line(error)}") from error
     try:
-        yield options
+        yield Backend(partial(_predict, model), _health, described)
     finally:
-        # Replicas finish their requests. The rest ends with Ray: serve.shutdown() writes an error of the controller to the terminal.
+        # The rest ends with Ray: serve.shutdown() writes an error of the controller to the terminal.
         with contextlib.suppress(TimeoutError):
             serve.delete(NAME)
 
 
-def _wait_until_listening(host: str, port: int) -> None:
-    deadline = time.monotonic() + START_PATIENCE_S
-    while True:
-        try:
-            return socket.create_connection((host, port), timeout=1).close()
-        except OSError:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"nothing listens on {host}:{port}") from None
-            time.sleep(0.1)
+@contextlib.contextmanager
+def _answering(app: FastAPI, listening: socket.socket) -> Iterator[threading.Thread]:
+    """Answer requests in a thread. At the end of the context those that are being answered are finished."""
+    config = uvicorn.Config(
+        app, log_level="error", access_log=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=GRACE_S, lifespan="off"
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    try:
+        yield thread
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def _check_checkpoint(options: Options) -> None:
@@ -264,12 +275,11 @@ def _shared_out(options: Options, replicas: int | None) -> Options:
     return options.model_copy(update={"replicas": replicas, "cpus": cpus, "gpus": gpus})
 
 
-def _free_port(host: str, port: int) -> int:
-    """Return a port that can be listened on; Ray Serve would say only after a minute, and in its logs, that it is taken."""
+def _listening(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Who connects before the model is ready waits for it."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        with socket.create_server((host, port), family=family) as listening:
-            return listening.getsockname()[1]
+        return socket.create_server((host, port), family=family)
     except OSError as error:
         reason = "it is taken" if error.errno == errno.EADDRINUSE else error.strerror or str(error)
         raise UserError(f"serve: cannot listen on {host}:{port}: {reason}; choose another --host or --port") from None

@@ -94,7 +94,7 @@ def build_app(backend: Backend, options: Options, digest: str | None = None) -> 
         taken += 1
         try:
             uploads = await read_uploads(request, options)
-            answers = await asyncio.wait_for(backend.predict(uploads, threshold), options.timeout_s)
+            answers = await asyncio.wait_for(_while_connected(request, backend.predict(uploads, threshold)), options.timeout_s)
         except TimeoutError:
             raise HTTPException(504, f"the prediction took more than {options.timeout_s:g} s") from None
         finally:
@@ -124,6 +124,24 @@ def build_app(backend: Backend, options: Options, digest: str | None = None) -> 
         return JSONResponse({"detail": "; ".join(lines)}, 422)
 
     return app
+
+
+async def _while_connected(request: Request, predicting: Awaitable[list[Any]]) -> list[Any]:
+    """Return the answers, or cancel the prediction if the client leaves, who would otherwise take the place of others."""
+    working, leaving = asyncio.ensure_future(predicting), asyncio.create_task(_left(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise HTTPException(400, "the client left")
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _as_coco(answers: list[Any], categories: list[dict]) -> dict[str, Any]:

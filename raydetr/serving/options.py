@@ -20,7 +20,7 @@ class Options(BaseModel):
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         cpus: CPU cores of each replica.
         gpus: GPUs of each replica, also a fraction; None: one if the cluster has any and ``device`` is not ``"cpu"``.
-        batch_size: Largest number of images, or parts of images, that a replica predicts at a time.
+        batch_size: Largest number of images, or parts of images, in a batch. On CPUs a replica predicts two batches at a time.
         queue: Number of requests that may wait while all replicas are busy; further ones are answered with 503.
         threshold: Lowest score of a detection that is returned; None: those of the checkpoint, else 0.7.
         tiles: Columns and rows such as ``"2x2"`` to predict on parts of the images as well; None for the whole image alone.
@@ -55,8 +55,8 @@ class Options(BaseModel):
 
     @property
     def ongoing(self) -> int:
-        """Number of requests that a replica works on at a time: those of one batch, and those of the next, which are decoded meanwhile."""
-        return 2 * self.batch_size
+        """Number of requests that a replica works on at a time: those of two batches, and of the next one, which are decoded meanwhile."""
+        return 3 * self.batch_size
 
     @property
     def most_requests(self) -> int:

@@ -13,6 +13,13 @@ def test_percentiles_are_of_what_was_answered():
     assert serve.percentile(replies[-1:], 0.5) == "none"
 
 
+def test_larger_batches_are_tried_while_the_rate_rises(monkeypatch):
+    rates = {1: 10.0, 2: 12.0, 4: 11.0, 8: 99.0}
+    monkeypatch.setattr(serve, "loop_rate", lambda _predictor, _images, size, _seconds: rates[size])
+    assert serve.best_batch_size(None, [], (1, 2, 4, 8), 1) == 2
+    assert serve.best_batch_size(None, [], (1, 2), 1) == 2
+
+
 @pytest.mark.slow
 def test_the_command_prints_its_tables(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks.serve", "--quick"])

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,12 +67,25 @@ def test_onnx_computes_the_same_at_every_size_and_the_example_finds_the_same_box
 
 
 @pytest.mark.slow
-def test_reduced_precision_says_what_it_costs(tiny, tmp_path):
-    half = export(tiny, tmp_path / "half.onnx", "onnx", precision="fp16")
-    assert half.AP is not None
-    assert "AP" in half.text()
-    full = sum(tensor.numel() * 4 for tensor in load(tiny).state_dict().values())
-    assert (tmp_path / "half.onnx").stat().st_size < 0.7 * full
+def test_reduced_precision_says_what_it_costs_boxes_and_masks(tiny_masks, tmp_path):
+    annotations = tmp_path / "data" / "annotations" / "custom_val.json"
+    coco = json.loads(annotations.read_text())
+    for each in coco["annotations"]:
+        x, y, w, h = each["bbox"]
+        each["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    annotations.write_text(json.dumps(coco))
+    reduced = export(tiny_masks, tmp_path / "reduced.onnx", "onnx", precision="fp16")
+    assert set(reduced.AP) == {"boxes", "masks"}
+    assert all(score is not None for pair in reduced.AP.values() for score in pair)
+    assert re.search(r"AP on the validation set of boxes \S+ \(\S+ before\), of masks \S+ \(\S+ before\)$", reduced.text())
+    model = load(tiny_masks)
+    full = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
+    assert (tmp_path / "reduced.onnx").stat().st_size < 0.7 * full
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        expected, found = model(images)["pred_masks"].sigmoid(), OnnxModel(tmp_path / "reduced.onnx")(images)["pred_masks"].sigmoid()
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0)
 
 
 def test_transformers_loads_the_folder_and_finds_the_same(resnet, tmp_path):

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -137,6 +138,26 @@ def test_under_overload_requests_are_refused_and_none_is_lost(server):
 
 
 @pytest.mark.slow
+def test_a_replica_that_dies_is_replaced(server):
+    processes = psutil.Process(server.process.pid).children(recursive=True)
+    (replica,) = [each for each in processes if "ServeReplica" in " ".join(each.cmdline())]
+    archive, began = zipped({f"{number}.png": picture(number) for number in range(40)}), replica.cpu_times().user
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(ask, server, "/predict", archive) for _ in range(3)]
+        while replica.cpu_times().user < began + 0.1:  # until it predicts
+            time.sleep(0.01)
+        replica.kill()
+        answers = [each.result() for each in asked]
+    assert {each.status for each in answers} <= {200, 503}
+    assert any("was lost, another one starts" in each.text for each in answers)
+    deadline = time.monotonic() + 120
+    while (answer := ask(server, "/predict", picture(0))).status == 503:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert answer.status == ask(server, "/healthz").status == 200
+
+
+@pytest.mark.slow
 def test_it_listens_on_loopback_and_ends_in_order(server):
     """The last test: it ends the server."""
     processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
@@ -144,7 +165,8 @@ def test_it_listens_on_loopback_and_ends_in_order(server):
     assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     server.process.send_signal(signal.SIGTERM)
     out, err = server.process.communicate(timeout=60)
-    assert (server.process.returncode, out, err) == (0, "", "")
+    assert (server.process.returncode, err) == (0, "")
+    assert all("(raylet)" in line for line in out.splitlines())  # about the replica that was killed
     assert not psutil.wait_procs(processes, timeout=10)[1]
     with pytest.raises(urllib.error.URLError):
         ask(server, "/healthz")
@@ -201,4 +223,4 @@ def test_the_application_holds_a_digest_and_not_the_token(monkeypatch):
     deployment = model._bound_deployment
     assert deployment.num_replicas == 2
     assert deployment.ray_actor_options["num_gpus"] == 1
-    assert options.most_requests == 2 * 2 * 4
+    assert options.most_requests == 2 * 3 * 4

@@ -208,10 +208,10 @@ def test_more_requests_than_the_queue_holds_are_told_when_to_come_back(backend, 
             return refused, healthy, [*later, await client.post("/predict", content=picture())]
 
     refused, healthy, later = asyncio.run(run())
-    assert options.most_requests == 3
+    assert options.most_requests == 3 * 1 + 1
     assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
     assert healthy.status_code == 200
-    assert [each.status_code for each in later] == [200] * 4
+    assert [each.status_code for each in later] == [200] * 5
 
 
 def test_a_prediction_and_an_upload_end_in_time(backend, picture):
@@ -227,6 +227,38 @@ def test_a_prediction_and_an_upload_end_in_time(backend, picture):
     with pytest.raises(HTTPException, match="the upload took more than") as raised:
         asyncio.run(read_uploads(request, options))
     assert raised.value.status_code == 408
+
+
+def test_a_client_that_leaves_gives_its_place_to_others(backend, picture):
+    options = OPTIONS.model_copy(update={"batch_size": 1, "queue": 0})
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def never(*_):
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    body = [{"type": "http.request", "body": picture()}]
+
+    async def receive():
+        if body:
+            return body.pop()
+        await begun.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(_message):
+        pass
+
+    async def run():
+        app = build_app(Backend(never, backend.health, backend.model), options)
+        scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": []}
+        async with asyncio.timeout(10):
+            await app(scope, receive, send)
+            await ended.wait()
+
+    asyncio.run(run())
 
 
 def test_the_page_needs_nothing_else_and_escapes_names(client):
