@@ -2,7 +2,7 @@
 
 A server is started with the command, and clients in this process send it JPEG images. Its throughput is compared with that of the model
 alone, called in a loop on decoded images with the best batch size; the two take turns. Then come four times as many requests as it can
-take, and uploads that are bad. Clients, HTTP and the model share the machine's cores. On two cores it takes four minutes.
+take, and uploads that are bad. Clients, HTTP and the model share the machine's cores.
 """
 
 import http.client

@@ -117,7 +117,12 @@ def write_onnx(model: DETR, file: Path, data: Data, precision: Literal["fp32", "
             stored = {each.name for each in graph.initializer}
             # onnxruntime quantizes no convolution whose weights are computed, as in the segmentation head.
             computed = [node.name for node in graph.node if node.op_type == "Conv" and node.input[1] not in stored]
-            _import("onnxruntime.quantization").quantize_dynamic(exported, quantized, nodes_to_exclude=computed)
+            quantize_dynamic = _import("onnxruntime.quantization").quantize_dynamic
+            logging.disable(logging.WARNING)  # it advises to optimize the graph first, which torch's exporter has done
+            try:
+                quantize_dynamic(exported, quantized, nodes_to_exclude=computed)
+            finally:
+                logging.disable(logging.NOTSET)
             exported = quantized
         graph = onnx.load(exported)
         if precision == "fp16":

@@ -67,20 +67,22 @@ def test_onnx_computes_the_same_at_every_size_and_the_example_finds_the_same_box
 
 
 @pytest.mark.slow
-def test_reduced_precision_says_what_it_costs_boxes_and_masks(tiny_masks, tmp_path):
+@pytest.mark.parametrize(("reduction", "size"), [({"precision": "fp16"}, 0.7), ({"quantize": True}, 1.0)])
+def test_reduced_precision_says_what_it_costs_boxes_and_masks(tiny_masks, tmp_path, caplog, reduction, size):
     annotations = tmp_path / "data" / "annotations" / "custom_val.json"
     coco = json.loads(annotations.read_text())
     for each in coco["annotations"]:
         x, y, w, h = each["bbox"]
         each["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
     annotations.write_text(json.dumps(coco))
-    reduced = export(tiny_masks, tmp_path / "reduced.onnx", "onnx", precision="fp16")
+    reduced = export(tiny_masks, tmp_path / "reduced.onnx", "onnx", **reduction)
+    assert "pre-processing" not in caplog.text, "advice of onnxruntime's"
     assert set(reduced.AP) == {"boxes", "masks"}
     assert all(score is not None for pair in reduced.AP.values() for score in pair)
     assert re.search(r"AP on the validation set of boxes \S+ \(\S+ before\), of masks \S+ \(\S+ before\)$", reduced.text())
     model = load(tiny_masks)
     full = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
-    assert (tmp_path / "reduced.onnx").stat().st_size < 0.7 * full
+    assert (tmp_path / "reduced.onnx").stat().st_size < size * full
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
         expected, found = model(images)["pred_masks"].sigmoid(), OnnxModel(tmp_path / "reduced.onnx")(images)["pred_masks"].sigmoid()
