@@ -5,6 +5,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 from scipy.stats import norm
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from raydetr.search import sampler
 from raydetr.search.encoding import Cube
@@ -62,6 +63,19 @@ def test_draws_at_the_same_time_spread():
     study = search(near, 10)
     drawn = [draw(study, 100).params for _ in range(8)]  # the same seed every time: only the running trials differ
     assert len({round(place(params), 2) for params in drawn} | {round(params["loss.eos_coef"], 2) for params in drawn}) >= 8
+
+
+def test_a_draw_leaves_the_other_cores_alone(monkeypatch):
+    threads = []
+
+    def counted(gain, sd):
+        threads.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+        return log_expected_improvement(gain, sd)
+
+    monkeypatch.setattr(sampler, "log_expected_improvement", counted)
+    with threadpool_limits(2, "blas"):
+        search(near, 8)
+    assert set(threads) == {1}
 
 
 def test_the_seed_and_the_trials_decide_a_draw():
