@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from benchmarks.measure import first_line, machine, table
 from raydetr.config import load_config
@@ -115,7 +115,7 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
     mean = statistics.mean(differences)
     if len(differences) < 2:
         return mean, math.nan, math.nan
-    half = float(student_t.ppf(0.975, len(differences) - 1)) * statistics.stdev(differences) / math.sqrt(len(differences))
+    half = float(stdtrit(len(differences) - 1, 0.975)) * statistics.stdev(differences) / math.sqrt(len(differences))
     return mean, mean - half, mean + half
 
 

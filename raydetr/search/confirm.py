@@ -22,9 +22,7 @@ from typing import Any, cast
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.special import ndtr
-from scipy.stats import chi2
-from scipy.stats import t as student_t
+from scipy.special import chdtri, ndtr, stdtrit
 
 from raydetr.errors import UserError
 from raydetr.evaluate.intervals import CONFIDENCE, jackknife_variance
@@ -155,7 +153,7 @@ def dunnett(comparisons: int, freedom: float, level: float = LEVEL) -> float:
     """
     points, weights = np.polynomial.hermite_e.hermegauss(40)  # over the defaults' own deviation
     quantiles, shares = np.polynomial.legendre.leggauss(64)  # over the standard error's
-    scale = np.sqrt(chi2.ppf((quantiles + 1) / 2, freedom) / freedom) if math.isfinite(freedom) else np.ones(64)
+    scale = np.sqrt(chdtri(freedom, (1 - quantiles) / 2) / freedom) if math.isfinite(freedom) else np.ones(64)
 
     def exceeded(value: float) -> float:
         below = ndtr(math.sqrt(2) * value * scale[:, None] + points) ** comparisons
@@ -170,7 +168,7 @@ def multiplier(comparisons: int, freedom: float) -> float:
     That is Dunnett's value, and no less than Student's of a 95 % interval.
     """
     freedom = float(f"{freedom:.3g}")  # few values, to be computed once each
-    return max(dunnett(comparisons, freedom), float(student_t.ppf((1 + CONFIDENCE) / 2, freedom)))
+    return max(dunnett(comparisons, freedom), float(stdtrit(freedom, (1 + CONFIDENCE) / 2)))
 
 
 # --------------------------------------------------------------------------------------------------------- whom to train next
@@ -300,7 +298,7 @@ def enough(gain: Gain, images: int, seeds: int, comparisons: int, wanted: float)
         image_freedom = (gain.image_freedom + 1) * more_images - 1
         seed_freedom = gain.seed_freedom * max(seeds * more_seeds - 1, 0.1) / max(seeds - 1, 0.1)
         freedom = _freedom(gain.images / more_images, gain.seeds / more_seeds, image_freedom, seed_freedom)
-        errors = multiplier(comparisons, freedom) + float(student_t.ppf(POWER, freedom))
+        errors = multiplier(comparisons, freedom) + float(stdtrit(freedom, POWER))
         return wanted >= errors * math.sqrt(variance)
 
     def least(number: int, is_shown: Callable[[float], bool]) -> int | None:

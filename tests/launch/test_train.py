@@ -58,7 +58,10 @@ def log_of(run):
     return [json.loads(line) for line in (run / "log.txt").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("module", "late"), [("raydetr.launch.train", "torchvision"), ("raydetr.launch.mailbox", "torch")])
+@pytest.mark.parametrize(
+    ("module", "late"),
+    [("raydetr.launch.train", "torchvision"), ("raydetr.launch.mailbox", "torch"), ("raydetr.training.fit", "scipy.stats")],
+)
 def test_what_takes_long_to_import_is_not_where_everyone_waits(module, late):
     code = f"import sys, {module}; sys.exit({late!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
