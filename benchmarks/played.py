@@ -16,8 +16,9 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from benchmarks.measure import table
 from benchmarks.surfaces import EPOCH_SD, EPOCHS, KINDS, SEED_SD, Surface
+from raydetr.search.halving import PAUSED, PROMOTED, last_rung, next_promotion
 from raydetr.search.population import better_trial, moved
-from raydetr.search.study import make_pruner, make_sampler
+from raydetr.search.study import HALF, REDUCTION, make_pruner, make_sampler
 
 GRACE = 2
 PACE_SD = 0.03  # by which the speeds of trials differ
@@ -31,6 +32,7 @@ class Arm:
 
     sampler: Callable[[Surface, Sequence[int], int], optuna.samplers.BaseSampler]  # of a surface, a seed and a number of trials
     pruner: Callable[[int], optuna.pruners.BasePruner]  # of a number of trials
+    promotes: bool = False  # whether trials are paused at rungs, and the best of these train on
 
 
 class RayAsha(optuna.pruners.BasePruner):
@@ -72,6 +74,7 @@ ARMS = {
     "tpe, asha": Arm(_product_sampler("tpe"), _product_pruner("asha")),
     "gp, asha": Arm(_product_sampler("gp"), _product_pruner("asha")),
     "gp, half": Arm(_product_sampler("gp"), _product_pruner("half")),
+    "gp, promote": Arm(_product_sampler("gp"), _product_pruner("promote"), promotes=True),
     "gp, evidence": Arm(_product_sampler("gp"), _product_pruner("evidence")),
     "gp, evidence; prior at the best": Arm(_product_sampler("gp", lambda surface: surface.best), _product_pruner("evidence")),
     "gp, evidence; prior at the defaults": Arm(_product_sampler("gp", lambda surface: surface.default), _product_pruner("evidence")),
@@ -126,11 +129,17 @@ def play(surface: Surface, arm: Arm, trials: int, concurrent: int, epochs: float
     """
     study = optuna.create_study(study_name="played", direction="maximize", pruner=arm.pruner(trials))  # Hyperband hashes the name
     study.enqueue_trial(surface.space.drawn(surface.base))
-    played, queue, used = Played(), [], 0
+    played, queue, used, paused = Played(), [], 0, {}
     random = np.random.default_rng([surface.seed, 9])
     pace = np.exp(random.normal(0, PACE_SD, trials))
 
     def start(now: float) -> None:
+        promoted = next_promotion(study.get_trials(deepcopy=False), HALF) if arm.promotes else None
+        if promoted is not None:
+            epoch, trial, curve = paused[promoted]
+            trial.set_user_attr(PROMOTED, epoch)
+            heapq.heappush(queue, (now + pace[promoted], promoted, epoch + 1, trial, curve))
+            return
         number = len(played.true)
         if number == trials:
             return
@@ -157,10 +166,14 @@ def play(surface: Surface, arm: Arm, trials: int, concurrent: int, epochs: float
             study.tell(trial, None if diverged else value, TrialState.FAIL if diverged else TrialState.COMPLETE)
         elif not diverged and trial.should_prune() and number:  # trial 0 is never stopped, and the others are compared with it
             study.tell(trial, state=TrialState.PRUNED)
+        elif not diverged and arm.promotes and number and epoch == last_rung(epoch, GRACE, REDUCTION):
+            trial.set_user_attr(PAUSED, epoch)
+            paused[number] = epoch, trial, curve
         else:
             heapq.heappush(queue, (now + pace[number], number, epoch + 1, trial, curve))
             continue
-        start(now)
+        for _ in range(concurrent - len(queue)):  # a report may have made others the best of their rung
+            start(now)
     return played
 
 

@@ -444,8 +444,8 @@ def errors(checkpoint: str, out: Path, split: str, **options) -> None:
 @click.option("--max-epochs", metavar="E", help="Number of epochs of a trial that is not stopped early; the same as --optim.epochs.")
 @click.option(
     "--scheduler",
-    help="How trials are stopped early (asha, half, evidence, median, none), or pbt for population-based training "
-    "(default: half with the sampler gp, none with --also, else asha).",
+    help="How trials are stopped early (promote, half, asha, evidence, median, none), or pbt for population-based training "
+    "(default: promote with the sampler gp, none with --also, else asha).",
 )
 @click.option(
     "--sampler", help="How settings are drawn: tpe, gp, random or cmaes (default: gp; tpe with --also, pbt or over 128 trials at a time)."

@@ -55,7 +55,7 @@ from raydetr.search.confirm import (
     sentence,
 )
 from raydetr.search.space import Space, read_space
-from raydetr.search.study import AS_A_RUN, CONFIRMED, STUDY_FILE, Search, create_search, open_search
+from raydetr.search.study import AS_A_RUN, CONFIRMED, STUDY_FILE, Search, create_search, open_search, state_of
 from raydetr.storage import CONFIRM_FOLDER, absolute, fetch, join, working_folder
 from raydetr.text import count, shortlist
 from raydetr.training.metrics import MASK_METRICS
@@ -130,7 +130,7 @@ def make_plan(search: Search, top: int, seeds: int, budget: int | None) -> Plan:
         least, budget = LEAST_BUDGET * max(1, folds), budget // max(1, folds)
         if budget < LEAST_BUDGET:
             raise UserError(f"--budget: a confirmation needs at least {least} trainings{f' in {folds} folds' if folds else ''}")
-    running = [trial.number for trial in search.frozen() if trial.state == TrialState.RUNNING]
+    running = [trial.number for trial in search.frozen() if state_of(trial) == "running"]
     if running:
         raise UserError(
             f"{search.path}: {count(len(running), 'trial')} still running ({shortlist(running)}); wait for the end, or finish with "

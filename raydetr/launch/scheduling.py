@@ -29,6 +29,7 @@ from raydetr.launch.nodes import NO_MEMORY, is_node_failure
 from raydetr.launch.signals import Received
 from raydetr.launch.slots import Demands, Slots, slots_on
 from raydetr.launch.train import OUT_OF_MEMORY, RAY_FOLDER, TWICE
+from raydetr.search.halving import is_paused
 from raydetr.search.study import TRIALS_FOLDER, Search
 from raydetr.search.trials import TrialsDisplay
 from raydetr.storage import LAST, OWNER, copy, fetch, is_uri, join, push, remove_tokens, working_folder
@@ -80,15 +81,16 @@ class StudySearcher(Searcher):
             trial_id: Ray Tune's id of the trial.
 
         Returns:
-            The trial, as :func:`raydetr.launch.trial.run_trial` takes it; None if there is no free slot or the drawn settings do not fit
-            together (Ray Tune then asks again); ``Searcher.FINISHED`` if all trials have been handed out.
+            The trial, as :func:`raydetr.launch.trial.run_trial` takes it; None if there is no free slot, the drawn settings do not fit
+            together, or a paused trial may still be promoted (Ray Tune then asks again); ``Searcher.FINISHED`` if all trials have been
+            handed out.
         """
         population = self.search.scheduler == "pbt"
         if not population and len(self.live) >= self.room():
             return None
         asked = self.search.ask(trial_id)
         if asked is None:
-            return Searcher.FINISHED
+            return self._finish()
         number, drawn = asked
         try:
             # A member of a population may have taken over settings since it was drawn.
@@ -99,6 +101,17 @@ class StudySearcher(Searcher):
         self.search.push()  # the store must know the trial before the trial pushes files of its own
         self.live[trial_id] = None if population else self.choose_node()
         return assigned | {"node": self.live[trial_id]}
+
+    def _finish(self) -> str | None:
+        """Return whether the search is finished; it then records the paused trials as pruned, which none that runs can change."""
+        if self.live and any(map(is_paused, self.search.frozen())):
+            return None
+        ended = self.search.end_paused()
+        if ended:
+            self.search.push()
+        for number in ended:
+            self._stripping.submit(self._strip, number)
+        return Searcher.FINISHED
 
     def node_slots(self) -> dict[str, int]:
         """Return how many trials, or workers of trials, fit on each live node in all, by its id."""
@@ -151,7 +164,7 @@ class StudySearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Record in the study how a trial ended, and reduce its checkpoints in the background.
 
-        A trial that was only interrupted stays unfinished, so that it can be resumed.
+        A trial that was paused or interrupted stays unfinished, so that it can be resumed.
 
         Args:
             trial_id: Ray Tune's id of the trial.
@@ -191,7 +204,9 @@ class StudySearcher(Searcher):
 
 
 class StudyScheduler(FIFOScheduler):
-    """Reports every epoch's objective to the study, stops the trials that its pruner rejects, and fails those that were lost too often.
+    """Reports every epoch's objective to the study, stops the trials that it rejects or pauses, and fails those that were lost too often.
+
+    To Ray Tune a paused trial has ended. After its promotion it is another one, which resumes from the same folder.
 
     Args:
         search: The search.
@@ -262,7 +277,8 @@ class StudyScheduler(FIFOScheduler):
             return FIFOScheduler.CONTINUE
         self.reasons.pop(trial.trial_id, None)  # faults count as repeated only without a finished epoch in between
         self.search.report(number, result["epoch"], best_so_far(self.search, number, result), result)
-        return FIFOScheduler.STOP if self.search.should_stop(number) else FIFOScheduler.CONTINUE
+        ends = self.search.should_stop(number) or self.search.pause(number, result["epoch"], reported_metrics(result))
+        return FIFOScheduler.STOP if ends else FIFOScheduler.CONTINUE
 
 
 class PopulationScheduler(StudyScheduler):

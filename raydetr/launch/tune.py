@@ -45,7 +45,7 @@ from raydetr.training.metrics import LATENCY, MASK_METRICS, METRICS
 STORE_SHARE = 0.5  # of Ray's object store, for decoded images
 DEFAULT_SAMPLER, SAMPLER_OF_TOO_MANY = "gp", "tpe"
 TOO_MANY = 129  # trials at a time, with which a draw of the model takes too long
-DEFAULT_SCHEDULERS = {"gp": "half"}  # by sampler, with one objective; beside all others asha
+DEFAULT_SCHEDULERS = {"gp": "promote"}  # by sampler, with one objective; beside all others asha
 KEEP_INTERVAL_S = 5.0  # between two pushes of a search's own files to an object store
 
 
@@ -78,8 +78,8 @@ def tune(
         also: Further objectives, of which the search finds the best trade-offs: other COCO metrics, or ``"latency"``, the seconds that the
             trained network takes for one image. ``best.yaml`` stays the best by ``metric``.
         sampler: How settings are drawn: ``"tpe"``, ``"gp"``, ``"random"`` or ``"cmaes"``; None: as :func:`default_sampler` says.
-        scheduler: What stops trials early: ``"asha"``, ``"half"``, ``"evidence"``, ``"median"``, ``"none"`` or ``"pbt"``; None: as
-            :func:`default_scheduler` says.
+        scheduler: What stops trials early: ``"asha"``, ``"half"``, ``"promote"``, ``"evidence"``, ``"median"``, ``"none"`` or ``"pbt"``;
+            None: as :func:`default_scheduler` says.
         seed: Seed of the draws; None: ``run.seed``, which is the seed of everything else.
         points: Settings to try after trial 0, by dotted name.
         prior: Settings that are believed to be good; the sampler ``"gp"`` begins to draw near them.
@@ -109,10 +109,11 @@ def tune(
         with reserved_slots(config, demands.workers, demands.gpus_per_worker()):
             check_nodes(config)
             slots = find_slots(config, demands, trials)
-            check_disk(config, working_folder(root), trials, slots.concurrent)
+            sampler = sampler or default_sampler(slots.concurrent, scheduler, also)
+            scheduler = scheduler or default_scheduler(sampler, also)
+            check_disk(config, working_folder(root), trials, trials if scheduler == "promote" else slots.concurrent)
             images = share_images(config)
         refresh_working_copy(root)
-        sampler = sampler or default_sampler(slots.concurrent, scheduler, also)
         search = create_search(
             root,
             space,
@@ -120,7 +121,7 @@ def tune(
             trials=trials,
             metric=metric,
             sampler=sampler,
-            pruner=scheduler or default_scheduler(sampler, also),
+            pruner=scheduler,
             grace=grace,
             seed=seed,
             points=points,

@@ -28,7 +28,7 @@ from raydetr.search.confirm import read_verdict
 from raydetr.search.importance import importances, position
 from raydetr.search.space import Distribution, as_drawn
 from raydetr.search.study import (
-    STATE_NAMES,
+    STATES,
     TRIALS_FOLDER,
     Search,
     epochs_of,
@@ -37,7 +37,10 @@ from raydetr.search.study import (
     objective_text,
     objectives_of,
     reported_metrics,
+    seconds_of,
+    state_of,
     trials_frame,
+    turns_of,
 )
 from raydetr.storage import exists, join, split
 from raydetr.text import compact, count
@@ -192,7 +195,7 @@ def cost_sentences(search: Search) -> list[str]:
     epochs = sum(epochs_of(trial) for trial in started)
     pruned = [trial for trial in ended if trial.state == TrialState.PRUNED]
     busy = _card_seconds(ended)
-    alone = sum(_seconds(trial) for trial in ended)
+    alone = sum(seconds_of(trial) or 0.0 for trial in ended)
     sentences = [
         f"{count(len(started), 'trial')} of {search.trials} {'has' if len(started) == 1 else 'have'} started, and "
         f"{count(epochs, 'epoch')} {'was' if epochs == 1 else 'were'} trained."
@@ -203,16 +206,12 @@ def cost_sentences(search: Search) -> list[str]:
     if pruned:
         planned = {trial.number: search.config(trial.number).optim.epochs for trial in pruned}
         saved = sum(planned[trial.number] - epochs_of(trial) for trial in pruned)
-        spared = [_seconds(trial) * (planned[trial.number] / epochs_of(trial) - 1) for trial in pruned if epochs_of(trial)]
+        spared = [(seconds_of(trial) or 0.0) * (planned[trial.number] / epochs_of(trial) - 1) for trial in pruned if epochs_of(trial)]
         sentences.append(
             f"Early stopping ended {count(len(pruned), 'trial')} and saved {count(saved, 'epoch')} of {epochs + saved} "
             f"({100 * saved / (epochs + saved):.0f} %), about {_hours(sum(spared))}."
         )
     return sentences
-
-
-def _seconds(trial: FrozenTrial) -> float:
-    return trial.duration.total_seconds() if trial.duration else 0.0
 
 
 def _hours(seconds: float) -> str:
@@ -223,17 +222,17 @@ def _hours(seconds: float) -> str:
 
 def _card_seconds(trials: Iterable[FrozenTrial]) -> float:
     """Return for how long GPUs were busy, each card counted once where several trials shared it; 0 without GPUs."""
-    busy: dict[tuple[str, str], list[tuple[datetime, datetime]]] = {}
+    busy: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for trial in trials:
         where = reported_metrics(trial)
         for number in filter(None, str(where.get("cards", "")).split(",")):
-            if trial.datetime_start and trial.datetime_complete:
-                busy.setdefault((str(where.get("node")), number), []).append((trial.datetime_start, trial.datetime_complete))
+            turns = [(start, end) for start, end in turns_of(trial) if start is not None and end is not None]
+            busy.setdefault((str(where.get("node")), number), []).extend(turns)
     seconds = 0.0
     for spans in busy.values():
-        until = datetime.min
+        until = 0.0
         for start, end in sorted(spans):
-            seconds += max(0.0, (end - max(start, until)).total_seconds()) if end > until else 0.0
+            seconds += max(0.0, end - max(start, until))
             until = max(until, end)
     return seconds
 
@@ -246,8 +245,8 @@ def _span(trials: Iterable[FrozenTrial]) -> str:
 
 def _tiles(search: Search) -> list[tuple[str, str]]:
     trials, best, default = search.frozen(), search.best(), search.frozen()[0]
-    counts = {state: sum(trial.state == state for trial in trials) for state in STATE_NAMES if state.is_finished()}
-    states = [f"{number} {STATE_NAMES[state]}" for state, number in counts.items() if number]
+    counts = {state: sum(state_of(trial) == state for trial in trials) for state in (*STATES, "paused")}
+    states = [f"{number} {state}" for state, number in counts.items() if number]
     metric = f"{search.metric} in the search" if read_verdict(search.folder) else search.metric  # what was confirmed is in the lead
     return [
         (f"best {metric}", points(objective(best))),
@@ -396,12 +395,12 @@ def _kind(search: Search, trial: FrozenTrial) -> str:
         return "default"
     if best and trial.number == best.number:
         return "best"
-    return {TrialState.PRUNED: "stopped", TrialState.COMPLETE: "trial"}.get(trial.state, STATE_NAMES[trial.state])
+    return {"pruned": "stopped", "paused": "stopped", "complete": "trial"}.get(state_of(trial), state_of(trial))
 
 
 def _title(search: Search, trial: FrozenTrial) -> str:
     value = f", {search.metric} {points(objective(trial))}" if trial.state.is_finished() and objective(trial) is not None else ""
-    return f"{search.trial_name(trial.number)}: {STATE_NAMES[trial.state]} after {count(epochs_of(trial), 'epoch')}{value}"
+    return f"{search.trial_name(trial.number)}: {state_of(trial)} after {count(epochs_of(trial), 'epoch')}{value}"
 
 
 def _on_top(search: Search, trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
@@ -451,18 +450,19 @@ def _curves(search: Search) -> Markup:
 
 
 def _timeline(search: Search) -> Markup:
-    trials = [trial for trial in search.frozen() if trial.datetime_start]
-    starts = {trial.number: trial.datetime_start for trial in trials if trial.datetime_start}
-    begin = min(starts.values())
-    latest = max([*starts.values(), *(trial.datetime_complete for trial in trials if trial.datetime_complete)])
-    total = max((latest - begin).total_seconds(), 1.0)
+    turns = {trial.number: turns_of(trial) for trial in search.frozen() if trial.datetime_start}
+    known = [moment for spans in turns.values() for span in spans for moment in span if moment is not None]
+    begin, latest = min(known), max(known)
+    total = max(latest - begin, 1.0)
     unit, name = (3600.0, "hours") if total > 7200 else (60.0, "minutes") if total > 180 else (1.0, "seconds")
     last = max(trial.number for trial in search.frozen())
     figure = Chart("When each trial ran", Axis(f"{name} since the start", 0, total / unit), Axis("trial", last + 0.8, -0.8, whole=True))
-    for trial in trials:
-        start, end = (starts[trial.number] - begin).total_seconds(), ((trial.datetime_complete or latest) - begin).total_seconds()
-        thickness = min(8.0, 150 / (last + 1))
-        figure.bar(start / unit, end / unit, trial.number, _kind(search, trial), _title(search, trial), thickness)
+    thickness = min(8.0, 150 / (last + 1))
+    for number, spans in turns.items():
+        trial = search.frozen()[number]
+        for start, end in spans:
+            shown = [((latest if moment is None else moment) - begin) / unit for moment in (start, end)]
+            figure.bar(shown[0], shown[1], number, _kind(search, trial), _title(search, trial), thickness)
     return figure.svg()
 
 

@@ -1,7 +1,12 @@
 """Successive halving for searches with few trials at a time, and for those in which many trials start at the same time."""
 
+from collections.abc import Sequence
+
 import optuna
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
+
+# User attributes of a trial: the rungs at which it was paused and promoted last. Optuna has no state for a paused trial, which runs for it.
+PAUSED, PROMOTED = "paused after", "promoted after"
 
 
 class RungPruner(optuna.pruners.BasePruner):
@@ -24,16 +29,61 @@ class RungPruner(optuna.pruners.BasePruner):
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Return whether to stop a trial."""
         reached = trial.last_step or 0
-        if reached < self.grace:
-            return False
-        rung = self.grace
-        while rung * self.spacing <= reached:
-            rung *= self.spacing
-        own = _value_at(trial, rung)
+        rung = last_rung(reached, self.grace, self.spacing)
+        own = _value_at(trial, rung) if rung else None
         if own is None or (reached > rung and not self.again):
             return False
         values = sorted(value for each in study.get_trials(deepcopy=False) if (value := _value_at(each, rung)) is not None)
         return own < values[-max(1, len(values) // self.passing)]
+
+
+def last_rung(epoch: int, grace: int, spacing: int) -> int:
+    """Return the last rung up to an epoch, as the epochs that it is at; 0 before the first one.
+
+    Args:
+        epoch: The epoch, from 1.
+        grace: The first rung.
+        spacing: Each rung is at so many times the epochs of the one before.
+    """
+    if epoch < grace:
+        return 0
+    rung = grace
+    while rung * spacing <= epoch:
+        rung *= spacing
+    return rung
+
+
+def is_paused(trial: FrozenTrial) -> bool:
+    """Return whether a trial is paused at a rung, where it waits for its promotion.
+
+    Args:
+        trial: The trial.
+    """
+    known = trial.user_attrs
+    return trial.state == TrialState.RUNNING and known.get(PAUSED, 0) > known.get(PROMOTED, 0)
+
+
+def next_promotion(trials: Sequence[FrozenTrial], passing: int) -> int | None:
+    """Return the paused trial that trains on next: the best one, at the last rung that has any to promote.
+
+    This is the promotion of asynchronous successive halving (Li et al. 2020, algorithm 2). No trial passes a rung because nobody is there
+    to compare it with, and one that did not pass does so when enough others turn out to be worse.
+
+    Args:
+        trials: All trials of the search.
+        passing: One of so many trials that have reached a rung passes it.
+
+    Returns:
+        The number of the trial; None if no paused trial is among the best of its rung.
+    """
+    paused = {trial.number: trial.user_attrs[PAUSED] for trial in trials if is_paused(trial)}
+    for rung in sorted(set(paused.values()), reverse=True):
+        reached = {trial.number: value for trial in trials if (value := _value_at(trial, rung)) is not None}
+        best = sorted(reached, key=lambda number: (-reached[number], number))[: len(reached) // passing]
+        for number in best:
+            if paused.get(number) == rung:
+                return number
+    return None
 
 
 def _value_at(trial: FrozenTrial, epoch: int) -> float | None:

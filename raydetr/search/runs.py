@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path, PurePosixPath
@@ -14,7 +15,7 @@ from rich.table import Table
 from raydetr.config import by_name, read_config
 from raydetr.errors import UserError
 from raydetr.search.confirm import VERDICT_FILE, read_verdict
-from raydetr.search.study import CONFIG_FILE, STATE_NAMES, STUDY_FILE, TRIALS_FOLDER, Search, epochs_of, objective, top_trials
+from raydetr.search.study import CONFIG_FILE, STUDY_FILE, TRIALS_FOLDER, Search, epochs_of, objective, state_of, top_trials
 from raydetr.storage import OWNER, fetched, file_sizes
 from raydetr.text import compact, count, shortlist
 from raydetr.training.metrics import METRICS
@@ -129,7 +130,7 @@ def search_status(path: str) -> str:
     """
     search = Search(fetched(path, recursive=False))
     trials, best = search.frozen(), search.best()
-    states = [f"{number} {name}" for state, name in STATE_NAMES.items() if (number := sum(trial.state == state for trial in trials))]
+    states = [f"{number} {state}" for state, number in Counter(map(state_of, trials)).most_common()]
     lines = [f"{', '.join(states)}; {count(search.trials, 'trial')} requested; last change {_time_of(search.folder / STUDY_FILE)}"]
     lines.append(
         f"best {search.metric}: {objective(best) or 0.0:.4f} in trial {best.number}"
@@ -140,7 +141,7 @@ def search_status(path: str) -> str:
         if trial.state == TrialState.RUNNING:
             value = max(trial.intermediate_values.values(), default=None)
             so_far = "" if value is None else f", best {search.metric} {value:.4f}"
-            lines.append(f"running: {search.trial_name(trial.number)}, {count(epochs_of(trial), 'epoch')}{so_far}")
+            lines.append(f"{state_of(trial)}: {search.trial_name(trial.number)}, {count(epochs_of(trial), 'epoch')}{so_far}")
     return "\n".join([*lines, top_trials(search)] if best else lines)
 
 

@@ -20,6 +20,7 @@ from threadpoolctl import ThreadpoolController
 from raydetr.search.curves import carried_forward, curve_table
 from raydetr.search.encoding import Cube
 from raydetr.search.gaussian import GaussianProcess
+from raydetr.search.halving import is_paused
 from raydetr.search.space import Space
 
 CANDIDATES = {None: 200, 0.1: 150, 0.03: 50}  # how many are drawn around the best point, by standard deviation; None: everywhere
@@ -72,7 +73,7 @@ class CurveSampler(optuna.samplers.BaseSampler):
         owner = np.append(self.cube.owner, len(self.cube.distributions))
         model = GaussianProcess(self._coordinates(points, left), values, np.ones(len(values)), owner)
         expected = model.predict_mean(self._coordinates(points))
-        running = self.cube.positions(each.params for each in others if each.state == TrialState.RUNNING)
+        running = self.cube.positions(each.params for each in others if each.state == TrialState.RUNNING and not is_paused(each))
         model = model.believing(self._coordinates(running), BELIEVED_NOISE)
         best = points[expected.argmax()]
         candidates = np.vstack([self._around(best, sd, count) for sd, count in CANDIDATES.items()])

@@ -31,7 +31,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raydetr.config import PATH_SETTINGS, Config, by_name, read_config, read_yaml_nodes, with_settings, write_yaml, yaml_value
 from raydetr.errors import UserError
-from raydetr.search.halving import RungPruner
+from raydetr.search.halving import PAUSED, PROMOTED, RungPruner, is_paused, last_rung, next_promotion
 from raydetr.search.journal import StudyJournal
 from raydetr.search.population import better_trial, check_population, moved
 from raydetr.search.sampler import CurveSampler
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import pandas
 
 SAMPLERS = ("tpe", "gp", "random", "cmaes")
-SCHEDULERS = ("asha", "half", "evidence", "median", "none", "pbt")
+SCHEDULERS = ("asha", "half", "promote", "evidence", "median", "none", "pbt")
 CONFIRMED = "confirms"  # the user attribute of a training of a confirmation: [trial of the confirmed search, seed, fold or None]
 GIVEN_UP = "given up"  # the user attribute of a trial that the pruner stops
 ALSO = "also"  # the user attribute of a trial with several objectives: the others after the epoch with the highest first one
@@ -54,7 +54,9 @@ TAKE_SEVERAL = ("tpe", "random")  # the samplers that take several objectives
 TAKEN_OVER = "taken over"
 FIRST_POINTS, PRIOR_POINTS = 3, 5  # of an earlier search: those that are tried first, and those that the draws begin near
 MODEL_STARTUP = 6  # random draws before the model of the sampler gp
-REDUCTION = 3  # each rung is at three times the epochs of the one before; asha and evidence let a third of the trials pass, half lets half
+REDUCTION = 3  # each rung is at three times the epochs of the one before; asha and evidence let a third of the trials pass
+HALF = 2  # half and promote let half of the trials pass
+TURNS = "turns"  # the user attribute of a trial that was paused: the times in seconds since 1970 at which it ran, as [start, end or None]
 LOCK_SECONDS = 2  # a live writer holds the journal's lock for milliseconds
 SPACE_FILE, CONFIG_FILE, STUDY_FILE = "space.yaml", "config.yaml", "study.journal"
 TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
@@ -155,18 +157,21 @@ class Search:
     def ask(self, key: str = "") -> tuple[int, dict[str, Any]] | None:
         """Draw the settings of the next trial.
 
-        Trial 0 has the base settings, whatever the space says. The points given to :func:`create_search` follow, then drawn trials.
+        Trial 0 has the base settings, whatever the space says. The points given to :func:`create_search` follow, then drawn trials. A
+        paused trial that can be promoted comes before a new one.
 
         Args:
             key: The caller's name for the trial. Asking again with the same key returns the same trial.
 
         Returns:
             The number of the trial and the settings of the space by dotted name, for :meth:`complete`. None if all trials were
-            handed out.
+            handed out, and no paused one can be promoted now.
         """
         if key and (known := self.number(key)) is not None:
             return known, self._draw(optuna.Trial(self.study, self.frozen()[known]._trial_id))
         trials = self.frozen()
+        if not self._again and (promoted := next_promotion(trials, HALF)) is not None:
+            return self._promote(promoted, key)
         handed_out = sum(trial.state != TrialState.WAITING for trial in trials)
         if not self._again and handed_out >= self.trials:
             return None
@@ -179,6 +184,16 @@ class Search:
         if key:
             trial.set_user_attr("key", key)
         return trial.number, self._draw(trial)
+
+    def _promote(self, number: int, key: str) -> tuple[int, dict[str, Any]]:
+        """Hand out a paused trial again."""
+        self.study.sampler = make_sampler("random", 0, self.trials, self.space)  # nothing is drawn
+        trial = optuna.Trial(self.study, self.frozen()[number]._trial_id)
+        trial.set_user_attr(PROMOTED, trial.user_attrs[PAUSED])
+        trial.set_user_attr(TURNS, [*trial.user_attrs[TURNS], [time.time(), None]])
+        if key:
+            trial.set_user_attr("key", key)
+        return number, self._draw(trial)
 
     def _draw(self, trial: optuna.Trial) -> dict[str, Any]:
         if trial.number:
@@ -283,6 +298,43 @@ class Search:
         optuna.Trial(self.study, trial._trial_id).set_user_attr(GIVEN_UP, True)  # a pruner decides at a rung only once
         return True
 
+    def pause(self, number: int, epoch: int, metrics: Mapping[str, Any] | None = None) -> bool:
+        """Pause a running trial that has come to a rung, where it waits until :meth:`ask` promotes it. Only ``promote`` pauses trials.
+
+        Trial 0 is never paused, because the others are compared with it, nor is a trial after its last epoch.
+
+        Args:
+            number: The trial.
+            epoch: The epoch that it has finished and reported.
+            metrics: Its metrics, to be kept beside the objective.
+
+        Returns:
+            Whether the trial is paused.
+        """
+        trial = self.frozen()[number]
+        if self._plan["pruner"] != "promote" or number == 0 or trial.state != TrialState.RUNNING:
+            return False
+        at_rung = epoch == last_rung(epoch, self._plan["grace"], REDUCTION) and epoch in trial.intermediate_values
+        if not at_rung or trial.user_attrs.get(PROMOTED, 0) >= epoch or epoch >= self.config(number).optim.epochs:
+            return False
+        live = optuna.Trial(self.study, trial._trial_id)
+        self._keep_metrics(live, metrics)
+        live.set_user_attr(TURNS, _with_end(turns_of(trial), time.time()))
+        live.set_user_attr(PAUSED, epoch)
+        return True
+
+    def end_paused(self) -> list[int]:
+        """Record the paused trials as pruned, because no other trial will come to their rungs, and return their numbers."""
+        paused = [trial.number for trial in self.frozen() if is_paused(trial)]
+        for number in paused:
+            self.tell(number, "pruned")
+        return paused
+
+    @staticmethod
+    def _keep_metrics(live: optuna.Trial, metrics: Mapping[str, Any] | None) -> None:
+        if metrics:
+            live.set_user_attr("metrics", {name: each for name, each in metrics.items() if isinstance(each, str) or is_finite(each)})
+
     def tell(
         self,
         number: int,
@@ -318,24 +370,24 @@ class Search:
         live = optuna.Trial(self.study, trial._trial_id)
         if state == "failed":
             live.set_user_attr("reason", " ".join(reason.split()))
-        if metrics:
-            live.set_user_attr("metrics", {name: each for name, each in metrics.items() if isinstance(each, str) or is_finite(each)})
+        self._keep_metrics(live, metrics)
         self.study.tell(number, list(found.values()) if state == "complete" else None, STATES[state])
         return True
 
     def reclaim(self, known: Collection[str]) -> list[int]:
         """Hand out unfinished trials again, before any new one, if their key is not in ``known`` because their driver crashed.
 
-        Trials that the pruner had stopped are recorded as pruned instead.
+        Trials that the pruner had stopped are recorded as pruned instead. Those that had come to a rung are paused there.
 
         Returns:
             The numbers of the trials to hand out again.
         """
-        lost = self._unfinished(known)
+        lost = [trial for trial in self._unfinished(known) if not is_paused(trial)]
         for trial in lost:
             if GIVEN_UP in trial.user_attrs:
                 self.tell(trial.number, "pruned")
-        self._again = [trial.number for trial in lost if GIVEN_UP not in trial.user_attrs]
+        others = [trial for trial in lost if GIVEN_UP not in trial.user_attrs]
+        self._again = [trial.number for trial in others if not self.pause(trial.number, epochs_of(trial))]
         return list(self._again)
 
     def _unfinished(self, known: Collection[str]) -> list[FrozenTrial]:
@@ -642,7 +694,8 @@ def make_sampler(
 def make_pruner(name: str, grace: int, trials: int) -> optuna.pruners.BasePruner:
     """Return the Optuna pruner of a scheduler.
 
-    Population-based training stops no trial: a trial that falls behind continues from a better one instead.
+    Population-based training stops no trial: a trial that falls behind continues from a better one instead. Nor does ``promote``, which
+    pauses them (:meth:`Search.pause`).
 
     Args:
         name: One of ``SCHEDULERS``.
@@ -660,7 +713,7 @@ def make_pruner(name: str, grace: int, trials: int) -> optuna.pruners.BasePruner
     if name == "evidence":
         return RungPruner(grace, REDUCTION, REDUCTION, again=True)
     if name == "half":
-        return RungPruner(grace, REDUCTION, 2)
+        return RungPruner(grace, REDUCTION, HALF)
     if name == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=min(5, max(1, trials // 4)), n_warmup_steps=grace)
     return optuna.pruners.NopPruner()
@@ -789,14 +842,13 @@ def trials_frame(search: Search) -> "pandas.DataFrame":
     rows = []
     for trial in search.frozen():
         settings = search.settings(trial.number) if _is_drawn(search, trial) else {}
-        seconds = trial.duration.total_seconds() if trial.duration else None
         row = {
             "trial": trial.number,
-            "state": STATE_NAMES[trial.state],
+            "state": state_of(trial),
             **objectives_of(search, trial),
             "epochs": epochs_of(trial),
         }
-        row |= {"seconds": seconds, "started": trial.datetime_start, "ended": trial.datetime_complete}
+        row |= {"seconds": seconds_of(trial), "started": trial.datetime_start, "ended": trial.datetime_complete}
         row |= {name: as_drawn(settings.get(name)) for name in search.space.names}
         row |= {name: value for name, value in reported_metrics(trial).items() if name not in row}
         rows.append({**row, "name": search.trial_name(trial.number), "reason": trial.user_attrs.get("reason")})
@@ -850,13 +902,49 @@ def _trials_table(search: Search, shown: Sequence[FrozenTrial]) -> str:
         gain = "" if trial.number == 0 or value is None or default is None else f"{value - default:+.4f}"
         settings = search.settings(trial.number) if _is_drawn(search, trial) else {}
         first, *also = (objective_text(name, each) for name, each in objectives_of(search, trial).items())
-        cells = ["0 (default)" if trial.number == 0 else str(trial.number), STATE_NAMES[trial.state], first, gain, *also]
+        cells = ["0 (default)" if trial.number == 0 else str(trial.number), state_of(trial), first, gain, *also]
         cells.append(str(epochs_of(trial)))
         table.add_row(*cells, *(compact(settings[name]) if name in settings else "-" for name in varied))
     console = Console(width=40 + 30 * len(varied) + 15 * len(search.also), color_system=None)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def state_of(trial: FrozenTrial) -> str:
+    """Return the state of a trial as users know it: ``complete``, ``pruned``, ``failed``, ``running``, ``paused`` or ``waiting``.
+
+    Args:
+        trial: The trial. It is paused where it waits at a rung, and waiting before it begins.
+    """
+    return "paused" if is_paused(trial) else STATE_NAMES[trial.state]
+
+
+def turns_of(trial: FrozenTrial) -> list[list[float | None]]:
+    """Return when a trial ran, as [start, end] in seconds since 1970; the end is None while it runs.
+
+    Args:
+        trial: A trial that has begun. One that was paused has several turns.
+    """
+    begin = trial.datetime_start.timestamp() if trial.datetime_start else None
+    turns = trial.user_attrs.get(TURNS, [[begin, None]])
+    return turns if is_paused(trial) or not trial.datetime_complete else _with_end(turns, trial.datetime_complete.timestamp())
+
+
+def _with_end(turns: Sequence[Sequence[float | None]], end: float) -> list[list[float | None]]:
+    """Return turns whose last one ends then, unless it has ended before."""
+    start, known = turns[-1]
+    return [*map(list, turns[:-1]), [start, end if known is None else known]]
+
+
+def seconds_of(trial: FrozenTrial) -> float | None:
+    """Return for how long a trial ran, without the time in which it was paused; None while it runs.
+
+    Args:
+        trial: The trial.
+    """
+    spans = turns_of(trial) if trial.datetime_start else [[None, None]]
+    return None if spans[-1][1] is None else sum((end or 0.0) - (start or 0.0) for start, end in spans)
 
 
 def epochs_of(trial: FrozenTrial) -> int:

@@ -1,4 +1,4 @@
-"""The display of a running search: a live table of its trials, or a line for each trial that ends if there is no terminal."""
+"""The display of a running search: a live table of its trials, or without a terminal a line for each trial that ends or is paused."""
 
 import math
 import time
@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from raydetr.search.study import STATE_NAMES, Search, epochs_of, is_better_lower, objective, objective_text, objectives_of
+from raydetr.search.halving import is_paused
+from raydetr.search.study import Search, epochs_of, is_better_lower, objective, objective_text, objectives_of, state_of
 from raydetr.text import count
 from raydetr.training.console import clock
 
-SHOWN = 20  # rows: the running trials, then the best of those that ended
+SHOWN = 20  # rows: the running trials, then the best of the others
 SHOW_INTERVAL_S = 0.5  # between two updates: while the study is read, Ray Tune's loop handles no result
 
 
@@ -30,7 +31,7 @@ class TrialsDisplay:
         self.search, self.console = search, console
         self.last: dict[int, Mapping[str, Any]] = {}  # the last result of each trial
         self.began, self.ended_before = time.monotonic(), len(self._ended())
-        self.told = set(self._ended())
+        self.told = {(number, self._epochs(number)) for number in self._ended()}  # a promoted trial is told again, after more epochs
         self.shown_at = -math.inf
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
@@ -60,47 +61,57 @@ class TrialsDisplay:
             self.live.update(self.table(), refresh=True)
             return
         ended, best = self._ended(), self.search.best()
-        for number in sorted(set(ended) - self.told):
-            self.told.add(number)
+        for number in ended:
+            if (number, self._epochs(number)) in self.told:
+                continue
+            self.told.add((number, self._epochs(number)))
             self.console.print(self.line(self.search.frozen()[number], best, len(ended)), markup=False, soft_wrap=True)
 
     def line(self, trial: FrozenTrial, best: FrozenTrial | None, ended: int) -> str:
-        """Return one line about how a trial ended.
+        """Return one line about how a trial ended, or where it was paused.
 
         Args:
             trial: The trial.
             best: The best trial so far, None if there is none.
-            ended: The number of trials that have ended.
+            ended: The number of trials that have ended or are paused.
         """
-        state = STATE_NAMES[trial.state]
+        state = state_of(trial)
         if state == "failed":
             how = trial.user_attrs.get("reason", "unknown reason")
         else:
-            values = (f"{name} {_shown(name, value)}" for name, value in objectives_of(self.search, trial).items())
+            objectives = {self.search.metric: _highest(trial)} if is_paused(trial) else objectives_of(self.search, trial)
+            values = (f"{name} {_shown(name, value)}" for name, value in objectives.items())
             how = f"{', '.join(values)} in {count(epochs_of(trial), 'epoch')}"
         so_far = f"; best so far {_number(objective(best))} in trial {best.number}" if best else ""
         return f"{ended}/{self._total(ended)} {self.search.trial_name(trial.number)} {state}: {how}{so_far}, {self._left(ended)} left"
 
     def table(self) -> Table:
-        """Return a table of the running trials, followed by the best of those that ended."""
+        """Return a table of the running trials, followed by the best of those that ended or are paused."""
         best = self.search.best()
         ended = len(self._ended())
-        title = f"{ended} of {count(self._total(ended), 'trial')} ended, {self._left(ended)} left"
+        how = "ended or paused" if self.search.scheduler == "promote" else "ended"
+        title = f"{ended} of {count(self._total(ended), 'trial')} {how}, {self._left(ended)} left"
         names = self.search.space.names
         table = Table("trial", "state", "epoch", self.search.metric, "best", *(name.split(".")[-1] for name in names), title=title)
-        running = [trial for trial in self.search.frozen() if trial.state == TrialState.RUNNING]
-        for trial in [*running, *self.search.ranked()][:SHOWN]:
+        begun = [trial for trial in self.search.frozen() if trial.state == TrialState.RUNNING]
+        running, paused = [[trial for trial in begun if is_paused(trial) == which] for which in (False, True)]
+        others = sorted([*self.search.ranked(), *paused], key=lambda trial: objective(trial) or _highest(trial) or 0.0, reverse=True)
+        for trial in [*running, *others][:SHOWN]:
             last = self.last.get(trial.number, {})
             drawn = self.search.settings(trial.number)
             values = [_number(drawn.get(name)) for name in names]
-            highest = max(trial.intermediate_values.values(), default=None)
             style = "bold" if best and trial.number == best.number else None
-            state, epoch = STATE_NAMES[trial.state], str(epochs_of(trial))
-            table.add_row(str(trial.number), state, epoch, _number(last.get(self.search.metric)), _number(highest), *values, style=style)
+            state, epoch = state_of(trial), str(epochs_of(trial))
+            reached = _number(last.get(self.search.metric)), _number(_highest(trial))
+            table.add_row(str(trial.number), state, epoch, *reached, *values, style=style)
         return table
 
     def _ended(self) -> list[int]:
-        return [trial.number for trial in self.search.frozen() if trial.state.is_finished()]
+        """The trials that have ended or are paused: most of those are not promoted."""
+        return [trial.number for trial in self.search.frozen() if trial.state.is_finished() or is_paused(trial)]
+
+    def _epochs(self, number: int) -> int:
+        return epochs_of(self.search.frozen()[number])
 
     def _total(self, ended: int) -> int:
         """The number of trials there will be: a resumed search may have been asked for fewer than it already has."""
@@ -115,6 +126,10 @@ class TrialsDisplay:
         if ended == self.ended_before:
             return "?"
         return clock((time.monotonic() - self.began) / (ended - self.ended_before) * left)
+
+
+def _highest(trial: FrozenTrial) -> float | None:
+    return max(trial.intermediate_values.values(), default=None)
 
 
 def _shown(name: str, value: float | None) -> str:

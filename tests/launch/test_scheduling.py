@@ -191,6 +191,54 @@ def epoch_of(trial, number, value=0.5, **other):
     return trial.last_result
 
 
+@pytest.fixture
+def promoting(tmp_path, coco_folder, monkeypatch):
+    """A search of two trials that pauses them at epoch 2, its searcher, and a function that reports an epoch and returns the decision."""
+    known = config.load_config({"data.path": str(coco_folder()), "optim.epochs": 9})
+    search = create_search(tmp_path / "search", read_space(SPACE), known, trials=2, pruner="promote", grace=2, sampler="random")
+    searcher, scheduler = StudySearcher(search, Demands(concurrent=2), Slots(2, 1, 0.0)), StudyScheduler(search)
+    monkeypatch.setattr(scheduling.ray, "nodes", list)
+    monkeypatch.setattr(scheduling, "tidy_trial", lambda trial: None)
+
+    def report(key, epoch, value):
+        trial = SimpleNamespace(trial_id=key)
+        decision = scheduler.on_trial_result(Controller(trial), trial, {"epoch": epoch, "AP": value})
+        if decision == StudyScheduler.STOP:
+            searcher.on_trial_complete(key, {"epoch": epoch, "AP": value})
+        return decision
+
+    yield search, searcher, report
+    searcher.close()
+
+
+def test_a_trial_that_comes_to_a_rung_gives_its_slot_away_and_gets_one_when_it_is_promoted(promoting):
+    search, searcher, report = promoting
+    for key in "ab":
+        searcher.suggest(key)
+    assert report("b", 1, 0.5) == StudyScheduler.CONTINUE
+    assert report("b", 2, 0.5) == StudyScheduler.STOP
+    assert list(searcher.live) == ["a"]
+    assert searcher.suggest("c") is None  # not the end: trial 0 may turn out to be worse
+    report("a", 1, 0.1)
+    assert report("a", 2, 0.1) == StudyScheduler.CONTINUE
+    assigned = searcher.suggest("c")
+    assert (assigned["number"], search.number("c")) == (1, 1)
+    assert report("c", 3, 0.5) == StudyScheduler.CONTINUE
+
+
+def test_the_search_ends_when_no_paused_trial_can_be_promoted(promoting):
+    search, searcher, report = promoting
+    for key in "ab":
+        searcher.suggest(key)
+    for epoch in (1, 2):
+        report("b", epoch, 0.1)
+        report("a", epoch, 0.5)
+    assert searcher.suggest("c") is None
+    searcher.on_trial_complete("a", {"epoch": 9, "AP": 0.5, "finished": True})
+    assert searcher.suggest("c") == "FINISHED"
+    assert [trial.state.name for trial in search.frozen()] == ["COMPLETE", "PRUNED"]
+
+
 def test_the_fault_of_a_lost_trial_is_forgotten_after_an_epoch_that_went_well(search):
     trial, scheduler = trial_of(search, "a"), StudyScheduler(search)
     controller = Controller(trial)

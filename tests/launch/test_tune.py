@@ -30,7 +30,8 @@ from raydetr.launch.slots import Demands
 from raydetr.launch.train import TWICE
 from raydetr.launch.tune import default_sampler, default_scheduler, resume, share_images, summary, tune
 from raydetr.search.space import read_space
-from raydetr.search.study import TAKEN_OVER, Search, open_search
+from raydetr.search.study import TAKEN_OVER, Search, epochs_of, open_search, turns_of
+from raydetr.training.fit import fit
 from raydetr.training.metrics import REPORTED
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
 from tests import helpers
@@ -327,6 +328,30 @@ def test_time_budgets_have_units(text, value):
     assert seconds(text) == value
 
 
+@pytest.mark.slow
+def test_paused_trials_train_on_as_if_they_had_not_been_paused(cluster, module_coco_folder, tmp_path):
+    data = module_coco_folder(folder="promoted")
+    known = settings(data, tmp_path, optim__epochs=4, data__crop=0.5, run__seed=1)
+    search = tune(known, SPACE, trials=5, sampler="random", scheduler="promote", demands=Demands(concurrent=1))
+    trials = search.frozen()
+    assert trials[0].state.name == "COMPLETE"
+    epochs = [epochs_of(trial) for trial in trials[1:]]
+    assert set(epochs) == {2, 4}, epochs
+    for trial in trials:
+        log = log_of(trial_folder(search, trial.number))
+        assert [line["epoch"] for line in log] == list(range(epochs_of(trial)))
+        assert trial.state.name == ("COMPLETE" if len(log) == 4 else "PRUNED")
+        assert "optimizer" not in read_checkpoint(trial_folder(search, trial.number) / "last.pth")
+    promoted = next(trial for trial in trials[1:] if epochs_of(trial) == 4)
+    assert len(turns_of(promoted)) == 2
+    alone = search.config(promoted.number)
+    alone.run.storage, alone.run.name = str(tmp_path), "alone"
+    fit(alone)
+    same = ("train_loss", "test_loss", "train_lr")
+    logs = log_of(trial_folder(search, promoted.number)), log_of(tmp_path / "alone")
+    assert [[line[name] for name in same] for line in logs[0]] == [[line[name] for name in same] for line in logs[1]]
+
+
 @pytest.mark.parametrize("text", ["soon", "-3m", "0", "5 weeks"])
 def test_a_time_that_is_none_is_refused(text):
     with pytest.raises(UserError, match="--time-budget"):
@@ -348,7 +373,7 @@ def test_a_search_is_drawn_by_the_model_of_all_trials_unless_too_many_run_at_a_t
 
 
 @pytest.mark.parametrize(
-    ("sampler", "also", "expected"), [("tpe", [], "asha"), ("gp", [], "half"), ("cmaes", [], "asha"), ("tpe", ["latency"], "none")]
+    ("sampler", "also", "expected"), [("tpe", [], "asha"), ("gp", [], "promote"), ("cmaes", [], "asha"), ("tpe", ["latency"], "none")]
 )
 def test_more_trials_pass_a_rung_beside_the_model_that_learns_from_them(sampler, also, expected):
     assert default_scheduler(sampler, also) == expected

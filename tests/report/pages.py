@@ -72,13 +72,13 @@ def marks(svg: str, css: str) -> list[str]:
     return [mark for mark in re.findall(r'<(?:path|circle|rect) class="([^"]*)"', svg) if css in mark.split()]
 
 
-def make_search(folder, ends=(), metric="AP", trials=None, metrics=None, space=None, also=(), **settings) -> Search:
+def make_search(folder, ends=(), metric="AP", trials=None, metrics=None, space=None, also=(), pruner="none", **settings) -> Search:
     """A search whose trials end as told: a number (complete), ("pruned", number), "failed" or "running".
 
     With ``also``, a complete trial ends with a tuple, ("complete", number, {name: number}).
     """
     config = load_config({"optim.epochs": 4, **{name.replace("__", "."): value for name, value in settings.items()}})
-    options = {"trials": trials or max(1, len(ends)), "metric": metric, "sampler": "random", "also": also}
+    options = {"trials": trials or max(1, len(ends)), "metric": metric, "sampler": "random", "also": also, "pruner": pruner}
     search = create_search(folder, read_space(space or SPACE), config, **options)
     for number, end in enumerate(ends):
         search.ask()

@@ -1,7 +1,7 @@
 import optuna
 import pytest
 
-from raydetr.search.halving import RungPruner
+from raydetr.search.halving import PAUSED, PROMOTED, RungPruner, is_paused, last_rung, next_promotion
 
 
 def study_of(*curves):
@@ -63,3 +63,61 @@ def test_the_better_half_passes_when_asked_once():
 @pytest.mark.parametrize("reports", [0, 1])
 def test_a_trial_without_enough_reports_goes_on(reports):
     assert stopped(study_of([0.1] * reports)) == [False]
+
+
+def promoted(study, passing=2):
+    return next_promotion(study.get_trials(), passing)
+
+
+def pause(study, *numbers):
+    """Pause running trials after their last report."""
+    for trial in study.get_trials():
+        if trial.number in numbers:
+            optuna.Trial(study, trial._trial_id).set_user_attr(PAUSED, trial.last_step)
+
+
+def promote(study, number):
+    optuna.Trial(study, study.trials[number]._trial_id).set_user_attr(PROMOTED, study.trials[number].user_attrs[PAUSED])
+
+
+def test_the_better_half_of_a_rung_is_promoted_the_best_first():
+    study = study_of(*([value, value] for value in (0.1, 0.6, 0.3, 0.5, 0.2)))
+    pause(study, 0, 1, 2, 3, 4)
+    order = []
+    while (number := promoted(study)) is not None:
+        order.append(number)
+        promote(study, number)
+    assert order == [1, 3]
+    assert [is_paused(trial) for trial in study.trials] == [True, False, True, False, True]
+
+
+def test_who_is_alone_at_a_rung_waits_and_passes_when_a_worse_one_comes():
+    study = study_of([0.1, 0.2])
+    pause(study, 0)
+    assert promoted(study) is None
+    study.tell(study.ask(), state=optuna.trial.TrialState.FAIL)  # without a report it has come to no rung
+    assert promoted(study) is None
+    worse = study.ask()
+    for epoch in (1, 2):
+        worse.report(0.1, epoch)
+    assert promoted(study) == 0
+
+
+def test_the_last_rung_comes_first():
+    late = [0.3] * 6
+    study = study_of(late, [0.2] * 6, [0.9, 0.9], [0.1, 0.1])
+    pause(study, 0, 1, 2, 3)
+    assert promoted(study) == 0
+    promote(study, 0)
+    assert promoted(study) == 2  # at the first rung it is the best of four
+
+
+def test_trials_that_trained_on_or_ended_count_at_the_rungs_that_they_passed():
+    study = study_of([0.9] * 4, [0.8] * 4, [0.5, 0.5], [0.1, 0.1])
+    pause(study, 2, 3)
+    assert promoted(study) is None  # the better half of the rung are the two that have passed it
+
+
+@pytest.mark.parametrize(("epoch", "rung"), [(1, 0), (2, 2), (5, 2), (6, 6), (17, 6), (18, 18), (60, 54)])
+def test_rungs_are_a_factor_apart(epoch, rung):
+    assert last_rung(epoch, grace=2, spacing=3) == rung

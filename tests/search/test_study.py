@@ -26,11 +26,15 @@ from raydetr.search.study import (
     Search,
     best_points,
     create_search,
+    epochs_of,
     open_search,
     read_points,
     read_study,
+    seconds_of,
+    state_of,
     top_trials,
     trials_frame,
+    turns_of,
     warm_start_from,
     write_best,
     write_trials,
@@ -304,6 +308,81 @@ def test_a_trial_after_its_last_epoch_is_not_given_up(make):
     search.ask()
     search.report(6, 2, 0.1)
     assert search.should_stop(6)
+
+
+NINE_EPOCHS = {"optim.epochs": 9}  # with a grace of 1, the rungs are at 1 and 3
+
+
+def train_until_pause(search, key, value, epochs=9):
+    """Train the trial that is handed out next; returns its number and the epochs that it has then."""
+    number = search.ask(key)[0]
+    for epoch in range(epochs_of(search.frozen()[number]) + 1, epochs + 1):
+        search.report(number, epoch, value(number) * epoch / 9)
+        if search.pause(number, epoch, {"AP50": 0.5}):
+            return number, epoch
+    search.tell(number, "complete", value(number))
+    return number, epochs
+
+
+def test_paused_trials_are_promoted_before_a_new_one_begins_and_end_as_pruned(make):
+    search = make(trials=5, pruner="promote", grace=1, sampler="random", config=load_config(NINE_EPOCHS))
+    values = [0.6, 0.5, 0.3, 0.2, 0.1]
+    went = []
+    while search.ask(f"key {len(went)}") is not None:
+        went.append(train_until_pause(search, f"key {len(went)}", values.__getitem__))
+        if len(went) == 3:
+            search = open_search(search.folder)  # what is paused survives the process
+            assert search.reclaim(()) == []
+    assert went == [(0, 9), (1, 1), (2, 1), (3, 1), (1, 3), (4, 1)]  # trial 1 is in the better half once there are four
+    assert [state_of(trial) for trial in search.frozen()] == ["complete", *["paused"] * 4]
+    assert search.end_paused() == [1, 2, 3, 4]
+    assert [state_of(trial) for trial in search.frozen()] == ["complete", *["pruned"] * 4]
+    assert [trial.value for trial in search.frozen()] == pytest.approx([0.6, 0.5 / 3, 0.3 / 9, 0.2 / 9, 0.1 / 9])
+    assert list(trials_frame(search)["AP50"][1:]) == [0.5] * 4
+
+
+def test_a_trial_whose_driver_dies_at_a_rung_is_paused_there(make):
+    """Its report is recorded, and the decision is not."""
+    search = make(trials=5, pruner="promote", grace=1, sampler="random", config=load_config(NINE_EPOCHS))
+    for key in "abc":
+        search.ask(key)
+        search.report(search.number(key), 1, 0.5)
+    search.report(2, 2, 0.5)
+    search = open_search(search.folder)
+    assert search.reclaim(()) == [0, 2]
+    assert [state_of(trial) for trial in search.frozen()] == ["running", "paused", "running"]
+
+
+@pytest.mark.parametrize(("scheduler", "number", "epoch"), [("half", 1, 1), ("promote", 0, 1), ("promote", 1, 2), ("promote", 1, 9)])
+def test_only_promote_pauses_at_rungs_and_neither_trial_0_nor_the_last_epoch(make, scheduler, number, epoch):
+    search = make(trials=5, pruner=scheduler, grace=1, sampler="random", config=load_config(NINE_EPOCHS))
+    for _ in range(2):
+        search.ask()
+    search.report(number, epoch, 0.5)
+    assert not search.pause(number, epoch)
+
+
+def test_the_time_of_a_pause_is_none_of_the_trials(make, monkeypatch):
+    search = make(trials=3, pruner="promote", grace=1, sampler="random", config=load_config(NINE_EPOCHS))
+    search.ask()
+    search.tell(0, "complete", 0.1)
+    search.ask()
+    begin = search.frozen()[1].datetime_start.timestamp()
+    clock = iter([begin + 10, begin + 100, begin + 105])
+    monkeypatch.setattr(study.time, "time", lambda: next(clock))
+    search.report(1, 1, 0.5)
+    assert seconds_of(search.frozen()[1]) is None
+    assert search.pause(1, 1)
+    assert seconds_of(search.frozen()[1]) == pytest.approx(10)
+    search.ask()
+    search.report(2, 1, 0.1)
+    assert search.ask("promoted")[0] == 1
+    assert turns_of(search.frozen()[1]) == [[pytest.approx(begin), pytest.approx(begin + 10)], [pytest.approx(begin + 100), None]]
+    search.report(1, 3, 0.5)
+    assert search.pause(1, 3)
+    search.end_paused()
+    assert seconds_of(search.frozen()[1]) == pytest.approx(15)
+    assert trials_frame(search)["seconds"][1] == pytest.approx(15)
 
 
 def test_the_members_of_a_population_are_compared_at_the_same_epoch(make):
