@@ -2,7 +2,8 @@
 
 A Gaussian process models the objective over the settings and the share of the epochs that are left. A report of a trial enters carried
 forward by what other trials gained from there on. What this neglects, such as that small learning rates gain more at the end, is alike for
-similar settings: the model learns it from trials that went on, and stays unsure of settings with which all trials were stopped early. A
+similar settings: the model learns it from trials that went on, and stays unsure of settings with which all trials were stopped early. The
+first draws, before there is a model, are spread over the space. A
 running trial also enters with what the model expects of it at the last epoch, as if that were known already, so that draws at the same
 time spread. The next settings are the candidate with the largest expected improvement at the last epoch.
 """
@@ -27,6 +28,7 @@ CANDIDATES = {None: 200, 0.1: 150, 0.03: 50}  # how many are drawn around the be
 OTHER_CHOICE = 0.1  # the probability that a candidate near the best point has another choice of a setting
 MODELED = 300  # the model has at most so many reports: the best of those that are the last of their trial, and a sample of the others
 BELIEVED_NOISE = 0.1
+STRATA = 8  # so many first draws are one in each part of every range
 TAIL = 1.5  # an objective counts as no lower than so many times the distance of the best from the median, below the median
 PRIOR_SD, PRIOR_SHARE = 0.2, 0.5  # the width of a prior, in parts of a range; the share of the first draws that come from it
 PRIOR_WEIGHT = 5.0  # trials after which the model counts as much as the prior
@@ -37,15 +39,16 @@ class CurveSampler(optuna.samplers.BaseSampler):
     """Optuna sampler that draws the settings of a trial from a model of all trials with a report.
 
     Args:
-        seed: Seed of the draws. Together with the trials of the study it decides the next one.
+        seed: Seed of the draw. Together with the trials of the study it decides the next one.
         space: The search space.
-        startup: The number of trials with a report that the model needs; before, settings are drawn at random.
+        startup: The number of trials with a report that the model needs; before, settings are drawn from Latin hypercubes.
+        search_seed: Seed of the Latin hypercubes, the same for all draws of a search.
         prior: Settings that are believed to be good, by dotted name. The first draws are often near them, and the model prefers
             candidates near them, less so the more trials there are (Hvarfner et al. 2022, arXiv:2204.11051).
     """
 
-    def __init__(self, seed: int, space: Space, startup: int, prior: Sequence[Mapping[str, Any]] = ()) -> None:
-        self.cube, self.startup = Cube(space), startup
+    def __init__(self, seed: int, space: Space, startup: int, search_seed: int, prior: Sequence[Mapping[str, Any]] = ()) -> None:
+        self.cube, self.startup, self.search_seed = Cube(space), startup, search_seed
         self.random = np.random.default_rng(seed)
         self.independent = optuna.samplers.RandomSampler(seed=seed)
         self.prior = self.cube.positions(prior)
@@ -69,7 +72,7 @@ class CurveSampler(optuna.samplers.BaseSampler):
         if trials <= self.startup or not len(points):
             near = len(self.prior) and self.random.random() < PRIOR_SHARE
             start = self.prior[self.random.integers(len(self.prior))] if near else None
-            return self.cube.values(self._around(start, PRIOR_SD if near else None, 1)[0])
+            return self.cube.values(self._around(start, PRIOR_SD, 1)[0] if near else self._spread(trial.number))
         owner = np.append(self.cube.owner, len(self.cube.distributions))
         model = GaussianProcess(self._coordinates(points, left), values, np.ones(len(values)), owner)
         expected = model.predict_mean(self._coordinates(points))
@@ -86,6 +89,14 @@ class CurveSampler(optuna.samplers.BaseSampler):
     def _coordinates(self, positions: np.ndarray, left: np.ndarray | float = 0.0) -> np.ndarray:
         """Return the coordinates [n, coordinates] of positions [n, settings] with a share [n] of the epochs left."""
         return np.column_stack([self.cube.coordinates(positions), np.broadcast_to(left, len(positions))])
+
+    def _spread(self, number: int) -> np.ndarray:
+        """Return the position [settings] of a trial in a Latin hypercube (McKay et al. 1979) of ``STRATA`` trials."""
+        block, own = divmod(max(number - 1, 0), STRATA)  # trial 0 has the default settings
+        random = np.random.default_rng([self.search_seed, block])
+        strata = random.permuted(np.tile(np.arange(STRATA), (len(self.cube.distributions), 1)), axis=1)
+        positions = (strata + random.uniform(size=strata.shape)) / STRATA
+        return self.cube.snap(positions[:, own][None])[0]
 
     def _around(self, point: np.ndarray | None, sd: float | None, count: int) -> np.ndarray:
         """Draw ``count`` positions near ``point``, or everywhere if there is none or ``sd`` is None."""

@@ -53,7 +53,7 @@ TAKE_SEVERAL = ("tpe", "random")  # the samplers that take several objectives
 # The user attribute for population-based training, a list of {"after": epoch, "from": trial, "settings": drawn}.
 TAKEN_OVER = "taken over"
 FIRST_POINTS, PRIOR_POINTS = 3, 5  # of an earlier search: those that are tried first, and those that the draws begin near
-MODEL_STARTUP = 6  # random draws before the model of the sampler gp
+MODEL_STARTUP = 6  # draws before the model of the sampler gp
 REDUCTION = 3  # each rung is at three times the epochs of the one before; asha and evidence let a third of the trials pass
 HALF = 2  # half and promote let half of the trials pass
 TURNS = "turns"  # the user attribute of a trial that was paused: the times in seconds since 1970 at which it ran, as [start, end or None]
@@ -666,7 +666,7 @@ def make_sampler(
 
     Args:
         name: One of ``SAMPLERS``.
-        seed: One or several numbers that seed it.
+        seed: One number that seeds it, or several: that of the search, then those of the draw.
         trials: The number of trials of the search.
         space: The search space.
         prior: Drawn settings that are believed to be good; only ``gp`` uses them.
@@ -677,6 +677,7 @@ def make_sampler(
     _check_name("sampler", name, SAMPLERS)
     if name == "cmaes" and importlib.util.find_spec("cmaes") is None:
         raise UserError("--sampler cmaes needs the package cmaes: pip install cmaes")
+    search_seed = seed if isinstance(seed, int) else seed[0]
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     startup = min(10, max(3, trials // 4))  # random draws first; Optuna's 10 would be all of a short search
     with warnings.catch_warnings():
@@ -685,7 +686,7 @@ def make_sampler(
             # Grouping models conditional settings apart from the others.
             return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True)
         if name == "gp":
-            return CurveSampler(seed, space, min(startup, MODEL_STARTUP), prior)
+            return CurveSampler(seed, space, min(startup, MODEL_STARTUP), search_seed, prior)
         if name == "cmaes":
             return optuna.samplers.CmaEsSampler(seed=seed, consider_pruned_trials=True, warn_independent_sampling=False)
         return optuna.samplers.RandomSampler(seed=seed)

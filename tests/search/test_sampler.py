@@ -27,8 +27,8 @@ def place(params) -> float:
     return (math.log10(params["optim.lr"]) + 5) / 2
 
 
-def draw(study, seed, space=SPACE, prior=(), startup=6):
-    study.sampler = CurveSampler(seed, space, startup, prior)
+def draw(study, seed, space=SPACE, prior=(), startup=6, search_seed=0):
+    study.sampler = CurveSampler(seed, space, startup, search_seed, prior)
     trial = study.ask()
     space.suggest(trial)
     return trial
@@ -50,6 +50,19 @@ def near(params) -> float:
     return 0.5 - (place(params) - 0.65) ** 2
 
 
+def test_the_first_draws_are_spread_over_every_range_and_choice():
+    """Before any report, as where many trials start together."""
+    study = optuna.create_study()
+    study.enqueue_trial({"optim.lr": 1e-4, "loss.eos_coef": 0.5})  # as trial 0, which is not drawn
+    drawn = [draw(study, number) for number in range(17)][1:]
+    for first in (0, 8):
+        places = [(place(trial.params), trial.params["loss.eos_coef"]) for trial in drawn[first : first + 8]]
+        assert [sorted(int(8 * each) for each in column) for column in zip(*places, strict=True)] == [list(range(8))] * 2
+    study = optuna.create_study()
+    schedules = [draw(study, number, CHOICES).params["optim.schedule"] for number in range(9)][1:]
+    assert sorted(schedules) == ["cosine"] * 4 + ["step"] * 4
+
+
 def test_stopped_trials_are_learned_from():
     """None of the trials is complete, and the later ones are near the top."""
     study = search(near, 20)
@@ -62,7 +75,7 @@ def test_stopped_trials_are_learned_from():
 def test_draws_at_the_same_time_spread():
     study = search(near, 10)
     drawn = [draw(study, 100).params for _ in range(8)]  # the same seed every time: only the running trials differ
-    assert len({round(place(params), 2) for params in drawn} | {round(params["loss.eos_coef"], 2) for params in drawn}) >= 8
+    assert len({round(place(params), 2) for params in drawn} | {round(params["loss.eos_coef"], 2) for params in drawn}) >= 5
 
 
 def test_a_draw_leaves_the_other_cores_alone(monkeypatch):
@@ -115,10 +128,14 @@ def test_choices_conditions_and_whole_numbers_are_learned():
 def test_a_prior_is_where_the_first_draws_are():
     prior = [{"optim.lr": 1e-5 * 10**1.3, "loss.eos_coef": 0.5}]
     with_prior, without = (
-        [abs(place(trial.params) - 0.65) for seed in range(40) for trial in [draw(optuna.create_study(), seed, prior=some)]]
+        [
+            abs(place(trial.params) - 0.65)
+            for seed in range(200)
+            for trial in [draw(optuna.create_study(), seed, prior=some, search_seed=seed)]
+        ]
         for some in (prior, ())
     )
-    assert np.mean(with_prior) < 0.8 * np.mean(without)
+    assert np.mean(with_prior) < 0.85 * np.mean(without)
     assert max(with_prior) > 0.4  # some draws are anywhere
 
 
