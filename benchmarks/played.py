@@ -16,7 +16,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from benchmarks.measure import table
 from benchmarks.surfaces import EPOCH_SD, EPOCHS, KINDS, SEED_SD, Surface
-from raydetr.search.halving import PAUSED, PROMOTED, last_rung, next_promotion
+from raydetr.search.halving import PAUSED, PROMOTED, best_of_rung, last_rung, next_promotion
 from raydetr.search.population import better_trial, moved
 from raydetr.search.study import HALF, REDUCTION, make_pruner, make_sampler
 
@@ -167,6 +167,9 @@ def play(surface: Surface, arm: Arm, trials: int, concurrent: int, epochs: float
         elif not diverged and trial.should_prune() and number:  # trial 0 is never stopped, and the others are compared with it
             study.tell(trial, state=TrialState.PRUNED)
         elif not diverged and arm.promotes and number and epoch == last_rung(epoch, GRACE, REDUCTION):
+            if number in best_of_rung(study.get_trials(deepcopy=False), epoch, HALF):
+                heapq.heappush(queue, (now + pace[number], number, epoch + 1, trial, curve))
+                continue
             trial.set_user_attr(PAUSED, epoch)
             paused[number] = epoch, trial, curve
         else:

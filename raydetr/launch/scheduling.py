@@ -34,7 +34,7 @@ from raydetr.search.study import TRIALS_FOLDER, Search
 from raydetr.search.trials import TrialsDisplay
 from raydetr.storage import LAST, OWNER, copy, fetch, is_uri, join, push, remove_tokens, working_folder
 from raydetr.text import count
-from raydetr.training.metrics import LATENCY, REPORTED, WHERE
+from raydetr.training.metrics import LAST_EPOCH, LATENCY, REPORTED, WHERE
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
 
 RESUME_STATE = (
@@ -103,8 +103,8 @@ class StudySearcher(Searcher):
         return assigned | {"node": self.live[trial_id]}
 
     def _finish(self) -> str | None:
-        """Return whether the search is finished; it then records the paused trials as pruned, which none that runs can change."""
-        if self.live and any(map(is_paused, self.search.frozen())):
+        """Return ``Searcher.FINISHED``, after recording the paused trials as pruned; None while a running trial may change that."""
+        if self.live and self.search.scheduler == "promote":
             return None
         ended = self.search.end_paused()
         if ended:
@@ -171,8 +171,8 @@ class StudySearcher(Searcher):
             result: What the trial reported last. ``failed`` (a reason) or ``finished`` says how it ended.
             error: Whether its process was lost.
         """
+        was_live, number = trial_id in self.live, self.search.number(trial_id)
         self.live.pop(trial_id, None)
-        number = self.search.number(trial_id)
         if number is None:
             return
         result = result or {}
@@ -184,6 +184,10 @@ class StudySearcher(Searcher):
         elif not error and self.search.should_stop(number):
             self.search.tell(number, "pruned", metrics=reported_metrics(result))
         elif not self.search.frozen()[number].state.is_finished():
+            if not error and is_paused(self.search.frozen()[number]):
+                self.search.push()
+            elif error and was_live:
+                self.search.hand_out_again(number)
             return
         self.search.push()  # before stripping: a trial that is unfinished according to the store is resumed from its last.pth
         self._stripping.submit(self._strip, number)
@@ -219,6 +223,21 @@ class StudyScheduler(FIFOScheduler):
         self.reasons: dict[str, str] = {}  # why a trial's process was lost the last time, by Ray Tune's id
         self.repeated: set[str] = set()  # trials with the same error twice, and no epoch in between
         self.full = ""  # a trial's message about a full disk
+
+    def choose_trial_to_run(self, tune_controller):
+        """Return the trial to run next, as ``FIFOScheduler`` does.
+
+        Ray Tune gives up a trial whose process it cannot use again, and tells nobody. That trial is handed out once more.
+
+        Args:
+            tune_controller: Ray Tune's controller.
+
+        Returns:
+            Ray Tune's trial, or None.
+        """
+        for given_up in [each for each in tune_controller.get_trials() if each.status == Trial.ERROR]:
+            tune_controller.search_alg.on_trial_complete(given_up.trial_id, error=True)
+        return super().choose_trial_to_run(tune_controller)
 
     def on_trial_error(self, tune_controller, trial) -> None:
         """Count the loss of a trial's process, unless its node was lost with it. Ray Tune then starts the trial again.
@@ -277,6 +296,8 @@ class StudyScheduler(FIFOScheduler):
             return FIFOScheduler.CONTINUE
         self.reasons.pop(trial.trial_id, None)  # faults count as repeated only without a finished epoch in between
         self.search.report(number, result["epoch"], best_so_far(self.search, number, result), result)
+        if result.get(LAST_EPOCH):
+            return FIFOScheduler.CONTINUE
         ends = self.search.should_stop(number) or self.search.pause(number, result["epoch"], reported_metrics(result))
         return FIFOScheduler.STOP if ends else FIFOScheduler.CONTINUE
 

@@ -152,14 +152,15 @@ def trial_resources(assigned: Mapping[str, Any]) -> ray.tune.PlacementGroupFacto
     return ray.tune.PlacementGroupFactory([bundle], "STRICT_PACK", _soft_target_node_id=assigned["node"])
 
 
-def check_disk(config: settings.Config, folder: Path, trials: int, unfinished: int) -> str:
+def check_disk(config: settings.Config, folder: Path, trials: int, concurrent: int, pauses: bool = False) -> str:
     """Check that the disk has room for the checkpoints of a search.
 
     Args:
         config: Settings of the trials.
         folder: Folder of the search, which need not exist yet.
         trials: Number of trials in all.
-        unfinished: Number of trials that run or are paused at a time.
+        concurrent: Number of trials at a time.
+        pauses: Whether trials are paused, which keep what they need to resume.
 
     Returns:
         A forecast of what the search keeps, for messages.
@@ -168,12 +169,13 @@ def check_disk(config: settings.Config, folder: Path, trials: int, unfinished: i
         UserError: The disk of ``folder`` has too little free space.
     """
     weights = weights_bytes(config)
+    unfinished = trials if pauses else concurrent
     needed = trials * 2 * weights + unfinished * 3 * weights  # best.pth and last.pth; optimizer (2) and moving average of unfinished trials
     forecast = f"{trials} trials x 2 x {weights / 1e6:.0f} MB"
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(parent).free
     if needed > free:
-        less = "; --scheduler half keeps less, since it pauses no trial" if unfinished == trials else ""
+        less = "; --scheduler half keeps less, since it pauses no trial" if pauses else ""
         here = f"{parent} has {free / 1e9:.1f} GB free{less}"
         raise UserError(f"run.storage: {forecast} and what unfinished trials need are {needed / 1e9:.1f} GB, {here}")
     return forecast

@@ -111,7 +111,7 @@ def tune(
             slots = find_slots(config, demands, trials)
             sampler = sampler or default_sampler(slots.concurrent, scheduler, also)
             scheduler = scheduler or default_scheduler(sampler, also)
-            check_disk(config, working_folder(root), trials, trials if scheduler == "promote" else slots.concurrent)
+            check_disk(config, working_folder(root), trials, slots.concurrent, scheduler == "promote")
             images = share_images(config)
         refresh_working_copy(root)
         search = create_search(
@@ -140,7 +140,8 @@ def default_sampler(concurrent: int, scheduler: str | None, also: Sequence[str] 
         scheduler: The scheduler that was asked for; None: the default.
         also: Further objectives of the search.
     """
-    return SAMPLER_OF_TOO_MANY if concurrent >= TOO_MANY or scheduler == "pbt" or also else DEFAULT_SAMPLER
+    too_many = concurrent >= TOO_MANY and scheduler != "promote"
+    return SAMPLER_OF_TOO_MANY if too_many or scheduler == "pbt" or also else DEFAULT_SAMPLER
 
 
 def default_scheduler(sampler: str, also: Sequence[str] = ()) -> str:
@@ -431,7 +432,8 @@ def finish(search: Search, interrupted: bool = False) -> None:
     best = search.best()
     failed = [trial for trial in search.frozen() if "reason" in trial.user_attrs]
     if best is None:
-        if failed and not interrupted:
+        unfinished = any(not trial.state.is_finished() and trial.datetime_start for trial in search.frozen())
+        if failed and not interrupted and not unfinished:
             raise UserError(f"all {len(failed)} trials failed, the first of them: {failed[0].user_attrs['reason']}")
         return
     write_best(search.folder)

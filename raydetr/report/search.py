@@ -224,10 +224,9 @@ def _card_seconds(trials: Iterable[FrozenTrial]) -> float:
     """Return for how long GPUs were busy, each card counted once where several trials shared it; 0 without GPUs."""
     busy: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for trial in trials:
-        where = reported_metrics(trial)
-        for number in filter(None, str(where.get("cards", "")).split(",")):
-            turns = [(start, end) for start, end in turns_of(trial) if start is not None and end is not None]
-            busy.setdefault((str(where.get("node")), number), []).extend(turns)
+        for start, end, where in turns_of(trial):
+            for number in filter(None, str(where.get("cards", "")).split(",")):
+                busy.setdefault((str(where.get("node")), number), []).append((start, start if end is None else end))
     seconds = 0.0
     for spans in busy.values():
         until = 0.0
@@ -399,7 +398,7 @@ def _kind(search: Search, trial: FrozenTrial) -> str:
 
 
 def _title(search: Search, trial: FrozenTrial) -> str:
-    value = f", {search.metric} {points(objective(trial))}" if trial.state.is_finished() and objective(trial) is not None else ""
+    value = f", {search.metric} {points(objective(trial))}" if objective(trial) is not None else ""
     return f"{search.trial_name(trial.number)}: {state_of(trial)} after {count(epochs_of(trial), 'epoch')}{value}"
 
 
@@ -451,7 +450,7 @@ def _curves(search: Search) -> Markup:
 
 def _timeline(search: Search) -> Markup:
     turns = {trial.number: turns_of(trial) for trial in search.frozen() if trial.datetime_start}
-    known = [moment for spans in turns.values() for span in spans for moment in span if moment is not None]
+    known = [moment for spans in turns.values() for start, end, _ in spans for moment in (start, end) if moment is not None]
     begin, latest = min(known), max(known)
     total = max(latest - begin, 1.0)
     unit, name = (3600.0, "hours") if total > 7200 else (60.0, "minutes") if total > 180 else (1.0, "seconds")
@@ -460,9 +459,9 @@ def _timeline(search: Search) -> Markup:
     thickness = min(8.0, 150 / (last + 1))
     for number, spans in turns.items():
         trial = search.frozen()[number]
-        for start, end in spans:
-            shown = [((latest if moment is None else moment) - begin) / unit for moment in (start, end)]
-            figure.bar(shown[0], shown[1], number, _kind(search, trial), _title(search, trial), thickness)
+        for start, end, _ in spans:
+            until = latest if end is None else end
+            figure.bar((start - begin) / unit, (until - begin) / unit, number, _kind(search, trial), _title(search, trial), thickness)
     return figure.svg()
 
 

@@ -30,10 +30,10 @@ class RungPruner(optuna.pruners.BasePruner):
         """Return whether to stop a trial."""
         reached = trial.last_step or 0
         rung = last_rung(reached, self.grace, self.spacing)
-        own = _value_at(trial, rung) if rung else None
+        own = value_at(trial, rung) if rung else None
         if own is None or (reached > rung and not self.again):
             return False
-        values = sorted(value for each in study.get_trials(deepcopy=False) if (value := _value_at(each, rung)) is not None)
+        values = sorted(value for each in study.get_trials(deepcopy=False) if (value := value_at(each, rung)) is not None)
         return own < values[-max(1, len(values) // self.passing)]
 
 
@@ -78,15 +78,25 @@ def next_promotion(trials: Sequence[FrozenTrial], passing: int) -> int | None:
     """
     paused = {trial.number: trial.user_attrs[PAUSED] for trial in trials if is_paused(trial)}
     for rung in sorted(set(paused.values()), reverse=True):
-        reached = {trial.number: value for trial in trials if (value := _value_at(trial, rung)) is not None}
-        best = sorted(reached, key=lambda number: (-reached[number], number))[: len(reached) // passing]
-        for number in best:
+        for number in best_of_rung(trials, rung, passing):
             if paused.get(number) == rung:
                 return number
     return None
 
 
-def _value_at(trial: FrozenTrial, epoch: int) -> float | None:
+def best_of_rung(trials: Sequence[FrozenTrial], rung: int, passing: int) -> list[int]:
+    """Return the numbers of the trials that pass a rung, the best first.
+
+    Args:
+        trials: All trials of the search.
+        rung: The epochs that the rung is at.
+        passing: One of so many trials that have reached it passes.
+    """
+    reached = {trial.number: value for trial in trials if (value := value_at(trial, rung)) is not None}
+    return sorted(reached, key=lambda number: (-reached[number], number))[: len(reached) // passing]
+
+
+def value_at(trial: FrozenTrial, epoch: int) -> float | None:
     """The objective after an epoch, or after the last one before it that has a report; None if the trial has not come so far."""
     known = trial.intermediate_values
     if epoch in known:

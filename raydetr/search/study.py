@@ -31,7 +31,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raydetr.config import PATH_SETTINGS, Config, by_name, read_config, read_yaml_nodes, with_settings, write_yaml, yaml_value
 from raydetr.errors import UserError
-from raydetr.search.halving import PAUSED, PROMOTED, RungPruner, is_paused, last_rung, next_promotion
+from raydetr.search.halving import PAUSED, PROMOTED, RungPruner, best_of_rung, is_paused, last_rung, next_promotion, value_at
 from raydetr.search.journal import StudyJournal
 from raydetr.search.population import better_trial, check_population, moved
 from raydetr.search.sampler import CurveSampler
@@ -56,7 +56,7 @@ FIRST_POINTS, PRIOR_POINTS = 3, 5  # of an earlier search: those that are tried 
 MODEL_STARTUP = 6  # draws before the model of the sampler gp
 REDUCTION = 3  # each rung is at three times the epochs of the one before; asha and evidence let a third of the trials pass
 HALF = 2  # half and promote let half of the trials pass
-TURNS = "turns"  # the user attribute of a trial that was paused: the times in seconds since 1970 at which it ran, as [start, end or None]
+TURNS = "turns"  # the user attribute of a trial that was paused: what turns_of returns
 LOCK_SECONDS = 2  # a live writer holds the journal's lock for milliseconds
 SPACE_FILE, CONFIG_FILE, STUDY_FILE = "space.yaml", "config.yaml", "study.journal"
 TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
@@ -190,7 +190,7 @@ class Search:
         self.study.sampler = make_sampler("random", 0, self.trials, self.space)  # nothing is drawn
         trial = optuna.Trial(self.study, self.frozen()[number]._trial_id)
         trial.set_user_attr(PROMOTED, trial.user_attrs[PAUSED])
-        trial.set_user_attr(TURNS, [*trial.user_attrs[TURNS], [time.time(), None]])
+        trial.set_user_attr(TURNS, [*trial.user_attrs[TURNS], [time.time(), None, {}]])
         if key:
             trial.set_user_attr("key", key)
         return number, self._draw(trial)
@@ -298,15 +298,17 @@ class Search:
         optuna.Trial(self.study, trial._trial_id).set_user_attr(GIVEN_UP, True)  # a pruner decides at a rung only once
         return True
 
-    def pause(self, number: int, epoch: int, metrics: Mapping[str, Any] | None = None) -> bool:
+    def pause(self, number: int, epoch: int, metrics: Mapping[str, Any] | None = None, end: float | None = None) -> bool:
         """Pause a running trial that has come to a rung, where it waits until :meth:`ask` promotes it. Only ``promote`` pauses trials.
 
-        Trial 0 is never paused, because the others are compared with it, nor is a trial after its last epoch.
+        A trial that is among the best of its rung already trains on. Trial 0 is never paused, because the others are compared with it,
+        nor is a trial after its last epoch. A trial whose report at the rung was lost is paused after the next one.
 
         Args:
             number: The trial.
             epoch: The epoch that it has finished and reported.
             metrics: Its metrics, to be kept beside the objective.
+            end: When it ended to run, in seconds since 1970; None: now.
 
         Returns:
             Whether the trial is paused.
@@ -314,14 +316,22 @@ class Search:
         trial = self.frozen()[number]
         if self._plan["pruner"] != "promote" or number == 0 or trial.state != TrialState.RUNNING:
             return False
-        at_rung = epoch == last_rung(epoch, self._plan["grace"], REDUCTION) and epoch in trial.intermediate_values
-        if not at_rung or trial.user_attrs.get(PROMOTED, 0) >= epoch or epoch >= self.config(number).optim.epochs:
+        rung = last_rung(epoch, self._plan["grace"], REDUCTION)
+        asked = trial.user_attrs.get(PROMOTED, 0) >= rung or value_at(trial, rung) is None
+        if asked or epoch >= self.config(number).optim.epochs:
             return False
         live = optuna.Trial(self.study, trial._trial_id)
+        if number in best_of_rung(self.frozen(), rung, HALF):
+            live.set_user_attr(PROMOTED, rung)
+            return False
         self._keep_metrics(live, metrics)
-        live.set_user_attr(TURNS, _with_end(turns_of(trial), time.time()))
-        live.set_user_attr(PAUSED, epoch)
+        live.set_user_attr(TURNS, _with_end(turns_of(trial), time.time() if end is None else end, _where(metrics or {})))
+        live.set_user_attr(PAUSED, rung)
         return True
+
+    def hand_out_again(self, number: int) -> None:
+        """Let :meth:`ask` return a running trial again, because its process is gone and nobody starts it anew."""
+        self._again.append(number)
 
     def end_paused(self) -> list[int]:
         """Record the paused trials as pruned, because no other trial will come to their rungs, and return their numbers."""
@@ -382,24 +392,25 @@ class Search:
         Returns:
             The numbers of the trials to hand out again.
         """
+        stopped = (self.folder / STUDY_FILE).stat().st_mtime  # the last that is known of the process that ran the search
         lost = [trial for trial in self._unfinished(known) if not is_paused(trial)]
         for trial in lost:
             if GIVEN_UP in trial.user_attrs:
                 self.tell(trial.number, "pruned")
         others = [trial for trial in lost if GIVEN_UP not in trial.user_attrs]
-        self._again = [trial.number for trial in others if not self.pause(trial.number, epochs_of(trial))]
+        self._again = [trial.number for trial in others if not self.pause(trial.number, epochs_of(trial), end=stopped)]
         return list(self._again)
 
     def _unfinished(self, known: Collection[str]) -> list[FrozenTrial]:
         return [trial for trial in self.frozen() if trial.state == TrialState.RUNNING and trial.user_attrs.get("key") not in known]
 
     def best(self) -> FrozenTrial | None:
-        """Return the ended trial with the highest (first) objective, the first of equals; None if no trial has one."""
+        """Return the ended or paused trial with the highest (first) objective, the first of equals; None if no trial has one."""
         return next(iter(self.ranked()), None)
 
     def ranked(self) -> list[FrozenTrial]:
-        """Return the ended trials that have an objective, best first; with several objectives, by the first one."""
-        ended = [trial for trial in self.frozen() if trial.state.is_finished() and is_finite(objective(trial))]
+        """Return the ended and paused trials that have an objective, best first; with several objectives, by the first one."""
+        ended = [trial for trial in self.frozen() if (trial.state.is_finished() or is_paused(trial)) and is_finite(objective(trial))]
         return sorted(ended, key=lambda trial: (-(objective(trial) or 0.0), trial.number))
 
     def front(self) -> list[FrozenTrial]:
@@ -504,13 +515,16 @@ def _directions(objectives: Sequence[str]) -> list[StudyDirection]:
 
 
 def objective(trial: FrozenTrial | None) -> float | None:
-    """Return the first objective of a trial; None if it has none, or for None."""
+    """Return the first objective of a trial, for a paused one that of its last report; None if it has none, or for None."""
+    if trial and is_paused(trial):
+        return max(trial.intermediate_values.values(), default=None)
     return trial.values[0] if trial and trial.values else None
 
 
 def objectives_of(search: Search, trial: FrozenTrial) -> dict[str, float | None]:
     """Return the objectives of a trial by name; None for those that it does not have."""
-    return {name: trial.values[at] if trial.values and at < len(trial.values) else None for at, name in enumerate(search.objectives)}
+    values = trial.values or [objective(trial)]
+    return {name: values[at] if at < len(values) else None for at, name in enumerate(search.objectives)}
 
 
 def objective_text(name: str, value: float | None) -> str:
@@ -538,6 +552,8 @@ def check_request(space: Space, trials: int, sampler: str, pruner: str, grace: i
     make_pruner(pruner, grace, trials)
     if len(objectives) > 1:
         _check_several(objectives, sampler, pruner)
+    if pruner == "promote" and sampler not in ("gp", "random"):
+        raise UserError(f"--scheduler promote: --sampler {sampler} does not know paused trials; take --sampler gp, or --scheduler half")
     if pruner == "pbt":
         check_population(space)
 
@@ -921,21 +937,30 @@ def state_of(trial: FrozenTrial) -> str:
     return "paused" if is_paused(trial) else STATE_NAMES[trial.state]
 
 
-def turns_of(trial: FrozenTrial) -> list[list[float | None]]:
-    """Return when a trial ran, as [start, end] in seconds since 1970; the end is None while it runs.
+def turns_of(trial: FrozenTrial) -> list[tuple[float, float | None, dict[str, Any]]]:
+    """Return when and where a trial ran.
 
     Args:
         trial: A trial that has begun. One that was paused has several turns.
+
+    Returns:
+        For each turn its start and its end in seconds since 1970, None while it runs, and the ``node`` and ``cards`` that it ran on, as
+        far as they are known.
     """
-    begin = trial.datetime_start.timestamp() if trial.datetime_start else None
-    turns = trial.user_attrs.get(TURNS, [[begin, None]])
-    return turns if is_paused(trial) or not trial.datetime_complete else _with_end(turns, trial.datetime_complete.timestamp())
+    begin = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+    turns = [(start, end, where) for start, end, where in trial.user_attrs.get(TURNS, [[begin, None, {}]])]
+    ended = trial.datetime_complete
+    return _with_end(turns, ended.timestamp(), _where(reported_metrics(trial))) if ended else turns
 
 
-def _with_end(turns: Sequence[Sequence[float | None]], end: float) -> list[list[float | None]]:
-    """Return turns whose last one ends then, unless it has ended before."""
-    start, known = turns[-1]
-    return [*map(list, turns[:-1]), [start, end if known is None else known]]
+def _with_end(turns: Sequence[tuple[float, float | None, dict[str, Any]]], end: float, where: dict[str, Any]) -> list[Any]:
+    """Return turns whose last one ends then and there, unless it has ended before."""
+    start, known, _ = turns[-1]
+    return [*turns[:-1], (start, end, where)] if known is None else list(turns)
+
+
+def _where(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: metrics[name] for name in WHERE if name in metrics}
 
 
 def seconds_of(trial: FrozenTrial) -> float | None:
@@ -944,8 +969,9 @@ def seconds_of(trial: FrozenTrial) -> float | None:
     Args:
         trial: The trial.
     """
-    spans = turns_of(trial) if trial.datetime_start else [[None, None]]
-    return None if spans[-1][1] is None else sum((end or 0.0) - (start or 0.0) for start, end in spans)
+    spans = [(start, end) for start, end, _ in turns_of(trial) if end is not None] if trial.datetime_start else []
+    running = not trial.state.is_finished() and not is_paused(trial)
+    return None if running or not spans else sum(end - start for start, end in spans)
 
 
 def epochs_of(trial: FrozenTrial) -> int:

@@ -31,7 +31,7 @@ class TrialsDisplay:
         self.search, self.console = search, console
         self.last: dict[int, Mapping[str, Any]] = {}  # the last result of each trial
         self.began, self.ended_before = time.monotonic(), len(self._ended())
-        self.told = {(number, self._epochs(number)) for number in self._ended()}  # a promoted trial is told again, after more epochs
+        self.told = set(map(self._how, self._ended()))
         self.shown_at = -math.inf
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
@@ -62,9 +62,9 @@ class TrialsDisplay:
             return
         ended, best = self._ended(), self.search.best()
         for number in ended:
-            if (number, self._epochs(number)) in self.told:
+            if self._how(number) in self.told:
                 continue
-            self.told.add((number, self._epochs(number)))
+            self.told.add(self._how(number))
             self.console.print(self.line(self.search.frozen()[number], best, len(ended)), markup=False, soft_wrap=True)
 
     def line(self, trial: FrozenTrial, best: FrozenTrial | None, ended: int) -> str:
@@ -79,8 +79,7 @@ class TrialsDisplay:
         if state == "failed":
             how = trial.user_attrs.get("reason", "unknown reason")
         else:
-            objectives = {self.search.metric: _highest(trial)} if is_paused(trial) else objectives_of(self.search, trial)
-            values = (f"{name} {_shown(name, value)}" for name, value in objectives.items())
+            values = (f"{name} {_shown(name, value)}" for name, value in objectives_of(self.search, trial).items())
             how = f"{', '.join(values)} in {count(epochs_of(trial), 'epoch')}"
         so_far = f"; best so far {_number(objective(best))} in trial {best.number}" if best else ""
         return f"{ended}/{self._total(ended)} {self.search.trial_name(trial.number)} {state}: {how}{so_far}, {self._left(ended)} left"
@@ -93,16 +92,15 @@ class TrialsDisplay:
         title = f"{ended} of {count(self._total(ended), 'trial')} {how}, {self._left(ended)} left"
         names = self.search.space.names
         table = Table("trial", "state", "epoch", self.search.metric, "best", *(name.split(".")[-1] for name in names), title=title)
-        begun = [trial for trial in self.search.frozen() if trial.state == TrialState.RUNNING]
-        running, paused = [[trial for trial in begun if is_paused(trial) == which] for which in (False, True)]
-        others = sorted([*self.search.ranked(), *paused], key=lambda trial: objective(trial) or _highest(trial) or 0.0, reverse=True)
-        for trial in [*running, *others][:SHOWN]:
+        running = [trial for trial in self.search.frozen() if trial.state == TrialState.RUNNING and not is_paused(trial)]
+        for trial in [*running, *self.search.ranked()][:SHOWN]:
             last = self.last.get(trial.number, {})
             drawn = self.search.settings(trial.number)
             values = [_number(drawn.get(name)) for name in names]
             style = "bold" if best and trial.number == best.number else None
             state, epoch = state_of(trial), str(epochs_of(trial))
-            reached = _number(last.get(self.search.metric)), _number(_highest(trial))
+            highest = max(trial.intermediate_values.values(), default=None)
+            reached = _number(last.get(self.search.metric)), _number(highest)
             table.add_row(str(trial.number), state, epoch, *reached, *values, style=style)
         return table
 
@@ -110,8 +108,10 @@ class TrialsDisplay:
         """The trials that have ended or are paused: most of those are not promoted."""
         return [trial.number for trial in self.search.frozen() if trial.state.is_finished() or is_paused(trial)]
 
-    def _epochs(self, number: int) -> int:
-        return epochs_of(self.search.frozen()[number])
+    def _how(self, number: int) -> tuple[int, int, str]:
+        """What is told of a trial once: a promoted one is told again, but not that it stays as it was paused."""
+        trial = self.search.frozen()[number]
+        return number, epochs_of(trial), state_of(trial).replace("paused", "pruned")
 
     def _total(self, ended: int) -> int:
         """The number of trials there will be: a resumed search may have been asked for fewer than it already has."""
@@ -123,13 +123,9 @@ class TrialsDisplay:
         left = self._total(ended) - ended
         if left == 0:
             return clock(0)
-        if ended == self.ended_before:
+        if ended <= self.ended_before:
             return "?"
         return clock((time.monotonic() - self.began) / (ended - self.ended_before) * left)
-
-
-def _highest(trial: FrozenTrial) -> float | None:
-    return max(trial.intermediate_values.values(), default=None)
 
 
 def _shown(name: str, value: float | None) -> str:

@@ -30,7 +30,7 @@ from raydetr.training.engine import Detections, choose_device, evaluate, gathere
 from raydetr.training.failures import BestEffort, failures_explained
 from raydetr.training.folds import finish_folds, fold_configs, folds_sentence, mean_metrics, start_folds
 from raydetr.training.latency import seconds_per_image
-from raydetr.training.metrics import LATENCY, MASK_METRICS, losses_in
+from raydetr.training.metrics import LAST_EPOCH, LATENCY, MASK_METRICS, losses_in
 from raydetr.training.random_state import get_random_state
 from raydetr.training.recorder import EpochResults, NoRecorder, Recorder, open_recorder
 from raydetr.training.reporter import LocalReporter, Reporter
@@ -155,7 +155,8 @@ def _train_epoch(run: Run, recorder: Recorder | NoRecorder) -> None:
     run.metrics = _metrics(progress, train, val, scores) | {"seconds": time.perf_counter() - started} | _latency(run)
     random_states = gathered(get_random_state(training.device))
     recorder.record_epoch(EpochResults(train, val, detections, scores, curve, best, random_states))
-    run.reporter.report(run.metrics, run.folder / LAST if run.reporter.rank == 0 else None)
+    last = {LAST_EPOCH: True} if run.finished else {}
+    run.reporter.report({**run.metrics, **last}, run.folder / LAST if run.reporter.rank == 0 else None)
     run.show({"kind": "epoch", "epoch": epoch, "metrics": run.metrics, "seconds": time.perf_counter() - started, "best": best})
 
 

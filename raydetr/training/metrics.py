@@ -24,6 +24,7 @@ REPORTED = (
     "seconds",
 )
 LATENCY = "latency"  # seconds of one image through the evaluated model, where a search asks for it; known after the last epoch
+LAST_EPOCH = "last_epoch"  # True in the report of the last epoch, also where optim.patience ends the run
 WHERE = ("node", "cards")  # of a trial: the Ray node that it ran on last, and its GPUs there
 
 

@@ -226,6 +226,45 @@ def test_a_trial_that_comes_to_a_rung_gives_its_slot_away_and_gets_one_when_it_i
     assert report("c", 3, 0.5) == StudyScheduler.CONTINUE
 
 
+def test_a_free_slot_without_a_trial_for_it_is_not_the_end_while_trials_run(promoting):
+    """Both trials run and none is paused yet: what they leave may be promoted."""
+    search, searcher, report = promoting
+    searcher.demands = Demands(concurrent=3)
+    for key in "ab":
+        searcher.suggest(key)
+    assert searcher.suggest("c") is None
+    report("a", 2, 0.1)
+    report("b", 1, 0.5)
+    assert report("b", 2, 0.5) == StudyScheduler.CONTINUE  # in the better half as it comes to the rung
+    searcher.on_trial_complete("a", {"failed": "no image can be read"})
+    assert searcher.suggest("c") is None
+    searcher.on_trial_complete("b", {"epoch": 9, "AP": 0.5, "finished": True})
+    assert searcher.suggest("c") == "FINISHED"
+    assert [trial.state.name for trial in search.frozen()] == ["FAIL", "COMPLETE"]
+
+
+def test_a_trial_that_ray_tune_gave_up_is_handed_out_again(promoting):
+    search, searcher, _ = promoting
+    for key in "ab":
+        searcher.suggest(key)
+    controller = Controller(SimpleNamespace(trial_id="b", status=Trial.ERROR))
+    controller.search_alg = searcher
+    for _ in range(2):
+        assert StudyScheduler(search).choose_trial_to_run(controller) is None
+    assert list(searcher.live) == ["a"]
+    assert searcher.suggest("c")["number"] == 1
+    assert searcher.suggest("d") is None
+
+
+def test_a_trial_whose_patience_ends_at_a_rung_is_not_paused_there(promoting):
+    search, searcher, _ = promoting
+    for key in "ab":
+        searcher.suggest(key)
+    trial = SimpleNamespace(trial_id="b")
+    result = {"epoch": 2, "AP": 0.5, "last_epoch": True}
+    assert StudyScheduler(search).on_trial_result(Controller(trial), trial, result) == StudyScheduler.CONTINUE
+
+
 def test_the_search_ends_when_no_paused_trial_can_be_promoted(promoting):
     search, searcher, report = promoting
     for key in "ab":

@@ -56,21 +56,20 @@ def test_a_search_is_told_with_all_its_charts(make):
 
 
 def test_a_paused_trial_is_shown_with_each_of_its_turns(make):
-    search = make(ends=[0.2], trials=3, pruner="promote")
-    assert search.ask()[0] == 1
-    for epoch in (1, 3):
-        search.report(1, epoch, 0.1 * epoch)
-        assert search.pause(1, epoch)
-        assert search.ask()[0] == 1  # promoted
-    search.ask()
-    search.report(2, 1, 0.01)
-    assert search.pause(2, 1)
+    search = make(ends=[0.2], trials=4, pruner="promote")
+    for number, value in enumerate((0.02, 0.01, 0.005), 1):
+        search.ask()
+        search.report(number, 1, value)
+        assert search.pause(number, 1)
+    assert search.ask()[0] == 1  # promoted
+    search.report(1, 3, 0.03)
+    assert search.pause(1, 3)
     written = report([search.folder])
     page = page_of(written)
-    assert "1 complete, 1 paused" in page.words
-    assert [row[:2] for row in page.tables[-1][1:]] == [["0", "complete"], ["1", "running"], ["2", "paused"]]
+    assert "1 complete, 3 paused" in page.words
+    assert [row[:3] for row in page.tables[-1][1:3]] == [["0", "complete", "20.0"], ["1", "paused", "3.0"]]
     timeline = written.read_text().split('aria-label="When each trial ran')[1].split("</svg>")[0]
-    assert timeline.count(f"{search.trial_name(1)}: running after 3 epochs") == 3
+    assert timeline.count(f"{search.trial_name(1)}: paused after 3 epochs") == 2
 
 
 def test_the_tables_hold_metrics_and_settings_and_nothing_else(make):

@@ -344,42 +344,89 @@ def test_paused_trials_are_promoted_before_a_new_one_begins_and_end_as_pruned(ma
 def test_a_trial_whose_driver_dies_at_a_rung_is_paused_there(make):
     """Its report is recorded, and the decision is not."""
     search = make(trials=5, pruner="promote", grace=1, sampler="random", config=load_config(NINE_EPOCHS))
-    for key in "abc":
+    for number, key in enumerate("abcd"):
         search.ask(key)
-        search.report(search.number(key), 1, 0.5)
-    search.report(2, 2, 0.5)
+        search.report(number, 1, 0.5 - number / 10)
+    search.report(3, 2, 0.5)  # its report at the rung was handled, and the decision lost
     search = open_search(search.folder)
-    assert search.reclaim(()) == [0, 2]
-    assert [state_of(trial) for trial in search.frozen()] == ["running", "paused", "running"]
+    assert search.reclaim(()) == [0, 1]  # trial 1 is in the better half
+    assert [state_of(trial) for trial in search.frozen()] == ["running", "running", "paused", "paused"]
 
 
-@pytest.mark.parametrize(("scheduler", "number", "epoch"), [("half", 1, 1), ("promote", 0, 1), ("promote", 1, 2), ("promote", 1, 9)])
-def test_only_promote_pauses_at_rungs_and_neither_trial_0_nor_the_last_epoch(make, scheduler, number, epoch):
-    search = make(trials=5, pruner=scheduler, grace=1, sampler="random", config=load_config(NINE_EPOCHS))
-    for _ in range(2):
+def test_a_trial_whose_report_at_a_rung_was_lost_is_paused_after_the_next_one(make):
+    search = make(trials=5, pruner="promote", grace=2, sampler="random", config=load_config(NINE_EPOCHS))
+    for number in range(2):
         search.ask()
-    search.report(number, epoch, 0.5)
-    assert not search.pause(number, epoch)
+        search.report(number, 1, 0.5 - number / 10)
+    search.report(0, 2, 0.6)
+    search.report(1, 3, 0.5)
+    assert search.pause(1, 3)
+    assert state_of(search.frozen()[1]) == "paused"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "number", "epoch", "paused"),
+    [("half", 1, 1, False), ("promote", 0, 1, False), ("promote", 1, 1, True), ("promote", 1, 9, False)],
+)
+def test_only_promote_pauses_at_rungs_and_neither_trial_0_nor_the_last_epoch(make, scheduler, number, epoch, paused):
+    search = make(trials=5, pruner=scheduler, grace=1, sampler="random", config=load_config(NINE_EPOCHS))
+    for trial in range(2):
+        search.ask()
+        search.report(trial, epoch, 0.5 - trial / 10)
+    assert search.pause(number, epoch) is paused
+
+
+def test_a_trial_that_is_in_the_better_half_as_it_comes_to_a_rung_trains_on(make):
+    search = make(trials=5, pruner="promote", grace=1, sampler="random", config=load_config(NINE_EPOCHS))
+    for number, value in enumerate((0.1, 0.5, 0.4)):
+        search.ask()
+        search.report(number, 1, value)
+        assert search.pause(number, 1) is (number == 2)
+    search.report(1, 2, 0.1)
+    assert not search.pause(1, 2)  # it is asked once at each rung
+
+
+def test_paused_trials_count_for_the_best(make):
+    search = make(trials=3, pruner="promote", grace=1, sampler="random", config=load_config(NINE_EPOCHS))
+    for number, value in enumerate((0.75, 0.5, 0.25)):
+        search.ask()
+        search.report(number, 1, value)
+        search.pause(number, 1)
+    assert [trial.number for trial in search.ranked()] == [1, 2]
+    assert search.best().number == 1
+    assert list(trials_frame(search)["AP"][1:]) == [0.5, 0.25]
+    assert len(best_points(search.folder, search.space, search.base_config, 5)) == 2
+
+
+def test_promote_is_refused_beside_a_sampler_that_does_not_know_paused_trials(make):
+    with pytest.raises(UserError, match="--scheduler promote: --sampler tpe does not know paused trials"):
+        make(pruner="promote", sampler="tpe")
 
 
 def test_the_time_of_a_pause_is_none_of_the_trials(make, monkeypatch):
-    search = make(trials=3, pruner="promote", grace=1, sampler="random", config=load_config(NINE_EPOCHS))
+    search = make(trials=4, pruner="promote", grace=1, sampler="random", config=load_config(NINE_EPOCHS))
     search.ask()
-    search.tell(0, "complete", 0.1)
+    search.report(0, 1, 0.6)
     search.ask()
     begin = search.frozen()[1].datetime_start.timestamp()
     clock = iter([begin + 10, begin + 100, begin + 105])
     monkeypatch.setattr(study.time, "time", lambda: next(clock))
     search.report(1, 1, 0.5)
     assert seconds_of(search.frozen()[1]) is None
-    assert search.pause(1, 1)
+    assert search.pause(1, 1, {"node": "n", "cards": "1", "AP50": 0.5})
     assert seconds_of(search.frozen()[1]) == pytest.approx(10)
-    search.ask()
-    search.report(2, 1, 0.1)
+    for number in (2, 3):
+        search.ask()
+        search.report(number, 1, 0.05)
     assert search.ask("promoted")[0] == 1
-    assert turns_of(search.frozen()[1]) == [[pytest.approx(begin), pytest.approx(begin + 10)], [pytest.approx(begin + 100), None]]
+    there = {"node": "n", "cards": "1"}
+    assert turns_of(search.frozen()[1]) == [
+        (pytest.approx(begin), pytest.approx(begin + 10), there),
+        (pytest.approx(begin + 100), None, {}),
+    ]
+    search.report(0, 3, 0.8)
     search.report(1, 3, 0.5)
-    assert search.pause(1, 3)
+    assert search.pause(1, 3, {"node": "m"})
     search.end_paused()
     assert seconds_of(search.frozen()[1]) == pytest.approx(15)
     assert trials_frame(search)["seconds"][1] == pytest.approx(15)
