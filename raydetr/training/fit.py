@@ -12,6 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,7 +99,7 @@ def _fit(config: Config, reporter: Reporter, root: str, device: torch.device) ->
     run = build_run(config, reporter, root, device, start, BestEffort(_warning_shower(reporter)))
     if run.finished:
         run.show({"kind": "message", "text": _how_to_lengthen(run)})
-        reporter.report(run.metrics, start if reporter.rank == 0 else None)
+        _report(run, start)
     else:
         _train(run)
     return run.metrics
@@ -155,9 +156,13 @@ def _train_epoch(run: Run, recorder: Recorder | NoRecorder) -> None:
     run.metrics = _metrics(progress, train, val, scores) | {"seconds": time.perf_counter() - started} | _latency(run)
     random_states = gathered(get_random_state(training.device))
     recorder.record_epoch(EpochResults(train, val, detections, scores, curve, best, random_states))
-    last = {LAST_EPOCH: True} if run.finished else {}
-    run.reporter.report({**run.metrics, **last}, run.folder / LAST if run.reporter.rank == 0 else None)
+    _report(run, run.folder / LAST)
     run.show({"kind": "epoch", "epoch": epoch, "metrics": run.metrics, "seconds": time.perf_counter() - started, "best": best})
+
+
+def _report(run: Run, checkpoint: Path | None) -> None:
+    last = {LAST_EPOCH: True} if run.finished else {}
+    run.reporter.report({**run.metrics, **last}, checkpoint if run.reporter.rank == 0 else None)
 
 
 def _step_shower(run: Run, recorder: Recorder | NoRecorder) -> Callable[[dict[str, float]], None]:

@@ -23,6 +23,7 @@ from raydetr.launch.train import check_data
 from raydetr.loss.criterion import build_criterion
 from raydetr.training.engine import evaluate
 from raydetr.training.fit import fit
+from raydetr.training.metrics import LAST_EPOCH
 from raydetr.training.tracking import read_history
 from raydetr.weights.checkpoint import read_checkpoint
 from tests.helpers import break_test_set
@@ -105,7 +106,9 @@ def test_the_run_folder(finished):
 
 def test_metrics_are_flat_and_valid_json(finished):
     _, metrics, watcher = finished
-    assert metrics == watcher.of_kind("report")[-1]["metrics"]
+    *others, last = (event["metrics"] for event in watcher.of_kind("report"))
+    assert last == metrics | {LAST_EPOCH: True}
+    assert not any(LAST_EPOCH in each for each in others)
     assert metrics.keys() >= {*METRICS, "epoch", "train_loss", "val_loss", "val_loss_ce", "val_loss_bbox", "val_loss_giou", "best_AP"}
     assert all(value is None or isinstance(value, (int, float)) for value in metrics.values())
     json.dumps(metrics, allow_nan=False)
@@ -369,12 +372,14 @@ def test_warnings_of_the_data_are_shown(coco_folder):
 
 def test_early_stopping(coco_folder):
     config = settings(coco_folder(), "patient", optim__lr=0.0, optim__lr_backbone=0.0, optim__patience=2, optim__epochs=9)
-    metrics, _ = run(config)
+    metrics, watcher = run(config)
     assert metrics["epoch"] == 3
     assert metrics["best_epoch"] == 1
+    assert [LAST_EPOCH in event["metrics"] for event in watcher.of_kind("report")] == [False, False, True]
     again, watcher = run(config)
     assert again == metrics
     assert not watcher.of_kind("step")
+    assert [LAST_EPOCH in event["metrics"] for event in watcher.of_kind("report")] == [True]
 
 
 def test_frozen_backbone_stays_as_it_was(coco_folder):
