@@ -172,7 +172,7 @@ def test_a_finished_run_returns_at_once(finished):
     assert again == metrics
     assert [event["kind"] for event in watcher.events] == ["message", "message", "report"]
     assert watcher.events[1]["text"] == f"{folder_of(config)} is finished after 3 epochs; a larger --epochs trains on"
-    assert watcher.events[2]["metrics"] == metrics
+    assert watcher.events[2]["metrics"] == metrics | {LAST_EPOCH: True}
     assert {path: path.stat().st_mtime_ns for path in folder_of(config).rglob("*")} == before
 
 

@@ -4,7 +4,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from raydetr.config import load_config
 from raydetr.tensorboard import PINNED
 from raydetr.training.fit import LocalReporter, fit
-from raydetr.training.metrics import REPORTED
+from raydetr.training.metrics import LAST_EPOCH, REPORTED
 from tests.helpers import add_outlines
 
 
@@ -29,6 +29,6 @@ def test_a_run_reports_the_metrics_that_are_listed(coco_folder, tmp_path, masks)
     recorder = Recorder()
     fit(load_config(tiny, where, {"model.masks": masks}), recorder)
     of_masks = ("segm_", "train_loss_mask", "train_loss_dice", "val_loss_mask", "val_loss_dice")
-    assert recorder.names == ["epoch", *(name for name in REPORTED if masks or not name.startswith(of_masks))]
+    assert recorder.names == ["epoch", *(name for name in REPORTED if masks or not name.startswith(of_masks)), LAST_EPOCH]
     events = EventAccumulator(str(tmp_path / "run" / "tb")).Reload()
     assert set(PINNED) <= set(events.Tags()["scalars"] + events.Tags()["tensors"])  # else the page of TensorBoard begins with nothing
