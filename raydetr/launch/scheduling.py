@@ -222,6 +222,7 @@ class StudyScheduler(FIFOScheduler):
         self.losses: Counter[str] = Counter()
         self.reasons: dict[str, str] = {}  # why a trial's process was lost the last time, by Ray Tune's id
         self.repeated: set[str] = set()  # trials with the same error twice, and no epoch in between
+        self.given_up: set[str] = set()  # by Ray Tune
         self.full = ""  # a trial's message about a full disk
 
     def choose_trial_to_run(self, tune_controller):
@@ -235,8 +236,10 @@ class StudyScheduler(FIFOScheduler):
         Returns:
             Ray Tune's trial, or None.
         """
-        for given_up in [each for each in tune_controller.get_trials() if each.status == Trial.ERROR]:
-            tune_controller.search_alg.on_trial_complete(given_up.trial_id, error=True)
+        for trial in tune_controller.get_trials():
+            if trial.status == Trial.ERROR and trial.trial_id not in self.given_up:
+                self.given_up.add(trial.trial_id)
+                tune_controller.search_alg.on_trial_complete(trial.trial_id, error=True)
         return super().choose_trial_to_run(tune_controller)
 
     def on_trial_error(self, tune_controller, trial) -> None:

@@ -248,9 +248,14 @@ def test_a_trial_that_ray_tune_gave_up_is_handed_out_again(promoting):
     for key in "ab":
         searcher.suggest(key)
     controller = Controller(SimpleNamespace(trial_id="b", status=Trial.ERROR))
-    controller.search_alg = searcher
+    told = []
+    controller.search_alg = SimpleNamespace(
+        on_trial_complete=lambda key, error: told.append(key) or searcher.on_trial_complete(key, error=error)
+    )
+    scheduler = StudyScheduler(search)
     for _ in range(2):
-        assert StudyScheduler(search).choose_trial_to_run(controller) is None
+        assert scheduler.choose_trial_to_run(controller) is None
+    assert told == ["b"]
     assert list(searcher.live) == ["a"]
     assert searcher.suggest("c")["number"] == 1
     assert searcher.suggest("d") is None
