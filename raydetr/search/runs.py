@@ -8,14 +8,14 @@ from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from rich.console import Console
 from rich.table import Table
 
 from raydetr.config import by_name, read_config
 from raydetr.errors import UserError
 from raydetr.search.confirm import VERDICT_FILE, read_verdict
-from raydetr.search.study import CONFIG_FILE, STUDY_FILE, TRIALS_FOLDER, Search, epochs_of, objective, state_of, top_trials
+from raydetr.search.study import ALL_STATES, CONFIG_FILE, STUDY_FILE, TRIALS_FOLDER, Search, epochs_of, objective, state_of, top_trials
 from raydetr.storage import OWNER, fetched, file_sizes
 from raydetr.text import compact, count, shortlist
 from raydetr.training.metrics import METRICS
@@ -130,7 +130,8 @@ def search_status(path: str) -> str:
     """
     search = Search(fetched(path, recursive=False))
     trials, best = search.frozen(), search.best()
-    states = [f"{number} {state}" for state, number in Counter(map(state_of, trials)).most_common()]
+    numbers = Counter(map(state_of, trials))
+    states = [f"{numbers[state]} {state}" for state in ALL_STATES if numbers[state]]
     lines = [f"{', '.join(states)}; {count(search.trials, 'trial')} requested; last change {_time_of(search.folder / STUDY_FILE)}"]
     lines.append(
         f"best {search.metric}: {objective(best) or 0.0:.4f} in trial {best.number}"
@@ -138,10 +139,10 @@ def search_status(path: str) -> str:
         else f"no trial has a value of {search.metric} yet"
     )
     for trial in trials:
-        if trial.state == TrialState.RUNNING:
+        if state_of(trial) == "running":
             value = max(trial.intermediate_values.values(), default=None)
             so_far = "" if value is None else f", best {search.metric} {value:.4f}"
-            lines.append(f"{state_of(trial)}: {search.trial_name(trial.number)}, {count(epochs_of(trial), 'epoch')}{so_far}")
+            lines.append(f"running: {search.trial_name(trial.number)}, {count(epochs_of(trial), 'epoch')}{so_far}")
     return "\n".join([*lines, top_trials(search)] if best else lines)
 
 

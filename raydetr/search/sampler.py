@@ -3,9 +3,9 @@
 A Gaussian process models the objective over the settings and the share of the epochs that are left. A report of a trial enters carried
 forward by what other trials gained from there on. What this neglects, such as that small learning rates gain more at the end, is alike for
 similar settings: the model learns it from trials that went on, and stays unsure of settings with which all trials were stopped early. The
-first draws, before there is a model, are spread over the space. A
-running trial also enters with what the model expects of it at the last epoch, as if that were known already, so that draws at the same
-time spread. The next settings are the candidate with the largest expected improvement at the last epoch.
+first draws, before there is a model, are spread over the space. A running trial also enters with what the model expects of it at the last
+epoch, as if that were known already, so that draws at the same time spread. The next settings are the candidate with the largest expected
+improvement at the last epoch.
 """
 
 from collections.abc import Mapping, Sequence

@@ -62,6 +62,7 @@ SPACE_FILE, CONFIG_FILE, STUDY_FILE = "space.yaml", "config.yaml", "study.journa
 TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
 STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
 STATE_NAMES = {**{state: name for name, state in STATES.items()}, TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}
+ALL_STATES = (*STATES, "running", "paused", "waiting")  # what state_of returns
 
 
 class Search:

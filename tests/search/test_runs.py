@@ -70,6 +70,20 @@ def test_the_command_prints_a_table_or_json(storage, capsys):
     assert capsys.readouterr().err == f"raydetr: {storage}/absent: there is no such folder\n"
 
 
+def test_the_status_of_a_search_counts_its_paused_trials(tmp_path, capsys):
+    options = {"trials": 4, "sampler": "random", "pruner": "promote"}
+    search = create_search(tmp_path / "search", read_space({"optim.lr": {"loguniform": [1e-5, 1e-2]}}), load_config({}), **options)
+    for number, value in enumerate((0.5, 0.4, 0.3)):
+        search.ask()
+        search.report(number, 1, value)
+        search.pause(number, 1)
+    search.tell(0, "complete", 0.5)
+    assert main(["status", str(search.folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1 complete, 2 paused; 4 trials requested")
+    assert not any(line.startswith(("running:", "paused:")) for line in lines)
+
+
 def test_the_status_of_a_search_names_running_and_best_trials(storage, capsys):
     search = Search(storage / "search")
     number, _ = search.ask()
