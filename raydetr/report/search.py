@@ -84,6 +84,12 @@ def shown_trial(search: Search) -> int:
     return int(verdict["chosen"]) if verdict else best.number if best else 0
 
 
+def compared_trial(search: Search) -> tuple[int, str]:
+    """Return the trial to compare with the defaults, and why: the one that was ``confirmed``, else the ``best``; 0 if there is no other."""
+    chosen, best = shown_trial(search) if read_verdict(search.folder) else 0, search.best()
+    return (chosen, "confirmed") if chosen else (best.number if best else 0, "best")
+
+
 def trial_path(search: Search, path: str, number: int) -> str:
     """Return the path or URI of a trial's run."""
     return join(path, TRIALS_FOLDER, search.trial_name(number))
@@ -116,8 +122,10 @@ def search_sentences(search: Search, path: str) -> tuple[str, list[str]]:
         return f"No trial has ended with a value of {metric} yet.", []
     reached = f"trial {best.number} reaches {metric} {points(value)}"
     if verdict:
-        beside = "" if default is None else f", and the default settings {points(default)}"
-        own = f"In the search itself, with one seed, {reached}{beside}."
+        number, _ = compared_trial(search)
+        found = f"trial {number} reaches {metric} {points(objective(search.frozen()[number]))}" if number else "no trial does better"
+        beside = "" if default is None else f"; the default settings reach {points(default)}"
+        own = f"In the search itself, with one seed, {found}{beside}."
         return verdict["sentence"], [*filter(None, [verdict["caveat"]]), own]
     if best.number == 0:
         return f"No trial beats the default settings (trial 0), which reach {metric} {points(value)}.", []
@@ -138,7 +146,8 @@ def search_sentences(search: Search, path: str) -> tuple[str, list[str]]:
 
 def advice_cards(search: Search) -> list[dict[str, Any]]:
     """Return the best trial beside the defaults, settings at the edge of their range, and what the search cost."""
-    cards = [card("Best trial beside the default settings", table=beside) if (beside := best_beside_default(search)) else None]
+    heading = f"{compared_trial(search)[1].capitalize()} trial beside the default settings"
+    cards = [card(heading, table=beside) if (beside := compared_with_default(search)) else None]
     edges = edge_sentences(search)
     if edges:
         cards.append(card("At the edge of their range", words=edges))
@@ -261,13 +270,13 @@ def _tiles(search: Search) -> list[tuple[str, str]]:
 # ---------------------------------------------------------------------------------------------------------------------- tables
 
 
-def best_beside_default(search: Search) -> dict[str, Any] | None:
-    """Return the table of objective, metrics and differing settings of trial 0 and the best trial; None before trial 0 has started."""
-    best, trials = search.best(), search.frozen()
+def compared_with_default(search: Search) -> dict[str, Any] | None:
+    """Return the table of objective, metrics and differing settings of trial 0 and :func:`compared_trial`; None before trial 0 started."""
+    trials, (number, why) = search.frozen(), compared_trial(search)
     if trials[0].state == TrialState.WAITING:
         return None
-    columns = [trials[0]] + ([best] if best and best.number else [])
-    headings = ["", *("trial 0 (default)" if trial.number == 0 else f"trial {trial.number} (best)" for trial in columns)]
+    columns = [trials[0]] + ([trials[number]] if number else [])
+    headings = ["", *("trial 0 (default)" if trial.number == 0 else f"trial {trial.number} ({why})" for trial in columns)]
     metrics = [reported_metrics(trial) for trial in columns]
     rows: list[tuple[list[Any], str]] = [
         ([search.metric, *(objective(trial) for trial in columns)], "best"),

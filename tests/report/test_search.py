@@ -136,6 +136,20 @@ def test_one_objective_has_no_trade_offs(make):
     assert front_cards(make(ends=[0.4, 0.5])) == []
 
 
+def test_the_confirmed_trial_is_compared_with_the_defaults_also_where_these_are_the_best(make):
+    folder = make(ends=[0.5, 0.4, 0.3]).folder
+    words = {"sentence": "No difference can be shown.", "caveat": "", "chosen": 1, "judged_on": "test"}
+    (folder / "verdict.json").write_text(json.dumps(words))
+    page = page_of(report([folder]))
+    assert "In the search itself, with one seed, trial 1 reaches AP 40.0; the default settings reach 50.0." in page.words
+    assert "Confirmed trial beside the default settings" in page.headings
+    assert page.tables[0][0] == ["", "trial 0 (default)", "trial 1 (confirmed)"]
+    (folder / "verdict.json").write_text(json.dumps(words | {"chosen": 0}))
+    page = page_of(report([folder]))
+    assert "In the search itself, with one seed, no trial does better; the default settings reach 50.0." in page.words
+    assert page.tables[0][0] == ["", "trial 0 (default)"]
+
+
 def test_the_first_sentence_of_a_confirmed_search_is_the_verdict(make):
     folder = make(ends=[0.4, 0.5]).folder
     words = {"sentence": "No difference can be shown <here>.", "caveat": "Judged elsewhere.", "chosen": 0, "judged_on": "val"}
@@ -144,6 +158,7 @@ def test_the_first_sentence_of_a_confirmed_search_is_the_verdict(make):
     first, second = page.words.index(words["sentence"]), page.words.index(words["caveat"])
     assert page.words.index("Search ") < first < second < page.words.index("In the search itself, with one seed, trial 1 reaches AP 50.0")
     assert "Not confirmed" not in page.words
+    assert page.tables[0][0] == ["", "trial 0 (default)", "trial 1 (best)"]
     (folder / "verdict.json").write_text("{}")
     with pytest.raises(UserError, match=r"verdict\.json: is damaged; write it again with raydetr confirm"):
         report([folder])
