@@ -27,8 +27,8 @@ from raydetr.evaluate.intervals import (
 )
 from raydetr.evaluate.matches import AREAS, IOUS, Matches
 from raydetr.search.confirm import DEFAULTS, Runs, candidate_count, estimate_gain, judge, multiplier, next_round
+from raydetr.search.methods import make_pruner, make_sampler
 from raydetr.search.space import Space
-from raydetr.search.study import make_pruner, make_sampler
 
 SURFACES = {  # standard deviation of the distance from the defaults to the best settings, and the mean AP that a random setting loses
     "flat": (0.0, 0.0),  # no setting is better or worse than another

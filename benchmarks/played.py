@@ -17,8 +17,8 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from benchmarks.measure import table
 from benchmarks.surfaces import EPOCH_SD, EPOCHS, KINDS, SEED_SD, Surface
 from raydetr.search.halving import PAUSED, PROMOTED, best_of_rung, last_rung, next_promotion
+from raydetr.search.methods import HALF, REDUCTION, make_pruner, make_sampler
 from raydetr.search.population import better_trial, moved
-from raydetr.search.study import HALF, REDUCTION, make_pruner, make_sampler
 
 GRACE = 2
 PACE_SD = 0.03  # by which the speeds of trials differ

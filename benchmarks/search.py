@@ -39,7 +39,8 @@ from raydetr.launch.scheduling import Hopeless, trial_folder
 from raydetr.launch.session import DRIVER
 from raydetr.launch.slots import Demands
 from raydetr.launch.tune import tune
-from raydetr.search.study import Search, epochs_of
+from raydetr.search.record import epochs_of
+from raydetr.search.study import Search
 from raydetr.training import tracking
 
 SURFACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "loss.eos_coef": {"loguniform": [0.01, 1.0]}}

@@ -117,7 +117,7 @@ def _search(coco: Path, runs: Path, trials: int, seed: int) -> dict[str, float]:
     flags = f"--preset detr_tiny --data {coco} --space tiny --trials {trials} --max-epochs {TRIAL_EPOCHS} --seed {seed}"
     _say(8, f"raydetr tune {flags}")
     from raydetr.launch.tune import summary, tune
-    from raydetr.search.study import objective
+    from raydetr.search.record import objective
 
     config = load_config(base, {"run.storage": str(runs), "run.name": "search"})
     search = tune(config, "tiny", trials=trials)

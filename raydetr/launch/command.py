@@ -16,8 +16,10 @@ from raydetr.launch.confirm import confirmed_text
 from raydetr.launch.signals import Interrupted
 from raydetr.launch.slots import Demands
 from raydetr.launch.tune import summary
+from raydetr.search.points import read_points, warm_start_from
+from raydetr.search.results import best_config, trials_frame
 from raydetr.search.space import Space, read_space
-from raydetr.search.study import Search, best_config, read_points, trials_frame, warm_start_from
+from raydetr.search.study import Search
 
 if TYPE_CHECKING:
     import pandas

@@ -54,8 +54,11 @@ from raydetr.search.confirm import (
     no_claim,
     sentence,
 )
+from raydetr.search.journal import STUDY_FILE
+from raydetr.search.record import state_of
+from raydetr.search.results import AS_A_RUN
 from raydetr.search.space import Space, read_space
-from raydetr.search.study import AS_A_RUN, CONFIRMED, STUDY_FILE, Search, create_search, open_search, state_of
+from raydetr.search.study import CONFIRMED, Search, create_search, open_search
 from raydetr.storage import CONFIRM_FOLDER, absolute, fetch, join, working_folder
 from raydetr.text import count, shortlist
 from raydetr.training.metrics import MASK_METRICS

@@ -36,8 +36,10 @@ from raydetr.launch.signals import Interrupted, Received, ending_signals, interr
 from raydetr.launch.slots import ONE_WORKER_EACH, Demands, Slots, check_disk, find_slots, trial_resources
 from raydetr.launch.train import RAY_FOLDER, alone, check_data, naming_the_file, run_root, with_absolute_paths
 from raydetr.launch.trial import run_trial
+from raydetr.search.methods import check_request
+from raydetr.search.results import top_trials, write_best, write_trials
 from raydetr.search.space import Space, read_space
-from raydetr.search.study import TRIALS_FOLDER, Search, check_request, create_search, open_search, top_trials, write_best, write_trials
+from raydetr.search.study import TRIALS_FOLDER, Search, create_search, open_search
 from raydetr.search.trials import TrialsDisplay
 from raydetr.storage import CONFIRM_FOLDER, OWNER, absolute, become_owner, fetch, is_uri, join, remove_tokens, split, working_folder
 from raydetr.training.metrics import LATENCY, MASK_METRICS, METRICS

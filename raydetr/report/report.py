@@ -23,7 +23,9 @@ from raydetr.report.run import (
     run_part,
 )
 from raydetr.report.search import best_checkpoint, best_run, compared_searches, search_part, shown_trial
-from raydetr.search.study import STUDY_FILE, Search, objective
+from raydetr.search.journal import STUDY_FILE
+from raydetr.search.record import objective
+from raydetr.search.study import Search
 from raydetr.storage import exists, fetched, is_uri, join, split
 from raydetr.text import count
 

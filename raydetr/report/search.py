@@ -26,22 +26,20 @@ from raydetr.report.run import (
 )
 from raydetr.search.confirm import read_verdict
 from raydetr.search.importance import importances, position
-from raydetr.search.space import Distribution, as_drawn
-from raydetr.search.study import (
+from raydetr.search.record import (
     STATES,
-    TRIALS_FOLDER,
-    Search,
     epochs_of,
     is_better_lower,
     objective,
     objective_text,
-    objectives_of,
     reported_metrics,
     seconds_of,
     state_of,
-    trials_frame,
     turns_of,
 )
+from raydetr.search.results import objectives_of, trials_frame
+from raydetr.search.space import Distribution, as_drawn
+from raydetr.search.study import TRIALS_FOLDER, Search
 from raydetr.storage import exists, join, split
 from raydetr.text import compact, count
 from raydetr.training.metrics import WHERE

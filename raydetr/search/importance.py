@@ -19,8 +19,9 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from raydetr.search.gaussian import GaussianProcess
+from raydetr.search.record import epochs_of, objective
 from raydetr.search.space import Distribution, as_drawn
-from raydetr.search.study import Search, epochs_of, objective
+from raydetr.search.study import Search
 
 RESAMPLES = 60  # bootstrap samples, and as many shuffles
 LEAST_TRIALS, LEAST_PER_SETTING = 8, 3  # below them nothing is said

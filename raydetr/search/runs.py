@@ -15,7 +15,10 @@ from rich.table import Table
 from raydetr.config import by_name, read_config
 from raydetr.errors import UserError
 from raydetr.search.confirm import VERDICT_FILE, read_verdict
-from raydetr.search.study import ALL_STATES, CONFIG_FILE, STUDY_FILE, TRIALS_FOLDER, Search, epochs_of, objective, state_of, top_trials
+from raydetr.search.journal import STUDY_FILE
+from raydetr.search.record import ALL_STATES, epochs_of, objective, state_of
+from raydetr.search.results import top_trials
+from raydetr.search.study import CONFIG_FILE, TRIALS_FOLDER, Search
 from raydetr.storage import OWNER, fetched, file_sizes
 from raydetr.text import compact, count, shortlist
 from raydetr.training.metrics import METRICS

@@ -21,7 +21,7 @@ import contextlib
 import dataclasses
 import difflib
 import graphlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -482,3 +482,21 @@ def _check_tie_bounds(each: Dimension, space: Space) -> None:
             follower.parse(value)
         except UserError as error:
             raise UserError(f"{error}, and it follows {leader.name}, which takes that value") from None
+
+
+def without_repeats(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return points without those that stand earlier in the list already.
+
+    Args:
+        points: Settings by dotted name.
+    """
+    return [point for index, point in enumerate(points) if point not in points[:index]]
+
+
+def short_name(name: str) -> str:
+    """Return the name of a setting for tables and folders: ``bbox`` for ``loss.bbox_loss_coef``.
+
+    Args:
+        name: The dotted name.
+    """
+    return name.split(".")[1].removesuffix("_coef").removesuffix("_loss")

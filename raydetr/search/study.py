@@ -8,61 +8,40 @@ epoch, and tells it how a trial ended. Each of these calls can be repeated after
     study.journal   the study; ``optuna-dashboard`` and ``optuna.load_study`` can read it while the search runs
 """
 
-import contextlib
-import difflib
-import importlib.util
-import json
 import math
-import os
 import re
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import optuna
-import yaml
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import JournalStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from raydetr.config import PATH_SETTINGS, Config, by_name, read_config, read_yaml_nodes, with_settings, write_yaml, yaml_value
+from raydetr.config import PATH_SETTINGS, Config, by_name, read_config, with_settings, write_yaml
 from raydetr.errors import UserError
-from raydetr.search.halving import PAUSED, PROMOTED, RungPruner, best_of_rung, is_paused, last_rung, next_promotion, value_at
-from raydetr.search.journal import StudyJournal
-from raydetr.search.population import better_trial, check_population, moved
-from raydetr.search.sampler import CurveSampler
-from raydetr.search.space import Space, as_drawn, draw, read_space
-from raydetr.storage import PATIENCE_S, check_owner, fetched, push, stamp, working_folder
-from raydetr.text import compact, count, shortlist
-from raydetr.training.metrics import LATENCY, REPORTED, WHERE
+from raydetr.search.halving import PAUSED, PROMOTED, best_of_rung, is_paused, last_rung, next_promotion, value_at
+from raydetr.search.journal import STUDY_FILE, mend, read_study, readable, storage_of
+from raydetr.search.methods import HALF, REDUCTION, check_count, check_request, make_pruner, make_sampler
+from raydetr.search.population import better_trial, moved
+from raydetr.search.record import STATES, TURNS, epochs_of, is_better_lower, objective, turns_of, where_of, with_end
+from raydetr.search.space import Space, draw, read_space, short_name, without_repeats
+from raydetr.storage import PATIENCE_S, check_owner, push, stamp, working_folder
+from raydetr.text import compact, shortlist
+from raydetr.training.metrics import LATENCY
 from raydetr.values import is_finite
 
-if TYPE_CHECKING:
-    import pandas
-
-SAMPLERS = ("tpe", "gp", "random", "cmaes")
-SCHEDULERS = ("asha", "half", "promote", "evidence", "median", "none", "pbt")
 CONFIRMED = "confirms"  # the user attribute of a training of a confirmation: [trial of the confirmed search, seed, fold or None]
 GIVEN_UP = "given up"  # the user attribute of a trial that the pruner stops
 ALSO = "also"  # the user attribute of a trial with several objectives: the others after the epoch with the highest first one
-TAKE_SEVERAL = ("tpe", "random")  # the samplers that take several objectives
 # The user attribute for population-based training, a list of {"after": epoch, "from": trial, "settings": drawn}.
 TAKEN_OVER = "taken over"
-FIRST_POINTS, PRIOR_POINTS = 3, 5  # of an earlier search: those that are tried first, and those that the draws begin near
-MODEL_STARTUP = 6  # draws before the model of the sampler gp
-REDUCTION = 3  # each rung is at three times the epochs of the one before; asha and evidence let a third of the trials pass
-HALF = 2  # half and promote let half of the trials pass
-TURNS = "turns"  # the user attribute of a trial that was paused: what turns_of returns
-LOCK_SECONDS = 2  # a live writer holds the journal's lock for milliseconds
-SPACE_FILE, CONFIG_FILE, STUDY_FILE = "space.yaml", "config.yaml", "study.journal"
+SPACE_FILE, CONFIG_FILE = "space.yaml", "config.yaml"
 TRIALS_FOLDER = "trials"  # in the search's folder: a run folder for each trial
-STATES = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
-STATE_NAMES = {**{state: name for name, state in STATES.items()}, TrialState.RUNNING: "running", TrialState.WAITING: "waiting"}
-ALL_STATES = (*STATES, "running", "paused", "waiting")  # what state_of returns
 
 
 class Search:
@@ -147,7 +126,7 @@ class Search:
 
     def extend(self, trials: int) -> None:
         """Set the total number of trials requested. Raises a UserError if it is less than one."""
-        _check_count(trials)
+        check_count(trials)
         self._plan = {**self._plan, "trials": trials}
         self.study.set_user_attr("search", self._plan)
 
@@ -239,7 +218,7 @@ class Search:
             others are compared with it.
         """
         trials = self.frozen()
-        values = {trial.number: _value_at(trial, epoch) for trial in trials if (trial.last_step or 0) >= epoch}
+        values = {trial.number: value for trial in trials if (value := value_at(trial, epoch)) is not None}
         running = {trial.number for trial in trials if trial.state == TrialState.RUNNING}
         if number == 0 or number not in values:
             return None
@@ -326,7 +305,7 @@ class Search:
             live.set_user_attr(PROMOTED, rung)
             return False
         self._keep_metrics(live, metrics)
-        live.set_user_attr(TURNS, _with_end(turns_of(trial), time.time() if end is None else end, _where(metrics or {})))
+        live.set_user_attr(TURNS, with_end(turns_of(trial), time.time() if end is None else end, where_of(metrics or {})))
         live.set_user_attr(PAUSED, rung)
         return True
 
@@ -435,7 +414,7 @@ class Search:
         start = [f"{setting:03d}", *(f"{what}={value}" for what, value in told if value is not None)]
         told_already = ("run.seed", "data.fold") if seed_and_fold else ()
         names = [name for name in self.space.names if name in trial.params and name not in told_already]
-        parts = (f"{_short(name)}={compact(trial.params[name])}" for name in names)
+        parts = (f"{short_name(name)}={compact(trial.params[name])}" for name in names)
         return re.sub(r"[^\w=.+-]+", "-", "_".join([*start, *parts]))[:100]
 
 
@@ -478,18 +457,18 @@ def create_search(
     folder = working_folder(path)
     base = by_name(config)
     check_request(space, trials, sampler, pruner, grace, [metric, *also])
-    points = _without_repeats([space.check_point(point, base) for point in points])
+    points = without_repeats([space.check_point(point, base) for point in points])
     prior = [*(space.check_point(point, base) for point in prior), *([expected] if (expected := space.expected(base)) else [])]
     if len(points) >= trials:
         raise UserError(f"{len(points)} points to start from and trial 0 need {len(points) + 1} trials; {trials} were requested")
-    with _readable(folder):
+    with readable(folder):
         if (folder / STUDY_FILE).exists():
             raise UserError(f"{path}: holds a search already; resume it (--resume {path}) or choose another --name")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         space.write(folder / SPACE_FILE)
         write_yaml(config, folder / CONFIG_FILE)
-        study = optuna.create_study(storage=_storage(folder), study_name=folder.name, directions=_directions([metric, *also]))
+        study = optuna.create_study(storage=storage_of(folder), study_name=folder.name, directions=_directions([metric, *also]))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
     with warnings.catch_warnings():
@@ -506,71 +485,8 @@ def create_search(
     return Search(path)
 
 
-def is_better_lower(name: str) -> bool:
-    """Return whether a search minimizes an objective; it maximizes all others."""
-    return name == LATENCY
-
-
 def _directions(objectives: Sequence[str]) -> list[StudyDirection]:
     return [StudyDirection.MINIMIZE if is_better_lower(name) else StudyDirection.MAXIMIZE for name in objectives]
-
-
-def objective(trial: FrozenTrial | None) -> float | None:
-    """Return the first objective of a trial, for a paused one that of its last report; None if it has none, or for None."""
-    if trial and is_paused(trial):
-        return max(trial.intermediate_values.values(), default=None)
-    return trial.values[0] if trial and trial.values else None
-
-
-def objectives_of(search: Search, trial: FrozenTrial) -> dict[str, float | None]:
-    """Return the objectives of a trial by name; None for those that it does not have."""
-    values = trial.values or [objective(trial)]
-    return {name: values[at] if at < len(values) else None for at, name in enumerate(search.objectives)}
-
-
-def objective_text(name: str, value: float | None) -> str:
-    """Return an objective as tables of the terminal show it: a latency in milliseconds, an AP with four digits."""
-    return "-" if value is None else f"{1000 * value:.1f} ms" if name == LATENCY else f"{value:.4f}"
-
-
-def check_request(space: Space, trials: int, sampler: str, pruner: str, grace: int = 1, objectives: Sequence[str] = ()) -> None:
-    """Check what is asked of a new search.
-
-    Args:
-        space: The search space.
-        trials: The number of trials, including trial 0.
-        sampler: How settings are drawn, one of ``SAMPLERS``.
-        pruner: What stops trials early, one of ``SCHEDULERS``.
-        grace: The first epoch after which a trial may be stopped.
-        objectives: The names of the objectives.
-
-    Raises:
-        UserError: There is no trial, a name is unknown, the scheduler cannot search the space, or sampler or scheduler do not take
-            several objectives.
-    """
-    _check_count(trials)
-    make_sampler(sampler, 0, trials, space)
-    make_pruner(pruner, grace, trials)
-    if len(objectives) > 1:
-        _check_several(objectives, sampler, pruner)
-    if pruner == "promote" and sampler not in ("gp", "random"):
-        raise UserError(f"--scheduler promote: --sampler {sampler} does not know paused trials; take --sampler gp, or --scheduler half")
-    if pruner == "pbt":
-        check_population(space)
-
-
-def _check_several(objectives: Sequence[str], sampler: str, pruner: str) -> None:
-    repeated = next((name for number, name in enumerate(objectives) if name in objectives[:number]), None)
-    if repeated:
-        raise UserError(f"--also {repeated}: is an objective of the search already; name another one, or leave it out")
-    others = " ".join(f"--also {name}" for name in objectives[1:])
-    if pruner != "none":
-        raise UserError(
-            f"{others}: --scheduler {pruner} judges trials by {objectives[0]} alone, before the others are known; "
-            "several objectives need --scheduler none"
-        )
-    if sampler not in TAKE_SEVERAL:
-        raise UserError(f"{others}: --sampler {sampler} knows one objective; {' and '.join(TAKE_SEVERAL)} take several")
 
 
 def open_search(path: str | Path, space: Space | None = None, trials: int | None = None) -> Search:
@@ -584,7 +500,7 @@ def open_search(path: str | Path, space: Space | None = None, trials: int | None
     Raises:
         UserError: There is no search, it cannot be written, or ``space`` is another one.
     """
-    _mend(working_folder(path) / STUDY_FILE)
+    mend(working_folder(path) / STUDY_FILE)
     search = Search(path)
     changes = search.space.differences(space) if space else []
     if changes:
@@ -594,404 +510,8 @@ def open_search(path: str | Path, space: Space | None = None, trials: int | None
     return search
 
 
-def read_study(folder: str | Path) -> optuna.Study:
-    """Load the Optuna study of a search; another process may be writing it.
-
-    Raises:
-        UserError: There is no study, or it cannot be read.
-    """
-    path = Path(folder) / STUDY_FILE
-    with _readable(path):
-        if not path.is_file():  # Optuna would create an empty one
-            raise UserError(f"{folder}: holds no search ({STUDY_FILE} is missing)")
-        try:
-            study = optuna.load_study(study_name=None, storage=_storage(Path(folder)))
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise UserError(f"{path}{_damage(path)}") from None
-    if "search" not in study.user_attrs:
-        raise UserError(f"{folder}: this search was interrupted while it was being made; delete the folder and start it again")
-    return study
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
-
-
 def _read_own_space(path: Path) -> Space:
-    with _readable(path):
+    with readable(path):
         if not path.is_file():
             raise UserError(f"{path}: is missing, and with it what the search draws; restore the file")
     return read_space(path)
-
-
-def _damage(path: Path) -> str:
-    """Say which line of a journal that cannot be replayed is damaged."""
-    lines = path.read_bytes().splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-        except ValueError:  # also bytes that are not Unicode
-            entry = None
-        if not isinstance(entry, dict) or not {"op_code", "worker_id"} <= entry.keys():
-            if number == 1:
-                break
-            keep = f"; to resume with what was recorded before it, keep the first {count(number - 1, 'line')} of {len(lines)}"
-            return f", line {number}: the journal is damaged{keep} (head -n {number - 1})"
-    return ": not the journal of an Optuna study, or a damaged one"
-
-
-def _storage(folder: Path) -> JournalStorage:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return JournalStorage(StudyJournal(folder / STUDY_FILE))
-
-
-def _mend(path: Path) -> None:
-    """Remove what a killed writer left behind: the lock, for which Optuna would wait half a minute, and an incomplete last line.
-
-    Appending to an incomplete line would make the whole journal unreadable.
-    """
-    lock = Path(f"{path}.lock")
-    with _readable(path):
-        if lock.is_symlink():
-            taken = lock.lstat().st_mtime_ns
-            time.sleep(LOCK_SECONDS)
-            if lock.is_symlink() and lock.lstat().st_mtime_ns == taken:
-                lock.unlink()
-        if not path.is_file():
-            return
-        if not os.access(path.parent, os.W_OK):  # Optuna makes its lock there
-            raise UserError(f"{path.parent}: cannot be written (Permission denied); a search that is resumed needs to")
-        with path.open("rb+") as file:
-            content = file.read()
-            if not content.endswith(b"\n"):
-                file.truncate(content.rfind(b"\n") + 1)
-
-
-def _check_count(trials: int) -> None:
-    if trials < 1:
-        raise UserError(f"--trials {trials}: a search needs at least one trial, which has the default settings")
-
-
-def make_sampler(
-    name: str, seed: int | Sequence[int], trials: int, space: Space, prior: Sequence[Mapping[str, Any]] = ()
-) -> optuna.samplers.BaseSampler:
-    """Return a seeded Optuna sampler for a search of so many trials.
-
-    Args:
-        name: One of ``SAMPLERS``.
-        seed: One number that seeds it, or several: that of the search, then those of the draw.
-        trials: The number of trials of the search.
-        space: The search space.
-        prior: Drawn settings that are believed to be good; only ``gp`` uses them.
-
-    Raises:
-        UserError: The name is unknown, or a package is missing.
-    """
-    _check_name("sampler", name, SAMPLERS)
-    if name == "cmaes" and importlib.util.find_spec("cmaes") is None:
-        raise UserError("--sampler cmaes needs the package cmaes: pip install cmaes")
-    search_seed = seed if isinstance(seed, int) else seed[0]
-    seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    startup = min(10, max(3, trials // 4))  # random draws first; Optuna's 10 would be all of a short search
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        if name == "tpe":
-            # Grouping models conditional settings apart from the others.
-            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True)
-        if name == "gp":
-            return CurveSampler(seed, space, min(startup, MODEL_STARTUP), search_seed, prior)
-        if name == "cmaes":
-            return optuna.samplers.CmaEsSampler(seed=seed, consider_pruned_trials=True, warn_independent_sampling=False)
-        return optuna.samplers.RandomSampler(seed=seed)
-
-
-def make_pruner(name: str, grace: int, trials: int) -> optuna.pruners.BasePruner:
-    """Return the Optuna pruner of a scheduler.
-
-    Population-based training stops no trial: a trial that falls behind continues from a better one instead. Nor does ``promote``, which
-    pauses them (:meth:`Search.pause`).
-
-    Args:
-        name: One of ``SCHEDULERS``.
-        grace: The first epoch after which a trial may be stopped.
-        trials: The number of trials of the search.
-
-    Raises:
-        UserError: The name is unknown, or ``grace`` is less than 1.
-    """
-    _check_name("scheduler", name, SCHEDULERS)
-    if grace < 1:
-        raise UserError(f"a grace of {grace} epochs: a trial runs for at least one epoch")
-    if name == "asha":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=grace, reduction_factor=REDUCTION)
-    if name == "evidence":
-        return RungPruner(grace, REDUCTION, REDUCTION, again=True)
-    if name == "half":
-        return RungPruner(grace, REDUCTION, HALF)
-    if name == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=min(5, max(1, trials // 4)), n_warmup_steps=grace)
-    return optuna.pruners.NopPruner()
-
-
-def _check_name(what: str, name: str, known: Sequence[str]) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        raise UserError(f"unknown {what} {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"))
-
-
-def read_points(path: str | Path, space: Space, config: Config) -> list[dict[str, Any]]:
-    """Read points to try from a YAML or JSON file.
-
-    Args:
-        path: A list of points; a point maps dotted names to values. Settings that it leaves out are drawn.
-        space: The search space, which every point must fit.
-        config: The base settings.
-
-    Returns:
-        The points, as :func:`create_search` takes them.
-
-    Raises:
-        UserError: The file cannot be read, or a point is not in the space. The message names file and line.
-    """
-    root = read_yaml_nodes(path)
-    if not isinstance(root, yaml.SequenceNode) or not root.value:
-        raise UserError(f"{path}: expected a list of points, such as  - {{optim.lr: 2e-4, loss.eos_coef: 0.05}}")
-    points = []
-    for node in root.value:
-        where, point = f"{path}, line {node.start_mark.line + 1}", yaml_value(node, path)
-        if not isinstance(point, dict):
-            raise UserError(f"{where}: a point is a mapping from settings to values, not {point!r}")
-        try:
-            points.append(space.check_point(point, by_name(config)))
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-    return points
-
-
-def best_points(folder: str | Path, space: Space, config: Config, count: int = 3) -> list[dict[str, Any]]:
-    """Return the best points of an earlier search that fit a new space.
-
-    From the complete settings of each earlier trial, a point has those that ``space`` draws. Points outside of its ranges are left
-    out. The new search trains the points again, because their objectives were measured on other data or for other epochs.
-
-    Args:
-        folder: Path or URI of the earlier search.
-        space: The new search space.
-        config: The base settings of the new search.
-        count: The number of points to return at most.
-
-    Returns:
-        The points, best first.
-    """
-    earlier = Search(fetched(folder, recursive=False))
-    points: list[dict[str, Any]] = []
-    for trial in earlier.ranked():
-        point = space.drawn(space.ground(by_name(earlier.config(trial.number))))
-        if point and space.contains(point, by_name(config)):
-            points = _without_repeats([*points, point])
-    return points[:count]
-
-
-def warm_start_from(folders: Sequence[str | Path], space: Space, config: Config) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return what earlier searches, also of other data sets, say about a new one.
-
-    Args:
-        folders: Paths or URIs of the earlier searches.
-        space: The new search space.
-        config: The base settings of the new search.
-
-    Returns:
-        The points to try first, the best three of a single search and the best one of each of several; and the prior of the draws, the
-        best five of each.
-
-    Raises:
-        UserError: There is no search in a folder, or no trial of it has settings within the new space.
-    """
-    points, prior = [], []
-    for folder in folders:
-        best = best_points(folder, space, config, PRIOR_POINTS)
-        if not best:
-            raise UserError(f"--warm-start {folder}: no ended trial of it has settings within the new search space")
-        points += best[: max(1, FIRST_POINTS // len(folders))]
-        prior += best
-    return _without_repeats(points), prior
-
-
-def _without_repeats(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [point for index, point in enumerate(points) if point not in points[:index]]
-
-
-# What a run of a trial's settings leaves out: it would collide with the search of its name, and train on other images.
-AS_A_RUN = {"run.name": None, "data.folds": None, "data.fold": None, "data.reshuffle": False}
-
-
-def best_config(search: Search) -> Config:
-    """Return the complete settings of the best trial for a run of its own.
-
-    Raises:
-        UserError: No trial has an objective yet.
-    """
-    best = search.best()
-    if best is None:
-        raise UserError(f"{search.folder}: no trial has ended with a value of {search.metric} yet")
-    return with_settings(search.config(best.number), AS_A_RUN)
-
-
-def write_best(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Write :func:`best_config` as YAML for ``raydetr train --config``, and return the path (default: ``best.yaml`` in the folder)."""
-    search = Search(folder)
-    out = Path(out) if out else search.folder / "best.yaml"
-    write_yaml(best_config(search), out)
-    return out
-
-
-def trials_frame(search: Search) -> "pandas.DataFrame":
-    """Return the trials as a data frame with one row per trial.
-
-    The columns are: ``trial``, ``state``, the objectives, ``epochs``, ``seconds``, ``started``, ``ended``; the settings that vary; the
-    metrics of the last epoch; ``node`` and ``cards``, where the trial ran; its ``name``; and the ``reason`` why it failed.
-    """
-    import pandas
-
-    rows = []
-    for trial in search.frozen():
-        settings = search.settings(trial.number) if _is_drawn(search, trial) else {}
-        row = {
-            "trial": trial.number,
-            "state": state_of(trial),
-            **objectives_of(search, trial),
-            "epochs": epochs_of(trial),
-        }
-        row |= {"seconds": seconds_of(trial), "started": trial.datetime_start, "ended": trial.datetime_complete}
-        row |= {name: as_drawn(settings.get(name)) for name in search.space.names}
-        row |= {name: value for name, value in reported_metrics(trial).items() if name not in row}
-        rows.append({**row, "name": search.trial_name(trial.number), "reason": trial.user_attrs.get("reason")})
-    return pandas.DataFrame(rows)
-
-
-def reported_metrics(trial: FrozenTrial) -> dict[str, Any]:
-    """Return the metrics of a trial's last epoch by name, and where it ran; studies of version 0.1 also hold values of Ray's own."""
-    kept = trial.user_attrs.get("metrics", {})
-    return {name: kept[name] for name in (*REPORTED, *WHERE) if name in kept}
-
-
-def write_trials(folder: str | Path) -> list[Path]:
-    """Write the trials as ``trials.csv`` and ``trials.parquet`` to the folder of the search, and return both paths."""
-    search = Search(folder)
-    frame = trials_frame(search)
-    frame.to_csv(search.folder / "trials.csv", index=False)
-    frame.to_parquet(search.folder / "trials.parquet", index=False)
-    return [search.folder / "trials.csv", search.folder / "trials.parquet"]
-
-
-def top_trials(search: Search, count: int = 5) -> str:
-    """Return a plain text table of the best trials and of trial 0, which has the default settings.
-
-    With several objectives, a table of the Pareto front follows.
-
-    Args:
-        search: The search.
-        count: The number of trials to list; the front has at most twice as many.
-    """
-    ranked = search.ranked()[:count]
-    best = _trials_table(search, [*ranked, *(trial for trial in search.frozen()[:1] if trial not in ranked)])
-    front = search.front() if search.also else []
-    if not front:
-        return best
-    heading = f"best trade-offs of {', '.join(search.objectives)} (no trial is better in one without being worse in another):"
-    return f"{best}\n\n{heading}\n{_trials_table(search, front[: 2 * count])}"
-
-
-def _trials_table(search: Search, shown: Sequence[FrozenTrial]) -> str:
-    from rich.console import Console
-    from rich.table import Table
-
-    trials = search.frozen()
-    varied = [name for name in search.space.names if name in search.space.distributions]
-    table = Table(box=None, pad_edge=False)
-    for heading in ("trial", "state", search.metric, "to trial 0", *search.also, "epochs", *map(_short, varied)):
-        table.add_column(heading, justify="left" if heading == "state" else "right", no_wrap=True)
-    for trial in shown:
-        value, default = objective(trial), objective(trials[0])
-        gain = "" if trial.number == 0 or value is None or default is None else f"{value - default:+.4f}"
-        settings = search.settings(trial.number) if _is_drawn(search, trial) else {}
-        first, *also = (objective_text(name, each) for name, each in objectives_of(search, trial).items())
-        cells = ["0 (default)" if trial.number == 0 else str(trial.number), state_of(trial), first, gain, *also]
-        cells.append(str(epochs_of(trial)))
-        table.add_row(*cells, *(compact(settings[name]) if name in settings else "-" for name in varied))
-    console = Console(width=40 + 30 * len(varied) + 15 * len(search.also), color_system=None)
-    with console.capture() as capture:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines())
-
-
-def state_of(trial: FrozenTrial) -> str:
-    """Return the state of a trial as users know it: ``complete``, ``pruned``, ``failed``, ``running``, ``paused`` or ``waiting``.
-
-    Args:
-        trial: The trial. It is paused where it waits at a rung, and waiting before it begins.
-    """
-    return "paused" if is_paused(trial) else STATE_NAMES[trial.state]
-
-
-def turns_of(trial: FrozenTrial) -> list[tuple[float, float | None, dict[str, Any]]]:
-    """Return when and where a trial ran.
-
-    Args:
-        trial: A trial that has begun. One that was paused has several turns.
-
-    Returns:
-        For each turn its start and its end in seconds since 1970, None while it runs, and the ``node`` and ``cards`` that it ran on, as
-        far as they are known.
-    """
-    begin = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
-    turns = [(start, end, where) for start, end, where in trial.user_attrs.get(TURNS, [[begin, None, {}]])]
-    ended = trial.datetime_complete
-    return _with_end(turns, ended.timestamp(), _where(reported_metrics(trial))) if ended else turns
-
-
-def _with_end(turns: Sequence[tuple[float, float | None, dict[str, Any]]], end: float, where: dict[str, Any]) -> list[Any]:
-    """Return turns whose last one ends then and there, unless it has ended before."""
-    start, known, _ = turns[-1]
-    return [*turns[:-1], (start, end, where)] if known is None else list(turns)
-
-
-def _where(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: metrics[name] for name in WHERE if name in metrics}
-
-
-def seconds_of(trial: FrozenTrial) -> float | None:
-    """Return for how long a trial ran, without the time in which it was paused; None while it runs.
-
-    Args:
-        trial: The trial.
-    """
-    spans = [(start, end) for start, end, _ in turns_of(trial) if end is not None] if trial.datetime_start else []
-    running = not trial.state.is_finished() and not is_paused(trial)
-    return None if running or not spans else sum(end - start for start, end in spans)
-
-
-def epochs_of(trial: FrozenTrial) -> int:
-    """Return the number of epochs that a trial was trained, which is the last one reported."""
-    return trial.last_step or 0
-
-
-def _value_at(trial: FrozenTrial, epoch: int) -> float:
-    return max((value for step, value in trial.intermediate_values.items() if step <= epoch), default=-math.inf)
-
-
-def _is_drawn(search: Search, trial: FrozenTrial) -> bool:
-    """Return whether a trial has all of its settings: it is not waiting, and no driver died in the middle of drawing it."""
-    try:
-        search.settings(trial.number)
-    except ValueError:
-        return False
-    return trial.state != TrialState.WAITING
-
-
-def _short(name: str) -> str:
-    return name.split(".")[1].removesuffix("_coef").removesuffix("_loss")

@@ -11,7 +11,9 @@ from rich.live import Live
 from rich.table import Table
 
 from raydetr.search.halving import is_paused
-from raydetr.search.study import Search, epochs_of, is_better_lower, objective, objective_text, objectives_of, state_of
+from raydetr.search.record import epochs_of, is_better_lower, objective, objective_text, state_of
+from raydetr.search.results import objectives_of
+from raydetr.search.study import Search
 from raydetr.text import count
 from raydetr.training.console import clock
 

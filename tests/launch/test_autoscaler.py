@@ -15,7 +15,7 @@ from raydetr.launch.slots import Demands
 from raydetr.launch.train import train
 from raydetr.launch.trial import with_node
 from raydetr.launch.tune import tune
-from raydetr.search.study import trials_frame
+from raydetr.search.results import trials_frame
 
 SPACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}}
 MACHINES = {

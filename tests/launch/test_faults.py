@@ -25,7 +25,8 @@ from raydetr.launch.scheduling import trial_folder
 from raydetr.launch.slots import Demands
 from raydetr.launch.trial import with_node
 from raydetr.launch.tune import resume, tune
-from raydetr.search.study import Search, trials_frame
+from raydetr.search.results import trials_frame
+from raydetr.search.study import Search
 from raydetr.training.fit import fit
 from raydetr.weights.checkpoint import read_checkpoint
 from tests import helpers

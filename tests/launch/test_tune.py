@@ -29,8 +29,9 @@ from raydetr.launch.session import DRIVER
 from raydetr.launch.slots import Demands
 from raydetr.launch.train import TWICE
 from raydetr.launch.tune import default_sampler, default_scheduler, resume, share_images, summary, tune
+from raydetr.search.record import epochs_of, turns_of
 from raydetr.search.space import read_space
-from raydetr.search.study import TAKEN_OVER, Search, epochs_of, open_search, turns_of
+from raydetr.search.study import TAKEN_OVER, Search, open_search
 from raydetr.training.fit import fit
 from raydetr.training.metrics import REPORTED
 from raydetr.weights.checkpoint import read_checkpoint, save_checkpoint
