@@ -10,7 +10,9 @@ from typing import cast
 
 from benchmarks.measure import options, table
 from raydetr.config import load_config
-from raydetr.data.coco import CocoImages, build_loader, find_split
+from raydetr.data.coco import find_split
+from raydetr.data.dataset import CocoImages
+from raydetr.data.loader import build_loader
 from raydetr.data.transforms import train_transforms
 
 SETTINGS = {"default": {}, "480 pixels, no crop": {"data.train_sizes": [480], "data.crop": 0.0}}

@@ -9,8 +9,10 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from raydetr.config import Data
-from raydetr.data.coco import CocoImages, collate, find_split
+from raydetr.data.coco import find_split
+from raydetr.data.dataset import CocoImages
 from raydetr.data.images import read_image
+from raydetr.data.loader import collate
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
 from raydetr.export.onnx import TensorsOnly

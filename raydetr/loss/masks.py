@@ -48,7 +48,7 @@ def matched_masks(masks: list[Tensor], target: Tensor) -> Tensor:
 
     Args:
         masks: True masks of each image, bool [n, height, width], in pixels of the batch. Those of a batch of
-            :func:`raydetr.data.coco.collate` are padded to the size of the batch already.
+            :func:`raydetr.data.loader.collate` are padded to the size of the batch already.
         target: The true box of each pair, int64 [M]: its position in the batch's concatenated targets.
 
     Returns:

@@ -38,8 +38,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from raydetr.config import load_config
 from raydetr.data.categories import match_categories
-from raydetr.data.coco import collate
 from raydetr.data.images import read_image
+from raydetr.data.loader import collate
 from raydetr.data.masks import RLE, decode_masks, encode_masks
 from raydetr.data.transforms import val_transforms
 from raydetr.draw import Box, Colour, category_colours, draw_boxes, with_masks

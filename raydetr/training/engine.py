@@ -35,7 +35,7 @@ READ_EVERY = {"cuda": 20, "cpu": 1}
 MIN_LOSS_SCALE = 1e-3  # with fp16; a scale this small means that the gradients overflow whatever the scale
 MOST_IDS = 20  # of images in an error message
 
-Batch = tuple[Tensor, Tensor | None, list[dict[str, Tensor]]]  # images, padding mask, targets: what data.coco.collate returns
+Batch = tuple[Tensor, Tensor | None, list[dict[str, Tensor]]]  # images, padding mask, targets: what data.loader.collate returns
 
 
 @dataclasses.dataclass
@@ -129,7 +129,7 @@ def train_one_epoch(training: Training, loader: Iterable[Batch], epoch: int, sho
 
     Args:
         training: The model, optimizer and so on; changed in place.
-        loader: Batches as :func:`raydetr.data.coco.collate` makes them. Every worker must have the same number.
+        loader: Batches as :func:`raydetr.data.loader.collate` makes them. Every worker must have the same number.
         epoch: Number of the epoch, from 1; used in error messages.
         show: Called with the numbers of every optimizer step, averaged over the workers: ``step``, those of :func:`loss_names`,
             ``lr_transformer``, ``lr_backbone`` and ``images_per_second`` (of all workers together).
@@ -159,7 +159,7 @@ def sent_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch
     On a GPU, the copies run on a stream of their own, and the host is ahead of the GPU.
 
     Args:
-        batches: Batches as :func:`raydetr.data.coco.collate` makes them. Copies are asynchronous only from pinned memory.
+        batches: Batches as :func:`raydetr.data.loader.collate` makes them. Copies are asynchronous only from pinned memory.
         device: Where the model is.
 
     Yields:
@@ -499,7 +499,7 @@ def network_outputs(
     Args:
         model: The network itself, not wrapped in DistributedDataParallel, in evaluation mode.
         criterion: Says whether masks are wanted.
-        images: Images of :func:`raydetr.data.coco.collate`.
+        images: Images of :func:`raydetr.data.loader.collate`.
         mask: Their padding mask, or None.
         device: Where ``model`` is.
         dtype: Dtype of the forward pass.

@@ -6,7 +6,8 @@ import time
 import torch
 from torch import nn
 
-from raydetr.data.coco import CocoImages, collate
+from raydetr.data.dataset import CocoImages
+from raydetr.data.loader import collate
 from raydetr.loss.criterion import Criterion
 from raydetr.model.detr import postprocess
 from raydetr.training.engine import Batch, network_outputs

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from raydetr.config import load_config
-from raydetr.data.coco import build_loader
 from raydetr.data.copy_paste import VISIBLE, paste
+from raydetr.data.loader import build_loader
 from raydetr.data.scene import Scene
 from raydetr.data.sets import load_sets
 from raydetr.data.transforms import drawn_from

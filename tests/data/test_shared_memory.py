@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from raydetr.config import load_config
-from raydetr.data import coco, shared_memory
-from raydetr.data.coco import CocoImages, build_loader, find_split, largest_batch, largest_side
+from raydetr.data import loader, shared_memory
+from raydetr.data.coco import find_split
+from raydetr.data.dataset import CocoImages
+from raydetr.data.loader import build_loader, largest_batch, largest_side
 from raydetr.data.shared_memory import as_arrays, as_tensors, fits_shared_memory, free_shared_memory
 from raydetr.data.transforms import train_transforms, val_transforms
 from raydetr.errors import UserError
@@ -29,7 +31,7 @@ def dataset(coco_folder):
 
 
 def as_if_free(monkeypatch, number):
-    for module in (shared_memory, coco):
+    for module in (shared_memory, loader):
         monkeypatch.setattr(module, "free_shared_memory", lambda: number)
 
 
@@ -118,7 +120,7 @@ def test_nothing_is_said_where_batches_fit_or_nothing_is_shared(dataset, monkeyp
 
 def test_workers_of_one_node_share_its_memory(dataset, monkeypatch):
     data = dataset(**SETTINGS)
-    as_if_free(monkeypatch, 2 * 2 * coco.PREFETCH * largest_batch(data, 2))  # what one worker's two processes may use
+    as_if_free(monkeypatch, 2 * 2 * loader.PREFETCH * largest_batch(data, 2))  # what one worker's two processes may use
     build_loader(data, 2, num_workers=2)
     assert not data.warnings
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -146,7 +148,9 @@ def test_another_error_of_a_loading_process_stays_as_it_is(dataset):
 ONE_EPOCH = """
 import sys
 from raydetr.config import load_config
-from raydetr.data.coco import CocoImages, build_loader, find_split
+from raydetr.data.coco import find_split
+from raydetr.data.dataset import CocoImages
+from raydetr.data.loader import build_loader
 from raydetr.data.transforms import train_transforms
 settings = {"data.train_sizes": [800], "data.crop": 0.0}
 data = load_config({"data.path": sys.argv[1], **settings}).data

@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from raydetr.config import load_config
-from raydetr.data.coco import collate
+from raydetr.data.loader import collate
 from raydetr.data.transforms import RandomSizeCrop, ResizeShortSide, drawn_from, normalize, resized_size, train_transforms, val_transforms
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

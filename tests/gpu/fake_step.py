@@ -57,7 +57,7 @@ class Operators(TorchDispatchMode):
 
 
 def make_batch(images: int, height: int, width: int, masked: bool) -> engine.Batch:
-    """Return a batch on the CPU, as ``raydetr.data.coco.collate`` returns it."""
+    """Return a batch on the CPU, as ``raydetr.data.loader.collate`` returns it."""
     mask = torch.zeros(images, height, width, dtype=torch.bool) if masked else None
     targets: list[dict[str, Any]] = [
         {

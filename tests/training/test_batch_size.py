@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from raydetr.config import read_config
-from raydetr.data.coco import CocoImages, find_split, largest_side
+from raydetr.data.coco import find_split
+from raydetr.data.dataset import CocoImages
+from raydetr.data.loader import largest_side
 from raydetr.data.transforms import train_transforms
 from raydetr.errors import UserError
 from raydetr.training import batch_size, engine
