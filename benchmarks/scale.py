@@ -31,6 +31,7 @@ from raydetr.config import load_config, to_dict
 from raydetr.launch.slots import weights_bytes
 from raydetr.launch.tune import tune
 from raydetr.training.fit import fit
+from raydetr.training.metrics import LAST_EPOCH
 
 START_S, RESET_S = 4.9, 0.85  # a trial's first process, a process's next trial: benchmarks/README.md, Search
 JITTER = 0.05  # of an epoch's length, either way
@@ -39,7 +40,7 @@ UNITS = {1: "B", 1e3: "kB", 1e6: "MB", 1e9: "GB"}
 
 
 class PlayedTrial(ray.tune.Trainable):
-    """A simulated trial that reports like :func:`raydetr.launch.trial.run_trial`, without waiting."""
+    """A simulated trial that reports like :func:`raydetr.launch.trial.run_trial`, without training."""
 
     def setup(self, config: dict[str, Any]) -> None:
         """Start with the settings that the search has assigned."""
@@ -48,13 +49,25 @@ class PlayedTrial(ray.tune.Trainable):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Start again with other settings."""
         self.settings, self.epoch, self.told = to_dict(new_config["config"]), 0, False
+        self.gathered, self.due = new_config["gathered"], None
         return True
 
+    @property
+    def trains(self) -> bool:
+        """Whether there are epochs left."""
+        return self.epoch < self.settings["optim"]["epochs"]
+
+    def end_epoch(self) -> None:
+        """End an epoch, after which a report may be due."""
+        self.epoch += 1
+        ends = {} if self.trains else {LAST_EPOCH: True}
+        self.due = self.gathered.add({"epoch": self.epoch, "AP": surface_ap(self.settings, self.epoch), **ends})
+
     def step(self) -> dict[str, Any]:
-        """Return the report of an epoch; after the last one the final report, twice, as Ray Tune's function trainables do."""
-        if self.epoch < self.settings["optim"]["epochs"]:
-            self.epoch += 1
-            return {"epoch": self.epoch, "AP": surface_ap(self.settings, self.epoch)}
+        """Return the report that is due; after the last one the final report, twice, as Ray Tune's function trainables do."""
+        if self.due:
+            due, self.due = self.due, None
+            return due
         if self.told:
             return {DONE: True, RESULT_DUPLICATE: True}
         self.told = True
@@ -81,19 +94,20 @@ class Stage:
         self.trials[number] = PlayedTrial(**pickle.loads(make))
 
     async def call(self, number: int, method: str, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Call a method of trial ``number``, after the time that it would take."""
+        """Call a method of trial ``number``, after the time that it would take: for a report that of its epochs."""
         while number not in self.trials:  # asked before it had begun
             await asyncio.sleep(0.05)
         trial = self.trials[number]
         if method == "reset":
             self._note()
             await asyncio.sleep(self.reset_s)
-        if method == "train" and trial.epoch < trial.settings["optim"]["epochs"]:
+        while method == "train" and trial.trains and not trial.due:
             seconds = self.epoch_seconds * (1 + JITTER * self.random.uniform(-1, 1))
             self.running[number] = time.monotonic()
             await asyncio.sleep(seconds)
             del self.running[number]
             self.done += seconds  # that it may have woken later is no work
+            trial.end_epoch()
         if method == "stop":
             del self.trials[number]
         return getattr(trial, method)(*args, **kwargs)
@@ -164,28 +178,32 @@ def measure(folder: Path, gpus: int, trials: int, epoch_seconds: float, start_s:
     ended = search.frozen()
     assert len(ended) == trials
     assert all(trial.state.is_finished() for trial in ended)
-    reports = sum(len(trial.intermediate_values) for trial in ended)
+    epochs = sum(len(trial.intermediate_values) for trial in ended)
     return [
         gpus,
         trials,
-        f"{reports / played['seconds']:.1f}",
+        f"{search.sampler}, {search.scheduler}",
+        f"{epoch_seconds:g} s",
+        f"{epochs / played['seconds']:.1f}",
         f"{100 * played['busy_given'] / gpus / played['seconds_given']:.0f} %",
         f"{100 * played['busy'] / gpus / played['seconds']:.0f} %",
-        f"{1000 * cpu / reports:.1f} ms",
+        f"{1000 * cpu / epochs:.1f} ms",
         f"{100 * cpu / played['seconds']:.0f} %",
-        f"{(search.folder / 'study.journal').stat().st_size / reports / 1000:.1f} kB",
+        f"{(search.folder / 'study.journal').stat().st_size / epochs / 1000:.1f} kB",
     ]
 
 
 HEADER = (
     "GPUs",
     "trials",
-    "reports a second",
+    "sampler, scheduler",
+    "an epoch",
+    "epochs a second",
     "GPUs busy until the last trial began",
     "in all",
-    "CPU time of the search per report",
+    "CPU time of the search per epoch",
     "of one core",
-    "journal per report",
+    "journal per epoch",
 )
 
 
@@ -236,7 +254,7 @@ def main() -> None:
     waits = (0.2, 0.05, 0.02) if chosen.quick else (chosen.epoch_seconds, START_S, RESET_S)
     print(machine(), "\n")
     epoch, start, reset = waits
-    print(f"Epochs of {epoch:g} s (+- {100 * JITTER:.0f} %), {EPOCHS} a trial, TPE and ASHA;", end=" ")
+    print(f"Epochs of {epoch:g} s (+- {100 * JITTER:.0f} %), {EPOCHS} a trial;", end=" ")
     print(f"{start:g} s until a process has started, {reset:g} s until its next trial has.\n")
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -29,7 +29,9 @@ from raydetr.launch.nodes import NO_MEMORY, is_node_failure
 from raydetr.launch.signals import Received
 from raydetr.launch.slots import Demands, Slots, slots_on
 from raydetr.launch.train import OUT_OF_MEMORY, RAY_FOLDER, TWICE
+from raydetr.launch.trial import EARLIER, Gathered
 from raydetr.search.halving import is_paused
+from raydetr.search.methods import REDUCTION
 from raydetr.search.study import TRIALS_FOLDER, Search
 from raydetr.search.trials import TrialsDisplay
 from raydetr.storage import LAST, OWNER, copy, fetch, is_uri, join, push, remove_tokens, working_folder
@@ -47,6 +49,7 @@ RESUME_STATE = (
     "random",
 )  # entries of a checkpoint that only resuming needs
 TURNS = 4  # parts of a run in population-based training; after each, a trial may take over another's weights
+REPORT_S = 0.02  # of the process that runs the search for each report, half of which it works
 ROOM_INTERVAL_S = 1.0  # between two counts of the cluster's free slots
 HOPELESS = 3  # a search ends if this many trials failed before any finished an epoch, because the rest would fail as well
 SILENCE_S = 600.0  # a running trial that reports nothing for longer than this,
@@ -155,6 +158,7 @@ class StudySearcher(Searcher):
             "config": config,
             "searched": self.search.space.hparam_domains(self.search.base),
             "slots": self.slots,
+            "gathered": Gathered(REPORT_S * self.room(), decision_epochs(self.search, config.optim.epochs)),
             "node": None,
         }
 
@@ -298,7 +302,8 @@ class StudyScheduler(FIFOScheduler):
         if not is_epoch(result) or number is None:
             return FIFOScheduler.CONTINUE
         self.reasons.pop(trial.trial_id, None)  # faults count as repeated only without a finished epoch in between
-        self.search.report(number, result["epoch"], best_so_far(self.search, number, result), result)
+        for epoch in (*result.get(EARLIER, ()), result):
+            self.search.report(number, epoch["epoch"], best_so_far(self.search, number, epoch), epoch)
         if result.get(LAST_EPOCH):
             return FIFOScheduler.CONTINUE
         ends = self.search.should_stop(number) or self.search.pause(number, result["epoch"], reported_metrics(result))
@@ -319,7 +324,7 @@ class PopulationScheduler(StudyScheduler):
         super().__init__(search)
         self.searcher = searcher
         optim = search.config(0).optim
-        self.first, self.every, self.epochs = grace_epochs(optim), math.ceil(optim.epochs / TURNS), optim.epochs
+        self.first, self.every, self.epochs = grace_epochs(optim), turn(optim.epochs), optim.epochs
 
     def on_trial_result(self, tune_controller, trial, result: dict[str, Any]) -> str:
         """Record a report of a trial, and decide whether the trial continues, stops, or pauses to let others train.
@@ -502,6 +507,33 @@ def grace_epochs(optim: settings.Optim) -> int:
     """
     warmup = optim.warmup * optim.epochs if optim.warmup < 1 else optim.warmup
     return min(int(warmup) + 2, optim.epochs)
+
+
+def turn(epochs: int) -> int:
+    """Return for how many epochs a trial of a population trains before it gives its slot to another.
+
+    Args:
+        epochs: The number of epochs of a trial.
+    """
+    return math.ceil(epochs / TURNS)
+
+
+def decision_epochs(search: Search, epochs: int) -> set[int]:
+    """Return the epochs after which a search decides whether a trial trains on.
+
+    The scheduler ``median``, and after its rungs ``evidence``, decide after any other report as well.
+
+    Args:
+        search: The search.
+        epochs: The number of epochs of the trial.
+    """
+    if search.scheduler == "pbt":
+        return set(range(turn(epochs), epochs + 1, turn(epochs)))
+    rungs, rung = set(), search.grace
+    while rung <= epochs:
+        rungs.add(rung)
+        rung *= REDUCTION
+    return rungs
 
 
 def trial_root(search: Search, number: int) -> str:

@@ -1,8 +1,10 @@
 """What runs in a trial of a search: ``fit`` in the trial's own process, or a TorchTrainer with several workers."""
 
+import math
 import os
 import socket
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,41 @@ from raydetr.launch.reporter import assigned_cores
 from raydetr.launch.train import fit_with_retries, is_repeatable, ray_run_config, torch_config, train_worker
 from raydetr.memory import without_collections
 from raydetr.text import one_line
-from raydetr.training.metrics import LATENCY
+from raydetr.training.metrics import LAST_EPOCH, LATENCY
+
+EARLIER = "earlier"  # in a report: the metrics of the epochs since the report before
+
+
+class Gathered:
+    """Gathers epochs for one report where they end faster than the process that runs the search can take them.
+
+    Args:
+        interval_s: The time between two reports, in seconds. An epoch that ends sooner is reported with the next one.
+        awaited: Epochs that are reported at once, because the search then decides about the trial. So are the first and the last one.
+    """
+
+    def __init__(self, interval_s: float = 0.0, awaited: Collection[int] = ()):
+        self.interval_s, self.awaited = interval_s, awaited
+        self._epochs: list[dict[str, Any]] = []
+        self._taken = -math.inf  # when the last report was made
+
+    def add(self, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Add an epoch, and return the report that is due; None if it can wait.
+
+        Args:
+            metrics: The metrics of the epoch by name, with its number under ``epoch``.
+        """
+        self._epochs.append(dict(metrics))
+        at_once = metrics.get(LAST_EPOCH) or metrics["epoch"] in self.awaited
+        return self.take() if at_once or time.monotonic() - self._taken >= self.interval_s else None
+
+    def take(self) -> dict[str, Any] | None:
+        """Return one report of all epochs that wait, which has the metrics of the last one; None if there are none."""
+        if not self._epochs:
+            return None
+        *earlier, last = self._epochs
+        self._epochs, self._taken = [], time.monotonic()
+        return last | ({EARLIER: earlier} if earlier else {})
 
 
 class TuneReporter:
@@ -31,14 +67,22 @@ class TuneReporter:
         objectives: The names of the objectives of the search.
         searched: The settings that the search varies, by name, with their domains.
         images: The decoded images that all trials share; None if each decodes its own.
+        gathered: What gathers epochs for one report.
     """
 
     rank, world_size, local_rank = 0, 1, 0
     searched: Mapping[str, tuple | list] | None
     images: DecodedImages | None
 
-    def __init__(self, objectives: Sequence[str], searched: Mapping[str, tuple | list], images: DecodedImages | None = None):
+    def __init__(
+        self,
+        objectives: Sequence[str],
+        searched: Mapping[str, tuple | list],
+        images: DecodedImages | None = None,
+        gathered: Gathered | None = None,
+    ):
         self.objectives, self.searched, self.images = objectives, searched, images
+        self.gathered = gathered or Gathered()
         self.cores = assigned_cores()
 
     def checkpoint(self) -> None:
@@ -48,7 +92,7 @@ class TuneReporter:
         """Ignore the event, since the search shows its trials in a table."""
 
     def report(self, metrics: dict[str, Any], checkpoint: Path | None = None) -> None:
-        """Report an epoch's metrics to Ray Tune.
+        """Report an epoch's metrics to Ray Tune, perhaps together with those of the next epochs.
 
         Args:
             metrics: The metrics by name.
@@ -61,7 +105,8 @@ class TuneReporter:
             if name != LATENCY and metrics.get(name) is None:
                 flag = "--metric" if name == self.objectives[0] else "--also"
                 raise UserError(f"{flag} {name}: the validation set has no object that it counts")
-        ray.tune.report(with_node(metrics))
+        if due := self.gathered.add(with_node(metrics)):
+            ray.tune.report(due)
 
 
 def with_node(metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,20 +132,14 @@ def run_trial(assigned: Mapping[str, Any], images: Sequence[ray.ObjectRef] = ())
 
     Args:
         assigned: ``number`` of the trial, ``config`` with its settings, ``objectives`` (their names), ``searched`` (the settings that vary,
-            with their domains), ``slots`` (a :class:`raydetr.launch.slots.Slots`), and ``node``, the id of the node that it is meant for,
-            or None.
+            with their domains), ``slots`` (a :class:`raydetr.launch.slots.Slots`), ``gathered`` (a :class:`Gathered`), and ``node``, the id
+            of the node that it is meant for, or None.
         images: A reference to the decoded images, if they are shared.
     """
     os.environ.setdefault(ray_private.STOP_TIMEOUT, ray_private.STOP_TIMEOUT_S)
-    with without_collections():
-        from raydetr.training.fit import fit
-
     config = assigned["config"]
     try:
-        if config.run.workers == 1:
-            last = fit(config, TuneReporter(assigned["objectives"], assigned["searched"], *map(ray.get, images)))
-        else:
-            last = fit_with_workers(config, assigned, images)
+        last = (fit_and_report if config.run.workers == 1 else fit_with_workers)(config, assigned, images)
     except DiskFull as error:
         ray.tune.report({"epoch": 0, "full": f"{socket.gethostname()}: {error}"})
     except UserError as error:
@@ -112,6 +151,29 @@ def run_trial(assigned: Mapping[str, Any], images: Sequence[ray.ObjectRef] = ())
         os._exit(1)  # also for a CUDA error, after which every call of this process fails
     else:
         ray.tune.report({**with_node(last), "finished": True})
+
+
+def fit_and_report(config: settings.Config, assigned: Mapping[str, Any], images: Sequence[ray.ObjectRef]) -> dict[str, Any]:
+    """Run ``fit`` in this process, and report its epochs to Ray Tune.
+
+    Args:
+        config: The settings of the trial.
+        assigned: The trial, as :func:`run_trial` takes it.
+        images: A reference to the decoded images, if they are shared.
+
+    Returns:
+        The last epoch's metrics.
+    """
+    with without_collections():
+        from raydetr.training.fit import fit
+
+    gathered = assigned["gathered"]
+    try:
+        return fit(config, TuneReporter(assigned["objectives"], assigned["searched"], *map(ray.get, images), gathered=gathered))
+    except Exception:
+        if waiting := gathered.take():
+            ray.tune.report(waiting)
+        raise
 
 
 def _in_one_line(error: Exception) -> str:

@@ -120,9 +120,19 @@ class Search:
         return self._plan["trials"]
 
     @property
+    def sampler(self) -> str:
+        """The name of the sampler that draws settings, one of ``SAMPLERS``."""
+        return self._plan["sampler"]
+
+    @property
     def scheduler(self) -> str:
         """The name of the scheduler that stops trials early, one of ``SCHEDULERS``."""
         return self._plan["pruner"]
+
+    @property
+    def grace(self) -> int:
+        """The first epoch after which a trial may be stopped."""
+        return self._plan["grace"]
 
     def extend(self, trials: int) -> None:
         """Set the total number of trials requested. Raises a UserError if it is less than one."""
@@ -159,7 +169,7 @@ class Search:
         # therefore draws the same settings as an undisturbed one.
         turn = [self._again[0], 1] if self._again else [handed_out, 0]
         seed = [self._plan["seed"], *turn]
-        self.study.sampler = make_sampler(self._plan["sampler"], seed, self.trials, self.space, self._plan.get("prior", ()))
+        self.study.sampler = make_sampler(self.sampler, seed, self.trials, self.space, self._plan.get("prior", ()))
         trial = optuna.Trial(self.study, trials[self._again.pop(0)]._trial_id) if self._again else self.study.ask()
         if key:
             trial.set_user_attr("key", key)
@@ -272,7 +282,7 @@ class Search:
             return False
         if GIVEN_UP in trial.user_attrs:
             return True
-        pruner = make_pruner(self._plan["pruner"], self._plan["grace"], self.trials)
+        pruner = make_pruner(self._plan["pruner"], self.grace, self.trials)
         if not pruner.prune(self.study, trial) or number == 0 or epochs_of(trial) >= self.config(number).optim.epochs:
             return False
         optuna.Trial(self.study, trial._trial_id).set_user_attr(GIVEN_UP, True)  # a pruner decides at a rung only once
@@ -296,7 +306,7 @@ class Search:
         trial = self.frozen()[number]
         if self._plan["pruner"] != "promote" or number == 0 or trial.state != TrialState.RUNNING:
             return False
-        rung = last_rung(epoch, self._plan["grace"], REDUCTION)
+        rung = last_rung(epoch, self.grace, REDUCTION)
         asked = trial.user_attrs.get(PROMOTED, 0) >= rung or value_at(trial, rung) is None
         if asked or epoch >= self.config(number).optim.epochs:
             return False

@@ -11,6 +11,7 @@ from raydetr.launch import scheduling
 from raydetr.launch.scheduling import Hopeless, PopulationScheduler, StudyScheduler, StudySearcher, Watcher, grace_epochs, reported_metrics
 from raydetr.launch.slots import Demands, Slots
 from raydetr.launch.train import TWICE
+from raydetr.launch.trial import EARLIER
 from raydetr.search.space import read_space
 from raydetr.search.study import create_search
 
@@ -226,6 +227,25 @@ def test_a_trial_that_comes_to_a_rung_gives_its_slot_away_and_gets_one_when_it_i
     assert report("c", 3, 0.5) == StudyScheduler.CONTINUE
 
 
+def test_all_epochs_of_a_report_are_recorded_before_the_decision(promoting):
+    search, searcher, _ = promoting
+    for key in "ab":
+        searcher.suggest(key)
+    trial, scheduler = SimpleNamespace(trial_id="b"), StudyScheduler(search)
+    result = {EARLIER: [{"epoch": 1, "AP": 0.5}], "epoch": 2, "AP": 0.3}
+    assert scheduler.on_trial_result(Controller(trial), trial, result) == StudyScheduler.STOP
+    assert search.frozen()[1].intermediate_values == {1: 0.5, 2: 0.5}
+
+
+def test_an_epoch_with_a_decision_is_reported_at_once_and_others_as_fast_as_the_search_takes_them(promoting):
+    search, searcher, _ = promoting
+    assert scheduling.decision_epochs(search, 9) == {2, 6}
+    searcher.demands = Demands(concurrent=500)
+    gathered = searcher.suggest("a")["gathered"]
+    assert gathered.interval_s == 500 * scheduling.REPORT_S
+    assert gathered.awaited == {2, 6}
+
+
 def test_a_free_slot_without_a_trial_for_it_is_not_the_end_while_trials_run(promoting):
     """Both trials run and none is paused yet: what they leave may be promoted."""
     search, searcher, report = promoting
@@ -332,10 +352,11 @@ def population(coco_folder, tmp_path):
 
 
 def test_the_members_of_a_population_take_turns_at_every_quarter_but_the_last(population):
-    _, scheduler, controller, (trial, *_) = population
+    search, scheduler, controller, (trial, *_) = population
     paused = [epoch for epoch in range(1, 9) if scheduler.on_trial_result(controller, trial, epoch_of(trial, epoch)) == scheduler.NOOP]
     assert paused == [2, 4, 6]
     assert controller.asked == [("pause", "a")] * 3
+    assert scheduling.decision_epochs(search, 8) >= set(paused)
 
 
 def test_the_member_that_has_trained_least_is_next_where_there_is_a_slot(population, tmp_path):

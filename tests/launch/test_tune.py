@@ -21,13 +21,15 @@ from raydetr import config
 from raydetr.data.formats.convert import convert
 from raydetr.demo import balloons
 from raydetr.errors import UserError
+from raydetr.launch import scheduling
 from raydetr.launch import trial as launched
 from raydetr.launch import tune as launcher
 from raydetr.launch.command import seconds
-from raydetr.launch.scheduling import trial_folder
+from raydetr.launch.scheduling import StudyScheduler, trial_folder
 from raydetr.launch.session import DRIVER
 from raydetr.launch.slots import Demands
 from raydetr.launch.train import TWICE
+from raydetr.launch.trial import EARLIER
 from raydetr.launch.tune import default_sampler, default_scheduler, resume, share_images, summary, tune
 from raydetr.search.record import epochs_of, turns_of
 from raydetr.search.space import read_space
@@ -330,7 +332,15 @@ def test_time_budgets_have_units(text, value):
 
 
 @pytest.mark.slow
-def test_paused_trials_train_on_as_if_they_had_not_been_paused(cluster, module_coco_folder, tmp_path):
+def test_paused_trials_train_on_as_if_they_had_not_been_paused(cluster, module_coco_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(scheduling, "REPORT_S", 1000.0)  # so that the epochs between two decisions are reported together
+    gathered, on_trial_result = [], StudyScheduler.on_trial_result
+
+    def watch(scheduler, controller, trial, result):
+        gathered.extend(each["epoch"] for each in result.get(EARLIER, ()))
+        return on_trial_result(scheduler, controller, trial, result)
+
+    monkeypatch.setattr(StudyScheduler, "on_trial_result", watch)
     data = module_coco_folder(folder="promoted")
     known = settings(data, tmp_path, optim__epochs=4, data__crop=0.5, run__seed=1)
     search = tune(known, SPACE, trials=5, sampler="random", scheduler="promote", demands=Demands(concurrent=1))
@@ -341,8 +351,10 @@ def test_paused_trials_train_on_as_if_they_had_not_been_paused(cluster, module_c
     for trial in trials:
         log = log_of(trial_folder(search, trial.number))
         assert [line["epoch"] for line in log] == list(range(epochs_of(trial)))
+        assert sorted(trial.intermediate_values) == list(range(1, epochs_of(trial) + 1))
         assert trial.state.name == ("COMPLETE" if len(log) == 4 else "PRUNED")
         assert "optimizer" not in read_checkpoint(trial_folder(search, trial.number) / "last.pth")
+    assert set(gathered) == {3}  # between the decision after epoch 2 and the last epoch
     promoted = next(trial for trial in trials[1:] if epochs_of(trial) == 4)
     assert len(turns_of(promoted)) == 2
     alone = search.config(promoted.number)
