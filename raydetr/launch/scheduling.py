@@ -223,9 +223,10 @@ class StudyScheduler(FIFOScheduler):
     def __init__(self, search: Search):
         super().__init__()
         self.search, self.max_failures = search, search.config(0).run.max_failures
-        self.losses: Counter[str] = Counter()
-        self.reasons: dict[str, str] = {}  # why a trial's process was lost the last time, by Ray Tune's id
-        self.repeated: set[str] = set()  # trials with the same error twice, and no epoch in between
+        # By number, since to Ray Tune a trial that was paused and promoted is another one.
+        self.losses: Counter[int | None] = Counter()
+        self.reasons: dict[int | None, str] = {}  # why a trial's process was lost the last time
+        self.repeated: set[int | None] = set()  # trials with the same error twice, and no epoch in between
         self.given_up: set[str] = set()  # by Ray Tune
         self.full = ""  # a trial's message about a full disk
 
@@ -253,13 +254,14 @@ class StudyScheduler(FIFOScheduler):
             tune_controller: Ray Tune's controller.
             trial: Ray Tune's trial.
         """
+        number = self.search.number(trial.trial_id)
         if NO_MEMORY in ray_private.last_trial_error(trial):  # Ray Tune keeps this error as text only
-            self.reasons[trial.trial_id] = OUT_OF_MEMORY
-            self.losses[trial.trial_id] += 1
+            self.reasons[number] = OUT_OF_MEMORY
+            self.losses[number] += 1
             return
         file = trial.pickled_error_file
         if not (file and is_node_failure(cloudpickle.loads(Path(file).read_bytes()))):
-            self.losses[trial.trial_id] += 1
+            self.losses[number] += 1
 
     def on_trial_add(self, tune_controller, trial) -> None:
         """Fail a trial that is about to start again if it was lost too often, or twice with the same error.
@@ -268,9 +270,10 @@ class StudyScheduler(FIFOScheduler):
             tune_controller: Ray Tune's controller.
             trial: Ray Tune's trial.
         """
-        losses, number, repeated = self.losses[trial.trial_id], self.search.number(trial.trial_id), trial.trial_id in self.repeated
+        number = self.search.number(trial.trial_id)
+        losses, repeated = self.losses[number], number in self.repeated
         if (losses > self.max_failures or repeated) and number is not None:
-            reason = self.reasons.get(trial.trial_id, "its process was killed")
+            reason = self.reasons.get(number, "its process was killed")
             why = TWICE if repeated else "run.max_failures"
             self.search.tell(number, "failed", reason=f"lost {count(losses, 'time')} ({why}), the last time: {reason}")
             tune_controller.search_alg.on_trial_complete(trial.trial_id, error=True)
@@ -296,12 +299,12 @@ class StudyScheduler(FIFOScheduler):
             tune_controller.request_stop_experiment()
             return FIFOScheduler.STOP
         if result.get("fault"):
-            if result.get("repeatable") and _without_host(self.reasons.get(trial.trial_id, "")) == _without_host(result["fault"]):
-                self.repeated.add(trial.trial_id)
-            self.reasons[trial.trial_id] = result["fault"]
+            if result.get("repeatable") and _without_host(self.reasons.get(number, "")) == _without_host(result["fault"]):
+                self.repeated.add(number)
+            self.reasons[number] = result["fault"]
         if not is_epoch(result) or number is None:
             return FIFOScheduler.CONTINUE
-        self.reasons.pop(trial.trial_id, None)  # faults count as repeated only without a finished epoch in between
+        self.reasons.pop(number, None)  # faults count as repeated only without a finished epoch in between
         for epoch in (*result.get(EARLIER, ()), result):
             self.search.report(number, epoch["epoch"], best_so_far(self.search, number, epoch), epoch)
         if result.get(LAST_EPOCH):

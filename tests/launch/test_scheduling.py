@@ -246,6 +246,30 @@ def test_an_epoch_with_a_decision_is_reported_at_once_and_others_as_fast_as_the_
     assert gathered.awaited == {2, 6}
 
 
+def test_a_trial_that_was_promoted_has_no_new_attempts(promoting):
+    search, searcher, report = promoting
+    scheduler = StudyScheduler(search)
+    scheduler.max_failures, ended = 1, []
+    controller = SimpleNamespace(
+        search_alg=SimpleNamespace(on_trial_complete=lambda key, error: ended.append(key)), stop_trial=lambda trial: None
+    )
+
+    def lose(key):
+        trial = SimpleNamespace(trial_id=key, pickled_error_file=None, error_file=None)
+        scheduler.on_trial_error(controller, trial)
+        scheduler.on_trial_add(controller, trial)
+
+    for key in "ab":
+        searcher.suggest(key)
+    lose("b")
+    report("b", 2, 0.5)
+    report("a", 2, 0.1)
+    assert searcher.suggest("c")["number"] == 1
+    lose("c")
+    assert ended == ["c"]
+    assert search.frozen()[1].user_attrs["reason"].startswith("lost 2 times (run.max_failures)")
+
+
 def test_a_free_slot_without_a_trial_for_it_is_not_the_end_while_trials_run(promoting):
     """Both trials run and none is paused yet: what they leave may be promoted."""
     search, searcher, report = promoting
@@ -310,7 +334,7 @@ def test_the_fault_of_a_lost_trial_is_forgotten_after_an_epoch_that_went_well(se
     scheduler.on_trial_result(controller, trial, epoch_of(trial, 1))
     trial.error_file = None
     for _ in range(2):
-        scheduler.losses["a"] += 1
+        scheduler.losses[0] += 1
         scheduler.on_trial_add(controller, trial)
     assert search.frozen()[0].user_attrs["reason"] == "lost 2 times (run.max_failures), the last time: its process was killed"
     assert controller.asked == [("complete", "a"), ("stop", "a")]
