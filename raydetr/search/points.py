@@ -6,11 +6,12 @@ from typing import Any
 
 import yaml
 
-from raydetr.config import Config, by_name, read_yaml_nodes, yaml_value
+from raydetr.config import Config, by_name
 from raydetr.errors import UserError
 from raydetr.search.space import Space, without_repeats
 from raydetr.search.study import Search
 from raydetr.storage import fetched
+from raydetr.yaml_files import read_yaml_nodes, yaml_value
 
 FIRST_POINTS, PRIOR_POINTS = 3, 5  # of an earlier search: those that are tried first, and those that the draws begin near
 

@@ -30,9 +30,10 @@ import optuna
 import yaml
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from raydetr.config import SETTINGS, Setting, find_setting, flatten, yaml_leaves
+from raydetr.config import SETTINGS, Setting, find_setting, flatten
 from raydetr.errors import UserError
 from raydetr.files import atomic_write_text
+from raydetr.yaml_files import yaml_leaves
 
 RANGES = ("uniform", "loguniform", "integer")
 KINDS = (*RANGES, "choice", "same_as")
