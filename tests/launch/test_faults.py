@@ -225,6 +225,7 @@ def test_a_run_of_some_to_more_workers_follows_the_machines(add_machine, cluster
         assert [line[name] for name in ("train_loss", "test_loss")] == pytest.approx([alone["train_loss"], alone["test_loss"]], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_trials_that_share_cards_are_packed_or_spread(add_machine, photographs, tmp_path, monkeypatch):
     for _ in range(2):
         add_machine(num_cpus=4, num_gpus=2)

@@ -338,7 +338,7 @@ def test_a_short_epoch_does_not_wait_for_ray_train(resumed):
     events = EventAccumulator(str(resumed[0] / "tb"))
     events.Reload()
     times = [event.wall_time for event in events.Scalars("val/AP")]
-    assert min(later - earlier for earlier, later in itertools.pairwise(times[-6:])) < 1.5  # Ray Train's own pace is 2 s
+    assert min(later - earlier for earlier, later in itertools.pairwise(times[-6:])) < 1.9  # Ray Train's own pace is 2 s
 
 
 @pytest.mark.slow
