@@ -52,6 +52,7 @@ TURNS = 4  # parts of a run in population-based training; after each, a trial ma
 REPORT_S = 0.02  # of the process that runs the search for each report, half of which it works
 ROOM_INTERVAL_S = 1.0  # between two counts of the cluster's free slots
 HOPELESS = 3  # a search ends if this many trials failed before any finished an epoch, because the rest would fail as well
+LOOK_INTERVAL_S = 1.0  # between two looks for trials that report nothing
 SILENCE_S = 600.0  # a running trial that reports nothing for longer than this,
 SILENT_EPOCHS = 5  # and for longer than this many of the longest epochs so far, is named
 
@@ -187,8 +188,8 @@ class StudySearcher(Searcher):
             self.search.tell(number, "complete", value, metrics=reported_metrics(result), latency=result.get(LATENCY))
         elif not error and self.search.should_stop(number):
             self.search.tell(number, "pruned", metrics=reported_metrics(result))
-        elif not self.search.frozen()[number].state.is_finished():
-            if not error and is_paused(self.search.frozen()[number]):
+        elif not self.search.trial(number).state.is_finished():
+            if not error and is_paused(self.search.trial(number)):
                 self.search.push()
             elif error and was_live:
                 self.search.hand_out_again(number)
@@ -433,6 +434,7 @@ class Watcher(TrialProgressCallback):
         self.heard: dict[int, float] = {}  # when a running trial last reported
         self.longest_s = 0.0  # between two reports of a trial
         self.silent: set[int] = set()
+        self.looked_at = -math.inf
 
     def __getstate__(self) -> dict[str, Any]:
         # Ray Tune pickles its callbacks; a terminal cannot be, and a search is resumed from its study alone.
@@ -472,10 +474,13 @@ class Watcher(TrialProgressCallback):
             **info: Ignored.
         """
         self.display.refresh()
+        now = time.monotonic()
+        if now - self.looked_at < LOOK_INTERVAL_S:
+            return
+        self.looked_at = now
         running = {
             number for trial in trials if trial.status == Trial.RUNNING and (number := self.search.number(trial.trial_id)) is not None
         }
-        now = time.monotonic()
         self.heard = {number: self.heard.get(number, now) for number in running}
         for number in sorted(running - self.silent):
             seconds = now - self.heard[number]
@@ -570,7 +575,7 @@ def best_so_far(search: Search, number: int, result: Mapping[str, Any]) -> float
     Returns:
         The highest value, or NaN if no epoch has one.
     """
-    noted = search.frozen()[number].intermediate_values.values()
+    noted = search.trial(number).intermediate_values.values()
     # With several objectives the others must be known of the same epoch.
     names = (search.metric,) if search.also else (search.metric, f"best_{search.metric}")
     here = [result[name] for name in names if name in result]

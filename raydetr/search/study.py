@@ -69,6 +69,7 @@ class Search:
         self.owner = ""  # the token of this process, where it runs the search
         self._pushed: tuple[int, int] | None = None  # the stamp of the journal in the store after this process's last push
         self._again: list[int] = []  # the trials to hand out again
+        self._ids: dict[int, int] = {}  # of the trials in Optuna's storage, by number
         self._numbers: dict[str, int] = {}  # the trials by key, which a trial keeps while this process runs the search
 
     def __reduce__(self):
@@ -144,6 +145,12 @@ class Search:
         """Return every trial in its current state, by number. The trials must not be changed."""
         return self.study.get_trials(deepcopy=False)
 
+    def trial(self, number: int) -> FrozenTrial:
+        """Return one trial in its current state, as :meth:`frozen` does, without a list of all. It must not be changed."""
+        if number not in self._ids:
+            self._ids = {each.number: each._trial_id for each in self.frozen()}
+        return self.study._storage.get_trial(self._ids[number])
+
     def ask(self, key: str = "") -> tuple[int, dict[str, Any]] | None:
         """Draw the settings of the next trial.
 
@@ -158,7 +165,7 @@ class Search:
             handed out, and no paused one can be promoted now.
         """
         if key and (known := self.number(key)) is not None:
-            return known, self._draw(optuna.Trial(self.study, self.frozen()[known]._trial_id))
+            return known, self._draw(optuna.Trial(self.study, self.trial(known)._trial_id))
         trials = self.frozen()
         if not self._again and (promoted := next_promotion(trials, HALF)) is not None:
             return self._promote(promoted, key)
@@ -178,7 +185,7 @@ class Search:
     def _promote(self, number: int, key: str) -> tuple[int, dict[str, Any]]:
         """Hand out a paused trial again."""
         self.study.sampler = make_sampler("random", 0, self.trials, self.space)  # nothing is drawn
-        trial = optuna.Trial(self.study, self.frozen()[number]._trial_id)
+        trial = optuna.Trial(self.study, self.trial(number)._trial_id)
         trial.set_user_attr(PROMOTED, trial.user_attrs[PAUSED])
         trial.set_user_attr(TURNS, [*trial.user_attrs[TURNS], [time.time(), None, {}]])
         if key:
@@ -204,7 +211,7 @@ class Search:
         """Return the drawn, tied and fixed settings of a trial that was handed out, by dotted name."""
         if number == 0:
             return {name: self.base[name] for name in self.space.dimensions}
-        trial = self.frozen()[number]
+        trial = self.trial(number)
         changes = trial.user_attrs.get(TAKEN_OVER)
         return self.space.suggest(optuna.trial.FixedTrial(changes[-1]["settings"]) if changes else trial, self.base)
 
@@ -243,7 +250,7 @@ class Search:
             epoch: The epoch after which those weights were saved.
         """
         drawn = moved(self.space, self.space.drawn({**self.base, **self.settings(other)}), self._random(number, epoch, 1))
-        trial = optuna.Trial(self.study, self.frozen()[number]._trial_id)
+        trial = optuna.Trial(self.study, self.trial(number)._trial_id)
         change = {"after": epoch, "from": other, "settings": drawn}
         trial.set_user_attr(TAKEN_OVER, [*trial.user_attrs.get(TAKEN_OVER, []), change])
 
@@ -262,7 +269,7 @@ class Search:
             also: The metrics of this epoch by name, of which the further objectives are kept where the first one has risen: all
                 objectives of a trial are those of one epoch.
         """
-        trial = self.frozen()[number]
+        trial = self.trial(number)
         if trial.state != TrialState.RUNNING or epoch in trial.intermediate_values or value is None or not is_finite(value):
             return
         if self.also and value > max(trial.intermediate_values.values(), default=-math.inf):
@@ -277,7 +284,7 @@ class Search:
         Trial 0 is never stopped, because the others are compared with it. Nor is a trial after its last epoch, which would save
         nothing.
         """
-        trial = self.frozen()[number]
+        trial = self.trial(number)
         if trial.state != TrialState.RUNNING:
             return False
         if GIVEN_UP in trial.user_attrs:
@@ -303,7 +310,7 @@ class Search:
         Returns:
             Whether the trial is paused.
         """
-        trial = self.frozen()[number]
+        trial = self.trial(number)
         if self._plan["pruner"] != "promote" or number == 0 or trial.state != TrialState.RUNNING:
             return False
         rung = last_rung(epoch, self.grace, REDUCTION)
@@ -358,7 +365,7 @@ class Search:
         Returns:
             False if the trial had already ended; then nothing changes.
         """
-        trial = self.frozen()[number]
+        trial = self.trial(number)
         if trial.state != TrialState.RUNNING:
             return False
         others = {**trial.user_attrs.get(ALSO, {}), LATENCY: latency}
@@ -418,7 +425,7 @@ class Search:
         """
         if number == 0:
             return "000_default"
-        trial = self.frozen()[number]
+        trial = self.trial(number)
         setting, *seed_and_fold = trial.user_attrs.get(CONFIRMED, [number])
         told = zip(("seed", "fold"), seed_and_fold, strict=False)
         start = [f"{setting:03d}", *(f"{what}={value}" for what, value in told if value is not None)]

@@ -32,8 +32,8 @@ class TrialsDisplay:
     def __init__(self, search: Search, console: Console):
         self.search, self.console = search, console
         self.last: dict[int, Mapping[str, Any]] = {}  # the last result of each trial
-        self.began, self.ended_before = time.monotonic(), len(self._ended())
-        self.told = set(map(self._how, self._ended()))
+        ended = self._ended()
+        self.began, self.ended_before, self.told = time.monotonic(), len(ended), set(map(_how, ended))
         self.shown_at = -math.inf
         self.live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
@@ -63,11 +63,10 @@ class TrialsDisplay:
             self.live.update(self.table(), refresh=True)
             return
         ended, best = self._ended(), self.search.best()
-        for number in ended:
-            if self._how(number) in self.told:
-                continue
-            self.told.add(self._how(number))
-            self.console.print(self.line(self.search.frozen()[number], best, len(ended)), markup=False, soft_wrap=True)
+        for trial in ended:
+            if _how(trial) not in self.told:
+                self.told.add(_how(trial))
+                self.console.print(self.line(trial, best, len(ended)), markup=False, soft_wrap=True)
 
     def line(self, trial: FrozenTrial, best: FrozenTrial | None, ended: int) -> str:
         """Return one line about how a trial ended, or where it was paused.
@@ -106,14 +105,9 @@ class TrialsDisplay:
             table.add_row(str(trial.number), state, epoch, *reached, *values, style=style)
         return table
 
-    def _ended(self) -> list[int]:
+    def _ended(self) -> list[FrozenTrial]:
         """The trials that have ended or are paused: most of those are not promoted."""
-        return [trial.number for trial in self.search.frozen() if trial.state.is_finished() or is_paused(trial)]
-
-    def _how(self, number: int) -> tuple[int, int, str]:
-        """What is told of a trial once: a promoted one is told again, but not that it stays as it was paused."""
-        trial = self.search.frozen()[number]
-        return number, epochs_of(trial), state_of(trial).replace("paused", "pruned")
+        return [trial for trial in self.search.frozen() if trial.state.is_finished() or is_paused(trial)]
 
     def _total(self, ended: int) -> int:
         """The number of trials there will be: a resumed search may have been asked for fewer than it already has."""
@@ -128,6 +122,11 @@ class TrialsDisplay:
         if ended <= self.ended_before:
             return "?"
         return clock((time.monotonic() - self.began) / (ended - self.ended_before) * left)
+
+
+def _how(trial: FrozenTrial) -> tuple[int, int, str]:
+    """What is told of a trial once: a promoted one is told again, but not that it stays as it was paused."""
+    return trial.number, epochs_of(trial), state_of(trial).replace("paused", "pruned")
 
 
 def _shown(name: str, value: float | None) -> str:

@@ -80,7 +80,8 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._track(Tracker.close)
-        self._track_outside(lambda external: external.close(kind is not None))
+        failed = kind is not None and not issubclass(kind, SystemExit)  # so Ray Tune ends a trial that the search stops or pauses
+        self._track_outside(lambda external: external.close(failed))
 
     def record_step(self, numbers: dict[str, float]) -> None:
         """Write the numbers of a step to TensorBoard.

@@ -9,8 +9,9 @@ from PIL import Image
 
 from raydetr.errors import UserError
 from raydetr.training import recorder
+from raydetr.training.fit import fit
 from raydetr.training.trackers import _tag
-from tests.training.runs import folder_of, interrupted, run, settings
+from tests.training.runs import Watcher, folder_of, interrupted, run, settings
 from tests.training.test_recorder import warnings_of
 
 EPOCHS = {"optim__epochs": 2, "run__pictures": 1}
@@ -76,6 +77,14 @@ def test_an_interrupted_run_is_marked_as_failed(coco_folder, recording):
     config = settings(coco_folder(), "run", run__tracker="mlflow", **EPOCHS)
     interrupted(config, lambda event: event["kind"] == "report")
     assert tracker.calls[-1] == ("close", True)
+
+
+def test_a_trial_that_a_search_stops_or_pauses_is_not_marked_as_failed(coco_folder, recording):
+    tracker = recording()
+    config = settings(coco_folder(), "run", run__tracker="mlflow", **EPOCHS)
+    with pytest.raises(SystemExit):
+        fit(config, Watcher(lambda event: event["kind"] == "report" and sys.exit(0)))  # as Ray Tune's report does
+    assert tracker.calls[-1] == ("close", False)
 
 
 @pytest.mark.parametrize("kind", ["mlflow", "wandb", "trackio"])
