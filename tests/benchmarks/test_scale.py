@@ -17,6 +17,7 @@ def test_the_command_plays_a_search_and_prints_its_tables(monkeypatch, capsys):
     shown = capsys.readouterr().out
     row = next(line.split("|") for line in shown.splitlines() if line.startswith("| 4 "))
     assert int(row[2]) == 12
-    busy = float(row[4].split()[0])
+    assert row[3].strip() == "gp, promote"
+    busy = float(row[6].split()[0])
     assert 5 < busy <= 100
     assert "last.pth" in shown
