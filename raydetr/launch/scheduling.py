@@ -49,7 +49,7 @@ RESUME_STATE = (
     "random",
 )  # entries of a checkpoint that only resuming needs
 TURNS = 4  # parts of a run in population-based training; after each, a trial may take over another's weights
-REPORT_S = 0.02  # of the process that runs the search for each report, half of which it works
+REPORT_S = 0.02  # seconds between two reports of all trials together: the process that runs the search needs half of it for one
 ROOM_INTERVAL_S = 1.0  # between two counts of the cluster's free slots
 HOPELESS = 3  # a search ends if this many trials failed before any finished an epoch, because the rest would fail as well
 LOOK_INTERVAL_S = 1.0  # between two looks for trials that report nothing

@@ -80,7 +80,7 @@ class Recorder:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._track(Tracker.close)
-        failed = kind is not None and not issubclass(kind, SystemExit)  # so Ray Tune ends a trial that the search stops or pauses
+        failed = kind is not None and not issubclass(kind, SystemExit)  # SystemExit: the search stops or pauses the trial
         self._track_outside(lambda external: external.close(failed))
 
     def record_step(self, numbers: dict[str, float]) -> None:
