@@ -10,8 +10,7 @@ from typing import cast
 
 from benchmarks.measure import options, table
 from raydetr.config import load_config
-from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.loader import build_loader
 from raydetr.data.transforms import train_transforms
 

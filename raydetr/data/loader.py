@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages
 from raydetr.data.shared_memory import as_arrays, as_tensors, fits_shared_memory, free_shared_memory
 from raydetr.errors import UserError
 
@@ -25,7 +25,7 @@ def collate(batch: list[tuple], pad_to: int = 1, share: bool = False) -> tuple[t
     """Pad the images of a batch to the largest height and width, with 0 at the right and the bottom.
 
     Args:
-        batch: Images float32 [3, h, w] with their targets, as :class:`raydetr.data.dataset.CocoImages` returns them; with sizes, which the
+        batch: Images float32 [3, h, w] with their targets, as :class:`raydetr.data.coco.CocoImages` returns them; with sizes, which the
             batch then has at least.
         pad_to: Height and width of the batch are rounded up to multiples of it.
         share: Whether to make the batch in shared memory, from where a loading process hands it over without a copy.

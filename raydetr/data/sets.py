@@ -9,8 +9,7 @@ import torch
 
 from raydetr.config import Data
 from raydetr.data.cache import DecodedImages
-from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.splits import alike_groups, box_counts, stratified_parts
 from raydetr.data.transforms import train_transforms, val_transforms
 from raydetr.errors import UserError

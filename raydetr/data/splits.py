@@ -114,7 +114,7 @@ def alike_groups(
     """Return the group of each image. Images that look alike, and copies of one file, are in one group.
 
     Args:
-        files: Path and annotated (width, height) of each image, such as :attr:`raydetr.data.dataset.CocoImages.files`.
+        files: Path and annotated (width, height) of each image, such as :attr:`raydetr.data.coco.CocoImages.files`.
         read: Decodes a file, such as :meth:`raydetr.data.coco.Split.read`.
         progress: Called with (done, total) after each image.
 

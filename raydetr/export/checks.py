@@ -9,8 +9,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from raydetr.config import Data
-from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.images import read_image
 from raydetr.data.loader import collate
 from raydetr.data.transforms import val_transforms

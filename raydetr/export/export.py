@@ -9,8 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from raydetr import config as settings
-from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
 from raydetr.evaluate.coco import coco_metrics, mask_metrics

@@ -22,8 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.exceptions import RayTaskError
 
 from raydetr import config as settings
-from raydetr.data.coco import find_split, has_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split, has_split
 from raydetr.data.fingerprint import data_fingerprint, fingerprint_difference
 from raydetr.data.sets import check_folds, load_sets
 from raydetr.data.splits import file_digest

@@ -15,8 +15,7 @@ from rich.console import Console
 
 from raydetr import config as settings
 from raydetr.data.cache import DecodedImages, cache_limit
-from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.errors import DiskFull, UserError, is_disk_full
 from raydetr.launch import ray_private
 from raydetr.launch.nodes import check_nodes, nodes_resources, reserved_slots

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from raydetr import config as settings
-from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.loader import build_loader
 from raydetr.data.masks import no_mask, read_segmentation
 from raydetr.data.sets import describe_sets, load_sets

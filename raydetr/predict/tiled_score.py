@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from raydetr import config as settings
-from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
 from raydetr.evaluate.intervals import interval_metrics, mask_interval_metrics

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from raydetr.config import Config, asked_batch_size, with_settings
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages
 from raydetr.data.loader import largest_side
 from raydetr.errors import UserError
 from raydetr.memory import clear_frames, release_gpu_memory

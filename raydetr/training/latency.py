@@ -6,7 +6,7 @@ import time
 import torch
 from torch import nn
 
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages
 from raydetr.data.loader import collate
 from raydetr.loss.criterion import Criterion
 from raydetr.model.detr import postprocess

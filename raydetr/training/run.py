@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from raydetr.config import Config, Data, Optim, asked_batch_size, batches_per_step, check_batch_total, images_per_step, with_settings
 from raydetr.data.cache import cache_limit
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages
 from raydetr.data.fingerprint import data_fingerprint
 from raydetr.data.loader import build_loader, draw_weights
 from raydetr.data.sets import check_cut_outs, describe_sets, load_sets

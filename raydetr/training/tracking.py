@@ -30,7 +30,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from raydetr.config import PATH_SETTINGS, SETTINGS, Config, flatten, preset_settings, to_dict
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages
 from raydetr.data.masks import decode_masks
 from raydetr.draw import Box, category_colours, draw_boxes
 from raydetr.errors import UserError

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 
 from raydetr.config import load_config
-from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.images import read_image
 from raydetr.data.transforms import train_transforms, val_transforms
 

@@ -6,8 +6,7 @@ import torch
 from raydetr.config import load_config
 from raydetr.data import cache
 from raydetr.data.cache import DecodedImages, cache_limit
-from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.images import read_image
 from raydetr.data.loader import build_loader
 from raydetr.data.transforms import val_transforms

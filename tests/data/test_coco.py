@@ -8,8 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from raydetr.data.coco import Split, find_split, has_split, load_coco, read_coco
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, Split, find_split, has_split, load_coco, read_coco
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
 from tests.data.coco_files import dataset, one_line, rewrite, settings, small

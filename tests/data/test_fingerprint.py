@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from raydetr.config import load_config
-from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.fingerprint import data_fingerprint, fingerprint_difference
 
 

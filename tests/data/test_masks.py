@@ -10,8 +10,7 @@ from PIL import Image
 
 from raydetr.config import load_config
 from raydetr.data.cache import DecodedImages
-from raydetr.data.coco import find_split, load_coco
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split, load_coco
 from raydetr.data.loader import build_loader, collate
 from raydetr.data.masks import box_mask, decode_masks, encode_masks, mask_area, mask_box, read_segmentation
 from raydetr.data.transforms import train_transforms, val_transforms

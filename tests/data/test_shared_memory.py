@@ -12,8 +12,7 @@ import torch
 
 from raydetr.config import load_config
 from raydetr.data import loader, shared_memory
-from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.loader import build_loader, largest_batch, largest_side
 from raydetr.data.shared_memory import as_arrays, as_tensors, fits_shared_memory, free_shared_memory
 from raydetr.data.transforms import train_transforms, val_transforms
@@ -149,7 +148,7 @@ ONE_EPOCH = """
 import sys
 from raydetr.config import load_config
 from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages
 from raydetr.data.loader import build_loader
 from raydetr.data.transforms import train_transforms
 settings = {"data.train_sizes": [800], "data.crop": 0.0}

@@ -11,8 +11,7 @@ import torch
 
 from raydetr import config
 from raydetr.cli import main
-from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.fingerprint import data_fingerprint
 from raydetr.data.sets import load_sets
 from raydetr.errors import UserError

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from raydetr.cli import cli
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages
 from raydetr.errors import UserError
 from raydetr.launch.train import resume_config, train
 from raydetr.weights.checkpoint import read_checkpoint

@@ -11,8 +11,7 @@ from pycocotools.coco import COCO
 from torchvision import tv_tensors
 
 from raydetr.config import load_config, to_dict
-from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.images import read_image
 from raydetr.data.loader import build_loader
 from raydetr.data.masks import encode_masks

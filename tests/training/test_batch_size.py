@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from raydetr.config import read_config
-from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.loader import largest_side
 from raydetr.data.transforms import train_transforms
 from raydetr.errors import UserError

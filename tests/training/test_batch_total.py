@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 
 from raydetr.config import load_config
-from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.loader import build_loader
 from raydetr.data.transforms import train_transforms
 from raydetr.errors import UserError

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from raydetr.config import Optim, Speed, load_config
-from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.loader import build_loader, collate
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError

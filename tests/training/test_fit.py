@@ -14,8 +14,7 @@ import torch.distributed as dist
 
 import raydetr
 from raydetr.config import load_config, read_yaml
-from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.loader import build_loader
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError

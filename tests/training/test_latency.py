@@ -3,8 +3,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from raydetr.config import load_config
-from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.transforms import val_transforms
 from raydetr.loss.criterion import build_criterion
 from raydetr.model.detr import DETR

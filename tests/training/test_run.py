@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from raydetr.config import load_config
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages
 from raydetr.training import reporter
 from raydetr.training import run as module
 from raydetr.training.run import Progress, loading_processes, pad_to, val_batch_size

@@ -12,8 +12,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.util import tensor_util
 
 from raydetr.config import PATH_SETTINGS, SETTINGS, load_config, preset_settings
-from raydetr.data.coco import find_split
-from raydetr.data.dataset import CocoImages
+from raydetr.data.coco import CocoImages, find_split
 from raydetr.data.masks import encode_masks
 from raydetr.data.transforms import val_transforms
 from raydetr.errors import UserError
