@@ -29,6 +29,7 @@ from benchmarks.measure import RAY, first_line, machine, table
 from benchmarks.search import SURFACE, make_config, surface_ap
 from raydetr.config import load_config, to_dict
 from raydetr.launch.slots import weights_bytes
+from raydetr.launch.trial import unpacked
 from raydetr.launch.tune import tune
 from raydetr.training.fit import fit
 from raydetr.training.metrics import LAST_EPOCH
@@ -48,8 +49,9 @@ class PlayedTrial(ray.tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Start again with other settings."""
-        self.settings, self.epoch, self.told = to_dict(new_config["config"]), 0, False
-        self.gathered, self.due = new_config["gathered"], None
+        assigned = unpacked(new_config)
+        self.settings, self.epoch, self.told = to_dict(assigned.config), 0, False
+        self.gathered, self.due = assigned.gathered, None
         return True
 
     @property

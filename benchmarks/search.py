@@ -2,10 +2,11 @@
 
 ``start``: from the moment that a trial's settings are asked for to its first training step, in a reused process and through an inner
 TorchTrainer of two workers. ``controller``: CPU time of the searching process per report, over trials that do not train but follow a
-response surface. ``overhead``: what of an epoch of the demo goes into event files and into the report, where a trial waits for the
-search, and what the search takes beside it. ``reach``: epochs that a search trains until it has the AP that random search without early
-stopping ends at, as a share of random search's epochs, with real trainings on generated balloons; ``reach --played``: the same on response
-surfaces, with many trials at a time and with published peers, and the true gain of the chosen settings.
+response surface, and that of Ray Tune without raydetr. ``overhead``: what of an epoch of the demo goes into event files and into the
+report, where a trial waits for the search, and what the search takes beside it. ``reach``: epochs that a search trains until it has the AP
+that random search without early stopping ends at, as a share of random search's epochs, with real trainings on generated balloons;
+``reach --played``: the same on response surfaces, with many trials at a time and with published peers, and the true gain of the chosen
+settings.
 """
 
 import argparse
@@ -25,10 +26,13 @@ from unittest import mock
 import ray
 import ray.tune
 from optuna.trial import FrozenTrial
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.measure import RAY, first_line, machine, table
-from benchmarks.played import ARMS, POPULATION, RANDOM_TRIALS, measure_played
+from benchmarks.played import ARMS, GRACE, POPULATION, RANDOM_TRIALS, measure_played
 from benchmarks.surfaces import KINDS
 from raydetr.config import Config, load_config, to_dict
 from raydetr.data.formats.convert import convert
@@ -38,7 +42,9 @@ from raydetr.launch import tune as launcher
 from raydetr.launch.scheduling import Hopeless, trial_folder
 from raydetr.launch.session import DRIVER
 from raydetr.launch.slots import Demands
+from raydetr.launch.trial import unpacked
 from raydetr.launch.tune import tune
+from raydetr.search.methods import REDUCTION
 from raydetr.search.record import epochs_of
 from raydetr.search.study import Search
 from raydetr.training import tracking
@@ -50,8 +56,9 @@ REACH_SPACE = {
     "optim.lr_backbone": {"loguniform": [1e-5, 1e-2]},
     "loss.giou_loss_coef": {"loguniform": [0.25, 8.0]},
 }
-SAMPLER, SCHEDULER = "tpe", "asha"  # the defaults of a search
+SAMPLER, SCHEDULER = "tpe", "asha"  # of reach
 REACH_TARGET = 0.25  # of random search's epochs
+CONTROLLER_EPOCHS = 9  # of a trial of controller that nobody stops
 
 
 def make_config(folder: Path, name: str, epochs: int, seed: int = 0, train: int = 64, val: int = 16) -> Config:
@@ -99,26 +106,62 @@ def surface_ap(settings: dict[str, Any], epoch: int) -> float:
     return 0.7 * height * (1 - math.exp(-epoch * (lr / 5e-4) ** 0.3 / 3))
 
 
-def follow_surface(assigned: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
+def follow_surface(parameters: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
     """Report the values of the response surface instead of training."""
-    settings = to_dict(assigned["config"])
+    settings = to_dict(unpacked(parameters).config)
     for epoch in range(1, settings["optim"]["epochs"] + 1):
         values = {"epoch": epoch, "AP": surface_ap(settings, epoch)}
         ray.tune.report(values)
     ray.tune.report({**values, "finished": True})
 
 
+def follow_surface_alone(drawn: dict[str, float]) -> None:
+    """Report the values of the response surface, as a trial of Ray Tune without raydetr."""
+    settings = {"optim": {"lr": drawn["optim.lr"]}, "loss": {"eos_coef": drawn["loss.eos_coef"]}}
+    for epoch in range(1, CONTROLLER_EPOCHS + 1):
+        ray.tune.report({"epoch": epoch, "AP": surface_ap(settings, epoch)})
+
+
+def search_alone(folder: Path, trials: int, searcher: Searcher | None, scheduler: TrialScheduler | None) -> int:
+    """Search with Ray Tune without raydetr, and return the number of reports. Its own loggers are off, as in raydetr's searches."""
+    space = {name: ray.tune.loguniform(*bounds) for name, domain in SURFACE.items() for bounds in domain.values()}
+    tuner = ray.tune.Tuner(
+        follow_surface_alone,
+        param_space=space,
+        tune_config=ray.tune.TuneConfig(
+            metric="AP", mode="max", num_samples=trials, search_alg=searcher, scheduler=scheduler, reuse_actors=True
+        ),
+        run_config=ray.tune.RunConfig(storage_path=str(folder), verbose=0),
+    )
+    return sum(result.metrics["training_iteration"] for result in tuner.fit() if result.metrics)
+
+
 def measure_controller(folder: Path, trials: int) -> None:
     """Print the CPU time of the search process for each report, without what a process does once, which is mostly imports."""
     launcher.run_trial = follow_surface
-    with contextlib.redirect_stdout(io.StringIO()):
-        tune(make_config(folder, "before", epochs=9, train=4, val=2), SURFACE, trials=4)
-        cpu, wall = time.process_time(), time.monotonic()
-        search = tune(make_config(folder, "controller", epochs=9, train=4, val=2), SURFACE, trials=trials)
-    cpu, wall = time.process_time() - cpu, time.monotonic() - wall
-    reports = sum(len(trial.intermediate_values) for trial in search.frozen())
-    row = [trials, reports, f"{1000 * cpu / reports:.1f} ms", f"{wall:.0f} s"]
-    print(table([row], ["trials", "reports", "CPU time of the search per report", "in all"]))
+    asha = AsyncHyperBandScheduler("epoch", max_t=CONTROLLER_EPOCHS, grace_period=GRACE, reduction_factor=REDUCTION)
+
+    def of_raydetr(name: str, trials: int, sampler: str | None = None, scheduler: str | None = None) -> int:
+        config = make_config(folder, name, epochs=CONTROLLER_EPOCHS, train=4, val=2)
+        found = tune(config, SURFACE, trials=trials, sampler=sampler, scheduler=scheduler)
+        return sum(len(trial.intermediate_values) for trial in found.frozen())
+
+    searches = {
+        "raydetr: gp, promote": lambda: of_raydetr("gp", trials),
+        "raydetr: tpe, asha": lambda: of_raydetr("tpe", trials, sampler="tpe", scheduler="asha"),
+        "Ray Tune: OptunaSearch, ASHA": lambda: search_alone(folder / "optuna", trials, OptunaSearch(), asha),
+        "Ray Tune: random settings, all epochs": lambda: search_alone(folder / "random", trials, None, None),
+    }
+    rows = []
+    for name, search in searches.items():
+        with contextlib.redirect_stdout(io.StringIO()):
+            if not rows:
+                of_raydetr("before", 4)
+            cpu, wall = time.process_time(), time.monotonic()
+            reports = search()
+            cpu, wall = time.process_time() - cpu, time.monotonic() - wall
+        rows.append([name, trials, reports, f"{1000 * cpu / reports:.1f} ms", f"{1000 * cpu / trials:.0f} ms", f"{wall:.0f} s"])
+    print(table(rows, ["search", "trials", "reports", "CPU time of the search per report", "per trial", "in all"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------- overhead
@@ -156,7 +199,7 @@ class Watch:
         return watched
 
 
-def trial_watched(folder: Path, assigned: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
+def trial_watched(folder: Path, parameters: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
     """Run a trial as raydetr does, with a stopwatch on its event files and reports."""
     watch, epochs = Watch(), []
     Tracker = type("Tracker", (tracking.Tracker,), {})
@@ -170,8 +213,8 @@ def trial_watched(folder: Path, assigned: dict[str, Any], images: Sequence[ray.O
 
     Reporter.report = watch.over(REPORT, Reporter.report)
     with mock.patch.object(launched, "TuneReporter", Reporter), mock.patch("raydetr.training.recorder.Tracker", Tracker):
-        launched.run_trial(assigned, images)
-    (folder / f"{assigned['number']}.json").write_text(json.dumps(epochs[2:]))  # not the first epoch, and not what was before it
+        launched.run_trial(parameters, images)
+    (folder / f"{unpacked(parameters).number}.json").write_text(json.dumps(epochs[2:]))  # not the first epoch, and not what was before it
 
 
 def measure_overhead(folder: Path, trials: int, epochs: int, train: int = 64, val: int = 16) -> None:

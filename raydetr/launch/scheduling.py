@@ -3,6 +3,7 @@
 The record of all this is the study.
 """
 
+import dataclasses
 import math
 import shutil
 import time
@@ -29,7 +30,7 @@ from raydetr.launch.nodes import NO_MEMORY, is_node_failure
 from raydetr.launch.signals import Received
 from raydetr.launch.slots import Demands, Slots, slots_on
 from raydetr.launch.train import OUT_OF_MEMORY, RAY_FOLDER, TWICE
-from raydetr.launch.trial import EARLIER, Gathered
+from raydetr.launch.trial import EARLIER, Assignment, Gathered
 from raydetr.search.halving import is_paused
 from raydetr.search.methods import REDUCTION
 from raydetr.search.study import TRIALS_FOLDER, Search
@@ -85,9 +86,9 @@ class StudySearcher(Searcher):
             trial_id: Ray Tune's id of the trial.
 
         Returns:
-            The trial, as :func:`raydetr.launch.trial.run_trial` takes it; None if there is no free slot, the drawn settings do not fit
-            together, or a paused trial may still be promoted (Ray Tune then asks again); ``Searcher.FINISHED`` if all trials have been
-            handed out.
+            The parameters of the trial, from :meth:`raydetr.launch.trial.Assignment.packed`; None if there is no free slot, the drawn
+            settings do not fit together, or a paused trial may still be promoted (Ray Tune then asks again); ``Searcher.FINISHED`` if all
+            trials have been handed out.
         """
         population = self.search.scheduler == "pbt"
         if not population and len(self.live) >= self.room():
@@ -104,7 +105,7 @@ class StudySearcher(Searcher):
             return None  # Ray Tune calls again, and gets the next trial
         self.search.push()  # the store must know the trial before the trial pushes files of its own
         self.live[trial_id] = None if population else self.choose_node()
-        return assigned | {"node": self.live[trial_id]}
+        return dataclasses.replace(assigned, node=self.live[trial_id]).packed()
 
     def _finish(self) -> str | None:
         """Return ``Searcher.FINISHED``, after recording the paused trials as pruned; None while a running trial may change that."""
@@ -136,8 +137,8 @@ class StudySearcher(Searcher):
         free = {node: slots - taken[node] for node, slots in self.node_slots().items()}
         return min((node for node in free if free[node] > 0), key=lambda node: (free[node], node), default=None)
 
-    def assigned(self, number: int, drawn: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return a trial as :func:`raydetr.launch.trial.run_trial` takes it.
+    def assigned(self, number: int, drawn: Mapping[str, Any] | None = None) -> Assignment:
+        """Return what a trial is to do.
 
         Args:
             number: The trial's number.
@@ -153,15 +154,9 @@ class StudySearcher(Searcher):
             config.data.reshuffle_seed = number
         if config.data.fold is None:
             config.data.folds = None  # within a search folds gain nothing; its confirmation uses them
-        return {
-            "number": number,
-            "objectives": self.search.objectives,
-            "config": config,
-            "searched": self.search.space.hparam_domains(self.search.base),
-            "slots": self.slots,
-            "gathered": Gathered(REPORT_S * self.room(), decision_epochs(self.search, config.optim.epochs)),
-            "node": None,
-        }
+        searched = self.search.space.hparam_domains(self.search.base)
+        gathered = Gathered(REPORT_S * self.room(), decision_epochs(self.search, config.optim.epochs))
+        return Assignment(number, config, self.search.objectives, searched, self.slots, gathered)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Do nothing, since the scheduler reports results to the study."""
@@ -375,7 +370,7 @@ class PopulationScheduler(StudyScheduler):
             copy_weights(trial_root(self.search, other), trial_root(self.search, number))
             self.search.take_over(number, other, epoch)
             self.search.push()
-            trial.set_config(self.searcher.assigned(number))
+            trial.set_config(self.searcher.assigned(number).packed())
 
 
 class Hopeless(ray.tune.Stopper):

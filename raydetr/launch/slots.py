@@ -4,9 +4,7 @@ import dataclasses
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import ray.tune
 import torch
 
 from raydetr import config as settings
@@ -133,23 +131,6 @@ def slots_on(node: Mapping[str, float], slots: Slots) -> int:
     """
     cpus = int(node.get("CPU", 0) // slots.cpus)
     return min(cpus, int(node.get("GPU", 0) / slots.gpus + 1e-9)) if slots.gpus else cpus
-
-
-def trial_resources(assigned: Mapping[str, Any]) -> ray.tune.PlacementGroupFactory:
-    """Return the resources that Ray Tune reserves for a trial.
-
-    For a trial of several workers this is only the slot of its driver, since its workers reserve their own.
-
-    Args:
-        assigned: The trial, as :func:`raydetr.launch.trial.run_trial` takes it.
-    """
-    slots = assigned["slots"]
-    if assigned["config"].run.workers > 1:
-        return ray.tune.PlacementGroupFactory([{DRIVER: 1}])
-    # With any strategy, Ray puts a group of one bundle on the emptiest node; only this hint packs. If the node is lost or full, the trial
-    # goes to another.
-    bundle = {"CPU": slots.cpus, "GPU": slots.gpus}
-    return ray.tune.PlacementGroupFactory([bundle], "STRICT_PACK", _soft_target_node_id=assigned["node"])
 
 
 def check_disk(config: settings.Config, folder: Path, trials: int, concurrent: int, pauses: bool = False) -> str:

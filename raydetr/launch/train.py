@@ -418,7 +418,7 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, Any] | None:
 
     Args:
         loop_config: ``config`` and ``mailbox``; in a search also ``objectives``, ``searched`` and ``images``, as in
-            :func:`raydetr.launch.trial.run_trial`.
+            :class:`raydetr.launch.trial.Assignment`.
 
     Returns:
         The metrics of ``fit``; None if an error that the user must fix has ended the run before.

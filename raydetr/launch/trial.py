@@ -1,7 +1,9 @@
 """What runs in a trial of a search: ``fit`` in the trial's own process, or a TorchTrainer with several workers."""
 
+import dataclasses
 import math
 import os
+import pickle
 import socket
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -20,12 +22,15 @@ from raydetr.errors import DiskFull, UserError
 from raydetr.launch import ray_private
 from raydetr.launch.mailbox import Mailbox
 from raydetr.launch.reporter import assigned_cores
+from raydetr.launch.session import DRIVER
+from raydetr.launch.slots import Slots
 from raydetr.launch.train import fit_with_retries, is_repeatable, ray_run_config, torch_config, train_worker
 from raydetr.memory import without_collections
 from raydetr.text import one_line
 from raydetr.training.metrics import LAST_EPOCH, LATENCY
 
 EARLIER = "earlier"  # in a report: the metrics of the epochs since the report before
+PACKED = "assignment"  # the only parameter of a trial as Ray Tune knows it
 
 
 class Gathered:
@@ -58,6 +63,63 @@ class Gathered:
         *earlier, last = self._epochs
         self._epochs, self._taken = [], time.monotonic()
         return last | ({EARLIER: earlier} if earlier else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """What a trial of a search is to do.
+
+    Attributes:
+        number: The number of the trial.
+        config: Its settings.
+        objectives: The names of the objectives of the search.
+        searched: The settings that the search varies, by name, with their domains.
+        slots: The resources of each of its workers.
+        gathered: What gathers its epochs for one report.
+        node: The id of the node that it is meant for; None: any.
+    """
+
+    number: int
+    config: settings.Config
+    objectives: Sequence[str]
+    searched: Mapping[str, tuple | list]
+    slots: Slots
+    gathered: Gathered
+    node: str | None = None
+
+    def packed(self) -> dict[str, bytes]:
+        """Return the assignment as the parameters of Ray Tune's trial.
+
+        They are bytes because Ray Tune copies the parameters of a trial several times, writes them into its own record, and gets them back
+        with every report.
+        """
+        return {PACKED: pickle.dumps(self)}
+
+
+def unpacked(parameters: Mapping[str, Any]) -> Assignment:
+    """Return the assignment of a trial from the parameters that Ray Tune passes to it.
+
+    Args:
+        parameters: The parameters, which come from :meth:`Assignment.packed`.
+    """
+    return pickle.loads(parameters[PACKED])
+
+
+def trial_resources(parameters: Mapping[str, Any]) -> ray.tune.PlacementGroupFactory:
+    """Return the resources that Ray Tune reserves for a trial.
+
+    For a trial of several workers this is only the slot of its driver, since its workers reserve their own.
+
+    Args:
+        parameters: The parameters of the trial, which come from :meth:`Assignment.packed`.
+    """
+    assigned = unpacked(parameters)
+    if int(assigned.config.run.workers) > 1:
+        return ray.tune.PlacementGroupFactory([{DRIVER: 1}])
+    # With any strategy, Ray puts a group of one bundle on the emptiest node; only this hint packs. If the node is lost or full, the trial
+    # goes to another.
+    bundle = {"CPU": assigned.slots.cpus, "GPU": assigned.slots.gpus}
+    return ray.tune.PlacementGroupFactory([bundle], "STRICT_PACK", _soft_target_node_id=assigned.node)
 
 
 class TuneReporter:
@@ -122,7 +184,7 @@ def with_node(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in {**metrics, **here}.items() if value not in (None, "")}
 
 
-def run_trial(assigned: Mapping[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
+def run_trial(parameters: Mapping[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
     """Train one trial of a search; Ray Tune calls this function.
 
     A failure that a retry would repeat is reported and not raised: ``failed`` is the reason. A fault of the machine (a killed loader
@@ -131,15 +193,13 @@ def run_trial(assigned: Mapping[str, Any], images: Sequence[ray.ObjectRef] = ())
     ``repeatable`` says whether the fault may come from the program itself. ``full`` reports a full disk, which ends the search.
 
     Args:
-        assigned: ``number`` of the trial, ``config`` with its settings, ``objectives`` (their names), ``searched`` (the settings that vary,
-            with their domains), ``slots`` (a :class:`raydetr.launch.slots.Slots`), ``gathered`` (a :class:`Gathered`), and ``node``, the id
-            of the node that it is meant for, or None.
+        parameters: The parameters of the trial, which come from :meth:`Assignment.packed`.
         images: A reference to the decoded images, if they are shared.
     """
     os.environ.setdefault(ray_private.STOP_TIMEOUT, ray_private.STOP_TIMEOUT_S)
-    config = assigned["config"]
+    assigned = unpacked(parameters)
     try:
-        last = (fit_and_report if config.run.workers == 1 else fit_with_workers)(config, assigned, images)
+        last = (fit_and_report if assigned.config.run.workers == 1 else fit_with_workers)(assigned, images)
     except DiskFull as error:
         ray.tune.report({"epoch": 0, "full": f"{socket.gethostname()}: {error}"})
     except UserError as error:
@@ -153,12 +213,11 @@ def run_trial(assigned: Mapping[str, Any], images: Sequence[ray.ObjectRef] = ())
         ray.tune.report({**with_node(last), "finished": True})
 
 
-def fit_and_report(config: settings.Config, assigned: Mapping[str, Any], images: Sequence[ray.ObjectRef]) -> dict[str, Any]:
+def fit_and_report(assigned: Assignment, images: Sequence[ray.ObjectRef]) -> dict[str, Any]:
     """Run ``fit`` in this process, and report its epochs to Ray Tune.
 
     Args:
-        config: The settings of the trial.
-        assigned: The trial, as :func:`run_trial` takes it.
+        assigned: What the trial is to do.
         images: A reference to the decoded images, if they are shared.
 
     Returns:
@@ -167,11 +226,11 @@ def fit_and_report(config: settings.Config, assigned: Mapping[str, Any], images:
     with without_collections():
         from raydetr.training.fit import fit
 
-    gathered = assigned["gathered"]
+    reporter = TuneReporter(assigned.objectives, assigned.searched, *map(ray.get, images), gathered=assigned.gathered)
     try:
-        return fit(config, TuneReporter(assigned["objectives"], assigned["searched"], *map(ray.get, images), gathered=gathered))
+        return fit(assigned.config, reporter)
     except Exception:
-        if waiting := gathered.take():
+        if waiting := assigned.gathered.take():
             ray.tune.report(waiting)
         raise
 
@@ -180,12 +239,11 @@ def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {one_line(error)}"
 
 
-def fit_with_workers(config: settings.Config, assigned: Mapping[str, Any], images: Sequence[ray.ObjectRef]) -> dict[str, Any]:
+def fit_with_workers(assigned: Assignment, images: Sequence[ray.ObjectRef]) -> dict[str, Any]:
     """Run ``fit`` in several Ray Train workers, whose reports are passed on to Ray Tune.
 
     Args:
-        config: The settings of the trial.
-        assigned: The trial, as :func:`run_trial` takes it.
+        assigned: What the trial is to do.
         images: A reference to the decoded images, if they are shared.
 
     Returns:
@@ -194,11 +252,16 @@ def fit_with_workers(config: settings.Config, assigned: Mapping[str, Any], image
     Raises:
         UserError: The run failed.
     """
-    mailbox, slots = Mailbox.remote(), assigned["slots"]
+    mailbox, config, slots = Mailbox.remote(), assigned.config, assigned.slots
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": config, "mailbox": mailbox, "images": list(images)}
-        | {name: assigned[name] for name in ("objectives", "searched")},
+        train_loop_config={
+            "config": config,
+            "mailbox": mailbox,
+            "images": list(images),
+            "objectives": assigned.objectives,
+            "searched": assigned.searched,
+        },
         torch_config=torch_config(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=int(config.run.workers),

@@ -33,9 +33,9 @@ from raydetr.launch.scheduling import (
 )
 from raydetr.launch.session import ending_if_ray_is_lost, ray_session
 from raydetr.launch.signals import Interrupted, Received, ending_signals, interruptible
-from raydetr.launch.slots import ONE_WORKER_EACH, Demands, Slots, check_disk, find_slots, trial_resources
+from raydetr.launch.slots import ONE_WORKER_EACH, Demands, Slots, check_disk, find_slots
 from raydetr.launch.train import RAY_FOLDER, alone, check_data, naming_the_file, run_root, with_absolute_paths
-from raydetr.launch.trial import run_trial
+from raydetr.launch.trial import run_trial, trial_resources
 from raydetr.search.methods import check_request
 from raydetr.search.results import top_trials, write_best, write_trials
 from raydetr.search.space import Space, read_space

@@ -44,17 +44,25 @@ class GaussianProcess:
         apart = squared_distances(self.points[some], self.owner)
         lengths, noise = (start.lengths, start.noise) if start else (np.full(len(apart), USUAL_LENGTH), USUAL_NOISE)
         squares = np.tensordot(lengths**-2.0, apart, 1)
-        best = _log_posterior(squares, values, relative, lengths, noise)
+        seen: dict[tuple[float, ...], float] = {}  # the search comes back to the same length scales and noise
+
+        def log_posterior(squares: np.ndarray, lengths: np.ndarray, noise: float) -> float:
+            key = (*lengths, noise)
+            if key not in seen:
+                seen[key] = _log_posterior(squares, values, relative, lengths, noise)
+            return seen[key]
+
+        best = log_posterior(squares, lengths, noise)
         for _ in range(1 if start else ROUNDS):
             for index, each in enumerate(apart):
                 rest = squares - each / lengths[index] ** 2
                 for length in LENGTHS:
                     tried = np.where(np.arange(len(lengths)) == index, length, lengths)
-                    found = _log_posterior(rest + each / length**2, values, relative, tried, noise)
+                    found = log_posterior(rest + each / length**2, tried, noise)
                     if found > best:
                         best, lengths, squares = found, tried, rest + each / length**2
             for tried_noise in NOISES:
-                found = _log_posterior(squares, values, relative, lengths, tried_noise)
+                found = log_posterior(squares, lengths, tried_noise)
                 if found > best:
                     best, noise = found, tried_noise
         return lengths, noise

@@ -36,7 +36,19 @@ class StudyJournal(JournalFileBackend):
 
     def __init__(self, path: Path) -> None:
         self.path, self.lock = path, JournalFileSymlinkLock(str(path))
+        self._read = 0, 0  # how many records were read, and the size of the file then
         super().__init__(str(path), self.lock)
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        """Return the records from a number on. The file is only opened if it has grown: most reads come when nothing was written."""
+        size = self.path.stat().st_size
+        if (log_number_from, size) == self._read:
+            return
+        number = log_number_from
+        for log in super().read_logs(log_number_from):
+            number += 1
+            yield log
+        self._read = number, size
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Append records, one line each."""

@@ -223,6 +223,10 @@ class Search:
         """Return the base settings with those of a trial, as :meth:`ask` returns them."""
         return with_settings(self.base_config, settings)
 
+    def _epochs(self, number: int) -> int:
+        """Return the epochs of a trial that nobody stops. Called after every report, so without building all settings."""
+        return {**self.base, **self.settings(number)}["optim.epochs"]
+
     def better_trial(self, number: int, epoch: int) -> int | None:
         """Choose the trial whose weights a trial continues from in population-based training.
 
@@ -290,7 +294,7 @@ class Search:
         if GIVEN_UP in trial.user_attrs:
             return True
         pruner = make_pruner(self._plan["pruner"], self.grace, self.trials)
-        if not pruner.prune(self.study, trial) or number == 0 or epochs_of(trial) >= self.config(number).optim.epochs:
+        if not pruner.prune(self.study, trial) or number == 0 or epochs_of(trial) >= self._epochs(number):
             return False
         optuna.Trial(self.study, trial._trial_id).set_user_attr(GIVEN_UP, True)  # a pruner decides at a rung only once
         return True
@@ -315,7 +319,7 @@ class Search:
             return False
         rung = last_rung(epoch, self.grace, REDUCTION)
         asked = trial.user_attrs.get(PROMOTED, 0) >= rung or value_at(trial, rung) is None
-        if asked or epoch >= self.config(number).optim.epochs:
+        if asked or epoch >= self._epochs(number):
             return False
         live = optuna.Trial(self.study, trial._trial_id)
         if number in best_of_rung(self.frozen(), rung, HALF):

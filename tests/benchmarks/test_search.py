@@ -32,11 +32,14 @@ def test_the_surface_has_its_optimum_inside():
 
 
 @pytest.mark.slow
-def test_the_controller_is_measured_over_a_search_that_ends(monkeypatch, capsys):
-    shown = run("controller", monkeypatch, capsys)
-    row = shown.splitlines()[-1].split("|")
-    assert int(row[1]) == 6
-    assert 0 < float(row[3].split()[0]) < 1000
+def test_the_controller_is_measured_beside_ray_tune_alone(monkeypatch, capsys):
+    rows = [[cell.strip() for cell in line.split("|")] for line in run("controller", monkeypatch, capsys).splitlines()[-4:]]
+    assert [row[1].partition(":")[0] for row in rows] == ["raydetr", "raydetr", "Ray Tune", "Ray Tune"]
+    assert {row[2] for row in rows} == {"6"}
+    reports = [int(row[3]) for row in rows]
+    assert all(6 <= number <= reports[-1] for number in reports)
+    assert reports[-1] == 6 * search.CONTROLLER_EPOCHS
+    assert all(0 < float(row[4].split()[0]) < 1000 for row in rows)
 
 
 def test_a_watch_tells_waiting_from_work():

@@ -61,7 +61,7 @@ def test_machines_come_for_what_waits_and_what_they_cannot_hold_is_refused_in_ti
     def settings(minutes, **changes):
         return config.load_config(known, {"run.name": "run", "run.wait_for_machines_min": minutes}, changes)
 
-    def run_trial(assigned, images):  # where it runs, and no training
+    def run_trial(parameters, images):  # where it runs, and no training
         while sum(node["Alive"] for node in ray.nodes()) < 3:  # until the other's machine has come
             time.sleep(0.5)
         ray.tune.report({**with_node({"epoch": 1, "AP": 0.5}), "finished": True})

@@ -23,7 +23,7 @@ from raydetr.launch import train as training
 from raydetr.launch import tune as launcher
 from raydetr.launch.scheduling import trial_folder
 from raydetr.launch.slots import Demands
-from raydetr.launch.trial import with_node
+from raydetr.launch.trial import unpacked, with_node
 from raydetr.launch.tune import resume, tune
 from raydetr.search.results import trials_frame
 from raydetr.search.study import Search
@@ -230,10 +230,10 @@ def test_trials_that_share_cards_are_packed_or_spread(add_machine, photographs, 
     for _ in range(2):
         add_machine(num_cpus=4, num_gpus=2)
 
-    def run_trial(assigned, images):  # where it runs, and no training
+    def run_trial(parameters, images):  # where it runs, and no training
         begun = tmp_path / "begun" / placement
         begun.mkdir(parents=True, exist_ok=True)
-        (begun / str(assigned["number"])).touch()
+        (begun / str(unpacked(parameters).number)).touch()
         deadline = time.monotonic() + 120
         while len(list(begun.iterdir())) < number and time.monotonic() < deadline:
             time.sleep(0.2)

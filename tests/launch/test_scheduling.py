@@ -11,7 +11,7 @@ from raydetr.launch import scheduling
 from raydetr.launch.scheduling import Hopeless, PopulationScheduler, StudyScheduler, StudySearcher, Watcher, grace_epochs, reported_metrics
 from raydetr.launch.slots import Demands, Slots
 from raydetr.launch.train import TWICE
-from raydetr.launch.trial import EARLIER
+from raydetr.launch.trial import EARLIER, unpacked
 from raydetr.search.space import read_space
 from raydetr.search.study import create_search
 
@@ -25,14 +25,14 @@ def test_trials_go_where_the_fullest_machine_has_a_place(monkeypatch, coco_folde
     monkeypatch.setattr(scheduling.ray, "nodes", lambda: machines)
     monkeypatch.setattr(scheduling, "ROOM_INTERVAL_S", 0)
     searcher = StudySearcher(search, Demands(gpus=0.5), Slots(4, 2, 0.5))
-    meant = [searcher.suggest(key)["node"] for key in "1234"]
+    meant = [unpacked(searcher.suggest(key)).node for key in "1234"]
     assert meant == ["a", "a", "b", "b"]
     assert searcher.suggest("5") is None  # there is no room
     machines[0]["Alive"] = False
     searcher.on_trial_complete("3")
     assert searcher.suggest("5") is None
     machines += [{"NodeID": "c", "Alive": True, "Resources": {"CPU": 8, "GPU": 2}}]  # now there is
-    assert [searcher.suggest(key)["node"] for key in "567"] == ["b", "c", "c"]
+    assert [unpacked(searcher.suggest(key)).node for key in "567"] == ["b", "c", "c"]
 
 
 def test_each_trial_draws_its_own_validation_images_and_none_trains_in_folds(monkeypatch, coco_folder, tmp_path):
@@ -46,7 +46,7 @@ def test_each_trial_draws_its_own_validation_images_and_none_trains_in_folds(mon
         known = config.load_config({"data.path": str(coco_folder(folder=name)), **changes})
         search = create_search(tmp_path / name, read_space(SPACE), known, trials=8)
         searcher = StudySearcher(search, Demands(), Slots(4, 2, 0))
-        datas = [searcher.suggest(key)["config"].data for key in "12"]
+        datas = [unpacked(searcher.suggest(key)).config.data for key in "12"]
         assert [(each.reshuffle, each.reshuffle_seed, each.folds, each.fold) for each in datas] == expected, name
         assert search.base_config.data.folds == known.data.folds, "kept for the confirmation"
 
@@ -163,7 +163,7 @@ def test_a_trials_settings_are_drawn_once(search, monkeypatch):
     searcher.suggest("a")
     assigned = searcher.suggest("b")
     assert len(drawn) == 1
-    assert assigned["config"].optim.lr == search.settings(1)["optim.lr"]
+    assert unpacked(assigned).config.optim.lr == search.settings(1)["optim.lr"]
 
 
 class Controller:
@@ -223,7 +223,7 @@ def test_a_trial_that_comes_to_a_rung_gives_its_slot_away_and_gets_one_when_it_i
     report("a", 1, 0.1)
     assert report("a", 2, 0.1) == StudyScheduler.CONTINUE
     assigned = searcher.suggest("c")
-    assert (assigned["number"], search.number("c")) == (1, 1)
+    assert (unpacked(assigned).number, search.number("c")) == (1, 1)
     assert report("c", 3, 0.5) == StudyScheduler.CONTINUE
 
 
@@ -241,7 +241,7 @@ def test_an_epoch_with_a_decision_is_reported_at_once_and_others_as_fast_as_the_
     search, searcher, _ = promoting
     assert scheduling.decision_epochs(search, 9) == {2, 6}
     searcher.demands = Demands(concurrent=500)
-    gathered = searcher.suggest("a")["gathered"]
+    gathered = unpacked(searcher.suggest("a")).gathered
     assert gathered.interval_s == 500 * scheduling.REPORT_S
     assert gathered.awaited == {2, 6}
 
@@ -264,7 +264,7 @@ def test_a_trial_that_was_promoted_has_no_new_attempts(promoting):
     lose("b")
     report("b", 2, 0.5)
     report("a", 2, 0.1)
-    assert searcher.suggest("c")["number"] == 1
+    assert unpacked(searcher.suggest("c")).number == 1
     lose("c")
     assert ended == ["c"]
     assert search.frozen()[1].user_attrs["reason"].startswith("lost 2 times (run.max_failures)")
@@ -301,7 +301,7 @@ def test_a_trial_that_ray_tune_gave_up_is_handed_out_again(promoting):
         assert scheduler.choose_trial_to_run(controller) is None
     assert told == ["b"]
     assert list(searcher.live) == ["a"]
-    assert searcher.suggest("c")["number"] == 1
+    assert unpacked(searcher.suggest("c")).number == 1
     assert searcher.suggest("d") is None
 
 
@@ -396,7 +396,7 @@ def test_the_member_that_has_trained_least_is_next_where_there_is_a_slot(populat
     assert scheduler.choose_trial_to_run(controller) is second
     assert (folder / search.trial_name(1) / "last.pth").read_text() == "weights of the third"
     assert search.frozen()[1].user_attrs["taken over"][0]["from"] == 2
-    assert second.config["config"].optim.lr == search.settings(1)["optim.lr"] != search.frozen()[1].params["optim.lr"]
+    assert unpacked(second.config).config.optim.lr == search.settings(1)["optim.lr"] != search.frozen()[1].params["optim.lr"]
     second.status = Trial.RUNNING
     assert scheduler.choose_trial_to_run(controller) is None  # two run, and no more may
     first.status = Trial.PENDING

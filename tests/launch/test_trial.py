@@ -1,8 +1,14 @@
+import copy
+import dataclasses
+
 import pytest
 
+from raydetr.config import load_config
 from raydetr.errors import UserError
 from raydetr.launch import trial
-from raydetr.launch.trial import EARLIER, Gathered, TuneReporter
+from raydetr.launch.session import DRIVER
+from raydetr.launch.slots import Slots
+from raydetr.launch.trial import EARLIER, Assignment, Gathered, TuneReporter, trial_resources, unpacked
 from raydetr.training.metrics import LAST_EPOCH
 
 
@@ -33,6 +39,22 @@ def test_long_epochs_are_reported_one_by_one(clock):
         assert gathered.add({"epoch": epoch}) == {"epoch": epoch}
 
 
+def assignment(workers=1, **changes):
+    given = {"number": 3, "config": load_config({"run.workers": workers}), "objectives": ["AP"], "searched": {}, "slots": Slots(4, 2, 0.5)}
+    return Assignment(**{**given, "gathered": Gathered(), **changes})
+
+
+def test_an_assignment_comes_as_it_was_sent_and_says_what_the_trial_takes():
+    sent = assignment(node="b", gathered=Gathered(2.0, {1, 3}))
+    parameters = sent.packed()
+    assert copy.deepcopy(parameters)[trial.PACKED] is parameters[trial.PACKED], "Ray Tune's copies cost nothing"
+    come = unpacked(parameters)
+    assert dataclasses.replace(come, gathered=sent.gathered) == sent
+    assert (come.gathered.interval_s, come.gathered.awaited) == (2.0, {1, 3})
+    assert trial_resources(parameters).bundles == [{"CPU": 2, "GPU": 0.5}]
+    assert trial_resources(assignment(workers=2).packed()).bundles == [{DRIVER: 1}]
+
+
 def test_epochs_that_wait_are_reported_before_an_error(clock, monkeypatch):
     told = []
     monkeypatch.setattr(trial.ray.tune, "report", told.append)
@@ -46,7 +68,7 @@ def test_epochs_that_wait_are_reported_before_an_error(clock, monkeypatch):
 
     monkeypatch.setattr("raydetr.training.fit.fit", fit)
     with pytest.raises(UserError, match="a broken image"):
-        trial.fit_and_report(None, {"objectives": ["AP"], "searched": {}, "gathered": Gathered(interval_s=10)}, ())
+        trial.fit_and_report(assignment(gathered=Gathered(interval_s=10)), ())
     assert [(report["epoch"], [each["epoch"] for each in report.get(EARLIER, ())]) for report in told] == [(1, []), (3, [2])]
 
 

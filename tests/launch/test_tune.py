@@ -170,8 +170,8 @@ def test_a_trial_that_breaks_is_failed_and_the_search_goes_on(cluster, coco_fold
 def test_a_trial_whose_process_dies_again_and_again_is_failed(cluster, coco_folder, tmp_path, monkeypatch):
     begun = tmp_path / "begun"
 
-    def run_trial(assigned, images):
-        if assigned["number"] == 1:
+    def run_trial(parameters, images):
+        if launched.unpacked(parameters).number == 1:
             with begun.open("a") as file:
                 file.write("x")
             os._exit(1)
@@ -211,12 +211,12 @@ def test_a_fault_of_the_machine_ends_its_process_and_the_trial_is_retried(cluste
             raise RuntimeError("shapes do not fit")
         return {"epoch": 1, "AP": 0.5}
 
-    def run_trial(assigned, images):
+    def run_trial(parameters, images):
         with pytest.MonkeyPatch.context() as patch:
             import raydetr.training.fit as module
 
             patch.setattr(module, "fit", functools.partial(fit, module.fit))
-            launched.run_trial(assigned, images)
+            launched.run_trial(parameters, images)
 
     monkeypatch.setattr(launcher, "run_trial", run_trial)
     known = settings(coco_folder(), tmp_path, run__max_failures=2, data__num_workers=1)

@@ -45,6 +45,25 @@ def test_reports_and_draws_do_not_wait_for_the_disk_and_the_end_of_a_trial_does(
     assert waits[-1] == path.stat().st_size  # the reports before it are on the disk as well
 
 
+def test_the_file_is_read_again_only_when_it_has_grown(tmp_path, monkeypatch):
+    path, reads, read_logs = tmp_path / "study.journal", [], JournalFileBackend.read_logs
+    monkeypatch.setattr(JournalFileBackend, "read_logs", lambda *given: reads.append(1) or read_logs(*given))
+    ours, others = StudyJournal(path), StudyJournal(path)
+    ours.append_logs([{"a": 1}, {"a": 2}])
+    assert list(ours.read_logs(0)) == [{"a": 1}, {"a": 2}]
+    assert list(ours.read_logs(2)) == []
+    assert len(reads) == 1
+    others.append_logs([{"a": 3}])
+    with path.open("ab") as file:
+        file.write(b'{"a"')  # another process is writing
+    assert list(ours.read_logs(2)) == [{"a": 3}]
+    assert list(ours.read_logs(3)) == []
+    with path.open("ab") as file:
+        file.write(b": 4}\n")
+    assert list(ours.read_logs(3)) == [{"a": 4}]
+    assert list(ours.read_logs(0)) == [{"a": number} for number in (1, 2, 3, 4)]
+
+
 def test_the_file_is_the_one_that_optuna_writes_and_reads(tmp_path):
     """Readers see a report at once, and each line is one record."""
     path = tmp_path / "study.journal"
