@@ -1,10 +1,10 @@
 """Simulate a search on 64 to 512 GPUs: how busy it keeps them, and what that costs: ``python -m benchmarks.scale``.
 
-Real: the searching process, the only one that all trials share. ``tune`` runs as for any search, with Ray Tune's controller, its
-placement groups on a real raylet, the study and its journal. Played: what the GPUs do. The raylet only says that it has them, and a
-trial's actor is no process of its own (each takes 100 MB and more) but one of many in one process: it waits as long as a process takes
-to start, then as long as an epoch takes, and answers what the response surface of ``benchmarks.search`` says. Network and storage are
-not played: what goes over them is measured in one real run and multiplied.
+The search process is real, the only one that all trials share: ``tune`` runs as for any search, with Ray Tune's controller, its placement
+groups on a raylet, the study and its journal. What the GPUs do is simulated: the raylet only says that it has them, and the actors of all
+trials live in one process, because a process each would take 100 MB and more. An actor waits as long as a process takes to start, then as
+long as an epoch takes, and answers what the response surface of ``benchmarks.search`` says. Network and storage are not simulated: what
+goes over them is measured in one real run and multiplied.
 """
 
 import argparse
