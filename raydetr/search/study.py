@@ -224,7 +224,7 @@ class Search:
         return with_settings(self.base_config, settings)
 
     def _epochs(self, number: int) -> int:
-        """Return the epochs of a trial that nobody stops. Called after every report, so without building all settings."""
+        """Return the epochs of a trial that nobody stops, without building the whole tree of its settings."""
         return {**self.base, **self.settings(number)}["optim.epochs"]
 
     def better_trial(self, number: int, epoch: int) -> int | None:
