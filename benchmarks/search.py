@@ -152,14 +152,14 @@ def measure_controller(folder: Path, trials: int) -> None:
         "Ray Tune: OptunaSearch, ASHA": lambda: search_alone(folder / "optuna", trials, OptunaSearch(), asha),
         "Ray Tune: random settings, all epochs": lambda: search_alone(folder / "random", trials, None, None),
     }
+    with contextlib.redirect_stdout(io.StringIO()):
+        of_raydetr("before", 4)
     rows = []
     for name, search in searches.items():
+        cpu, wall = time.process_time(), time.monotonic()
         with contextlib.redirect_stdout(io.StringIO()):
-            if not rows:
-                of_raydetr("before", 4)
-            cpu, wall = time.process_time(), time.monotonic()
             reports = search()
-            cpu, wall = time.process_time() - cpu, time.monotonic() - wall
+        cpu, wall = time.process_time() - cpu, time.monotonic() - wall
         rows.append([name, trials, reports, f"{1000 * cpu / reports:.1f} ms", f"{1000 * cpu / trials:.0f} ms", f"{wall:.0f} s"])
     print(table(rows, ["search", "trials", "reports", "CPU time of the search per report", "per trial", "in all"]))
 
