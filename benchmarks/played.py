@@ -117,7 +117,7 @@ class Played:
         return self.true[chosen] - self.true[0]
 
 
-def play(surface: Surface, arm: Arm, trials: int, concurrent: int, epochs: float = math.inf) -> Played:
+def play(surface: Surface, arm: Arm, trials: int, concurrent: int, epochs: float = math.inf, stream: int = 0) -> Played:
     """Play a search.
 
     Args:
@@ -126,11 +126,13 @@ def play(surface: Surface, arm: Arm, trials: int, concurrent: int, epochs: float
         trials: The number of trials, including trial 0.
         concurrent: How many run at a time; an epoch takes each of them about as long.
         epochs: The search ends after so many epochs of drawn trials.
+        stream: Seeds the draws and the trainings beside the surface. Searches of the same stream that draw at random draw the same
+            settings, and their trainings are equally lucky.
     """
     study = optuna.create_study(study_name="played", direction="maximize", pruner=arm.pruner(trials))  # Hyperband hashes the name
     study.enqueue_trial(surface.space.drawn(surface.base))
     played, queue, used, paused = Played(), [], 0, {}
-    random = np.random.default_rng([surface.seed, 9])
+    random = np.random.default_rng([surface.seed, 9, stream])
     pace = np.exp(random.normal(0, PACE_SD, trials))
 
     def start(now: float) -> None:
@@ -143,14 +145,14 @@ def play(surface: Surface, arm: Arm, trials: int, concurrent: int, epochs: float
         number = len(played.true)
         if number == trials:
             return
-        study.sampler = arm.sampler(surface, [surface.seed, number, 0], trials)
+        study.sampler = arm.sampler(surface, [surface.seed, number, stream], trials)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trial = study.ask()
             settings = surface.space.suggest(trial, surface.base)
         point = np.clip(surface.point({**surface.base, **settings}), 0, 1)
         played.true.append(surface.true(point))
-        curve = np.fmax.accumulate(surface.curve(point, number))
+        curve = np.fmax.accumulate(surface.curve(point, number, stream))
         heapq.heappush(queue, (now + pace[number], number, 1, trial, curve))
 
     for _ in range(concurrent):
@@ -216,7 +218,8 @@ def measure_played(surfaces: Sequence[str], concurrent: Sequence[int], arms: Seq
     """Return the table of what searches reach.
 
     Random search without early stopping sets the target, the highest AP that it saw, and the budget of epochs. Every arm gets twice its
-    trials and the same budget.
+    trials and the same budget. The target's draws and luck are its own: other samplers begin with random draws, and with the same ones
+    they would find the best of them again.
     """
     rows = []
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -226,7 +229,7 @@ def measure_played(surfaces: Sequence[str], concurrent: Sequence[int], arms: Seq
             shares, ends, quarters = ({name: [] for name in arms} for _ in range(3))
             for seed in seeds:
                 surface = Surface(kind, seed)
-                random = play(surface, ARMS["random, none"], trials, at_a_time)
+                random = play(surface, ARMS["random, none"], trials, at_a_time, stream=1)
                 target, budget = max(value for number, value in random.reports if number), EPOCHS * (trials - 1)
                 for name in arms:
                     if name == POPULATION:  # stops no trial, so that it has as many as random search

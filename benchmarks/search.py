@@ -48,6 +48,7 @@ from raydetr.search.methods import REDUCTION
 from raydetr.search.record import epochs_of
 from raydetr.search.study import Search
 from raydetr.training import tracking
+from raydetr.training.metrics import LAST_EPOCH
 
 SURFACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "loss.eos_coef": {"loguniform": [0.01, 1.0]}}
 # Wide ranges, as if little were known about the network and the images.
@@ -107,11 +108,13 @@ def surface_ap(settings: dict[str, Any], epoch: int) -> float:
 
 
 def follow_surface(parameters: dict[str, Any], images: Sequence[ray.ObjectRef] = ()) -> None:
-    """Report the values of the response surface instead of training."""
-    settings = to_dict(unpacked(parameters).config)
-    for epoch in range(1, settings["optim"]["epochs"] + 1):
+    """Report the values of the response surface instead of training, as a trial of a search reports its epochs."""
+    assigned = unpacked(parameters)
+    settings, epochs = to_dict(assigned.config), assigned.config.optim.epochs
+    for epoch in range(1, epochs + 1):
         values = {"epoch": epoch, "AP": surface_ap(settings, epoch)}
-        ray.tune.report(values)
+        if due := assigned.gathered.add(values | ({LAST_EPOCH: True} if epoch == epochs else {})):
+            ray.tune.report(due)
     ray.tune.report({**values, "finished": True})
 
 
@@ -123,7 +126,7 @@ def follow_surface_alone(drawn: dict[str, float]) -> None:
 
 
 def search_alone(folder: Path, trials: int, searcher: Searcher | None, scheduler: TrialScheduler | None) -> int:
-    """Search with Ray Tune without raydetr, and return the number of reports. Its own loggers are off, as in raydetr's searches."""
+    """Search with Ray Tune without raydetr, and return the number of epochs. Its own loggers are off, as in raydetr's searches."""
     space = {name: ray.tune.loguniform(*bounds) for name, domain in SURFACE.items() for bounds in domain.values()}
     tuner = ray.tune.Tuner(
         follow_surface_alone,
@@ -137,7 +140,7 @@ def search_alone(folder: Path, trials: int, searcher: Searcher | None, scheduler
 
 
 def measure_controller(folder: Path, trials: int) -> None:
-    """Print the CPU time of the search process for each report, without what a process does once, which is mostly imports."""
+    """Print the CPU time of the search process for each epoch, without what a process does once, which is mostly imports."""
     launcher.run_trial = follow_surface
     asha = AsyncHyperBandScheduler("epoch", max_t=CONTROLLER_EPOCHS, grace_period=GRACE, reduction_factor=REDUCTION)
 
@@ -158,10 +161,10 @@ def measure_controller(folder: Path, trials: int) -> None:
     for name, search in searches.items():
         cpu, wall = time.process_time(), time.monotonic()
         with contextlib.redirect_stdout(io.StringIO()):
-            reports = search()
+            epochs = search()
         cpu, wall = time.process_time() - cpu, time.monotonic() - wall
-        rows.append([name, trials, reports, f"{1000 * cpu / reports:.1f} ms", f"{1000 * cpu / trials:.0f} ms", f"{wall:.0f} s"])
-    print(table(rows, ["search", "trials", "reports", "CPU time of the search per report", "per trial", "in all"]))
+        rows.append([name, trials, epochs, f"{1000 * cpu / epochs:.1f} ms", f"{1000 * cpu / trials:.0f} ms", f"{wall:.0f} s"])
+    print(table(rows, ["search", "trials", "epochs", "CPU time of the search per epoch", "per trial", "in all"]))
 
 
 # ---------------------------------------------------------------------------------------------------------------- overhead

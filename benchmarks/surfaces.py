@@ -130,9 +130,9 @@ class Surface:
         progress = (1 - np.exp(-((epochs / slow) ** 0.9))) * before_drop
         return np.minimum(progress / progress[-1], 1)
 
-    def curve(self, point: np.ndarray, number: int) -> np.ndarray:
-        """AP [epochs] of trial ``number`` with the settings at ``point``; NaN after it diverged."""
-        random = np.random.default_rng([self.seed, number, 5])
+    def curve(self, point: np.ndarray, number: int, stream: int = 0) -> np.ndarray:
+        """AP [epochs] of trial ``number`` with the settings at ``point``; NaN after it diverged. Its luck depends on number and stream."""
+        random = np.random.default_rng([self.seed, number, 5, stream])
         progress = self.progress(point, random.normal(0, 0.1))
         final = self.on_validation(point) + random.normal(0, SEED_SD)
         wobble, noise = random.standard_normal(), np.empty(EPOCHS)

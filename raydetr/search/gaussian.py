@@ -19,7 +19,8 @@ FACTORIZE, SOLVE = get_lapack_funcs(("potrf", "trtrs"))
 class GaussianProcess:
     """A function of points in a cube, learned from noisy values: Matern 5/2 kernel, one length scale for each setting.
 
-    The length scales and the noise are the most probable ones of a grid, found by coordinate search.
+    The length scales and the noise are the most probable ones of a grid, found by coordinate search: each goes from one value to the next
+    as long as that is more probable.
 
     Args:
         points: Coordinates [n, coordinates], between 0 and 1.
@@ -35,37 +36,32 @@ class GaussianProcess:
         self.points, self.relative_noise, self.owner = points, noise, owner
         self.mean, self.scale = float(values.mean()), float(values.std()) or 1.0
         self.values = (values - self.mean) / self.scale
-        self.lengths, self.noise = self._fit(start)
+        self.place = self._fit(start)
+        self.lengths, self.noise = _settings_at(self.place)
         self._factorize()
 
-    def _fit(self, start: "GaussianProcess | None") -> tuple[np.ndarray, float]:
+    def _fit(self, start: "GaussianProcess | None") -> tuple[int, ...]:
+        """Return the most probable place in the grid: indices into ``LENGTHS`` [settings], and one into ``NOISES``."""
         some = np.linspace(0, len(self.points) - 1, min(len(self.points), FIT_POINTS)).round().astype(int)
         values, relative = self.values[some], self.relative_noise[some]
         apart = squared_distances(self.points[some], self.owner)
-        lengths, noise = (start.lengths, start.noise) if start else (np.full(len(apart), USUAL_LENGTH), USUAL_NOISE)
-        squares = np.tensordot(lengths**-2.0, apart, 1)
-        seen: dict[tuple[float, ...], float] = {}  # the search comes back to the same length scales and noise
+        place = start.place if start else (*[LENGTHS.index(USUAL_LENGTH)] * len(apart), NOISES.index(USUAL_NOISE))
+        seen: dict[tuple[int, ...], float] = {}  # the search comes back to the same places
 
-        def log_posterior(squares: np.ndarray, lengths: np.ndarray, noise: float) -> float:
-            key = (*lengths, noise)
-            if key not in seen:
-                seen[key] = _log_posterior(squares, values, relative, lengths, noise)
-            return seen[key]
+        def log_posterior(place: tuple[int, ...]) -> float:
+            if place not in seen:
+                seen[place] = _log_posterior(apart, values, relative, *_settings_at(place))
+            return seen[place]
 
-        best = log_posterior(squares, lengths, noise)
         for _ in range(1 if start else ROUNDS):
-            for index, each in enumerate(apart):
-                rest = squares - each / lengths[index] ** 2
-                for length in LENGTHS:
-                    tried = np.where(np.arange(len(lengths)) == index, length, lengths)
-                    found = log_posterior(rest + each / length**2, tried, noise)
-                    if found > best:
-                        best, lengths, squares = found, tried, rest + each / length**2
-            for tried_noise in NOISES:
-                found = log_posterior(squares, lengths, tried_noise)
-                if found > best:
-                    best, noise = found, tried_noise
-        return lengths, noise
+            for index in range(len(place)):
+                for step in (-1, 1):
+                    while 0 <= place[index] + step < len(LENGTHS if index < len(apart) else NOISES):
+                        tried = (*place[:index], place[index] + step, *place[index + 1 :])
+                        if log_posterior(tried) <= log_posterior(place):
+                            break
+                        place = tried
+        return place
 
     def _factorize(self) -> None:
         covariance = self._kernel(self.points)
@@ -75,8 +71,7 @@ class GaussianProcess:
 
     def _kernel(self, points: np.ndarray) -> np.ndarray:
         """The covariance [n, points of this process], in units of the scale."""
-        one, other = points / self.lengths[self.owner], self.points / self.lengths[self.owner]
-        return _matern((one**2).sum(1)[:, None] + (other**2).sum(1) - 2 * one @ other.T)
+        return _matern(_squares(points / self.lengths[self.owner], self.points / self.lengths[self.owner]))
 
     def predict_mean(self, points: np.ndarray) -> np.ndarray:
         """Return the mean [n] of the function at points [n, coordinates]."""
@@ -98,19 +93,31 @@ class GaussianProcess:
         if not len(points):
             return self
         more = copy.copy(self)
-        more.values = np.concatenate([self.values, (self.predict_mean(points) - self.mean) / self.scale])
         more.points = np.concatenate([self.points, points])
+        more.values = np.concatenate([self.values, (self.predict_mean(points) - self.mean) / self.scale])
         more.relative_noise = np.concatenate([self.relative_noise, np.full(len(points), noise)])
-        more._factorize()
+        # The factor grows by rows, because the points before have the same covariance.
+        across = solve_triangular(self.factor, self._kernel(points).T, lower=True, check_finite=False)
+        own = _matern(_squares(points / self.lengths[self.owner], points / self.lengths[self.owner])) - across.T @ across
+        own[np.diag_indices_from(own)] += self.noise * noise + JITTER
+        corner = cholesky(own, lower=True, check_finite=False)
+        more.factor = np.block([[self.factor, np.zeros_like(across)], [across.T, corner]])
+        more.weights = cho_solve((more.factor, True), more.values, check_finite=False)
         return more
 
 
 def squared_distances(points: np.ndarray, owner: np.ndarray) -> np.ndarray:
-    """Return the squared distances [settings, n, n] of points [n, coordinates] along each setting."""
-    apart = np.zeros((owner[-1] + 1, len(points), len(points)))
+    """Return the squared distances [settings, pairs] of points [n, coordinates] along each setting, in the order of ``np.tril_indices``."""
+    rows, columns = np.tril_indices(len(points), -1)
+    apart = np.zeros((owner[-1] + 1, len(rows)))
     for coordinate, setting in enumerate(owner):
-        apart[setting] += (points[:, None, coordinate] - points[None, :, coordinate]) ** 2
+        apart[setting] += (points[rows, coordinate] - points[columns, coordinate]) ** 2
     return apart
+
+
+def _squares(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Squared distances [n, m] between points [n, coordinates] and others [m, coordinates]."""
+    return (one**2).sum(1)[:, None] + (other**2).sum(1) - 2 * one @ other.T
 
 
 def _matern(squares: np.ndarray) -> np.ndarray:
@@ -119,10 +126,16 @@ def _matern(squares: np.ndarray) -> np.ndarray:
     return (1 + distance + distance * distance / 3) * np.exp(-distance)
 
 
-def _log_posterior(squares: np.ndarray, values: np.ndarray, relative: np.ndarray, lengths: np.ndarray, noise: float) -> float:
+def _settings_at(place: tuple[int, ...]) -> tuple[np.ndarray, float]:
+    """The length scales [settings] and the noise at a place in the grid."""
+    *lengths, noise = place
+    return np.array(LENGTHS)[lengths], NOISES[noise]
+
+
+def _log_posterior(apart: np.ndarray, values: np.ndarray, relative: np.ndarray, lengths: np.ndarray, noise: float) -> float:
     """Log marginal likelihood (equation 2.30) and log prior of length scales and noise, without constants."""
-    covariance = _matern(squares)
-    covariance.flat[:: len(covariance) + 1] += noise * relative + JITTER
+    covariance = np.diag(1 + (noise * relative + JITTER))
+    covariance[np.tri(len(values), k=-1, dtype=bool)] = _matern(lengths**-2.0 @ apart)  # the other half is not read
     factor, failed = FACTORIZE(covariance, lower=1, clean=0)
     if failed:
         return -math.inf

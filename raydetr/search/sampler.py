@@ -146,7 +146,8 @@ def observations(trials: Sequence[FrozenTrial], cube: Cube) -> tuple[np.ndarray,
     values = np.maximum(values, middle - TAIL * (values.max() - middle))
     values = np.concatenate([values, np.full(len(failed), values.min())])
     left = np.concatenate([left, np.zeros(len(failed))])
-    return cube.positions([*(reported[row].params for row in rows), *(each.params for each in failed)]), values, left
+    positions = cube.positions(each.params for each in [*reported, *failed])
+    return np.vstack([positions[rows], positions[len(reported) :]]), values, left
 
 
 def log_expected_improvement(gain: np.ndarray, sd: np.ndarray) -> np.ndarray:

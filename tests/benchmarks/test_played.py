@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from benchmarks import played, search
-from benchmarks.played import ARMS, POPULATION, Played, play, play_population
+from benchmarks.played import ARMS, POPULATION, Played, measure_played, play, play_population
 from benchmarks.surfaces import EPOCHS, Surface
 
 
@@ -27,6 +27,17 @@ def test_random_search_trains_every_trial_to_its_end(surface):
     assert [sum(number == each for each, _ in seen.reports) for number in range(6)] == [EPOCHS] * 6
     running = {number for number, _ in seen.reports[: EPOCHS // 2]}
     assert running == {0, 1}
+
+
+def test_random_search_does_not_find_its_own_target_again(surface):
+    """With the same draws and luck it would in every search, and so would samplers that begin with random draws."""
+    own, again, other = (play(surface, ARMS["random, none"], trials=4, concurrent=1, stream=stream) for stream in (0, 0, 1))
+    assert own == again
+    assert own.true[0] == other.true[0]  # the default settings
+    assert not set(own.true[1:]) & set(other.true[1:])
+    assert own.reports[EPOCHS - 1] != other.reports[EPOCHS - 1]  # their trainings are not equally lucky
+    missed = measure_played(["A"], [1], ["random, none"], range(6)).splitlines()[-1].split("|")[5]
+    assert int(missed.replace("%", "")) > 0
 
 
 def test_a_budget_ends_a_search(surface):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from raydetr.search import gaussian
 from raydetr.search.gaussian import GaussianProcess, squared_distances
 
 
@@ -61,5 +62,36 @@ def test_equal_values_and_a_single_point_are_no_obstacle():
 
 
 def test_coordinates_of_a_choice_share_a_distance():
-    points = np.array([[0.0, 1.0, 0.0, 0.2], [0.0, 0.0, 1.0, 0.6]])
-    assert squared_distances(points, np.array([0, 0, 0, 1]))[:, 0, 1] == pytest.approx([2.0, 0.16])
+    points = np.array([[0.0, 1.0, 0.0, 0.2], [0.0, 0.0, 1.0, 0.6], [0.0, 0.0, 1.0, 0.9]])
+    apart = squared_distances(points, np.array([0, 0, 0, 1]))
+    assert apart == pytest.approx(np.array([[2.0, 2.0, 0.0], [0.16, 0.49, 0.09]]))  # of points 1 and 0, 2 and 0, 2 and 1
+
+
+def test_length_scales_and_noise_are_the_most_probable_of_all_around_them():
+    """The density of Rasmussen and Williams' equation 2.30 with the priors, from numpy's determinant and inverse."""
+    model, points, values = learned(count=30, noise=0.2)
+    values = (values - values.mean()) / values.std()
+
+    def log_posterior(lengths, noise):
+        r = np.sqrt(5 * (((points[:, None] - points[None]) / lengths) ** 2).sum(2))
+        covariance = (1 + r + r**2 / 3) * np.exp(-r) + noise * np.eye(30)
+        prior = (np.log(np.array(lengths) / 0.8) ** 2).sum() + np.log(noise / 0.25) ** 2
+        return -0.5 * values @ np.linalg.inv(covariance) @ values - 0.5 * np.linalg.slogdet(covariance)[1] - 0.5 * prior
+
+    found = log_posterior(model.lengths, model.noise)
+    for noise in gaussian.NOISES:
+        assert log_posterior(model.lengths, noise) <= found + 1e-6
+    for setting in range(3):
+        for length in gaussian.LENGTHS:
+            others = model.lengths.copy()
+            others[setting] = length
+            assert log_posterior(others, model.noise) <= found + 1e-6
+
+
+def test_the_factor_of_a_process_that_believes_is_that_of_all_its_points():
+    model, *_ = learned(count=20)
+    more = model.believing(np.array([[0.1, 0.2, 0.3], [0.9, 0.2, 0.3]]), 0.1)
+    r = np.sqrt(5 * (((more.points[:, None] - more.points[None]) / model.lengths) ** 2).sum(2))
+    noise = np.diag(model.noise * more.relative_noise + gaussian.JITTER)
+    assert more.factor @ more.factor.T == pytest.approx((1 + r + r**2 / 3) * np.exp(-r) + noise, abs=1e-9)
+    assert more.relative_noise[-2:] == pytest.approx([0.1, 0.1])
