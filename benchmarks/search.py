@@ -1,12 +1,11 @@
 """Measure what a search costs besides its trainings, and what it saves: ``python -m benchmarks.search [start|controller|overhead|reach]``.
 
 ``start``: from the moment that a trial's settings are asked for to its first training step, in a reused process and through an inner
-TorchTrainer of two workers. ``controller``: CPU time of the searching process per report, over trials that do not train but follow a
+TorchTrainer of two workers. ``controller``: CPU time of the searching process per epoch, over trials that do not train but follow a
 response surface, and that of Ray Tune without raydetr. ``overhead``: what of an epoch of the demo goes into event files and into the
-report, where a trial waits for the search, and what the search takes beside it. ``reach``: epochs that a search trains until it has the AP
-that random search without early stopping ends at, as a share of random search's epochs, with real trainings on generated balloons;
-``reach --played``: the same on response surfaces, with many trials at a time and with published peers, and the true gain of the chosen
-settings.
+report, where a trial waits for the search, and what the search takes beside it. ``reach``: epochs that searches train until they have the
+AP that random search without early stopping ends at, as a share of random search's epochs, and what the chosen settings gain, with real
+trainings (:mod:`benchmarks.reach`); ``reach --played``: the same on response surfaces, with many trials at a time and with published peers.
 """
 
 import argparse
@@ -25,7 +24,6 @@ from unittest import mock
 
 import ray
 import ray.tune
-from optuna.trial import FrozenTrial
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
@@ -33,32 +31,24 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks.measure import RAY, first_line, machine, table
 from benchmarks.played import ARMS, GRACE, POPULATION, RANDOM_TRIALS, measure_played
+from benchmarks.reach import measure_reach, prepare
 from benchmarks.surfaces import KINDS
 from raydetr.config import Config, load_config, to_dict
 from raydetr.data.formats.convert import convert
 from raydetr.demo import balloons
 from raydetr.launch import trial as launched
 from raydetr.launch import tune as launcher
-from raydetr.launch.scheduling import Hopeless, trial_folder
+from raydetr.launch.scheduling import trial_folder
 from raydetr.launch.session import DRIVER
 from raydetr.launch.slots import Demands
 from raydetr.launch.trial import unpacked
 from raydetr.launch.tune import tune
 from raydetr.search.methods import REDUCTION
-from raydetr.search.record import epochs_of
 from raydetr.search.study import Search
 from raydetr.training import tracking
 from raydetr.training.metrics import LAST_EPOCH
 
 SURFACE = {"optim.lr": {"loguniform": [1e-5, 1e-2]}, "loss.eos_coef": {"loguniform": [0.01, 1.0]}}
-# Wide ranges, as if little were known about the network and the images.
-REACH_SPACE = {
-    **SURFACE,
-    "optim.lr_backbone": {"loguniform": [1e-5, 1e-2]},
-    "loss.giou_loss_coef": {"loguniform": [0.25, 8.0]},
-}
-SAMPLER, SCHEDULER = "tpe", "asha"  # of reach
-REACH_TARGET = 0.25  # of random search's epochs
 CONTROLLER_EPOCHS = 9  # of a trial of controller that nobody stops
 
 
@@ -240,58 +230,19 @@ def shares(part: Sequence[float], whole: Sequence[float]) -> list[str]:
     return [f"{100 * one / all_:.1f} %" for one, all_ in zip(part, whole, strict=True)]
 
 
-# ------------------------------------------------------------------------------------------------------------------- reach
-
-
-class Reached(Hopeless):
-    """A scheduler that ends the search when a trial other than trial 0 has reached an AP of ``target``."""
-
-    target = math.inf
-
-    def stop_all(self) -> bool:
-        """Return whether to end the search."""
-        return super().stop_all() or self.has(self.search.frozen())
-
-    @classmethod
-    def has(cls, trials: Sequence[FrozenTrial]) -> bool:
-        """Return whether a trial has reached the target."""
-        return any(value >= cls.target for each in trials[1:] for value in each.intermediate_values.values())
-
-
-def measure_reach(folder: Path, trials: int, epochs: int, repeats: int) -> None:
-    """Print the share of random search's epochs after which the default search has its AP; it has twice the trials, most of them short."""
-    launcher.Hopeless = Reached
-    shares = []
-    for seed in range(repeats):
-        random = train_arm(folder, "random", "none", trials, epochs, seed)
-        Reached.target = max(each.value for each in random[1:] if each.value is not None)
-        found = train_arm(folder, SAMPLER, SCHEDULER, 2 * trials, epochs, seed)
-        budget, used = (sum(map(epochs_of, arm[1:])) for arm in (random, found))
-        shares.append(used / budget if Reached.has(found) else math.inf)
-        reached = f"AP {Reached.target:.3f} of random search in {budget} epochs; of {SAMPLER} + {SCHEDULER} in {used}, {shares[-1]:.2f}"
-        print(f"seed {seed}: {reached}", flush=True)
-        Reached.target = math.inf
-    middle, low, high = statistics.median(shares), min(shares), max(shares)
-    print(f"\nshare of random search's epochs: {middle:.2f} ({low:.2f} to {high:.2f}); target {REACH_TARGET}")
-
-
-def train_arm(folder: Path, sampler: str, scheduler: str, trials: int, epochs: int, seed: int) -> list[FrozenTrial]:
-    """Run a search that trains, and return its trials."""
-    config = make_config(folder, f"{sampler}-{seed}", epochs, seed)
-    with contextlib.redirect_stdout(io.StringIO()):
-        return tune(config, REACH_SPACE, trials=trials, sampler=sampler, scheduler=scheduler, seed=seed).frozen()
-
-
 def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=first_line(__doc__))
     parser.add_argument("what", choices=["start", "controller", "overhead", "reach"])
-    parser.add_argument("--trials", type=int, help="default: 4 (start, overhead), 500 (controller), 20 (reach)")
+    parser.add_argument("--trials", type=int, help="default: 4 (start, overhead), 500 (controller), 10 (reach, of random search)")
     parser.add_argument("--epochs", type=int, default=9, help="of each trial of overhead and reach (default 9)")
-    parser.add_argument("--repeats", type=int, help="seeds of reach (default 3; with --played 40)")
+    parser.add_argument("--repeats", type=int, help="seeds of reach (default 5; with --played 40)")
+    parser.add_argument("--data", type=Path, help="labeled photographs that reach trains on (default: generated balloons)")
+    parser.add_argument("--images", type=int, default=80, help="training images of reach, drawn by each seed (default 80)")
+    parser.add_argument("--out", type=Path, default=Path("reach.jsonl"), help="one line for each search of reach (default reach.jsonl)")
     parser.add_argument("--played", action="store_true", help="reach: on response surfaces whose truth is known, instead of training")
     parser.add_argument("--surfaces", nargs="+", choices=list(KINDS), default=list(KINDS), help="of reach --played")
-    parser.add_argument("--concurrent", nargs="+", type=int, choices=list(RANDOM_TRIALS), default=[1, 8], help="trials at a time, played")
+    parser.add_argument("--concurrent", nargs="+", type=int, choices=list(RANDOM_TRIALS), default=[1, 8], help="trials at a time of reach")
     parser.add_argument(
         "--arms", nargs="+", choices=[*ARMS, POPULATION], default=[*ARMS, POPULATION], help="samplers and schedulers of reach --played"
     )
@@ -313,7 +264,9 @@ def main() -> None:
         elif chosen.what == "overhead":
             measure_overhead(folder, *((1, 3, 4, 2) if quick else (chosen.trials or 4, chosen.epochs)))
         else:
-            measure_reach(folder, *((2, 2, 1) if quick else (chosen.trials or 20, chosen.epochs, chosen.repeats or 3)))
+            data = prepare(folder, chosen.data, *([12] if quick else []))
+            sizes = (2, 2, 4, 1) if quick else (chosen.trials or 10, chosen.epochs, chosen.images, chosen.repeats or 5)
+            print(measure_reach(folder / "runs", folder / "reach.jsonl" if quick else chosen.out, data, *sizes, chosen.concurrent[0]))
     ray.shutdown()
 
 
