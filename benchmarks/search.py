@@ -207,7 +207,9 @@ def trial_watched(folder: Path, parameters: dict[str, Any], images: Sequence[ray
     Reporter.report = watch.over(REPORT, Reporter.report)
     with mock.patch.object(launched, "TuneReporter", Reporter), mock.patch("raydetr.training.recorder.Tracker", Tracker):
         launched.run_trial(parameters, images)
-    (folder / f"{unpacked(parameters).number}.json").write_text(json.dumps(epochs[2:]))  # not the first epoch, and not what was before it
+    (folder / f"{unpacked(parameters).config.run.name}.json").write_text(
+        json.dumps(epochs[2:])
+    )  # not the first epoch, and not what was before it
 
 
 def measure_overhead(folder: Path, trials: int, epochs: int, train: int = 64, val: int = 16) -> None:

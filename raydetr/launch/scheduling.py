@@ -156,7 +156,7 @@ class StudySearcher(Searcher):
             config.data.folds = None  # within a search folds gain nothing; its confirmation uses them
         searched = self.search.space.hparam_domains(self.search.base)
         gathered = Gathered(REPORT_S * self.room(), decision_epochs(self.search, config.optim.epochs))
-        return Assignment(number, config, self.search.objectives, searched, self.slots, gathered)
+        return Assignment(config, self.search.objectives, searched, self.slots, gathered)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Do nothing, since the scheduler reports results to the study."""

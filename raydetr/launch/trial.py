@@ -70,7 +70,6 @@ class Assignment:
     """What a trial of a search is to do.
 
     Attributes:
-        number: The number of the trial.
         config: Its settings.
         objectives: The names of the objectives of the search.
         searched: The settings that the search varies, by name, with their domains.
@@ -79,7 +78,6 @@ class Assignment:
         node: The id of the node that it is meant for; None: any.
     """
 
-    number: int
     config: settings.Config
     objectives: Sequence[str]
     searched: Mapping[str, tuple | list]

@@ -223,7 +223,7 @@ def test_a_trial_that_comes_to_a_rung_gives_its_slot_away_and_gets_one_when_it_i
     report("a", 1, 0.1)
     assert report("a", 2, 0.1) == StudyScheduler.CONTINUE
     assigned = searcher.suggest("c")
-    assert (unpacked(assigned).number, search.number("c")) == (1, 1)
+    assert (unpacked(assigned).config.run.name, search.number("c")) == (search.trial_name(1), 1)
     assert report("c", 3, 0.5) == StudyScheduler.CONTINUE
 
 
@@ -264,7 +264,7 @@ def test_a_trial_that_was_promoted_has_no_new_attempts(promoting):
     lose("b")
     report("b", 2, 0.5)
     report("a", 2, 0.1)
-    assert unpacked(searcher.suggest("c")).number == 1
+    assert unpacked(searcher.suggest("c")).config.run.name == search.trial_name(1)
     lose("c")
     assert ended == ["c"]
     assert search.frozen()[1].user_attrs["reason"].startswith("lost 2 times (run.max_failures)")
@@ -301,7 +301,7 @@ def test_a_trial_that_ray_tune_gave_up_is_handed_out_again(promoting):
         assert scheduler.choose_trial_to_run(controller) is None
     assert told == ["b"]
     assert list(searcher.live) == ["a"]
-    assert unpacked(searcher.suggest("c")).number == 1
+    assert unpacked(searcher.suggest("c")).config.run.name == search.trial_name(1)
     assert searcher.suggest("d") is None
 
 

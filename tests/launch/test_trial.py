@@ -40,7 +40,7 @@ def test_long_epochs_are_reported_one_by_one(clock):
 
 
 def assignment(workers=1, **changes):
-    given = {"number": 3, "config": load_config({"run.workers": workers}), "objectives": ["AP"], "searched": {}, "slots": Slots(4, 2, 0.5)}
+    given = {"config": load_config({"run.workers": workers}), "objectives": ["AP"], "searched": {}, "slots": Slots(4, 2, 0.5)}
     return Assignment(**{**given, "gathered": Gathered(), **changes})
 
 
