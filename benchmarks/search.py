@@ -256,7 +256,8 @@ def main() -> None:
         seeds = range(chosen.first, chosen.first + (1 if chosen.quick else chosen.repeats or 40))
         print(measure_played(chosen.surfaces[:1] if chosen.quick else chosen.surfaces, chosen.concurrent, chosen.arms, seeds))
         return
-    ray.init(address="local", num_cpus=2, include_dashboard=chosen.what == "start", resources={DRIVER: 4}, **RAY)
+    cores = chosen.concurrent[0] if chosen.what == "reach" else 2  # one for each trial that trains
+    ray.init(address="local", num_cpus=cores, include_dashboard=chosen.what == "start", resources={DRIVER: 4}, **RAY)
     with tempfile.TemporaryDirectory() as temporary:
         folder, quick = Path(temporary), chosen.quick
         if chosen.what == "start":
