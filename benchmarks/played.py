@@ -69,6 +69,10 @@ def _product_pruner(name: str) -> Callable:
     return lambda trials: make_pruner(name, GRACE, trials)
 
 
+def _gp_with_prior(prior: Callable[[Surface], np.ndarray]) -> Arm:
+    return Arm(_product_sampler("gp", prior), _product_pruner("promote"), promotes=True)
+
+
 ARMS = {
     "random, none": Arm(_product_sampler("random"), _product_pruner("none")),
     "tpe, asha": Arm(_product_sampler("tpe"), _product_pruner("asha")),
@@ -76,9 +80,9 @@ ARMS = {
     "gp, half": Arm(_product_sampler("gp"), _product_pruner("half")),
     "gp, promote": Arm(_product_sampler("gp"), _product_pruner("promote"), promotes=True),
     "gp, evidence": Arm(_product_sampler("gp"), _product_pruner("evidence")),
-    "gp, evidence; prior at the best": Arm(_product_sampler("gp", lambda surface: surface.best), _product_pruner("evidence")),
-    "gp, evidence; prior at the defaults": Arm(_product_sampler("gp", lambda surface: surface.default), _product_pruner("evidence")),
-    "gp, evidence; wrong prior": Arm(_product_sampler("gp", lambda surface: (surface.best + 0.5) % 1), _product_pruner("evidence")),
+    "gp, promote; prior at the best": _gp_with_prior(lambda surface: surface.best),
+    "gp, promote; prior at the defaults": _gp_with_prior(lambda surface: surface.default),
+    "gp, promote; wrong prior": _gp_with_prior(lambda surface: (surface.best + 0.5) % 1),
     "tpe, evidence": Arm(_product_sampler("tpe"), _product_pruner("evidence")),
     "cmaes, asha": Arm(_product_sampler("cmaes"), _product_pruner("asha")),
     "tpe, Optuna Hyperband": Arm(_product_sampler("tpe"), lambda _: optuna.pruners.HyperbandPruner(GRACE, EPOCHS)),

@@ -35,6 +35,14 @@ def test_each_holds_the_default_settings(name):
             assert base[each.name] == each.of
 
 
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"tiny"}))
+def test_draws_of_numbers_begin_near_the_defaults(name):
+    """In all spaces but ``tiny``, whose ranges begin at the defaults and go to where better settings are expected."""
+    space, base = read_space(name), base_of(name)
+    numbers = {each.name for each in space.dimensions.values() if each.kind in ("loguniform", "uniform")}
+    assert space.expected(base) == {each: value for each, value in space.drawn(base).items() if each in numbers}
+
+
 @pytest.mark.parametrize("end", [0, -1])
 @pytest.mark.parametrize("name", NAMES)
 def test_both_ends_of_every_range_make_settings_that_fit_together(name, end):
