@@ -1,7 +1,6 @@
 """What runs in a trial of a search: ``fit`` in the trial's own process, or a TorchTrainer with several workers."""
 
 import dataclasses
-import math
 import os
 import pickle
 import socket
@@ -37,14 +36,19 @@ class Gathered:
     """Gathers epochs for one report where they end faster than the process that runs the search can take them.
 
     Args:
-        interval_s: The time between two reports, in seconds. An epoch that ends sooner is reported with the next one.
-        awaited: Epochs that are reported at once, because the search then decides about the trial. So are the first and the last one.
+        interval_s: The time between two reports, and before the first one, in seconds. An epoch that ends sooner is reported with the
+            next one.
+        awaited: Epochs that are reported at once, because the search then decides about the trial. So is the last one.
     """
 
     def __init__(self, interval_s: float = 0.0, awaited: Collection[int] = ()):
         self.interval_s, self.awaited = interval_s, awaited
         self._epochs: list[dict[str, Any]] = []
-        self._taken = -math.inf  # when the last report was made
+        self._taken = time.monotonic()  # when the last report was made, or the trial began
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._taken = time.monotonic()  # the trial begins where this is unpickled, perhaps on a machine with another clock
 
     def add(self, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
         """Add an epoch, and return the report that is due; None if it can wait.

@@ -25,11 +25,20 @@ def test_epochs_that_end_too_fast_are_reported_with_a_later_one(clock):
     for epoch in range(1, 10):
         clock[0] += 4
         reports[epoch] = gathered.add({"epoch": epoch, "AP": epoch / 10, **({LAST_EPOCH: True} if epoch == 9 else {})})
-    assert reports[1] == {"epoch": 1, "AP": 0.1}  # the first one does not wait
-    assert [epoch for epoch, report in reports.items() if report] == [1, 4, 6, 9]  # after 12 s, at a decision, at the end
-    assert reports[4] == {"epoch": 4, "AP": 0.4, EARLIER: [{"epoch": 2, "AP": 0.2}, {"epoch": 3, "AP": 0.3}]}
+    assert [epoch for epoch, report in reports.items() if report] == [3, 6, 9]  # after 12 s, at a decision, at the end
+    assert reports[3] == {"epoch": 3, "AP": 0.3, EARLIER: [{"epoch": 1, "AP": 0.1}, {"epoch": 2, "AP": 0.2}]}
     assert [each["epoch"] for each in reports[9][EARLIER]] == [7, 8]
     assert gathered.take() is None
+
+
+def test_the_time_until_the_first_report_begins_with_the_trial(clock):
+    packed = assignment(gathered=Gathered(interval_s=10)).packed()
+    clock[0] = 5.0  # another machine
+    gathered = unpacked(packed).gathered
+    clock[0] += 9
+    assert gathered.add({"epoch": 1}) is None
+    clock[0] += 1
+    assert gathered.add({"epoch": 2}) == {"epoch": 2, EARLIER: [{"epoch": 1}]}
 
 
 def test_long_epochs_are_reported_one_by_one(clock):
@@ -69,7 +78,7 @@ def test_epochs_that_wait_are_reported_before_an_error(clock, monkeypatch):
     monkeypatch.setattr("raydetr.training.fit.fit", fit)
     with pytest.raises(UserError, match="a broken image"):
         trial.fit_and_report(assignment(gathered=Gathered(interval_s=10)), ())
-    assert [(report["epoch"], [each["epoch"] for each in report.get(EARLIER, ())]) for report in told] == [(1, []), (3, [2])]
+    assert [(report["epoch"], [each["epoch"] for each in report.get(EARLIER, ())]) for report in told] == [(3, [1, 2])]
 
 
 def test_a_metric_that_the_validation_set_does_not_have_is_named(monkeypatch):
