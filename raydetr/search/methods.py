@@ -100,11 +100,10 @@ def make_sampler(
     startup = min(10, max(3, trials // 4))  # random draws first; Optuna's 10 would be all of a short search
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        if name == "tpe":
+        if name in ("tpe", "gp"):
             # Grouping models conditional settings apart from the others.
-            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True)
-        if name == "gp":
-            return CurveSampler(seed, space, min(startup, MODEL_STARTUP), search_seed, prior)
+            tpe = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True)
+            return tpe if name == "tpe" else CurveSampler(seed, space, min(startup, MODEL_STARTUP), search_seed, tpe, prior)
         if name == "cmaes":
             return optuna.samplers.CmaEsSampler(seed=seed, consider_pruned_trials=True, warn_independent_sampling=False)
         return optuna.samplers.RandomSampler(seed=seed)

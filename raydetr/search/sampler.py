@@ -6,9 +6,13 @@ similar settings: the model learns it from trials that went on, and stays unsure
 first draws, before there is a model, are spread over the space. A running trial also enters with what the model expects of it at the last
 epoch, as if that were known already, so that draws at the same time spread. The next settings are the candidate with the largest expected
 improvement at the last epoch.
+
+Where few trials run at a time, every second draw comes from Optuna's TPE. It knows less, but does not stay where the model is sure, and
+counts how far a trial has come, not only its values.
 """
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +36,7 @@ STRATA = 8  # so many first draws are one in each part of every range
 TAIL = 1.5  # an objective counts as no lower than so many times the distance of the best from the median, below the median
 PRIOR_SD, PRIOR_SHARE = 0.2, 0.5  # the width of a prior, in parts of a range; the share of the first draws that come from it
 PRIOR_WEIGHT = 5.0  # trials after which the model counts as much as the prior
+FEW = 4  # with fewer running trials every second draw comes from TPE; more are different enough from one another
 THREADS = ThreadpoolController()  # of the linear algebra of NumPy and SciPy
 
 
@@ -43,12 +48,21 @@ class CurveSampler(optuna.samplers.BaseSampler):
         space: The search space.
         startup: The number of trials with a report that the model needs; before, settings are drawn from Latin hypercubes.
         search_seed: Seed of the Latin hypercubes, the same for all draws of a search.
+        density: Optuna's TPE, for every second draw where few trials run at a time.
         prior: Settings that are believed to be good, by dotted name. The first draws are often near them, and the model prefers
             candidates near them, less so the more trials there are (Hvarfner et al. 2022, arXiv:2204.11051).
     """
 
-    def __init__(self, seed: int, space: Space, startup: int, search_seed: int, prior: Sequence[Mapping[str, Any]] = ()) -> None:
-        self.cube, self.startup, self.search_seed = Cube(space), startup, search_seed
+    def __init__(
+        self,
+        seed: int,
+        space: Space,
+        startup: int,
+        search_seed: int,
+        density: optuna.samplers.TPESampler,
+        prior: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        self.cube, self.startup, self.search_seed, self.density = Cube(space), startup, search_seed, density
         self.random = np.random.default_rng(seed)
         self.independent = optuna.samplers.RandomSampler(seed=seed)
         self.prior = self.cube.positions(prior)
@@ -73,11 +87,13 @@ class CurveSampler(optuna.samplers.BaseSampler):
             near = len(self.prior) and self.random.random() < PRIOR_SHARE
             start = self.prior[self.random.integers(len(self.prior))] if near else None
             return self.cube.values(self._around(start, PRIOR_SD, 1)[0] if near else self._spread(trial.number))
+        running = [each for each in others if each.state == TrialState.RUNNING and not is_paused(each)]
+        if trial.number % 2 == 0 and len(running) < FEW and (drawn := self._from_density(study, trial)):
+            return drawn
         owner = np.append(self.cube.owner, len(self.cube.distributions))
         model = GaussianProcess(self._coordinates(points, left), values, np.ones(len(values)), owner)
         expected = model.predict_mean(self._coordinates(points))
-        running = self.cube.positions(each.params for each in others if each.state == TrialState.RUNNING and not is_paused(each))
-        model = model.believing(self._coordinates(running), BELIEVED_NOISE)
+        model = model.believing(self._coordinates(self.cube.positions(each.params for each in running)), BELIEVED_NOISE)
         best = points[expected.argmax()]
         candidates = np.vstack([self._around(best, sd, count) for sd, count in CANDIDATES.items()])
         mean, sd = model.predict(self._coordinates(candidates))
@@ -85,6 +101,17 @@ class CurveSampler(optuna.samplers.BaseSampler):
         if len(self.prior):
             merit += PRIOR_WEIGHT / trials * self._log_prior(candidates)
         return self.cube.values(candidates[merit.argmax()])
+
+    def _from_density(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+        """Return the settings that TPE draws, for which a paused trial is a stopped one; none before it has enough trials."""
+        trials = [ended(each) if is_paused(each) else each for each in study.get_trials(deepcopy=False)]
+
+        def get_trials(deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False) -> list[FrozenTrial]:
+            return [each for each in trials if states is None or each.state in states]
+
+        seen: Any = copy.copy(study)
+        seen.get_trials = seen._get_trials = get_trials  # TPE reads the trials through both
+        return self.density.sample_relative(seen, trial, self.density.infer_relative_search_space(seen, trial))
 
     def _coordinates(self, positions: np.ndarray, left: np.ndarray | float = 0.0) -> np.ndarray:
         """Return the coordinates [n, coordinates] of positions [n, settings] with a share [n] of the epochs left."""
@@ -114,6 +141,13 @@ class CurveSampler(optuna.samplers.BaseSampler):
         apart = np.where(self.cube.is_choice, PRIOR_SD * (np.abs(apart) > 0), apart)
         near = np.exp(-0.5 * (apart / PRIOR_SD) ** 2).prod(2).mean(1)
         return np.log(0.01 + near)
+
+
+def ended(paused: FrozenTrial) -> FrozenTrial:
+    """Return a paused trial as if it had been stopped where it waits."""
+    stopped = copy.copy(paused)
+    stopped.state, stopped.value = TrialState.PRUNED, max(paused.intermediate_values.values())
+    return stopped
 
 
 def observations(trials: Sequence[FrozenTrial], cube: Cube) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

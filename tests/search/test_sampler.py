@@ -1,15 +1,18 @@
+import copy
 import math
 
 import numpy as np
 import optuna
 import pytest
+from optuna.samplers import TPESampler
 from optuna.trial import TrialState
 from scipy.stats import norm
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from raydetr.search import sampler
 from raydetr.search.encoding import Cube
-from raydetr.search.sampler import CurveSampler, log_expected_improvement, observations
+from raydetr.search.halving import PAUSED
+from raydetr.search.sampler import CurveSampler, ended, log_expected_improvement, observations
 from raydetr.search.space import read_space
 
 SPACE = read_space({"optim.lr": {"loguniform": [1e-5, 1e-3]}, "loss.eos_coef": {"uniform": [0, 1]}})
@@ -27,8 +30,8 @@ def place(params) -> float:
     return (math.log10(params["optim.lr"]) + 5) / 2
 
 
-def draw(study, seed, space=SPACE, prior=(), startup=6, search_seed=0):
-    study.sampler = CurveSampler(seed, space, startup, search_seed, prior)
+def draw(study, seed, space=SPACE, prior=(), startup=6, search_seed=0, density=None):
+    study.sampler = CurveSampler(seed, space, startup, search_seed, density or TPESampler(n_startup_trials=10**6), prior)
     trial = study.ask()
     space.suggest(trial)
     return trial
@@ -205,3 +208,40 @@ def test_expected_improvement_is_the_mean_of_what_is_above():
 def test_a_space_without_a_choice_is_drawn():
     study = search(lambda params: 0.5, 4, space=read_space({"model.dilation": {"choice": [True]}}), startup=2)
     assert [trial.params for trial in study.trials] == [{"model.dilation": True}] * 4
+
+
+def started(study, count, reports=()):
+    """Start trials of random settings, which report some values and stay running, or are paused."""
+    for _ in range(count):
+        trial = study.ask(SPACE.distributions)
+        for epoch, value in enumerate(reports, 1):
+            trial.report(value, epoch)
+        if reports:
+            trial.set_user_attr(PAUSED, len(reports))
+
+
+def test_where_few_trials_run_every_second_draw_is_that_of_tpe():
+    """To which a paused trial has been stopped."""
+    study, stopped = optuna.create_study(direction="maximize"), optuna.create_study(direction="maximize")
+    for each in (study, stopped):
+        each.sampler = optuna.samplers.RandomSampler(seed=1)
+    started(study, 12, reports=[0.1, 0.2])
+    for trial in study.trials:
+        at_rung = ended(trial)
+        at_rung.datetime_complete = trial.datetime_start  # Optuna demands one
+        stopped.add_trial(at_rung)
+    drawn = [draw(study, number, density=TPESampler(seed=number, n_startup_trials=5, multivariate=True)) for number in (12, 13)]
+    stopped.sampler = TPESampler(seed=12, n_startup_trials=5, multivariate=True)
+    assert drawn[0].params == stopped.ask(SPACE.distributions).params
+    alone = optuna.create_study(direction="maximize")
+    alone.add_trials(study.trials[:13])
+    assert drawn[1].params == draw(alone, 13).params  # the model's
+
+
+@pytest.mark.parametrize(("running", "by_tpe"), [(sampler.FEW - 1, True), (sampler.FEW, False)])
+def test_where_more_trials_run_the_model_draws(running, by_tpe):
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=1))
+    started(study, 20 - running, reports=[0.1, 0.2])
+    started(study, running)
+    alone = draw(copy.deepcopy(study), 20).params
+    assert (draw(study, 20, density=TPESampler(seed=3, n_startup_trials=5, multivariate=True)).params != alone) is by_tpe
