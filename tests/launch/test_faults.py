@@ -233,7 +233,7 @@ def test_trials_that_share_cards_are_packed_or_spread(add_machine, photographs, 
     def run_trial(parameters, images):  # where it runs, and no training
         begun = tmp_path / "begun" / placement
         begun.mkdir(parents=True, exist_ok=True)
-        (begun / str(unpacked(parameters).number)).touch()
+        (begun / unpacked(parameters).config.run.name).touch()
         deadline = time.monotonic() + 120
         while len(list(begun.iterdir())) < number and time.monotonic() < deadline:
             time.sleep(0.2)
