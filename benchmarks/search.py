@@ -244,7 +244,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("reach.jsonl"), help="one line for each search of reach (default reach.jsonl)")
     parser.add_argument("--played", action="store_true", help="reach: on response surfaces whose truth is known, instead of training")
     parser.add_argument("--surfaces", nargs="+", choices=list(KINDS), default=list(KINDS), help="of reach --played")
-    parser.add_argument("--concurrent", nargs="+", type=int, choices=list(RANDOM_TRIALS), default=[1, 8], help="trials at a time of reach")
+    parser.add_argument(
+        "--concurrent",
+        nargs="+",
+        type=int,
+        choices=list(RANDOM_TRIALS),
+        default=[1, 8],
+        help="trials at a time; reach without --played takes the first",
+    )
     parser.add_argument(
         "--arms", nargs="+", choices=[*ARMS, POPULATION], default=[*ARMS, POPULATION], help="samplers and schedulers of reach --played"
     )

@@ -81,15 +81,15 @@ class CurveSampler(optuna.samplers.BaseSampler):
         if not self.cube.distributions:
             return {}
         others = [each for each in study.get_trials(deepcopy=False) if each.number != trial.number and each.params]
-        points, values, left = observations(others, self.cube)
         trials = sum(bool(each.intermediate_values) or each.state == TrialState.FAIL for each in others)
+        running = [each for each in others if each.state == TrialState.RUNNING and not is_paused(each)]
+        if trials > self.startup and trial.number % 2 == 0 and len(running) < FEW and (drawn := self._from_density(study, trial)):
+            return drawn
+        points, values, left = observations(others, self.cube)
         if trials <= self.startup or not len(points):
             near = len(self.prior) and self.random.random() < PRIOR_SHARE
             start = self.prior[self.random.integers(len(self.prior))] if near else None
             return self.cube.values(self._around(start, PRIOR_SD, 1)[0] if near else self._spread(trial.number))
-        running = [each for each in others if each.state == TrialState.RUNNING and not is_paused(each)]
-        if trial.number % 2 == 0 and len(running) < FEW and (drawn := self._from_density(study, trial)):
-            return drawn
         owner = np.append(self.cube.owner, len(self.cube.distributions))
         model = GaussianProcess(self._coordinates(points, left), values, np.ones(len(values)), owner)
         expected = model.predict_mean(self._coordinates(points))
@@ -144,7 +144,11 @@ class CurveSampler(optuna.samplers.BaseSampler):
 
 
 def ended(paused: FrozenTrial) -> FrozenTrial:
-    """Return a paused trial as if it had been stopped where it waits."""
+    """Return a paused trial as if it had been stopped where it waits.
+
+    Args:
+        paused: The trial, which does not change.
+    """
     stopped = copy.copy(paused)
     stopped.state, stopped.value = TrialState.PRUNED, max(paused.intermediate_values.values())
     return stopped
