@@ -218,45 +218,65 @@ def play_population(surface: Surface, trials: int) -> Played:
     return played
 
 
-def measure_played(surfaces: Sequence[str], concurrent: Sequence[int], arms: Sequence[str], seeds: Sequence[int]) -> str:
-    """Return the table of what searches reach.
+@dataclass(frozen=True)
+class Outcome:
+    """What a search reached: AP in points, and epochs as a share of random search's."""
+
+    share: float  # until it has random search's best; infinity if it never has
+    used: float
+    gain: float
+    quarter: float  # the gain after a quarter of the budget
+
+
+def play_against_random(kind: str, seed: int, arms: Sequence[str], concurrent: int) -> dict[str, Outcome]:
+    """Play a search of every arm on one surface.
 
     Random search without early stopping sets the target, the highest AP that it saw, and the budget of epochs. Every arm gets twice its
     trials and the same budget. The target's draws and luck are its own: other samplers begin with random draws, and with the same ones
     they would find the best of them again.
     """
+    surface, trials = Surface(kind, seed), RANDOM_TRIALS[concurrent]
+    random = play(surface, ARMS["random, none"], trials, concurrent, stream=1)
+    target, budget = max(value for number, value in random.reports if number), EPOCHS * (trials - 1)
+    outcomes = {}
+    for name in arms:
+        is_population = name == POPULATION  # it stops no trial, so that it has as many as random search
+        played = play_population(surface, trials) if is_population else play(surface, ARMS[name], 2 * trials, concurrent, budget)
+        used = sum(number > 0 for number, _ in played.reports)
+        outcomes[name] = Outcome(played.epochs_until(target) / budget, used / budget, 100 * played.gain(), 100 * played.gain(budget / 4))
+    return outcomes
+
+
+def measure_played(surfaces: Sequence[str], concurrent: Sequence[int], arms: Sequence[str], seeds: Sequence[int]) -> str:
+    """Return the table of what searches reach, on each surface and on all of them, paired with the first arm."""
     rows = []
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     for at_a_time in concurrent:
-        trials = RANDOM_TRIALS[at_a_time]
+        everywhere = []
         for kind in surfaces:
-            shares, ends, quarters = ({name: [] for name in arms} for _ in range(3))
-            for seed in seeds:
-                surface = Surface(kind, seed)
-                random = play(surface, ARMS["random, none"], trials, at_a_time, stream=1)
-                target, budget = max(value for number, value in random.reports if number), EPOCHS * (trials - 1)
-                for name in arms:
-                    if name == POPULATION:  # stops no trial, so that it has as many as random search
-                        played = play_population(surface, trials)
-                    else:
-                        played = play(surface, ARMS[name], 2 * trials, at_a_time, budget)
-                    shares[name].append(played.epochs_until(target) / budget)
-                    ends[name].append(100 * played.gain())
-                    quarters[name].append(100 * played.gain(budget / 4))
-            rows += [
-                [
-                    f"{kind} ({KINDS[kind].about})",
-                    at_a_time,
-                    name,
-                    f"{statistics.median(shares[name]):.2f}".replace("inf", "-"),
-                    f"{100 * np.isinf(shares[name]).mean():.0f} %",
-                    f"{_mean(ends[name])}",
-                    f"{_mean(quarters[name])}",
-                ]
-                for name in arms
-            ]
-    heading = ["surface", "at a time", "sampler, scheduler", "share of random search's epochs", "never", "true gain, AP", "at a quarter"]
-    return table(rows, heading)
+            searches = [play_against_random(kind, seed, arms, at_a_time) for seed in seeds]
+            rows += [[f"{kind} ({KINDS[kind].about})", at_a_time, *_row(searches, name, arms[0])] for name in arms]
+            everywhere += searches
+        if len(surfaces) > 1:
+            rows += [["all", at_a_time, *_row(everywhere, name, arms[0])] for name in arms]
+    heading = ["surface", "at a time", "sampler, scheduler", "share of random search's epochs", "never", "epochs used", "true gain, AP"]
+    return table(rows, [*heading, "at a quarter", f"against {arms[0]}", "faster, slower than it"])
+
+
+def _row(searches: Sequence[dict[str, Outcome]], name: str, reference: str) -> list[str]:
+    own, other = ([each[arm] for each in searches] for arm in (name, reference))
+    pairs = list(zip(own, other, strict=True))
+    faster, slower = sum(one.share < two.share for one, two in pairs), sum(one.share > two.share for one, two in pairs)
+    return [
+        name,
+        f"{statistics.median(each.share for each in own):.2f}".replace("inf", "-"),
+        f"{100 * statistics.mean(math.isinf(each.share) for each in own):.0f} %",
+        f"{statistics.mean(each.used for each in own):.2f}",
+        _mean([each.gain for each in own]),
+        _mean([each.quarter for each in own]),
+        "" if name == reference else _mean([one.gain - two.gain for one, two in pairs]),
+        "" if name == reference else f"{faster}, {slower}",
+    ]
 
 
 def _mean(values: Sequence[float]) -> str:

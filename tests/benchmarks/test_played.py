@@ -1,9 +1,10 @@
+import math
 import sys
 
 import pytest
 
 from benchmarks import played, search
-from benchmarks.played import ARMS, POPULATION, Played, measure_played, play, play_population
+from benchmarks.played import ARMS, POPULATION, Outcome, Played, measure_played, play, play_population
 from benchmarks.surfaces import EPOCHS, Surface
 
 
@@ -64,10 +65,24 @@ def test_a_population_takes_over_better_weights(surface):
     assert max(jumps) > 0.05
 
 
-def test_the_command_prints_a_row_for_each_arm(monkeypatch, capsys):
+def test_the_command_prints_a_row_for_each_arm_and_surface_and_for_all_surfaces(monkeypatch, capsys):
     monkeypatch.setattr(played, "RANDOM_TRIALS", {1: 4, 8: 4})
     arms = ["tpe, asha", "gp, evidence", POPULATION]
-    monkeypatch.setattr(sys, "argv", ["benchmarks.search", "reach", "--played", "--quick", "--concurrent", "1", "--arms", *arms])
+    command = ["reach", "--played", "--repeats", "2", "--surfaces", "A", "C", "--concurrent", "1", "--arms", *arms]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.search", *command])
     search.main()
-    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| A ")]
-    assert [row[3].strip() for row in rows] == arms
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[-9:]]
+    assert [(row[0][:3], row[2]) for row in rows] == [(where, arm) for where in ("A (", "C (", "all") for arm in arms]
+    one, two, both = (float(rows[number][6].split()[0]) for number in (0, 3, 6))
+    assert both == pytest.approx((one + two) / 2, abs=0.11)
+
+
+def test_arms_are_paired_with_the_first(monkeypatch):
+    found = [(0.2, 0.5, 3.0, 1.0), (math.inf, 1.0, 1.0, 0.0)], [(0.1, 0.5, 4.0, 1.0), (0.4, 0.5, 2.0, 2.0)]
+    searches = [{"one": Outcome(*one), "two": Outcome(*two)} for one, two in zip(*found, strict=True)]
+    monkeypatch.setattr(played, "play_against_random", lambda kind, seed, arms, concurrent: searches[seed])
+    first, second = (
+        [cell.strip() for cell in row.split("|")[3:-1]] for row in measure_played(["A"], [8], ["one", "two"], [0, 1]).splitlines()[2:]
+    )
+    assert first == ["one", "-", "50 %", "0.75", "+2.0 +- 1.0", "+0.5 +- 0.5", "", ""]
+    assert second == ["two", "0.25", "0 %", "0.50", "+3.0 +- 1.0", "+1.5 +- 0.5", "+1.0 +- 0.0", "2, 0"]
