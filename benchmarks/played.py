@@ -65,6 +65,10 @@ def _optuna_gp(surface: Surface, seed: Sequence[int], trials: int) -> optuna.sam
     return optuna.samplers.GPSampler(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]), warn_independent_sampling=False)
 
 
+def _best_settings(surface: Surface, seed: Sequence[int], trials: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.PartialFixedSampler(surface.settings(surface.best), optuna.samplers.RandomSampler())
+
+
 def _product_pruner(name: str) -> Callable:
     return lambda trials: make_pruner(name, GRACE, trials)
 
@@ -88,6 +92,7 @@ ARMS = {
     "tpe, Optuna Hyperband": Arm(_product_sampler("tpe"), lambda _: optuna.pruners.HyperbandPruner(GRACE, EPOCHS)),
     "tpe, Optuna Wilcoxon": Arm(_product_sampler("tpe"), lambda _: optuna.pruners.WilcoxonPruner()),
     "Optuna GP, asha": Arm(_optuna_gp, _product_pruner("asha")),
+    "oracle, promote": Arm(_best_settings, _product_pruner("promote"), promotes=True),  # what luck leaves to gain
     "tpe, Ray ASHA": Arm(_product_sampler("tpe"), lambda _: RayAsha()),
 }
 POPULATION = "population-based training"
